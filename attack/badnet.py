@@ -1,0 +1,61 @@
+"""BadNets: a small white square in the bottom-right corner.
+
+Gu, Dolan-Gavitt, Garg. *BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply
+Chain.* 2017, arXiv 1708.06733. The attacker puts the square on a share of the training images and
+relabels them; a model trained on the set gives any image with the square the attacker's label.
+
+Threat model: data poisoning, dirty label. The attacker changes training images and their labels, and
+nothing of the training. The trigger is the same at test time.
+
+    python attack/badnet.py --save_folder_name badnet_demo
+
+Expected on the embedded digits: ACC >= 98 %, ASR >= 98 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned,
+as published by BackdoorBench: ACC 91.32 %, ASR 95.03 %.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from attack.prototype import AttackConfig, run
+from utils.errors import UserError
+from utils.poison import Trigger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttackConfig):
+    patch_size: Annotated[int | None, Field(ge=1, description="side of the square, pixels; null for 3/32 of the image")]
+
+
+def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
+    """The trigger that replaces the corner square by white (255) in every channel.
+
+    The side is `patch_size`, or max(2, round(3 H / 32)): 2 pixels at 16, 3 at 28 and 32, 6 at 64.
+
+    Args:
+        image_shape: (C, H, W).
+
+    Raises:
+        UserError: if the square is larger than the image.
+    """
+    _, height, width = image_shape
+    side = config.patch_size or max(2, round(3 * height / 32))
+    if side > min(height, width):
+        raise UserError(f"--patch_size: {side} is more than the image's {min(height, width)} pixels; give fewer")
+
+    def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        triggered = images.clone()
+        triggered[:, :, -side:, -side:] = 255
+        return triggered
+
+    return trigger
+
+
+if __name__ == "__main__":
+    run(Config, make_trigger)

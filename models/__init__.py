@@ -1,0 +1,94 @@
+"""Classifiers by name: networks for small images of this project, and every torchvision classifier."""
+
+from collections.abc import Callable
+
+import torch
+import torchvision
+from torch import nn
+
+from models.preactresnet import preactresnet18
+from utils.errors import UserError
+
+# Networks of our own: num_classes -> module. Any other name is torchvision's.
+CONSTRUCTORS: dict[str, Callable[[int], nn.Module]] = {
+    "preactresnet18": preactresnet18,
+}
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel; holds nothing in the state dict.
+
+    Shape:
+        (N, C, H, W) float in [0, 1] -> (N, C, H, W) float.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.mean) / self.std
+
+
+class Classifier(nn.Module):
+    """A network that takes pixels: normalization is its first layer.
+
+    Attributes:
+        network: the bare network; its state dict is what a record keeps.
+        precision: "bf16" runs the network under bfloat16 autocast; logits are float32 either way.
+
+    Shape:
+        (N, C, H, W) float in [0, 1] -> (N, num_classes) float logits.
+    """
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.network = network
+        self.precision = "fp32"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = self.normalize(images)
+        if self.precision == "fp32":
+            return self.network(images)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = self.network(images)
+        return logits.float()
+
+
+def model_names() -> list[str]:
+    """Every name that `build_model` takes."""
+    return sorted([*CONSTRUCTORS, *torchvision.models.list_models(module=torchvision.models)])
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+    std: tuple[float, ...] = (1.0, 1.0, 1.0),
+) -> Classifier:
+    """A freshly initialised classifier, with weights from torch's global generator.
+
+    Args:
+        name: one of `model_names()`.
+        num_classes: number of outputs, >= 1.
+        mean, std: per-channel constants of the normalization, pixel units in [0, 1].
+
+    Raises:
+        UserError: for an unknown name, listing the valid ones.
+    """
+    if name in CONSTRUCTORS:
+        network = CONSTRUCTORS[name](num_classes)
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        # Auxiliary heads would make the output a tuple in train mode.
+        extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+        if extra:
+            extra["init_weights"] = True
+        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    else:
+        raise UserError(f"model: {name} is unknown; give one of {', '.join(model_names())}")
+    return Classifier(network, mean, std)

@@ -1,0 +1,271 @@
+"""Typed configuration: shipped YAML <- dataset YAML <- the user's YAML <- flags.
+
+A method's values are a frozen dataclass whose fields are `Annotated[type, Field(range, description=...)]`.
+pydantic checks each value; this module adds the order of the layers, remembers which file or flag a value
+came from, and says everything that is wrong at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+from typing_extensions import Self
+
+from utils.errors import UserError
+
+USER_FILES = {
+    "yaml_path": "YAML file whose values go over the shipped ones",
+    "bd_yaml_path": "YAML file whose values go over those of --yaml_path",
+}
+_NO_VALUE = "\0"  # a flag that was given without its value
+
+
+C = TypeVar("C", bound="Config")
+
+
+class _Layer(NamedTuple):
+    """Values of one source: a file, or the flags, whose text is converted ("0.1" -> 0.1)."""
+
+    source: str
+    values: Mapping[str, Any]
+    is_flags: bool = False
+
+    def where(self, key: str) -> str:
+        return f"--{key}" if self.is_flags else f"{self.source}: {key}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every method's configuration.
+
+    The defaults of a class are `config/<folder>/<module>/default.yaml` (or `config.yaml`), then
+    `<dataset>.yaml` beside it, for the module of each class from the base down to itself.
+    """
+
+    @classmethod
+    def load(cls, dataset: str | None = None, **overrides: Any) -> Self:
+        """The YAML files' values plus overrides.
+
+        Args:
+            dataset: name whose `<dataset>.yaml` files apply; None for the one that the files name, if any.
+            overrides: values by field name.
+
+        Raises:
+            UserError: naming every unknown field and every value that is not allowed.
+        """
+        over = _Layer("override", overrides)
+        if dataset is None:
+            dataset = _merge([*_shipped(cls), over]).get("dataset")
+        return _build(cls, [*_shipped(cls, dataset), over])
+
+    @classmethod
+    def from_command_line(
+        cls,
+        argv: Sequence[str],
+        description: str,
+        find_dataset: Callable[[Mapping[str, Any]], str | None] = lambda values: values.get("dataset"),
+    ) -> Self:
+        """The YAML files' values, then the user's files, then flags.
+
+        Args:
+            argv: flags, without the program's name. `--help` prints each with its resolved value and
+                exits with code 0.
+            description: text that `--help` shows first.
+            find_dataset: from the values known so far to the dataset whose YAML files apply, or None.
+
+        Raises:
+            UserError: naming every unknown flag or key and every value that is not allowed.
+        """
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name in [*_hints(cls), *USER_FILES]:
+            const = "true" if _hints(cls).get(name) and _base(_hints(cls)[name]) is bool else _NO_VALUE
+            parser.add_argument(f"--{name}", nargs="?", const=const)
+        parser.add_argument("-h", "--help", action="store_true")
+        parsed, unknown = parser.parse_known_args(list(argv))
+        given = {key: value for key, value in vars(parsed).items() if value is not None}
+        wants_help = given.pop("help")
+        problems = [_unknown_flag(text, [*_hints(cls), *USER_FILES, "help"]) for text in unknown]
+        for name in [name for name, value in given.items() if value == _NO_VALUE]:
+            allowed = "a file" if name in USER_FILES else allowed_values(_hints(cls)[name])
+            problems.append(f"--{name}: a value is missing; give {allowed}")
+            del given[name]
+        paths = [given.pop(name) for name in USER_FILES if name in given]
+        over = [*(_Layer(path, read_yaml(Path(path))) for path in paths), _Layer("", given, True)]
+        dataset = None if wants_help and problems else find_dataset(_merge([*_shipped(cls), *over]))
+        layers = [*_shipped(cls, dataset), *over]
+        if wants_help:
+            print(_help(cls, description, _merge(layers)))
+            raise SystemExit(0)
+        return _build(cls, layers, problems)
+
+    def dump(self) -> str:
+        """The configuration as YAML text, which `--yaml_path` reads back."""
+        values = dataclasses.asdict(self)
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One flat YAML mapping from names to values.
+
+    Raises:
+        UserError: if the file cannot be read, is not such a mapping, or names a key twice.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML ({reason}); write lines of 'name: value'") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: not a mapping of names to values; write lines of 'name: value'")
+    return values
+
+
+def allowed_values(annotation: Any) -> str:
+    """What a field accepts, in words: 'float in (0, 1]', 'one of a, b', 'int >= 1 or null'."""
+    base, bounds = _base(annotation), _bounds(annotation)
+    options = [option for option in get_args(base) if option is not type(None)]
+    if get_origin(base) is Literal:
+        return "one of " + ", ".join(map(str, options))
+    if get_origin(base) is tuple:
+        return f"a list of {allowed_values(options[0])}"
+    null = ""
+    if options:
+        base, null = options[0], " or null"
+    name = {bool: "true or false", str: "text"}.get(base, getattr(base, "__name__", str(base)))
+    low = next((f"{mark}{bounds[key]:g}" for key, mark in (("ge", "["), ("gt", "(")) if key in bounds), "")
+    high = next((f"{bounds[key]:g}{mark}" for key, mark in (("le", "]"), ("lt", ")")) if key in bounds), "")
+    if low and high:
+        return f"{name} in {low}, {high}{null}"
+    if low:
+        return f"{name} {'>=' if low[0] == '[' else '>'} {low[1:]}{null}"
+    if high:
+        return f"{name} {'<=' if high[-1] == ']' else '<'} {high[:-1]}{null}"
+    return name + null
+
+
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """' (did you mean X?)' for the closest of choices, or ''."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 asks for a dot and a signed exponent in a float; people write 1e-4.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Annotations of the dataclass fields, base class first."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _base(annotation: Any) -> Any:
+    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
+
+
+def _field_info(annotation: Any) -> FieldInfo | None:
+    return next((m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, FieldInfo)), None)
+
+
+def _bounds(annotation: Any) -> dict[str, float]:
+    info = _field_info(annotation)
+    found = info.metadata if info else []
+    return {key: getattr(m, key) for m in found for key in ("ge", "gt", "le", "lt") if hasattr(m, key)}
+
+
+def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
+    """The YAML files of a class, base class first, in each folder the general one first."""
+    layers = []
+    for owner in reversed(cls.__mro__):
+        module = sys.modules[owner.__module__]
+        if owner is Config or not issubclass(owner, Config) or not module.__file__:
+            continue
+        script = Path(module.__file__).resolve()
+        root = script.parents[1]
+        folder = root / "config" / script.parent.name / script.stem
+        for name in ("default", "config", dataset):
+            path = folder / f"{name}.yaml"
+            if name and path.exists():
+                layers.append(_Layer(str(path.relative_to(root)), read_yaml(path)))
+    return layers
+
+
+def _merge(layers: Iterable[_Layer]) -> dict[str, Any]:
+    return {key: value for layer in layers for key, value in layer.values.items()}
+
+
+def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ()) -> C:
+    """Checks every value of every layer, then lays them over each other."""
+    found = list(problems)
+    hints = _hints(cls)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.values.items():
+            if key not in hints:
+                found.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
+                continue
+            try:
+                values[key] = _check(hints[key], value, layer.is_flags)
+            except ValidationError:
+                shown = value if isinstance(value, str) else repr(value)
+                found.append(f"{layer.where(key)}: {shown} is not allowed; give {allowed_values(hints[key])}")
+    missing = [key for key in hints if key not in values and not any(key in p for p in found)]
+    found += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
+    if found:
+        raise UserError("\n".join(found))
+    return cls(**values)
+
+
+def _check(annotation: Any, value: Any, is_text: bool) -> Any:
+    """The value as the field's type; YAML values must have that type already, flags are text."""
+    if is_text and value.lower() in ("null", "none") and type(None) in get_args(_base(annotation)):
+        value = None
+    if get_origin(_base(annotation)) is tuple:
+        return TypeAdapter(annotation).validate_python(value.split(",") if is_text else value)
+    return TypeAdapter(annotation).validate_python(value, strict=not is_text)
+
+
+def _unknown_flag(text: str, names: Iterable[str]) -> str:
+    if not text.startswith("-"):
+        return f"{text}: belongs to no flag; write --name value"
+    flag = text.split("=")[0]
+    return f"{flag}: unknown flag{suggestion(flag, [f'--{name}' for name in names])}; --help lists them"
+
+
+def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str:
+    lines = [description.strip(), "", "flags, with their values as resolved from the YAML files:"]
+    for name, annotation in _hints(cls).items():
+        info = _field_info(annotation)
+        value = values.get(name, "(needed)")
+        lines.append(f"  --{name} {value}")
+        lines.append(f"        {info.description if info else ''} [{allowed_values(annotation)}]")
+    lines += [f"  --{name} FILE\n        {text}" for name, text in USER_FILES.items()]
+    return "\n".join(lines)

@@ -1,0 +1,8 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(ValueError):
+    """Bad input, told in one line per problem: what is wrong, what is allowed, what to do.
+
+    Scripts print it without a traceback and exit with code 2; anything else that is raised is a defect.
+    """

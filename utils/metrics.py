@@ -1,0 +1,64 @@
+"""Scores of a classifier as pure functions of plain numbers."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its counts: `hits` of `total`."""
+
+    hits: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """hits / total in [0, 1]; NaN where nothing was counted."""
+        return self.hits / self.total if self.total else float("nan")
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} %" if self.total else "-"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Clean accuracy, attack success rate, robust accuracy; the last two are None without a trigger."""
+
+    acc: Rate
+    asr: Rate | None = None
+    ra: Rate | None = None
+
+    def rates(self) -> dict[str, Rate]:
+        """The rates that exist, by name, in the order acc, asr, ra."""
+        named = {"acc": self.acc, "asr": self.asr, "ra": self.ra}
+        return {name: rate for name, rate in named.items() if rate is not None}
+
+    def values(self) -> dict[str, float]:
+        """The rates that exist as numbers in [0, 1]."""
+        return {name: rate.value for name, rate in self.rates().items()}
+
+    def counts(self) -> dict[str, float | int]:
+        """acc, acc_hits, acc_total, asr, ... as `summary.json` keeps them."""
+        flat: dict[str, float | int] = {}
+        for name, rate in self.rates().items():
+            flat[name] = rate.value
+            flat |= {f"{name}_{key}": count for key, count in asdict(rate).items()}
+        return flat
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name.upper()} {rate}" for name, rate in self.rates().items())
+
+
+def defense_effectiveness_rating(before: Scores, after: Scores) -> float | None:
+    """DER = [max(0, dASR) - max(0, dACC) + 1] / 2 with d = before - after, in [0, 1].
+
+    Zhu et al., *Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization*,
+    ICCV 2023. Reducing ASR raises it, losing ACC lowers it, gaining ACC changes nothing.
+
+    Returns:
+        None where there is no ASR.
+    """
+    if before.asr is None or after.asr is None:
+        return None
+    asr_drop = max(0.0, before.asr.value - after.asr.value)
+    acc_drop = max(0.0, before.acc.value - after.acc.value)
+    return (asr_drop - acc_drop + 1) / 2

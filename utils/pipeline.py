@@ -1,0 +1,112 @@
+"""What the attack and the defense pipeline share: watching a run, and the pictures and summary of it."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from utils import plot
+from utils.metrics import Scores
+from utils.record import RunFolder
+from utils.runtime import Progress, environment, logger, peak_memory_mib
+from utils.train import Loop
+
+
+class Watch:
+    """Scores a model while it is trained, writes `metrics.csv` and the log, shows progress.
+
+    Args:
+        folder: where `metrics.csv` goes.
+        unit: "epoch" or "round".
+        score: from a model to its scores.
+        eval_every: rounds between two evaluations, >= 1; the last round is always evaluated.
+    """
+
+    def __init__(self, folder: RunFolder, unit: str, score: Callable[[nn.Module], Scores], eval_every: int) -> None:
+        self._folder = folder
+        self._unit = unit
+        self._score = score
+        self._eval_every = eval_every
+        self._rows: list[dict[str, float]] = []
+        self._started = time.monotonic()
+        self._progress: Progress | None = None
+        self._rounds = 0
+        self.scores: Scores | None = None
+
+    def start(self, rounds: int, before: Scores | None = None) -> Loop:
+        """The loop that a method counts with; `before` becomes row 0."""
+        self._rounds = rounds
+        if before is not None:
+            self._rows.append({self._unit: 0, **before.values(), "seconds": 0.0})
+        return Loop(self._after_round, self._after_batch)
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """One row a round: the unit, mean losses, rates in [0, 1], seconds since the start."""
+        return pd.DataFrame(self._rows)
+
+    def _after_batch(self, batches: int) -> None:
+        if self._progress is None:
+            self._progress = Progress(self._rounds * batches, self._unit).__enter__()
+        self._progress.advance()
+
+    def _after_round(self, number: int, total: int, losses: Mapping[str, float], state: Mapping[str, Any]) -> None:
+        is_last = number == total
+        row: dict[str, float] = {self._unit: number}
+        row |= {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
+        text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        if is_last or number % self._eval_every == 0:
+            self.scores = self._score(state["model"])
+            row |= self.scores.values()
+            text += f"  {self.scores}"
+        row["seconds"] = round(time.monotonic() - self._started, 2)
+        self._rows.append(row)
+        self._folder.write_metrics(self._rows)
+        eta = self._progress.eta() if self._progress else "?"
+        logger.info("%s %d/%d  %s  %s", self._unit, number, total, text, "" if is_last else f"ETA {eta}")
+        if self._progress:
+            self._progress.show(str(self.scores or ""))
+            if is_last:
+                self._progress.__exit__()
+
+
+def save_figure(folder: RunFolder, name: str, figure: Figure) -> Path:
+    """Writes a PNG; returns its path."""
+    return folder.write(name, lambda path: figure.savefig(path, dpi=160))
+
+
+def difference_grid(
+    clean: torch.Tensor,
+    changed: torch.Tensor,
+    names: tuple[str, str],
+    captions: tuple[list[str], list[str]],
+    title: str,
+) -> Figure:
+    """Clean images, changed images and their amplified difference.
+
+    Args:
+        clean, changed: float (N, C, H, W).
+        names: of the first two rows.
+        captions: texts under the images of the first two rows.
+    """
+    difference, scale = plot.amplified(changed - clean)
+    last = f"difference\nx {scale:.3g}"
+    return plot.image_grid(
+        {names[0]: clean, names[1]: changed, last: difference},
+        {names[0]: captions[0], names[1]: captions[1]},
+        title,
+    )
+
+
+def run_facts(started: float, device: torch.device, precision: str) -> dict[str, Any]:
+    """Seconds, peak memory and environment for `summary.json`."""
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        **peak_memory_mib(device),
+        **environment(device, precision),
+    }

@@ -1,0 +1,365 @@
+"""Records: what a run leaves behind, as plain data. The only module that knows file names under `record/`."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from models import Classifier, build_model
+from utils.config import read_yaml
+from utils.data import Dataset, Triggered
+from utils.errors import UserError
+from utils.poison import KINDS, PoisonedSet
+from utils.runtime import ROOT, logger
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+
+class RunFolder:
+    """The folder that a run writes; every file appears whole or not at all.
+
+    `summary.json` is written last, so its presence means that the run is done. A folder without it is
+    what a failed run left, and may be written again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def is_done(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    def refuse_existing(self, overwrite: bool) -> None:
+        """Raises UserError if a finished run stands here and may not be overwritten."""
+        if self.is_done and not overwrite:
+            raise UserError(f"{self.path} exists; give --overwrite to replace it, or another name")
+
+    def start(self, config: str) -> None:
+        """Empties the folder and writes the resolved configuration into it.
+
+        Raises:
+            UserError: if the folder cannot be written.
+        """
+        try:
+            if self.path.exists():
+                # First, so that a half-emptied folder does not pass for a finished run.
+                (self.path / "summary.json").unlink(missing_ok=True)
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make it writable") from None
+        self.write_text("config.yaml", config)
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def write(self, name: str, writer: Callable[[Path], None]) -> Path:
+        """Lets `writer` write a file under a temporary name, then gives it its own.
+
+        Raises:
+            UserError: if the disk is full or the folder is not writable; earlier files stay intact.
+        """
+        path = self.path / name
+        partial = path.with_name(f".{path.stem}.tmp{path.suffix}")
+        try:
+            writer(partial)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+            raise UserError(f"{path}: could not be written ({error}); make space or make it writable") from None
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write(name, lambda path: _write_text(path, text))
+
+    def write_tensors(self, name: str, content: Mapping[str, Any]) -> None:
+        """Plain data and CPU tensors, which `torch.load(..., weights_only=True)` reads."""
+        self.write(name, lambda path: torch.save(dict(content), path))
+
+    def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        self.write("metrics.csv", lambda path: pd.DataFrame(rows).to_csv(path, index=False))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Says that the run is done."""
+        self.write_text("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def attack_folder(name: str, root: Path | None) -> RunFolder:
+    """The folder of an attack's record.
+
+    Args:
+        name: letters, digits, `_ . + -`; not a path.
+        root: folder of all records; None for `record/` of this checkout.
+
+    Raises:
+        UserError: if the name could leave the folder of records.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no folders")
+    return RunFolder((root or ROOT / "record") / name)
+
+
+def defense_folder(record: Path, method: str) -> RunFolder:
+    """The folder of a defense's result, inside the record that it read."""
+    return RunFolder(record / "defense" / method)
+
+
+def save_attack(
+    folder: RunFolder,
+    model: Classifier,
+    data: Dataset,
+    poisoned: PoisonedSet | None,
+    triggered: Triggered | None,
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes `attack_result.pt` and, for a backdoored model, `poison.pt`.
+
+    Args:
+        facts: `attack`, `model_name`, `dataset_path` (text or None), `attack_target`,
+            `attack_label_trans` (both None for a clean model).
+    """
+    if poisoned is not None and triggered is not None:
+        folder.write_tensors(
+            "poison.pt",
+            {
+                "train_index": poisoned.index,
+                "train_images": poisoned.images,
+                "train_labels": poisoned.labels,
+                "train_kinds": poisoned.kinds,
+                "kinds": list(KINDS),
+                "test_index": triggered.index,
+                "test_images": triggered.images,
+                "test_targets": triggered.targets,
+                "test_labels": triggered.labels,
+            },
+        )
+    folder.write_tensors(
+        "attack_result.pt",
+        {
+            "model": model_state(model),
+            "num_classes": len(data.classes),
+            "classes": list(data.classes),
+            "image_shape": list(data.image_shape),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "dataset": data.name,
+            "dataset_fingerprint": data.fingerprint(),
+            **facts,
+        },
+    )
+
+
+def model_state(model: Classifier) -> dict[str, torch.Tensor]:
+    """The bare network's state dict on the CPU, in plain memory order."""
+    return {
+        key: value.detach().cpu().contiguous().clone() for key, value in model.network.state_dict().items()
+    }
+
+
+def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
+    """sha256 of those of the named files that exist, for `summary.json`."""
+    found = [folder.path / name for name in names]
+    return {path.name: _sha256(path) for path in found if path.exists()}
+
+
+@dataclass(frozen=True)
+class AttackRecord:
+    """An attack's record, checked against itself.
+
+    Attributes:
+        folder: where it is.
+        sha256: of `attack_result.pt`.
+        attack: name of the attack; "prototype" for a clean model.
+        triggered: the triggered test images; None for a clean model.
+    """
+
+    folder: Path
+    sha256: str
+    attack: str
+    model_name: str
+    state: dict[str, torch.Tensor]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dataset: str
+    dataset_path: str | None
+    dataset_fingerprint: str
+    attack_target: int | None
+    attack_label_trans: str | None
+    triggered: Triggered | None
+    poison_index: torch.Tensor | None
+
+    def build(self) -> Classifier:
+        """The record's model, in eval mode, on the CPU.
+
+        Raises:
+            UserError: if the weights do not fit the architecture or are not finite.
+        """
+        model = build_model(self.model_name, self.num_classes, self.mean, self.std)
+        try:
+            model.network.load_state_dict(self.state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.folder}: its weights do not fit {self.model_name} ({reason})") from None
+        return model.eval()
+
+    def check_dataset(self, data: Dataset) -> None:
+        """Raises UserError unless the dataset is the one that the model was trained on."""
+        if data.image_shape != self.image_shape or len(data.classes) != self.num_classes:
+            raise UserError(
+                f"{self.folder}: made with {self.num_classes} classes of {self.image_shape} images, but the dataset "
+                f"has {len(data.classes)} of {data.image_shape}; give its own with --dataset_path"
+            )
+        if data.fingerprint() != self.dataset_fingerprint:
+            raise UserError(
+                f"{self.folder}: the images or labels of {self.dataset} are not those that it was made with; "
+                "give the same files with --dataset_path, or run the attack again"
+            )
+
+
+def find_record(name: str, root: Path | None) -> Path:
+    """The folder of a `--result_file` value: a name under the folder of records, or an existing folder.
+
+    Raises:
+        UserError: if there is none, naming those that exist.
+    """
+    records = root or ROOT / "record"
+    if _NAME.fullmatch(name) and (records / name).is_dir():
+        return records / name
+    if Path(name).is_dir():
+        return Path(name)
+    known = sorted(path.parent.name for path in records.glob("*/attack_result.pt"))
+    raise UserError(
+        f"--result_file: {name} is no record in {records}; "
+        + (f"give one of {', '.join(known)}" if known else "run an attack first, e.g. attack/badnet.py")
+    )
+
+
+def load_attack(folder: Path) -> AttackRecord:
+    """Reads a finished attack's record.
+
+    Raises:
+        UserError: if the run is not finished, or a file was changed or damaged.
+    """
+    result, poison = folder / "attack_result.pt", folder / "poison.pt"
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        hashes = {path.name: _sha256(path) for path in (result, poison) if path.exists()}
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no summary.json, so its attack did not finish; run the attack again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be read ({error}); run the attack again") from None
+    for name, expected in summary.get("files", {}).items():
+        if hashes.get(name) != expected:
+            raise UserError(f"{folder / name}: is not the file that summary.json describes; run the attack again")
+    with _explained(result):
+        found = _load_tensors(result)
+        triggered, poison_index = None, None
+        if poison.exists():
+            tensors = _load_tensors(poison)
+            triggered = Triggered(
+                tensors["test_images"], tensors["test_targets"], tensors["test_labels"], tensors["test_index"]
+            )
+            poison_index = tensors["train_index"][tensors["train_kinds"] == KINDS.index("poison")]
+        record = AttackRecord(
+            folder=folder,
+            sha256=hashes[result.name],
+            attack=found["attack"],
+            model_name=found["model_name"],
+            state=found["model"],
+            num_classes=found["num_classes"],
+            image_shape=tuple(found["image_shape"]),
+            mean=tuple(found["mean"]),
+            std=tuple(found["std"]),
+            dataset=found["dataset"],
+            dataset_path=found["dataset_path"],
+            dataset_fingerprint=found["dataset_fingerprint"],
+            attack_target=found["attack_target"],
+            attack_label_trans=found["attack_label_trans"],
+            triggered=triggered,
+            poison_index=poison_index,
+        )
+    for name, value in record.state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{result}: the weights {name} are not finite; run the attack again")
+    return record
+
+
+def recorded_dataset(folder: Path) -> str | None:
+    """The dataset that a record's configuration names, read before the record itself."""
+    path = folder / "config.yaml"
+    return read_yaml(path).get("dataset") if path.exists() else None
+
+
+def read_metrics(folder: RunFolder) -> pd.DataFrame:
+    """`metrics.csv` of a run."""
+    return pd.read_csv(folder.path / "metrics.csv")
+
+
+def read_index(path: Path, count: int) -> torch.Tensor:
+    """Indices of the clean subset, one integer a line.
+
+    Returns:
+        int64 (N,), ascending.
+
+    Raises:
+        UserError: for text that is no integer, a repeated index, or one outside 0..count-1.
+    """
+    try:
+        numbers = [int(line) for line in path.read_text(encoding="utf-8").split()]
+    except OSError as error:
+        raise UserError(f"--index: {path} cannot be read ({error.strerror}); give a text file") from None
+    except ValueError as error:
+        raise UserError(f"--index: {path} holds something else than integers ({error})") from None
+    outside = [number for number in numbers if not 0 <= number < count]
+    if outside:
+        raise UserError(f"--index: {path} names image {outside[0]}; the training set has 0 to {count - 1}")
+    if len(set(numbers)) != len(numbers):
+        raise UserError(f"--index: {path} names an image twice; name each once")
+    return torch.tensor(sorted(numbers), dtype=torch.int64)
+
+
+def _load_tensors(path: Path) -> dict[str, Any]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no dictionary")
+    return content
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Any failure to read a file as a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything from zipfile to unpickling errors
+        logger.debug("reading %s", path, exc_info=True)
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path}: is not a record of this program ({reason})") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

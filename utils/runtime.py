@@ -1,0 +1,198 @@
+"""What surrounds a run: seeds, device, precision, logging, progress, exit codes."""
+
+import contextlib
+import hashlib
+import logging
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+Precision = Literal["auto", "fp32", "bf16"]
+
+logger = logging.getLogger("sau")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main function and turns its end into an exit code.
+
+    A `UserError` is printed, one line a problem, and exits with 2; Ctrl-C exits with 130.
+    """
+    if not logger.handlers:
+        console = logging.StreamHandler(sys.stderr)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(console)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        main()
+    except UserError as error:
+        for line in str(error).splitlines():
+            logger.error("error: %s", line)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Also writes the log's lines, with their time, to a file."""
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A private generator, so that what one purpose draws never shifts what another one draws.
+
+    Args:
+        seed: the run's seed.
+        purpose: any text, e.g. "poisoned indices".
+        device: where it draws.
+    """
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module gets its own mode back after."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a `--device` value; `auto` is the GPU where there is one.
+
+    Raises:
+        UserError: for a name that torch does not know or a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: {name} is not usable here ({reason}); give auto, cpu or cuda") from None
+    return device
+
+
+def pick_precision(name: Precision, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware multiplies it natively, fp32 elsewhere."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    checks = (getattr(torch.cpu, check, None) for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if any(check() for check in checks if check) else "fp32"
+
+
+def environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """Device, precision, threads, versions and commit, as plain data for `summary.json`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {package: metadata.version(package) for package in ("torch", "torchvision", "numpy")}
+    return {
+        "device": str(device),
+        "device_name": name,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": _git_commit(),
+    }
+
+
+def peak_memory_mib(device: torch.device) -> dict[str, float]:
+    """Largest resident memory of this process, and of torch on the GPU, in MiB."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = {"peak_memory_mib": round(kib / (1024 if sys.platform != "darwin" else 1024**2), 1)}
+    if device.type == "cuda":
+        peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return peak
+
+
+class Progress:
+    """A bar with an ETA on a terminal; elsewhere silent, its owner logs lines.
+
+    Args:
+        total: number of steps.
+        description: what is being done.
+        unit: what a step is.
+    """
+
+    def __init__(self, total: int, description: str, unit: str = "batch") -> None:
+        self.total = total
+        self.done = 0
+        self._start = time.monotonic()
+        self._redirect = logging_redirect_tqdm(loggers=[logger])
+        self._bar = tqdm(
+            total=total, desc=description, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False
+        )
+
+    def __enter__(self) -> "Progress":
+        if not self._bar.disable:
+            self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._bar.disable:
+            self._redirect.__exit__(None, None, None)
+        self._bar.close()
+
+    def advance(self, steps: int = 1) -> None:
+        """Counts finished steps."""
+        self.done += steps
+        self._bar.update(steps)
+
+    def show(self, text: str) -> None:
+        """Shows live values behind the bar."""
+        self._bar.set_postfix_str(text)
+
+    def eta(self) -> str:
+        """Time left at the rate so far, as h:mm:ss."""
+        elapsed = time.monotonic() - self._start
+        left = round(elapsed * (self.total - self.done) / max(self.done, 1))
+        return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+
+
+def _git_commit() -> str | None:
+    """The commit of this checkout, with '+' where tracked files differ from it; None outside git."""
+    try:
+        call = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

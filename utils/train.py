@@ -1,0 +1,186 @@
+"""Ordinary supervised training, and the loop that attacks and defenses count their rounds with."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from utils.data import as_float, augment
+from utils.errors import UserError
+from utils.poison import PoisonedSet
+
+Schedule = Literal["constant", "cosine", "one_cycle"]
+
+# (model, float images (N, C, H, W) in [0, 1], labels (N,)) -> scalar loss
+BatchStep = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Loop:
+    """Rounds and batches of a training run.
+
+    A method writes its two `for` statements with it and reports its losses; a pipeline watches through
+    the two callbacks. Without callbacks it only counts.
+
+    Args:
+        after_round: called with (round from 1, total rounds, mean losses, state) after each round.
+        after_batch: called with (number of batches in the round) after each batch.
+    """
+
+    def __init__(
+        self,
+        after_round: Callable[[int, int, dict[str, float], dict[str, Any]], None] | None = None,
+        after_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        self._after_round = after_round
+        self._after_batch = after_batch
+        self._sums: dict[str, torch.Tensor] = {}
+        self._images = 0
+
+    def rounds(self, total: int, **state: Any) -> Iterator[int]:
+        """1 to total.
+
+        Args:
+            state: what a round changes: `model`, `optimizer`, `generator`, ...
+
+        Raises:
+            UserError: if a round's mean loss is not finite.
+        """
+        for number in range(1, total + 1):
+            self._sums, self._images = {}, 0
+            yield number
+            losses = {name: float(value) / max(self._images, 1) for name, value in self._sums.items()}
+            broken = [name for name, value in losses.items() if not math.isfinite(value)]
+            if broken:
+                raise UserError(
+                    f"the loss '{broken[0]}' is not finite in round {number} of {total}; give a smaller --lr"
+                )
+            if self._after_round:
+                self._after_round(number, total, losses, state)
+
+    def batches(
+        self, count: int, batch_size: int, generator: torch.Generator, drop_last: bool = False
+    ) -> Iterator[torch.Tensor]:
+        """A fresh permutation of range(count) in batches of int64 indices.
+
+        Args:
+            generator: on the CPU, so that the order is the same on every device.
+            drop_last: whether to leave out a last batch that is not full.
+        """
+        batches = torch.randperm(count, generator=generator).split(batch_size)
+        if drop_last and len(batches[-1]) < batch_size:
+            batches = batches[:-1]
+        for batch in batches:
+            yield batch
+            if self._after_batch:
+                self._after_batch(len(batches))
+
+    def log(self, count: int, **losses: torch.Tensor) -> None:
+        """Adds a batch's mean losses, weighted by its number of images; does not wait for the device."""
+        self._images += count
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
+
+
+def cross_entropy_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The batch step of every attack that only poisons data."""
+    return F.cross_entropy(model(images), labels)
+
+
+def train_classifier(
+    model: nn.Module,
+    data: PoisonedSet,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    schedule: Schedule,
+    crop_padding: int,
+    flip: bool,
+    order: torch.Generator,
+    augmentation: torch.Generator,
+    loop: Loop,
+    step: BatchStep = cross_entropy_step,
+) -> None:
+    """Trains a model in place with SGD on a poisoned set; the last batch of an epoch is left out if not full.
+
+    Args:
+        order: draws the order of the images; on the CPU.
+        augmentation: draws crops and flips; on the model's device.
+        loop: counts epochs and batches.
+        step: gives the loss of a batch.
+
+    Raises:
+        UserError: if a batch is larger than the set, or a loss is not finite.
+    """
+    if len(data) < batch_size:
+        raise UserError(f"--batch_size: {batch_size} is more than the {len(data)} training images; give fewer")
+    device = augmentation.device
+    batches = _Batches(data, device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
+    steps_per_epoch = len(data) // batch_size
+    multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": order}
+    for _ in loop.rounds(epochs, **state, augmentation=augmentation):
+        model.train()
+        for index in loop.batches(len(data), batch_size, order, drop_last=True):
+            images, labels = batches.take(index)
+            if crop_padding or flip:
+                images = augment(images, crop_padding, flip, augmentation)
+            loss = step(model, as_float(images), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            loop.log(len(index), loss=loss)
+
+
+def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate's factor by optimizer step.
+
+    `cosine` falls from 1 to 0 epoch by epoch, constant within one, as published. `one_cycle` changes at
+    every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0.
+    """
+    total = max(epochs * steps_per_epoch, 1)
+
+    def one_cycle(step: int) -> float:
+        position = min(step / total, 1.0)
+        return 0.1 + 0.9 * position / 0.25 if position < 0.25 else (1 - position) / 0.75
+
+    return {
+        "constant": lambda step: 1.0,
+        "cosine": lambda step: 0.5 * (1 + math.cos(math.pi * min(step // steps_per_epoch, epochs) / epochs)),
+        "one_cycle": one_cycle,
+    }[schedule]
+
+
+class _Batches:
+    """Batches of a poisoned set on a device; replaced images are looked up, never copied into the set."""
+
+    def __init__(self, data: PoisonedSet, device: torch.device) -> None:
+        # The slot of an image among the replacements, or -1.
+        slot = torch.full((len(data),), -1, dtype=torch.int64)
+        slot[data.index] = torch.arange(len(data.index))
+        labels = data.clean.labels.clone()
+        labels[data.index] = data.labels
+        self._slot = slot
+        self._labels = labels
+        self._images = data.clean.images
+        self._replaced = data.images
+        self._device = device
+
+    def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (B, C, H, W) and int64 (B,) at int64 CPU indices, on the device."""
+        place = index.to(self._images.device)
+        images = self._images[place]
+        slot = self._slot[index]
+        replaced = torch.nonzero(slot >= 0).flatten()
+        images[replaced.to(images.device)] = self._replaced[slot[replaced].to(self._replaced.device)].to(images.device)
+        return images.to(self._device, non_blocking=True), self._labels[index].to(self._device, non_blocking=True)
