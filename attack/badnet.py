@@ -4,8 +4,8 @@ Gu, Dolan-Gavitt, Garg. *BadNets: Identifying Vulnerabilities in the Machine Lea
 Chain.* 2017, arXiv 1708.06733. The attacker puts the square on a share of the training images and
 relabels them; a model trained on the set gives any image with the square the attacker's label.
 
-Threat model: data poisoning, dirty label. The attacker changes training images and their labels, and
-nothing of the training. The trigger is the same at test time.
+Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
+and nothing of the training. The trigger is the same at test time.
 
     python attack/badnet.py --save_folder_name badnet_demo
 
@@ -30,7 +30,10 @@ from utils.poison import Trigger
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
-    patch_size: Annotated[int | None, Field(ge=1, description="side of the square, pixels; null for 3/32 of the image")]
+    patch_size: Annotated[
+        int | None,
+        Field(ge=1, description="side of the square, pixels; null for 3/32 of the image"),
+    ]
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
@@ -47,7 +50,9 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
     _, height, width = image_shape
     side = config.patch_size or max(2, round(3 * height / 32))
     if side > min(height, width):
-        raise UserError(f"--patch_size: {side} is more than the image's {min(height, width)} pixels; give fewer")
+        raise UserError(
+            f"--patch_size: {side} is more than the image's {min(height, width)} pixels; give fewer"
+        )
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         triggered = images.clone()

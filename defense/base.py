@@ -1,7 +1,8 @@
-"""The pipeline that every defense script runs: record -> clean subset -> purify -> scores, files, pictures.
+"""The pipeline that every defense script runs: record -> purify -> scores, files, pictures.
 
 A defense gives its configuration and `purify(model, images, labels, config, loop)`. Dataset, model,
-normalization and target come from the record. Test images and triggers are used for the report alone.
+normalization and target come from the record. Test images and triggers are used for the report
+alone.
 """
 
 import sys
@@ -15,12 +16,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from models import Classifier
+from models import Classifier, prepare
 from utils import config as configuration
 from utils import pipeline, plot, record
 from utils.data import Dataset, Labelled, as_float, keep_on, load_dataset
 from utils.errors import UserError
-from utils.evaluate import evaluate, predict
+from utils.evaluate import predict
 from utils.metrics import Scores, defense_effectiveness_rating
 from utils.runtime import (
     Precision,
@@ -38,14 +39,23 @@ from utils.runtime import (
 class DefenseConfig(configuration.Config):
     """What all defenses have in common."""
 
-    result_file: Annotated[str | None, Field(description="record of the attack: its name, or its folder")]
-    record_path: Annotated[str | None, Field(description="folder of all records; null for record/ of the checkout")]
+    result_file: Annotated[
+        str | None, Field(description="record of the attack: its name, or its folder")
+    ]
+    record_path: Annotated[
+        str | None, Field(description="folder of all records; null for record/ of the checkout")
+    ]
     overwrite: Annotated[bool, Field(description="replace this defense's earlier result")]
     dataset: Annotated[str | None, Field(description="must be the record's, from which it is read")]
     model: Annotated[str | None, Field(description="must be the record's, from which it is read")]
-    dataset_path: Annotated[str | None, Field(description="where the images are now; null for the record's path")]
+    dataset_path: Annotated[
+        str | None, Field(description="where the images are now; null for the record's path")
+    ]
     ratio: Annotated[float, Field(gt=0, le=1, description="clean subset / clean training set")]
-    index: Annotated[str | None, Field(description="file of the clean subset's indices, one a line; null draws them")]
+    index: Annotated[
+        str | None,
+        Field(description="file of the clean subset's indices, one a line; null draws them"),
+    ]
     n_rounds: Annotated[int, Field(ge=1, description="passes over the clean subset")]
     batch_size: Annotated[int, Field(ge=1, description="images a step")]
     random_seed: Annotated[int, Field(ge=0, description="seed of everything drawn")]
@@ -70,13 +80,17 @@ def run(config_class: type[C], purify: Purify, perturb: Perturb | None = None) -
     module = sys.modules[config_class.__module__]
 
     def main() -> None:
-        config = config_class.from_command_line(sys.argv[1:], module.__doc__ or "", _dataset_of_record)
+        config = config_class.from_command_line(
+            sys.argv[1:], module.__doc__ or "", _dataset_of_record
+        )
         defend(config, Path(str(module.__file__)).stem, purify, perturb)
 
     run_script(main)
 
 
-def defend(config: C, name: str, purify: Purify, perturb: Perturb | None = None) -> record.RunFolder:
+def defend(
+    config: C, name: str, purify: Purify, perturb: Perturb | None = None
+) -> record.RunFolder:
     """Purifies a record's model and writes the result beside it.
 
     Returns:
@@ -94,7 +108,9 @@ def defend(config: C, name: str, purify: Purify, perturb: Perturb | None = None)
         ("model", config.model, attack.model_name),
     ):
         if given not in (None, recorded):
-            raise UserError(f"--{flag}: {given}, but the record says {recorded}; leave the flag out")
+            raise UserError(
+                f"--{flag}: {given}, but the record says {recorded}; leave the flag out"
+            )
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     path = config.dataset_path or attack.dataset_path
@@ -103,20 +119,23 @@ def defend(config: C, name: str, purify: Purify, perturb: Perturb | None = None)
     index = clean_subset(len(data.train), config)
     clean = data.train.at(index)
     seed_everything(config.random_seed)
-    backdoored = attack.build()
-    backdoored.precision = precision
-    backdoored.to(device, memory_format=torch.channels_last)
+    backdoored = prepare(attack.build(), device, precision)
 
     folder.start(config.dump())
     folder.write_text("clean_index.txt", "".join(f"{number}\n" for number in index.tolist()))
     with log_to(folder.log):
-        logger.info("%s against %s on %s: %s, %s, %s", name, attack.attack, data.name, attack.model_name, device, precision)
+        logger.info(
+            "%s against %s on %s: %s, %s, %s",
+            name,
+            attack.attack,
+            data.name,
+            attack.model_name,
+            device,
+            precision,
+        )
         logger.info("%d clean images of %d", len(index), len(data.train))
         warnings = _subset_warnings(clean, data)
-
-        def score(model: nn.Module) -> Scores:
-            return evaluate(model, data.test, attack.triggered, device)
-
+        score = pipeline.scorer(data.test, attack.triggered, device)
         before = score(backdoored)
         logger.info("before  %s", before)
         watch = pipeline.Watch(folder, "round", score, config.eval_every)
@@ -124,6 +143,7 @@ def defend(config: C, name: str, purify: Purify, perturb: Perturb | None = None)
         model = purify(backdoored, keep_on(device, clean.images), clean.labels, config, loop)
         after = watch.scores
         assert after is not None  # the last round is always scored
+        assert isinstance(model, Classifier)  # a copy of the model that was given
         folder.write_tensors(
             "defense_result.pt",
             {
@@ -138,9 +158,15 @@ def defend(config: C, name: str, purify: Purify, perturb: Perturb | None = None)
             },
         )
         title = f"{name} against {attack.attack} on {data.name}"
-        pictures = [pipeline.save_figure(folder, "curves.png", plot.curves(watch.metrics, "round", title))]
+        pictures = [
+            pipeline.save_figure(folder, "curves.png", plot.curves(watch.metrics, "round", title))
+        ]
         if perturb is not None:
-            pictures.append(_draw_perturbations(folder, perturb, backdoored, model, clean, data, config, title, device))
+            pictures.append(
+                _draw_perturbations(
+                    folder, perturb, backdoored, model, clean, data, config, title, device
+                )
+            )
         warnings += _result_warnings(before, after)
         der = defense_effectiveness_rating(before, after)
         folder.write_summary(
@@ -164,12 +190,14 @@ def defend(config: C, name: str, purify: Purify, perturb: Perturb | None = None)
         for warning in warnings:
             logger.warning("warning: %s", warning)
         logger.info("%s", comparison(before, after, der))
-        logger.info("record: %s\npictures: %s", folder.path, ", ".join(str(path) for path in pictures))
+        logger.info(
+            "record: %s\npictures: %s", folder.path, ", ".join(str(path) for path in pictures)
+        )
     return folder
 
 
 def clean_subset(count: int, config: DefenseConfig) -> torch.Tensor:
-    """The defender's images: those of the file `index`, or round(ratio * count) drawn without replacement.
+    """The defender's images: those of the file `index`, or round(ratio * count) drawn at random.
 
     They depend on the seed and the number of training images only.
 
@@ -186,8 +214,15 @@ def clean_subset(count: int, config: DefenseConfig) -> torch.Tensor:
         return index
     size = round(config.ratio * count)
     if size == 0:
-        raise UserError(f"--ratio: {config.ratio:g} of {count} training images is none; give at least {1 / count:.2g}")
-    return torch.randperm(count, generator=generator(config.random_seed, "clean subset"))[:size].sort().values
+        raise UserError(
+            f"--ratio: {config.ratio:g} of {count} training images is none; give at least "
+            f"{1 / count:.2g}"
+        )
+    return (
+        torch.randperm(count, generator=generator(config.random_seed, "clean subset"))[:size]
+        .sort()
+        .values
+    )
 
 
 def comparison(before: Scores, after: Scores, der: float | None) -> str:
@@ -228,30 +263,43 @@ def _draw_perturbations(
     """perturbations.png: shared adversarial examples before unlearning, and both models' labels."""
     chosen = clean.at(torch.linspace(0, len(clean) - 1, min(8, len(clean))).long())
     images = as_float(chosen.images, device)
-    changed = (images + perturb(backdoored, backdoored, images, chosen.labels.to(device), config)).detach()
+    changed = (
+        images + perturb(backdoored, backdoored, images, chosen.labels.to(device), config)
+    ).detach()
     captions = []
     for shown in (images, changed):
         labels = [predict(network, shown, device).tolist() for network in (backdoored, model)]
-        captions.append([f"{data.classes[a]} | {data.classes[b]}" for a, b in zip(*labels, strict=True)])
+        captions.append(
+            [f"{data.classes[a]} | {data.classes[b]}" for a, b in zip(*labels, strict=True)]
+        )
     figure = pipeline.difference_grid(
         images.cpu(),
         changed.cpu(),
         ("clean", "adversarial"),
         (captions[0], captions[1]),
-        f"{title}: shared adversarial examples of the backdoored model; labels by it | by the purified model",
+        f"{title}: shared adversarial examples of the backdoored model; labels by it | by the "
+        f"purified model",
     )
     return pipeline.save_figure(folder, "perturbations.png", figure)
 
 
 def _subset_warnings(clean: Labelled, data: Dataset) -> list[str]:
     counts = torch.bincount(clean.labels, minlength=len(data.classes))
-    lacking = [name for name, count in zip(data.classes, counts.tolist(), strict=True) if count == 0]
+    lacking = [
+        name for name, count in zip(data.classes, counts.tolist(), strict=True) if count == 0
+    ]
     if not lacking:
         return []
-    return [f"the clean subset lacks {len(lacking)} of {len(data.classes)} classes ({', '.join(lacking[:10])}); raise --ratio"]
+    return [
+        f"the clean subset lacks {len(lacking)} of {len(data.classes)} classes "
+        f"({', '.join(lacking[:10])}); raise --ratio"
+    ]
 
 
 def _result_warnings(before: Scores, after: Scores) -> list[str]:
     if before.acc.value - after.acc.value <= 0.1:
         return []
-    return [f"the defense cost more than 10 points of ACC ({before.acc} -> {after.acc}); lower --lr or give more images"]
+    return [
+        f"the defense cost more than 10 points of ACC ({before.acc} -> {after.acc}); lower --lr "
+        f"or give more images"
+    ]

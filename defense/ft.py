@@ -1,7 +1,7 @@
 """FT: plain fine-tuning on the clean images.
 
-The smallest defense and the first baseline: train the backdoored model on with ordinary cross-entropy
-and hope that it forgets the trigger. It rarely does.
+The smallest defense and the first baseline: train the backdoored model on with ordinary
+cross-entropy and hope that it forgets the trigger. It rarely does.
 
     min over weights   cross-entropy of h on clean images, cropped and mirrored at random
 
@@ -36,12 +36,18 @@ class Config(DefenseConfig):
     lr_scheduler: Annotated[Schedule, Field(description="how the learning rate changes")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]
     wd: Annotated[float, Field(ge=0, description="weight decay of SGD")]
-    crop_padding: Annotated[int, Field(ge=0, le=64, description="zero pixels around an image before its random crop")]
+    crop_padding: Annotated[
+        int, Field(ge=0, le=64, description="zero pixels around an image before its random crop")
+    ]
     flip: Annotated[bool, Field(description="mirror images at random")]
 
 
 def purify(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config, loop: Loop | None = None
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: Config,
+    loop: Loop | None = None,
 ) -> nn.Module:
     """A fine-tuned copy of a classifier; the model itself is left as it is.
 
@@ -68,7 +74,14 @@ def purify(
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation", images.device)
 
-    for _ in loop.rounds(config.n_rounds, model=model, optimizer=optimizer, scheduler=scheduler, order=order, crops=crops):
+    for _ in loop.rounds(
+        config.n_rounds,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        order=order,
+        crops=crops,
+    ):
         model.train()
         for index in loop.batches(len(images), config.batch_size, order):
             batch = augment(images[index], config.crop_padding, config.flip, crops)

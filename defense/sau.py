@@ -4,9 +4,10 @@ Wei, Zhang, Zha, Wu. *Shared Adversarial Unlearning: Backdoor Mitigation by Unle
 Adversarial Examples.* NeurIPS 2023, arXiv 2307.10562.
 
 Given a backdoored classifier h_bd and a few clean labelled images, find a classifier h, started at
-h_bd, that the unknown trigger no longer controls. An adversarial example x + d of h is *shared* if both
-h and h_bd are fooled and give the same wrong label. A trigger that still works is such an example, so
-driving shared examples out bounds the backdoor risk, without making h robust to every perturbation:
+h_bd, that the unknown trigger no longer controls. An adversarial example x + d of h is *shared* if
+both h and h_bd are fooled and give the same wrong label. A trigger that still works is such an
+example, so driving shared examples out bounds the backdoor risk, without making h robust to every
+perturbation:
 
     outer   min over weights   lambda1 L_cl + lambda2 L_sar   at d*
     inner   d* = argmax over ||d|| <= bound   lambda3 L_adv + lambda4 L_share   image by image
@@ -21,9 +22,9 @@ driving shared examples out bounds the backdoor risk, without making h robust to
 
     python defense/sau.py --result_file badnet_demo
 
-The details are those of the published code: fooled means that the prediction differs from the one on
-the clean image, x + d is not clipped, the sign step is used with every norm, the learning rate is
-constant. Expected on BadNets digits: ASR <= 3 %, RA >= 85 %, ACC within 3 points.
+The details are those of the published code: fooled means that the prediction differs from the one
+on the clean image, x + d is not clipped, the sign step is used with every norm, the learning rate
+is constant. Expected on BadNets digits: ASR <= 3 %, RA >= 85 %, ACC within 3 points.
 """
 
 import copy
@@ -49,22 +50,32 @@ from utils.train import Loop
 @dataclass(frozen=True, kw_only=True)
 class Config(DefenseConfig):
     norm_type: Annotated[Norm, Field(description="ball of the perturbation; Reg is no bound")]
-    trigger_norm: Annotated[float, Field(ge=0, description="radius of the ball, pixel units (1 = black to white)")]
+    trigger_norm: Annotated[
+        float, Field(ge=0, description="radius of the ball, pixel units (1 = black to white)")
+    ]
     pgd_init: Annotated[Start, Field(description="perturbation before the first step")]
     adv_lr: Annotated[float, Field(gt=0, description="inner step size, pixel units")]
     adv_steps: Annotated[int, Field(ge=0, description="inner steps")]
     beta_1: Annotated[float, Field(ge=0, description="weight of L_adv (lambda3)")]
     beta_2: Annotated[float, Field(ge=0, description="weight of L_share (lambda4)")]
-    outer_steps: Annotated[int, Field(ge=1, description="optimizer steps a batch, with the same perturbation")]
+    outer_steps: Annotated[
+        int, Field(ge=1, description="optimizer steps a batch, with the same perturbation")
+    ]
     lmd_1: Annotated[float, Field(ge=0, description="weight of L_cl (lambda1)")]
-    lmd_2: Annotated[float, Field(ge=0, description="weight of the cross-entropy on adversarial images")]
+    lmd_2: Annotated[
+        float, Field(ge=0, description="weight of the cross-entropy on adversarial images")
+    ]
     lmd_3: Annotated[float, Field(ge=0, description="weight of L_sar (lambda2)")]
     lr: Annotated[float, Field(gt=0, description="learning rate of Adam, constant")]
     wd: Annotated[float, Field(ge=0, description="weight decay of Adam")]
     adam_beta_1: Annotated[float, Field(ge=0, lt=1, description="Adam's decay of the first moment")]
-    adam_beta_2: Annotated[float, Field(ge=0, lt=1, description="Adam's decay of the second moment")]
+    adam_beta_2: Annotated[
+        float, Field(ge=0, lt=1, description="Adam's decay of the second moment")
+    ]
     amsgrad: Annotated[bool, Field(description="AMSGrad variant of Adam")]
-    train_mode: Annotated[bool, Field(description="BatchNorm uses and updates batch statistics in the outer step")]
+    train_mode: Annotated[
+        bool, Field(description="BatchNorm uses and updates batch statistics in the outer step")
+    ]
 
 
 def shared_perturbation(
@@ -79,8 +90,8 @@ def shared_perturbation(
 ) -> torch.Tensor:
     """Perturbations that make images shared adversarial examples (inner problem, PGD).
 
-    Both models are used in eval mode and get their own mode back. A shared image has no gradient, so it
-    stays shared: it leaves the later steps, which changes nothing.
+    Both models are used in eval mode and get their own mode back. A shared image has no gradient,
+    so it stays shared: it leaves the later steps, which changes nothing.
 
     Args:
         model: h, from (N, C, H, W) float in [0, 1] to (N, K) logits.
@@ -93,13 +104,17 @@ def shared_perturbation(
     Returns:
         delta: (N, C, H, W) float, pixel units. images + delta may leave [0, 1].
     """
-    delta = initial_perturbation(config.pgd_init, config.trigger_norm, config.norm_type, images, generator)
+    delta = initial_perturbation(
+        config.pgd_init, config.trigger_norm, config.norm_type, images, generator
+    )
     with evaluating(model, reference):
         with torch.no_grad():
             predictions = model(images).argmax(1)
             if ref_predictions is None:
                 ref_predictions = reference(images).argmax(1)
-        active = torch.arange(len(images), device=images.device)  # the images that are not shared yet
+        active = torch.arange(
+            len(images), device=images.device
+        )  # the images that are not shared yet
         for _ in range(config.adv_steps):
             moving = delta[active].requires_grad_()
             adversarial = images[active] + moving
@@ -146,9 +161,10 @@ def unlearning_loss(
 ) -> dict[str, torch.Tensor]:
     """The outer objective on one batch.
 
-    An image counts in L_sar when h_bd gives x + d a label t that is neither the true one nor h_bd's own
-    on x, whether or not h is fooled. -log(1 - p_t) is taken as the mean of its two spellings, by 1 - p_t
-    and by the sum of the other probabilities; clamping stops the gradient once p_t < 0.001.
+    An image counts in L_sar when h_bd gives x + d a label t that is neither the true one nor
+    h_bd's own on x, whether or not h is fooled. -log(1 - p_t) is taken as the mean of its two
+    spellings, by 1 - p_t and by the sum of the other probabilities; clamping stops the gradient
+    once p_t < 0.001.
 
     Args:
         logits, adv_logits: (N, K) float, h on x and on x + d.
@@ -156,7 +172,8 @@ def unlearning_loss(
         labels: (N,) int64.
 
     Returns:
-        Scalars `clean` (L_cl), `adversarial` (cross-entropy on x + d), `shared` (L_sar) and `total`.
+        Scalars `clean` (L_cl), `adversarial` (cross-entropy on x + d), `shared` (L_sar) and
+        `total`.
     """
     clean = F.cross_entropy(logits, labels)
     adversarial = F.cross_entropy(adv_logits, labels)
@@ -167,7 +184,9 @@ def unlearning_loss(
     probabilities = adv_logits.softmax(1)
     p = probabilities[is_fooled_to]
     others = probabilities.masked_fill(is_fooled_to, 0).sum(1)
-    per_image = -((1e-6 + others.clamp(max=0.999)).log() + (1 + 1e-6 - p.clamp(min=0.001)).log()) / 2
+    per_image = (
+        -((1e-6 + others.clamp(max=0.999)).log() + (1 + 1e-6 - p.clamp(min=0.001)).log()) / 2
+    )
     shared = (per_image * counted).sum() / len(labels)
 
     total = config.lmd_1 * clean + config.lmd_2 * adversarial + config.lmd_3 * shared
@@ -175,7 +194,11 @@ def unlearning_loss(
 
 
 def purify(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config, loop: Loop | None = None
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: Config,
+    loop: Loop | None = None,
 ) -> nn.Module:
     """A purified copy of a backdoored classifier; the model itself is left as it is.
 
@@ -204,13 +227,21 @@ def purify(
         amsgrad=config.amsgrad,
     )
     with torch.no_grad():  # the reference on clean images never changes
-        ref_logits = torch.cat([reference(as_float(batch, device)) for batch in images.split(config.batch_size)])
+        ref_logits = torch.cat(
+            [reference(as_float(batch, device)) for batch in images.split(config.batch_size)]
+        )
     order = generator(config.random_seed, "batches")
     start = generator(config.random_seed, "perturbation")
 
-    for _ in loop.rounds(config.n_rounds, model=model, optimizer=optimizer, order=order, start=start):
+    for _ in loop.rounds(
+        config.n_rounds, model=model, optimizer=optimizer, order=order, start=start
+    ):
         for index in loop.batches(len(images), config.batch_size, order):
-            x, y, ref_clean = as_float(images[index], device), labels[index].to(device), ref_logits[index.to(device)]
+            x, y, ref_clean = (
+                as_float(images[index], device),
+                labels[index].to(device),
+                ref_logits[index.to(device)],
+            )
             delta = shared_perturbation(
                 model, reference, x, y, config, ref_predictions=ref_clean.argmax(1), generator=start
             )

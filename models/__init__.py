@@ -1,4 +1,4 @@
-"""Classifiers by name: networks for small images of this project, and every torchvision classifier."""
+"""Classifiers by name: our networks for small images, and every torchvision classifier."""
 
 from collections.abc import Callable
 
@@ -58,6 +58,13 @@ class Classifier(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16):
             logits = self.network(images)
         return logits.float()
+
+
+def prepare(model: Classifier, device: torch.device, precision: str) -> Classifier:
+    """Moves a model to the device, channels-last in memory, at "fp32" or "bf16"; in place."""
+    model.precision = precision
+    model.to(memory_format=torch.channels_last)
+    return model.to(device)
 
 
 def model_names() -> list[str]:

@@ -1,9 +1,9 @@
 """Pre-activation residual networks for small images.
 
 He, Zhang, Ren, Sun. *Identity Mappings in Deep Residual Networks.* ECCV 2016. The layout and the
-order of the state dict are those in which the backdoor literature exchanges its weights: a 3x3 stem,
-four stages of widths 64 to 512, global average pooling and one linear layer. There is no BatchNorm or
-ReLU after the last block, so features may be negative.
+order of the state dict are those in which the backdoor literature exchanges its weights: a 3x3
+stem, four stages of widths 64 to 512, global average pooling and one linear layer. There is no
+BatchNorm or ReLU after the last block, so features may be negative.
 """
 
 import torch
@@ -26,9 +26,7 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         activated = F.relu(self.bn1(features))

@@ -1,8 +1,8 @@
 """Typed configuration: shipped YAML <- dataset YAML <- the user's YAML <- flags.
 
-A method's values are a frozen dataclass whose fields are `Annotated[type, Field(range, description=...)]`.
-pydantic checks each value; this module adds the order of the layers, remembers which file or flag a value
-came from, and says everything that is wrong at once.
+A method's values are a frozen dataclass whose fields are `Annotated[type, Field(range,
+description=...)]`. pydantic checks each value; this module adds the order of the layers, remembers
+which file or flag a value came from, and says everything that is wrong at once.
 """
 
 import argparse
@@ -55,8 +55,8 @@ class Config:
         """The YAML files' values plus overrides.
 
         Args:
-            dataset: name whose `<dataset>.yaml` files apply; None for the one that the files name, if any.
-            overrides: values by field name.
+            dataset: name whose `<dataset>.yaml` files apply; None for the one that the files name,
+            if any. overrides: values by field name.
 
         Raises:
             UserError: naming every unknown field and every value that is not allowed.
@@ -71,22 +71,27 @@ class Config:
         cls,
         argv: Sequence[str],
         description: str,
-        find_dataset: Callable[[Mapping[str, Any]], str | None] = lambda values: values.get("dataset"),
+        find_dataset: Callable[[Mapping[str, Any]], str | None] = lambda values: values.get(
+            "dataset"
+        ),
     ) -> Self:
         """The YAML files' values, then the user's files, then flags.
 
         Args:
-            argv: flags, without the program's name. `--help` prints each with its resolved value and
-                exits with code 0.
+            argv: flags, without the program's name. `--help` prints each with its resolved value
+                and exits with code 0.
             description: text that `--help` shows first.
-            find_dataset: from the values known so far to the dataset whose YAML files apply, or None.
+            find_dataset: from the values known so far to the dataset whose YAML files apply, or
+            None.
 
         Raises:
             UserError: naming every unknown flag or key and every value that is not allowed.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for name in [*_hints(cls), *USER_FILES]:
-            const = "true" if _hints(cls).get(name) and _base(_hints(cls)[name]) is bool else _NO_VALUE
+            const = (
+                "true" if _hints(cls).get(name) and _base(_hints(cls)[name]) is bool else _NO_VALUE
+            )
             parser.add_argument(f"--{name}", nargs="?", const=const)
         parser.add_argument("-h", "--help", action="store_true")
         parsed, unknown = parser.parse_known_args(list(argv))
@@ -109,7 +114,9 @@ class Config:
     def dump(self) -> str:
         """The configuration as YAML text, which `--yaml_path` reads back."""
         values = dataclasses.asdict(self)
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        plain = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+        }
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -122,10 +129,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give an existing YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML ({reason}); write lines of 'name: value'") from None
+        raise UserError(
+            f"{path}: not valid YAML ({reason}); write lines of 'name: value'"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -145,8 +156,12 @@ def allowed_values(annotation: Any) -> str:
     if options:
         base, null = options[0], " or null"
     name = {bool: "true or false", str: "text"}.get(base, getattr(base, "__name__", str(base)))
-    low = next((f"{mark}{bounds[key]:g}" for key, mark in (("ge", "["), ("gt", "(")) if key in bounds), "")
-    high = next((f"{bounds[key]:g}{mark}" for key, mark in (("le", "]"), ("lt", ")")) if key in bounds), "")
+    low = next(
+        (f"{mark}{bounds[key]:g}" for key, mark in (("ge", "["), ("gt", "(")) if key in bounds), ""
+    )
+    high = next(
+        (f"{bounds[key]:g}{mark}" for key, mark in (("le", "]"), ("lt", ")")) if key in bounds), ""
+    )
     if low and high:
         return f"{name} in {low}, {high}{null}"
     if low:
@@ -192,13 +207,17 @@ def _base(annotation: Any) -> Any:
 
 
 def _field_info(annotation: Any) -> FieldInfo | None:
-    return next((m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, FieldInfo)), None)
+    return next(
+        (m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, FieldInfo)), None
+    )
 
 
 def _bounds(annotation: Any) -> dict[str, float]:
     info = _field_info(annotation)
     found = info.metadata if info else []
-    return {key: getattr(m, key) for m in found for key in ("ge", "gt", "le", "lt") if hasattr(m, key)}
+    return {
+        key: getattr(m, key) for m in found for key in ("ge", "gt", "le", "lt") if hasattr(m, key)
+    }
 
 
 def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
@@ -236,7 +255,9 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 values[key] = _check(hints[key], value, layer.is_flags)
             except ValidationError:
                 shown = value if isinstance(value, str) else repr(value)
-                found.append(f"{layer.where(key)}: {shown} is not allowed; give {allowed_values(hints[key])}")
+                found.append(
+                    f"{layer.where(key)}: {shown} is not allowed; give {allowed_values(hints[key])}"
+                )
     missing = [key for key in hints if key not in values and not any(key in p for p in found)]
     found += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
     if found:
@@ -257,7 +278,8 @@ def _unknown_flag(text: str, names: Iterable[str]) -> str:
     if not text.startswith("-"):
         return f"{text}: belongs to no flag; write --name value"
     flag = text.split("=")[0]
-    return f"{flag}: unknown flag{suggestion(flag, [f'--{name}' for name in names])}; --help lists them"
+    near = suggestion(flag, [f"--{name}" for name in names])
+    return f"{flag}: unknown flag{near}; --help lists them"
 
 
 def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str:

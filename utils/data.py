@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,18 @@ from utils.runtime import ROOT, Progress, logger
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "folder"]
 
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif"}
+_IMAGE_SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".ppm",
+    ".pgm",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".gif",
+}
 
 
 @dataclass(frozen=True)
@@ -104,11 +115,16 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
         UserError: if files are missing, unreadable, or cannot be downloaded.
     """
     if name not in _LOADERS:
-        raise UserError(f"--dataset: {name} is unknown{suggestion(name, _LOADERS)}; give one of {', '.join(_LOADERS)}")
+        raise UserError(
+            f"--dataset: {name} is unknown{suggestion(name, _LOADERS)}; give one of "
+            f"{', '.join(_LOADERS)}"
+        )
     dataset = _LOADERS[name](path, image_size)
     for split, kind in ((dataset.train, "training"), (dataset.test, "test")):
         if len(split) == 0:
-            raise UserError(f"--dataset {name}: the {kind} set has no image; give at least one a class")
+            raise UserError(
+                f"--dataset {name}: the {kind} set has no image; give at least one a class"
+            )
     return dataset
 
 
@@ -128,7 +144,7 @@ def as_float(images: torch.Tensor, device: torch.device | None = None) -> torch.
 def augment(
     images: torch.Tensor, padding: int, flip: bool, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Random crop after zero padding and, if asked, a horizontal flip with probability 1/2; per image.
+    """Random crop after zero padding, and a horizontal flip with probability 1/2; per image.
 
     Args:
         images: (N, C, H, W), any dtype.
@@ -155,7 +171,7 @@ def augment(
 
 
 def keep_on(device: torch.device, images: torch.Tensor) -> torch.Tensor:
-    """The images on the GPU if they take at most half of its free memory, else where they are."""
+    """The images on the GPU if they take at most half of its free memory; else where they are."""
     if device.type != "cuda":
         return images
     free, _ = torch.cuda.mem_get_info(device)
@@ -175,8 +191,13 @@ def _digits(path: Path | None, image_size: int) -> Dataset:
     images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
     images = _resize(images.unsqueeze(1).expand(-1, 3, -1, -1), image_size)
     labels = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    splits = [Labelled(images[index], labels[index]) for index in (torch.from_numpy(train), torch.from_numpy(test))]
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
+    )
+    splits = [
+        Labelled(images[index], labels[index])
+        for index in (torch.from_numpy(train), torch.from_numpy(test))
+    ]
     return _measured("digits", splits[0], splits[1], tuple(str(digit) for digit in range(10)))
 
 
@@ -193,11 +214,14 @@ def _cifar(
         for train in (True, False):
             try:
                 data = source(root=str(folder), train=train, download=True)
-            except Exception as error:  # torchvision raises what urllib, tarfile, pickle and md5 raise
+            except (
+                Exception
+            ) as error:  # torchvision raises what urllib, tarfile, pickle and md5 raise
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
                     f"--dataset {name}: not found in {folder} and the download failed ({reason}); "
-                    f"put {archive} into that folder, or name the folder that has it with --dataset_path"
+                    f"put {archive} into that folder, or name the folder that has it with "
+                    f"--dataset_path"
                 ) from None
             images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
             splits.append(Labelled(_resize(images, image_size), torch.tensor(data.targets)))
@@ -207,10 +231,11 @@ def _cifar(
 
 
 def _folder(path: Path | None, image_size: int) -> Dataset:
-    """The user's images, `train/<class>/*` and `test/<class>/*`, through a cache file of decoded pixels."""
+    """The user's images, `train/<class>/*` and `test/<class>/*`, decoded once into a cache."""
     if path is None:
         raise UserError(
-            "--dataset_path: a value is needed with --dataset folder; give the folder that holds train/ and test/"
+            "--dataset_path: a value is needed with --dataset folder; give the folder that holds "
+            "train/ and test/"
         )
     classes = _class_names(path / "train")
     test_classes = _class_names(path / "test")
@@ -223,7 +248,9 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     labels: dict[str, list[int]] = {"train": [], "test": []}
     for split in files:
         for label, name in enumerate(classes):
-            found = sorted(f for f in (path / split / name).iterdir() if f.suffix.lower() in _IMAGE_SUFFIXES)
+            found = sorted(
+                f for f in (path / split / name).iterdir() if f.suffix.lower() in _IMAGE_SUFFIXES
+            )
             files[split] += found
             labels[split] += [label] * len(found)
     everything = files["train"] + files["test"]
@@ -232,21 +259,27 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     train = Labelled(pixels[:count], torch.tensor(labels["train"], dtype=torch.int64))
     test = Labelled(pixels[count:], torch.tensor(labels["test"], dtype=torch.int64))
     if not len(train):
-        raise UserError(f"--dataset_path: {path / 'train'} has no image file; put images into its class folders")
+        raise UserError(
+            f"--dataset_path: {path / 'train'} has no image file; put images into its class folders"
+        )
     return _measured("folder", train, test, classes)
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise UserError(f"--dataset_path: {folder} is not a folder; put one folder a class into it")
-    names = tuple(sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")))
+    names = tuple(
+        sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    )
     if not names:
-        raise UserError(f"--dataset_path: {folder} has no class folders; put one folder a class into it")
+        raise UserError(
+            f"--dataset_path: {folder} has no class folders; put one folder a class into it"
+        )
     return names
 
 
 def _decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
-    """uint8 (N, 3, S, S), mapped from `data/cache/<key>.bin`; the key is the content of the files."""
+    """uint8 (N, 3, S, S), mapped from `data/cache/<key>.bin`, keyed by the files' content."""
     shape = (len(files), 3, image_size, image_size)
     digest = hashlib.sha256(f"pixels 1, {image_size}".encode())
     with ThreadPoolExecutor() as pool:
@@ -260,17 +293,24 @@ def _decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
             logger.info("decoding %d images of %s; kept in %s", len(files), root, cache)
             partial = cache.with_suffix(f".{os.getpid()}.tmp")
             try:
-                with partial.open("wb") as out, Progress(len(files), "decoding", "image") as progress:
+                with (
+                    partial.open("wb") as out,
+                    Progress(len(files), "decoding", "image") as progress,
+                ):
                     for pixels in _ahead(pool, lambda file: _decode(file, image_size), files):
                         out.write(pixels.tobytes())
                         progress.advance()
                 os.replace(partial, cache)
             finally:
                 partial.unlink(missing_ok=True)
-    return torch.from_file(str(cache), shared=False, size=int(np.prod(shape)), dtype=torch.uint8).view(shape)
+    return torch.from_file(
+        str(cache), shared=False, size=int(np.prod(shape)), dtype=torch.uint8
+    ).view(shape)
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable, items: list, window: int = 512) -> Iterator:
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable, items: list, window: int = 512
+) -> Iterator:
     """pool.map in order, with at most `window` results waiting."""
     pending = [pool.submit(function, item) for item in items[:window]]
     pending.reverse()
@@ -289,9 +329,14 @@ def _file_digest(file: Path) -> bytes:
 def _decode(file: Path, image_size: int) -> np.ndarray:
     """One file as uint8 (3, S, S)."""
     try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):  # 16-bit grey: RGB conversion would clip, not scale
-                image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+        with Image.open(file) as opened:
+            image: Image.Image = opened
+            if image.mode.startswith(
+                ("I", "F")
+            ):  # 16-bit grey: RGB conversion would clip, not scale
+                image = Image.fromarray(
+                    (np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)
+                )
             image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -312,7 +357,9 @@ def _measured(name: str, train: Labelled, test: Labelled, classes: tuple[str, ..
         pixels = chunk.double().div(255)
         total += torch.stack([pixels.sum(dim=(0, 2, 3)), pixels.square().sum(dim=(0, 2, 3))])
     mean, square = total / (train.images.numel() / 3)
-    std = (square - mean.square()).clamp(min=1e-4).sqrt()  # an even-coloured set must not divide by 0
+    std = (
+        (square - mean.square()).clamp(min=1e-4).sqrt()
+    )  # an even-coloured set must not divide by 0
     as_tuple = [tuple(round(value, 4) for value in values.tolist()) for values in (mean, std)]
     return Dataset(name, train, test, classes, as_tuple[0], as_tuple[1])
 

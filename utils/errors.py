@@ -4,5 +4,5 @@
 class UserError(ValueError):
     """Bad input, told in one line per problem: what is wrong, what is allowed, what to do.
 
-    Scripts print it without a traceback and exit with code 2; anything else that is raised is a defect.
+    Scripts print it without a traceback and exit with code 2. Anything else raised is a defect.
     """

@@ -8,7 +8,9 @@ from utils.metrics import Rate, Scores
 from utils.runtime import evaluating
 
 
-def predict(model: nn.Module, images: torch.Tensor, device: torch.device, batch_size: int = 256) -> torch.Tensor:
+def predict(
+    model: nn.Module, images: torch.Tensor, device: torch.device, batch_size: int = 256
+) -> torch.Tensor:
     """Predicted labels, model in eval mode.
 
     Args:
@@ -19,19 +21,27 @@ def predict(model: nn.Module, images: torch.Tensor, device: torch.device, batch_
         int64 (N,), on the CPU.
     """
     with evaluating(model), torch.inference_mode():
-        predictions = [model(as_float(batch, device)).argmax(1) for batch in images.split(batch_size)]
+        predictions = [
+            model(as_float(batch, device)).argmax(1) for batch in images.split(batch_size)
+        ]
     return torch.cat(predictions).cpu()
 
 
 def evaluate(
-    model: nn.Module, clean: Labelled, triggered: Triggered | None, device: torch.device, batch_size: int = 256
+    model: nn.Module,
+    clean: Labelled,
+    triggered: Triggered | None,
+    device: torch.device,
+    batch_size: int = 256,
 ) -> Scores:
     """Scores with their counts; without triggered images ACC alone."""
     acc = _share(predict(model, clean.images, device, batch_size), clean.labels)
     if triggered is None:
         return Scores(acc)
     predictions = predict(model, triggered.images, device, batch_size)
-    return Scores(acc, asr=_share(predictions, triggered.targets), ra=_share(predictions, triggered.labels))
+    return Scores(
+        acc, asr=_share(predictions, triggered.targets), ra=_share(predictions, triggered.labels)
+    )
 
 
 def _share(predictions: torch.Tensor, labels: torch.Tensor) -> Rate:

@@ -21,7 +21,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Scores:
-    """Clean accuracy, attack success rate, robust accuracy; the last two are None without a trigger."""
+    """Clean accuracy, attack success rate, robust accuracy; without a trigger ACC alone."""
 
     acc: Rate
     asr: Rate | None = None

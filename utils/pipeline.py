@@ -1,7 +1,8 @@
-"""What the attack and the defense pipeline share: watching a run, and the pictures and summary of it."""
+"""What the attack and the defense pipeline share: watching a run, its pictures and facts."""
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from utils import plot
+from utils.data import Labelled, Triggered, keep_on
+from utils.evaluate import evaluate
 from utils.metrics import Scores
 from utils.record import RunFolder
 from utils.runtime import Progress, environment, logger, peak_memory_mib
@@ -27,7 +30,9 @@ class Watch:
         eval_every: rounds between two evaluations, >= 1; the last round is always evaluated.
     """
 
-    def __init__(self, folder: RunFolder, unit: str, score: Callable[[nn.Module], Scores], eval_every: int) -> None:
+    def __init__(
+        self, folder: RunFolder, unit: str, score: Callable[[nn.Module], Scores], eval_every: int
+    ) -> None:
         self._folder = folder
         self._unit = unit
         self._score = score
@@ -55,7 +60,9 @@ class Watch:
             self._progress = Progress(self._rounds * batches, self._unit).__enter__()
         self._progress.advance()
 
-    def _after_round(self, number: int, total: int, losses: Mapping[str, float], state: Mapping[str, Any]) -> None:
+    def _after_round(
+        self, number: int, total: int, losses: Mapping[str, float], state: Mapping[str, Any]
+    ) -> None:
         is_last = number == total
         row: dict[str, float] = {self._unit: number}
         row |= {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
@@ -68,11 +75,23 @@ class Watch:
         self._rows.append(row)
         self._folder.write_metrics(self._rows)
         eta = self._progress.eta() if self._progress else "?"
-        logger.info("%s %d/%d  %s  %s", self._unit, number, total, text, "" if is_last else f"ETA {eta}")
+        logger.info(
+            "%s %d/%d  %s  %s", self._unit, number, total, text, "" if is_last else f"ETA {eta}"
+        )
         if self._progress:
             self._progress.show(str(self.scores or ""))
             if is_last:
                 self._progress.__exit__()
+
+
+def scorer(
+    test: Labelled, triggered: Triggered | None, device: torch.device
+) -> Callable[[nn.Module], Scores]:
+    """`evaluate` on test images that stay on the device where they fit."""
+    test = replace(test, images=keep_on(device, test.images))
+    if triggered is not None:
+        triggered = replace(triggered, images=keep_on(device, triggered.images))
+    return lambda model: evaluate(model, test, triggered, device)
 
 
 def save_figure(folder: RunFolder, name: str, figure: Figure) -> Path:

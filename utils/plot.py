@@ -24,15 +24,22 @@ def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
             cells without a value are skipped.
         step: "epoch" or "round".
     """
-    losses = [name for name in metrics if name.startswith("loss")]
+    losses = [str(name) for name in metrics if str(name).startswith("loss")]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     scores, loss_axis = figure.subplots(1, 2)
-    for name, (label, colour, style, marker) in _RATES.items():
-        if name in metrics:
-            rows = metrics[[step, name]].dropna()
+    for rate, (label, colour, style, marker) in _RATES.items():
+        if rate in metrics:
+            rows = metrics[[step, rate]].dropna()
             marks = max(1, len(rows) // 12)
             scores.plot(
-                rows[step], 100 * rows[name], style, color=colour, marker=marker, markevery=marks, ms=4, label=label
+                rows[step],
+                100 * rows[rate],
+                style,
+                color=colour,
+                marker=marker,
+                markevery=marks,
+                ms=4,
+                label=label,
             )
     scores.set(xlabel=step, ylabel="percent", ylim=(-3, 103))
     for name, style in zip(losses, _LOSS_STYLES * len(losses), strict=False):
@@ -58,12 +65,17 @@ def image_grid(
         captions: name of a row -> N texts; a row without captions has none.
     """
     count = min(len(images) for images in rows.values())
-    heights = [1.0 + 0.17 * (1 + max(t.count("\n") for t in captions[name])) if name in captions else 1.0 for name in rows]
+    heights = [
+        1.0 + 0.17 * (1 + max(t.count("\n") for t in captions[name])) if name in captions else 1.0
+        for name in rows
+    ]
     figure = Figure(figsize=(1.1 + 1.15 * count, 0.5 + 1.15 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False, gridspec_kw={"height_ratios": heights})
     for (name, images), line in zip(rows.items(), axes, strict=True):
         for column, axis in enumerate(line):
-            axis.imshow(images[column].clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.imshow(
+                images[column].clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest"
+            )
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if name in captions:

@@ -43,7 +43,9 @@ class PoisonedSet:
         return len(self.clean)
 
 
-def map_labels(labels: torch.Tensor, label_map: LabelMap, target: int, num_classes: int) -> torch.Tensor:
+def map_labels(
+    labels: torch.Tensor, label_map: LabelMap, target: int, num_classes: int
+) -> torch.Tensor:
     """The labels that the attacker wants: the target for all, or y -> (y + 1) mod num_classes.
 
     Shape:
@@ -53,7 +55,7 @@ def map_labels(labels: torch.Tensor, label_map: LabelMap, target: int, num_class
 
 
 def select_poisoned(count: int, pratio: float, generator: torch.Generator) -> torch.Tensor:
-    """round(pratio * count) of `count` training images, uniformly without replacement, of any class.
+    """round(pratio * count) of `count` training images, without replacement, of any class.
 
     Args:
         count: number of training images.
@@ -69,13 +71,19 @@ def select_poisoned(count: int, pratio: float, generator: torch.Generator) -> to
     chosen = round(pratio * count)
     if chosen == 0:
         raise UserError(
-            f"--pratio: {pratio:g} of {count} training images poisons none; give at least {1 / count:.2g}"
+            f"--pratio: {pratio:g} of {count} training images poisons none; give at least "
+            f"{1 / count:.2g}"
         )
     return torch.randperm(count, generator=generator)[:chosen].sort().values
 
 
 def poison_training_set(
-    data: Dataset, trigger: Trigger, pratio: float, label_map: LabelMap, target: int, rng: torch.Generator
+    data: Dataset,
+    trigger: Trigger,
+    pratio: float,
+    label_map: LabelMap,
+    target: int,
+    rng: torch.Generator,
 ) -> PoisonedSet:
     """Dirty-label poisoning: chosen images get the trigger and the mapped label.
 
@@ -92,7 +100,9 @@ def poison_training_set(
     )
 
 
-def triggered_test_set(data: Dataset, trigger: Trigger, label_map: LabelMap, target: int) -> Triggered:
+def triggered_test_set(
+    data: Dataset, trigger: Trigger, label_map: LabelMap, target: int
+) -> Triggered:
     """The test images that ASR and RA count.
 
     All-to-one leaves out images whose true label is the target; all-to-all uses every image.
@@ -104,7 +114,10 @@ def triggered_test_set(data: Dataset, trigger: Trigger, label_map: LabelMap, tar
     targets = map_labels(labels, label_map, target, len(data.classes))
     index = torch.nonzero(labels != targets).flatten()
     if len(index) == 0:
-        raise UserError(f"--attack_target: every test image has label {target}; give another target or more classes")
+        raise UserError(
+            f"--attack_target: every test image has label {target}; give another target or more "
+            f"classes"
+        )
     images = apply_trigger(trigger, data.test.images[index], index)
     return Triggered(images, targets[index], labels[index], index)
 

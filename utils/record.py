@@ -1,4 +1,4 @@
-"""Records: what a run leaves behind, as plain data. The only module that knows file names under `record/`."""
+"""Records, as plain data; the only module that knows file names under `record/`."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 class RunFolder:
     """The folder that a run writes; every file appears whole or not at all.
 
-    `summary.json` is written last, so its presence means that the run is done. A folder without it is
-    what a failed run left, and may be written again.
+    `summary.json` is written last, so its presence means that the run is done. A folder without it
+    is what a failed run left, and may be written again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,9 @@ class RunFolder:
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make it writable") from None
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make it writable"
+            ) from None
         self.write_text("config.yaml", config)
 
     @property
@@ -77,7 +79,9 @@ class RunFolder:
                 os.fsync(written.fileno())
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            raise UserError(f"{path}: could not be written ({error}); make space or make it writable") from None
+            raise UserError(
+                f"{path}: could not be written ({error}); make space or make it writable"
+            ) from None
         finally:
             partial.unlink(missing_ok=True)
         return path
@@ -108,7 +112,10 @@ def attack_folder(name: str, root: Path | None) -> RunFolder:
         UserError: if the name could leave the folder of records.
     """
     if not _NAME.fullmatch(name):
-        raise UserError(f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no folders")
+        raise UserError(
+            f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no "
+            f"folders"
+        )
     return RunFolder((root or ROOT / "record") / name)
 
 
@@ -165,7 +172,8 @@ def save_attack(
 def model_state(model: Classifier) -> dict[str, torch.Tensor]:
     """The bare network's state dict on the CPU, in plain memory order."""
     return {
-        key: value.detach().cpu().contiguous().clone() for key, value in model.network.state_dict().items()
+        key: value.detach().cpu().contiguous().clone()
+        for key, value in model.network.state_dict().items()
     }
 
 
@@ -214,25 +222,29 @@ class AttackRecord:
             model.network.load_state_dict(self.state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.folder}: its weights do not fit {self.model_name} ({reason})") from None
+            raise UserError(
+                f"{self.folder}: its weights do not fit {self.model_name} ({reason})"
+            ) from None
         return model.eval()
 
     def check_dataset(self, data: Dataset) -> None:
         """Raises UserError unless the dataset is the one that the model was trained on."""
         if data.image_shape != self.image_shape or len(data.classes) != self.num_classes:
             raise UserError(
-                f"{self.folder}: made with {self.num_classes} classes of {self.image_shape} images, but the dataset "
+                f"{self.folder}: made with {self.num_classes} classes of {self.image_shape} "
+                f"images, but the dataset "
                 f"has {len(data.classes)} of {data.image_shape}; give its own with --dataset_path"
             )
         if data.fingerprint() != self.dataset_fingerprint:
             raise UserError(
-                f"{self.folder}: the images or labels of {self.dataset} are not those that it was made with; "
+                f"{self.folder}: the images or labels of {self.dataset} are not those that it "
+                f"was made with; "
                 "give the same files with --dataset_path, or run the attack again"
             )
 
 
 def find_record(name: str, root: Path | None) -> Path:
-    """The folder of a `--result_file` value: a name under the folder of records, or an existing folder.
+    """The folder of a `--result_file` value: a record's name, or an existing folder.
 
     Raises:
         UserError: if there is none, naming those that exist.
@@ -245,7 +257,11 @@ def find_record(name: str, root: Path | None) -> Path:
     known = sorted(path.parent.name for path in records.glob("*/attack_result.pt"))
     raise UserError(
         f"--result_file: {name} is no record in {records}; "
-        + (f"give one of {', '.join(known)}" if known else "run an attack first, e.g. attack/badnet.py")
+        + (
+            f"give one of {', '.join(known)}"
+            if known
+            else "run an attack first, e.g. attack/badnet.py"
+        )
     )
 
 
@@ -260,19 +276,27 @@ def load_attack(folder: Path) -> AttackRecord:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         hashes = {path.name: _sha256(path) for path in (result, poison) if path.exists()}
     except FileNotFoundError:
-        raise UserError(f"{folder}: has no summary.json, so its attack did not finish; run the attack again") from None
+        raise UserError(
+            f"{folder}: has no summary.json, so its attack did not finish; run the attack again"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); run the attack again") from None
     for name, expected in summary.get("files", {}).items():
         if hashes.get(name) != expected:
-            raise UserError(f"{folder / name}: is not the file that summary.json describes; run the attack again")
+            raise UserError(
+                f"{folder / name}: is not the file that summary.json describes; run the attack "
+                f"again"
+            )
     with _explained(result):
         found = _load_tensors(result)
         triggered, poison_index = None, None
         if poison.exists():
             tensors = _load_tensors(poison)
             triggered = Triggered(
-                tensors["test_images"], tensors["test_targets"], tensors["test_labels"], tensors["test_index"]
+                tensors["test_images"],
+                tensors["test_targets"],
+                tensors["test_labels"],
+                tensors["test_index"],
             )
             poison_index = tensors["train_index"][tensors["train_kinds"] == KINDS.index("poison")]
         record = AttackRecord(
@@ -322,12 +346,16 @@ def read_index(path: Path, count: int) -> torch.Tensor:
     try:
         numbers = [int(line) for line in path.read_text(encoding="utf-8").split()]
     except OSError as error:
-        raise UserError(f"--index: {path} cannot be read ({error.strerror}); give a text file") from None
+        raise UserError(
+            f"--index: {path} cannot be read ({error.strerror}); give a text file"
+        ) from None
     except ValueError as error:
         raise UserError(f"--index: {path} holds something else than integers ({error})") from None
     outside = [number for number in numbers if not 0 <= number < count]
     if outside:
-        raise UserError(f"--index: {path} names image {outside[0]}; the training set has 0 to {count - 1}")
+        raise UserError(
+            f"--index: {path} names image {outside[0]}; the training set has 0 to {count - 1}"
+        )
     if len(set(numbers)) != len(numbers):
         raise UserError(f"--index: {path} names an image twice; name each once")
     return torch.tensor(sorted(numbers), dtype=torch.int64)
@@ -347,7 +375,9 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # a damaged file can raise anything from zipfile to unpickling errors
+    except (
+        Exception
+    ) as error:  # a damaged file can raise anything from zipfile to unpickling errors
         logger.debug("reading %s", path, exc_info=True)
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path}: is not a record of this program ({reason})") from None

@@ -108,7 +108,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {name} is not usable here ({reason}); give auto, cpu or cuda") from None
+        raise UserError(
+            f"--device: {name} is not usable here ({reason}); give auto, cpu or cuda"
+        ) from None
     return device
 
 
@@ -118,13 +120,20 @@ def pick_precision(name: Precision, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    checks = (getattr(torch.cpu, check, None) for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    checks = (
+        getattr(torch.cpu, check, None)
+        for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return "bf16" if any(check() for check in checks if check) else "fp32"
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """Device, precision, threads, versions and commit, as plain data for `summary.json`."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     versions = {package: metadata.version(package) for package in ("torch", "torchvision", "numpy")}
     return {
         "device": str(device),
@@ -160,7 +169,12 @@ class Progress:
         self._start = time.monotonic()
         self._redirect = logging_redirect_tqdm(loggers=[logger])
         self._bar = tqdm(
-            total=total, desc=description, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False
+            total=total,
+            desc=description,
+            unit=unit,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            leave=False,
         )
 
     def __enter__(self) -> "Progress":
@@ -190,9 +204,18 @@ class Progress:
 
 
 def _git_commit() -> str | None:
-    """The commit of this checkout, with '+' where tracked files differ from it; None outside git."""
+    """The commit of this checkout, with '+' if tracked files differ; None outside git."""
     try:
-        call = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        call = [
+            "git",
+            "-C",
+            str(ROOT),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--dirty=+",
+            "--exclude=*",
+        ]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

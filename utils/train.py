@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.data import as_float, augment
+from utils.data import as_float, augment, keep_on
 from utils.errors import UserError
 from utils.poison import PoisonedSet
 
@@ -21,8 +21,8 @@ BatchStep = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 class Loop:
     """Rounds and batches of a training run.
 
-    A method writes its two `for` statements with it and reports its losses; a pipeline watches through
-    the two callbacks. Without callbacks it only counts.
+    A method writes its two `for` statements with it and reports its losses; a pipeline watches
+    through the two callbacks. Without callbacks it only counts.
 
     Args:
         after_round: called with (round from 1, total rounds, mean losses, state) after each round.
@@ -51,11 +51,14 @@ class Loop:
         for number in range(1, total + 1):
             self._sums, self._images = {}, 0
             yield number
-            losses = {name: float(value) / max(self._images, 1) for name, value in self._sums.items()}
+            losses = {
+                name: float(value) / max(self._images, 1) for name, value in self._sums.items()
+            }
             broken = [name for name, value in losses.items() if not math.isfinite(value)]
             if broken:
                 raise UserError(
-                    f"the loss '{broken[0]}' is not finite in round {number} of {total}; give a smaller --lr"
+                    f"the loss '{broken[0]}' is not finite in round {number} of {total}; give a "
+                    f"smaller --lr"
                 )
             if self._after_round:
                 self._after_round(number, total, losses, state)
@@ -78,13 +81,15 @@ class Loop:
                 self._after_batch(len(batches))
 
     def log(self, count: int, **losses: torch.Tensor) -> None:
-        """Adds a batch's mean losses, weighted by its number of images; does not wait for the device."""
+        """Adds a batch's mean losses, weighted by its images; does not wait for the device."""
         self._images += count
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
 
 
-def cross_entropy_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy_step(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     """The batch step of every attack that only poisons data."""
     return F.cross_entropy(model(images), labels)
 
@@ -106,7 +111,7 @@ def train_classifier(
     loop: Loop,
     step: BatchStep = cross_entropy_step,
 ) -> None:
-    """Trains a model in place with SGD on a poisoned set; the last batch of an epoch is left out if not full.
+    """Trains a model in place with SGD; an epoch's last batch is left out if not full.
 
     Args:
         order: draws the order of the images; on the CPU.
@@ -118,7 +123,9 @@ def train_classifier(
         UserError: if a batch is larger than the set, or a loss is not finite.
     """
     if len(data) < batch_size:
-        raise UserError(f"--batch_size: {batch_size} is more than the {len(data)} training images; give fewer")
+        raise UserError(
+            f"--batch_size: {batch_size} is more than the {len(data)} training images; give fewer"
+        )
     device = augmentation.device
     batches = _Batches(data, device)
     optimizer = torch.optim.SGD(
@@ -145,8 +152,8 @@ def train_classifier(
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate's factor by optimizer step.
 
-    `cosine` falls from 1 to 0 epoch by epoch, constant within one, as published. `one_cycle` changes at
-    every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0.
+    `cosine` falls from 1 to 0 epoch by epoch, constant within one, as published. `one_cycle`
+    changes at every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0.
     """
     total = max(epochs * steps_per_epoch, 1)
 
@@ -156,13 +163,15 @@ def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Call
 
     return {
         "constant": lambda step: 1.0,
-        "cosine": lambda step: 0.5 * (1 + math.cos(math.pi * min(step // steps_per_epoch, epochs) / epochs)),
+        "cosine": lambda step: (
+            0.5 * (1 + math.cos(math.pi * min(step // steps_per_epoch, epochs) / epochs))
+        ),
         "one_cycle": one_cycle,
     }[schedule]
 
 
 class _Batches:
-    """Batches of a poisoned set on a device; replaced images are looked up, never copied into the set."""
+    """Batches on a device; replaced images are looked up, never copied into the set."""
 
     def __init__(self, data: PoisonedSet, device: torch.device) -> None:
         # The slot of an image among the replacements, or -1.
@@ -172,7 +181,7 @@ class _Batches:
         labels[data.index] = data.labels
         self._slot = slot
         self._labels = labels
-        self._images = data.clean.images
+        self._images = keep_on(device, data.clean.images)
         self._replaced = data.images
         self._device = device
 
@@ -182,5 +191,9 @@ class _Batches:
         images = self._images[place]
         slot = self._slot[index]
         replaced = torch.nonzero(slot >= 0).flatten()
-        images[replaced.to(images.device)] = self._replaced[slot[replaced].to(self._replaced.device)].to(images.device)
-        return images.to(self._device, non_blocking=True), self._labels[index].to(self._device, non_blocking=True)
+        images[replaced.to(images.device)] = self._replaced[
+            slot[replaced].to(self._replaced.device)
+        ].to(images.device)
+        return images.to(self._device, non_blocking=True), self._labels[index].to(
+            self._device, non_blocking=True
+        )

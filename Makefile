@@ -1,0 +1,28 @@
+# Set-up is part of every target: the first call makes .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+NAME ?= badnet_demo
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	$(BIN)/python attack/badnet.py --save_folder_name $(NAME) --overwrite
+	$(BIN)/python defense/sau.py --result_file $(NAME) --overwrite
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# The stamps make pip run again when the requirements change.
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
