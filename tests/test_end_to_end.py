@@ -1,0 +1,342 @@
+"""Every script, run as a user runs it, on a tiny image folder."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import utils.data
+from utils.runtime import ROOT
+
+PIPELINES = {"__init__", "prototype", "base"}
+ATTACKS = sorted(path.stem for path in (ROOT / "attack").glob("*.py") if path.stem not in PIPELINES)
+DEFENSES = sorted(
+    path.stem for path in (ROOT / "defense").glob("*.py") if path.stem not in PIPELINES
+)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of three classes (a bright, a dark and a striped one) and no records."""
+    root = tmp_path_factory.mktemp("workplace")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for label, name in enumerate(("bright", "dark", "striped")):
+            folder = root / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (16, 16, 3)) + (150, 0, 0)[label]
+                if label == 2:
+                    pixels[::2] += 150
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils.data, "ROOT", workplace)
+
+
+def run_script(path: Path, *flags: object) -> int:
+    """The script as `python path flags`, in this process; its exit code."""
+    argv, sys.argv = sys.argv, [str(path), *map(str, flags)]
+    search = list(sys.path)
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.argv, sys.path[:] = argv, search
+    return 0
+
+
+def attack_flags(workplace: Path, name: str, **changes: object) -> list[object]:
+    values = {
+        "save_folder_name": name,
+        "record_path": workplace / "record",
+        "dataset": "folder",
+        "dataset_path": workplace / "images",
+        "image_size": 16,
+        "batch_size": 12,
+        "epochs": 2,
+        "pratio": 0.25,
+        "precision": "fp32",
+    }
+    values |= changes
+    return [part for key, value in values.items() for part in (f"--{key}", value)]
+
+
+def defense_flags(workplace: Path, name: str, **changes: object) -> list[object]:
+    values = {
+        "result_file": name,
+        "record_path": workplace / "record",
+        "ratio": 0.5,
+        "batch_size": 9,
+        "n_rounds": 1,
+        "precision": "fp32",
+    }
+    values |= changes
+    return [part for key, value in values.items() for part in (f"--{key}", value)]
+
+
+@pytest.fixture(scope="module")
+def badnet(workplace: Path) -> Path:
+    """The record of one BadNets run, for tests that only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.data, "ROOT", workplace)
+        assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "shared")) == 0
+    return workplace / "record/shared"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_attack_leaves_a_complete_record_that_sau_purifies(
+    workplace: Path, attack: str
+) -> None:
+    name = f"complete_{attack}"
+    assert run_script(ROOT / f"attack/{attack}.py", *attack_flags(workplace, name)) == 0
+    record = workplace / "record" / name
+    expected = "config.yaml attack_result.pt poison.pt metrics.csv summary.json log.txt"
+    expected += " curves.png trigger.png"
+    assert sorted(path.name for path in record.iterdir()) == sorted(expected.split())
+
+    summary = json.loads((record / "summary.json").read_text())
+    for rate in ("acc", "asr", "ra"):
+        assert summary[rate] == summary[f"{rate}_hits"] / summary[f"{rate}_total"]
+    assert summary["acc_total"] == 18
+    assert summary["asr_total"] == 12  # the target's six test images are left out
+    assert summary["attack"] == attack
+    metrics = pd.read_csv(record / "metrics.csv")
+    assert metrics["epoch"].tolist() == [1, 2]
+    assert metrics["acc"].iloc[-1] == summary["acc"]
+
+    result = torch.load(record / "attack_result.pt", weights_only=True)
+    assert result["model_name"] == "preactresnet18"
+    assert next(iter(result["model"])) == "conv1.weight"  # the network's plain key names
+    poison = torch.load(record / "poison.pt", weights_only=True)
+    assert poison["train_images"].dtype == poison["test_images"].dtype == torch.uint8
+
+    assert run_script(ROOT / "defense/sau.py", *defense_flags(workplace, name)) == 0
+    after = json.loads((record / "defense/sau/summary.json").read_text())
+    assert after["before"]["acc"] == summary["acc"]
+    assert after["before"]["asr_hits"] == summary["asr_hits"]
+    assert after["attack_sha256"] == summary["files"]["attack_result.pt"]
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_every_defense_leaves_a_complete_result(
+    workplace: Path, badnet: Path, defense: str
+) -> None:
+    assert run_script(ROOT / f"defense/{defense}.py", *defense_flags(workplace, badnet.name)) == 0
+    result = badnet / "defense" / defense
+    expected = "config.yaml defense_result.pt clean_index.txt metrics.csv summary.json log.txt"
+    expected += " curves.png" + (" perturbations.png" if defense == "sau" else "")
+    assert sorted(path.name for path in result.iterdir()) == sorted(expected.split())
+    summary = json.loads((result / "summary.json").read_text())
+    assert 0 <= summary["der"] <= 1
+    assert set(summary["before"]) == set(summary["after"])
+    index = [int(line) for line in (result / "clean_index.txt").read_text().split()]
+    assert len(index) == len(set(index)) == summary["clean_images"] == 18
+    weights = torch.load(result / "defense_result.pt", weights_only=True)["model"]
+    original = torch.load(badnet / "attack_result.pt", weights_only=True)["model"]
+    assert list(weights) == list(original)
+    assert not torch.equal(weights["conv1.weight"], original["conv1.weight"])
+
+
+def test_a_clean_model_has_no_asr_and_can_be_defended(workplace: Path) -> None:
+    flags = attack_flags(workplace, "clean", pratio=None)
+    flags = flags[: flags.index("--pratio")] + flags[flags.index("--pratio") + 2 :]
+    assert run_script(ROOT / "attack/prototype.py", *flags) == 0
+    summary = json.loads((workplace / "record/clean/summary.json").read_text())
+    assert "asr" not in summary
+    assert not (workplace / "record/clean/poison.pt").exists()
+    assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, "clean")) == 0
+    after = json.loads((workplace / "record/clean/defense/ft/summary.json").read_text())
+    assert after["der"] is None
+
+
+def test_the_same_seed_gives_the_same_files(workplace: Path, badnet: Path) -> None:
+    """Weights and metrics (but for the seconds) are equal bit by bit."""
+    assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "again")) == 0
+    first, second = (
+        torch.load(folder / "attack_result.pt", weights_only=True)["model"]
+        for folder in (badnet, workplace / "record/again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rows = [
+        pd.read_csv(folder / "metrics.csv").drop(columns="seconds")
+        for folder in (badnet, workplace / "record/again")
+    ]
+    assert rows[0].equals(rows[1])
+
+
+def test_poison_depends_on_the_seed_and_the_data_alone(workplace: Path, badnet: Path) -> None:
+    flags = attack_flags(workplace, "other", model="resnet18", batch_size=6, epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    assert run_script(
+        ROOT / "attack/badnet.py", *attack_flags(workplace, "seeded", random_seed=1, epochs=1)
+    ) in (0,)
+    poison = {
+        name: torch.load(workplace / f"record/{name}/poison.pt", weights_only=True)
+        for name in ("shared", "other", "seeded")
+    }
+    assert torch.equal(poison["shared"]["train_index"], poison["other"]["train_index"])
+    assert torch.equal(poison["shared"]["train_images"], poison["other"]["train_images"])
+    assert not torch.equal(poison["shared"]["train_index"], poison["seeded"]["train_index"])
+
+
+def test_an_existing_record_is_refused_unless_overwritten(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = attack_flags(workplace, "twice", epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    before = (workplace / "record/twice/summary.json").read_text()
+    capsys.readouterr()
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "--overwrite" in error
+    assert (workplace / "record/twice/summary.json").read_text() == before
+    # Bad flags are found before anything is removed.
+    assert run_script(ROOT / "attack/badnet.py", *flags, "--overwrite", "--batch_size", "99") == 2
+    assert (workplace / "record/twice/summary.json").read_text() == before
+    assert run_script(ROOT / "attack/badnet.py", *flags, "--overwrite") == 0
+
+
+def test_a_failed_run_does_not_block_its_retry(workplace: Path) -> None:
+    flags = attack_flags(workplace, "failed", lr="1e30", epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 2
+    assert not (workplace / "record/failed/summary.json").exists()
+    assert run_script(ROOT / "defense/sau.py", *defense_flags(workplace, "failed")) == 2
+    assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "failed", epochs=1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attack_target": 3}, r"--attack_target: 3 is no class of folder; give 0 to 2"),
+        ({"pratio": 0.001}, r"--pratio: 0.001 of 36 training images poisons none"),
+        ({"pratio": 1.5}, r"--pratio: 1.5 is not allowed; give float in \(0, 1\]"),
+        ({"batch_size": 37}, r"--batch_size: 37 is more than the 36 training images"),
+        ({"model": "resnet81"}, r"--model: resnet81 is unknown \(did you mean resnet18\?\)"),
+        ({"save_folder_name": "../out"}, r"--save_folder_name: \.\./out is not a name"),
+        ({"dataset_path": "nowhere"}, r"--dataset_path: nowhere/train is not a folder"),
+        ({"device": "gpu"}, r"--device: gpu is not usable"),
+        ({"lr": "1e30"}, r"the loss 'loss' is not finite in round 1 of 2; give a smaller --lr"),
+        ({"patch_size": 17}, r"--patch_size: 17 is more than the image's 16 pixels"),
+        ({"attack_label_trans": "all2two"}, r"give one of all2one, all2all"),
+    ],
+)
+def test_a_wrong_attack_flag_gets_one_line(
+    workplace: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], message: str
+) -> None:
+    assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "wrong", **changes)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(message, errors[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"result_file": "nothing"}, r"--result_file: nothing is no record .* give one of .*shared"),
+        ({"dataset": "cifar10"}, r"--dataset: cifar10, but the record says folder"),
+        ({"model": "vgg19_bn"}, r"--model: vgg19_bn, but the record says preactresnet18"),
+        ({"ratio": 0.001}, r"--ratio: 0.001 of 36 training images is none"),
+        ({"ratio": 0}, r"--ratio: 0 is not allowed; give float in \(0, 1\]"),
+        ({"index": "nowhere.txt"}, r"--index: nowhere.txt cannot be read"),
+        ({"trigger_nrom": 0.1}, r"--trigger_nrom: unknown flag \(did you mean --trigger_norm\?\)"),
+        ({"lr": "1e30"}, r"is not finite in round"),
+    ],
+)
+def test_a_wrong_defense_flag_gets_one_line(
+    workplace: Path,
+    badnet: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    flags = defense_flags(workplace, "shared", **{"n_rounds": 2, **changes}) + ["--overwrite"]
+    assert run_script(ROOT / "defense/sau.py", *flags) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    text = "\n".join(errors)
+    assert len(errors) == (2 if "trigger_nrom" in changes else 1), text
+    assert re.search(message, text)
+
+
+def test_the_index_file_chooses_the_clean_subset(workplace: Path, badnet: Path) -> None:
+    index = workplace / "index.txt"
+    index.write_text("3\n1\n20\n35\n")
+    flags = defense_flags(workplace, "shared", index=index)
+    assert run_script(ROOT / "defense/ft.py", *flags, "--overwrite") == 0
+    assert (badnet / "defense/ft/clean_index.txt").read_text() == "1\n3\n20\n35\n"
+
+
+def test_other_images_than_the_record_s_are_refused(
+    workplace: Path, badnet: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A test image is replaced: the record's triggered images no longer mean the same files."""
+    changed = tmp_path / "images"
+    for source in (workplace / "images").rglob("*.png"):
+        copy = changed / source.relative_to(workplace / "images")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    Image.new("RGB", (16, 16)).save(changed / "test/bright/0.png")
+    flags = defense_flags(workplace, "shared", dataset_path=changed)
+    assert run_script(ROOT / "defense/sau.py", *flags, "--overwrite") == 2
+    assert "are not those that it was made with" in capsys.readouterr().err
+
+
+def test_warnings_are_said_and_kept(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate of 1e-9 learns nothing, so ASR stays low; one clean image lacks two classes."""
+    flags = attack_flags(workplace, "weak", lr=1e-9, epochs=1, attack_target=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    summary = json.loads((workplace / "record/weak/summary.json").read_text())
+    if summary["asr"] < 0.5:
+        assert any("the attack failed" in text for text in summary["warnings"])
+    assert summary["acc"] < 0.5
+    assert any("learned little" in text for text in summary["warnings"])
+    assert "warning: the model learned little" in capsys.readouterr().err
+    flags = defense_flags(workplace, "weak", ratio=0.03)
+    assert run_script(ROOT / "defense/sau.py", *flags) == 0
+    after = json.loads((workplace / "record/weak/defense/sau/summary.json").read_text())
+    assert any("lacks 2 of 3 classes" in text for text in after["warnings"])
+
+
+def test_a_new_attack_and_a_new_defense_are_two_files_each(
+    workplace: Path, tmp_path: Path
+) -> None:
+    """The examples of CONTRIBUTING.md, written where it says, run."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"`([\w/.]+)`:\n\n```(?:python|yaml)\n(.*?)```", text, flags=re.S)
+    files = dict(blocks)
+    assert len(files) == 4
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    attack, defense = (
+        next(tmp_path / name for name in files if re.match(rf"{folder}/\w+\.py", name))
+        for folder in ("attack", "defense")
+    )
+    assert run_script(attack, *attack_flags(workplace, "contributed")) == 0
+    assert run_script(defense, *defense_flags(workplace, "contributed")) == 0
+    result = workplace / "record/contributed/defense" / defense.stem / "summary.json"
+    assert json.loads(result.read_text())["attack"] == attack.stem
+
+
+def test_scripts_run_from_any_working_directory(
+    workplace: Path, badnet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = defense_flags(workplace, str(badnet))  # a folder instead of a name
+    assert run_script(ROOT / "defense/ft.py", *flags, "--overwrite") == 0
+    assert list(tmp_path.iterdir()) == []

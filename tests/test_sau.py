@@ -1,0 +1,321 @@
+"""SAU against its literal transcription, hand-derived values, and the promises of its public names."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from defense.sau import Config, jensen_shannon, purify, shared_perturbation, unlearning_loss
+from tests import oracle
+from utils.errors import UserError
+from utils.runtime import generator
+
+NORMS = {"L_inf": 0.2, "L1": 12.0, "L2": 1.2, "Reg": 0.2}
+STARTS = ("zero", "random", "max", "min")
+
+
+def small_network(seed: int, batch_norm: bool, classes: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [nn.Conv2d(3, 6, 3, padding=1)]
+    if batch_norm:
+        layers.append(nn.BatchNorm2d(6))
+    layers += [nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), nn.Tanh(), nn.Flatten()]
+    layers += [nn.Linear(8 * 3 * 3, classes)]
+    network = nn.Sequential(*layers).double()
+    if batch_norm:  # statistics that eval mode must use
+        network[1].running_mean.normal_(0, 0.2)
+        network[1].running_var.uniform_(0.5, 2)
+        nn.init.uniform_(network[1].weight, 0.5, 2)
+    for weight in network.parameters():
+        weight.data *= 2  # decisive enough that some images are fooled and some are shared
+    return network
+
+
+def problem(seed: int, count: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1000 + seed)
+    return torch.rand(count, 3, 8, 8, dtype=torch.float64), torch.randint(0, 4, (count,))
+
+
+def models(seed: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
+    """A reference and a model that has moved away from it a little."""
+    reference = small_network(seed, batch_norm)
+    model = copy.deepcopy(reference)
+    torch.manual_seed(2000 + seed)
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    return model, reference
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_perturbation_equals_the_transcription_exactly(
+    norm: str, start: str, batch_norm: bool
+) -> None:
+    for seed in range(3):
+        model, reference = models(seed, batch_norm)
+        images, labels = problem(seed)
+        config = Config.load(norm_type=norm, pgd_init=start, trigger_norm=NORMS[norm], adv_lr=0.1)
+        delta = shared_perturbation(
+            model, reference, images, labels, config, generator=generator(seed, "x")
+        )
+        expected = oracle.perturbation(
+            model,
+            reference,
+            images,
+            labels,
+            norm=norm,
+            start=start,
+            bound=NORMS[norm],
+            step=0.1,
+            steps=config.adv_steps,
+            beta_1=config.beta_1,
+            beta_2=config.beta_2,
+            generator=generator(seed, "x"),
+        )
+        assert delta.dtype == torch.float64
+        assert torch.equal(delta, expected)
+
+
+def test_the_comparison_exercises_all_three_kinds_of_example() -> None:
+    """Shared, fooled differently, and not fooled images all occur, before and after the last step."""
+    kinds = set()
+    for seed in range(3):
+        model, reference = models(seed, batch_norm=True)
+        model.eval()
+        reference.eval()
+        images, labels = problem(seed)
+        for steps in (0, 1, 5):
+            config = Config.load(adv_steps=steps, adv_lr=0.1)
+            changed = images + shared_perturbation(model, reference, images, labels, config)
+            now, clean = model(changed).argmax(1), model(images).argmax(1)
+            ref_now, ref_clean = reference(changed).argmax(1), reference(images).argmax(1)
+            for a, b, c, d in zip(now, clean, ref_now, ref_clean, strict=True):
+                kinds.add((bool(a != b), bool(c != d), bool(a == c)))
+    assert {(True, True, True), (True, True, False)} <= kinds
+    assert any(not fooled for fooled, _, _ in kinds)
+
+
+def test_known_reference_predictions_change_nothing() -> None:
+    model, reference = models(0, batch_norm=True)
+    reference.eval()
+    images, labels = problem(0)
+    config = Config.load()
+    known = shared_perturbation(
+        model, reference, images, labels, config, ref_predictions=reference(images).argmax(1)
+    )
+    assert torch.equal(known, shared_perturbation(model, reference, images, labels, config))
+
+
+@pytest.mark.parametrize(("norm", "order"), [("L_inf", math.inf), ("L1", 1), ("L2", 2)])
+def test_perturbation_stays_within_the_bound(norm: str, order: float) -> None:
+    model, reference = models(1, batch_norm=False)
+    images, labels = problem(1)
+    config = Config.load(norm_type=norm, trigger_norm=0.7)
+    delta = shared_perturbation(model, reference, images, labels, config)
+    assert torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1).max() <= 0.7 + 1e-12
+
+
+def test_with_the_published_values_the_perturbation_takes_three_values() -> None:
+    """Start +0.2, step 0.2, bound 0.2: only -0.2, 0 and +0.2 can be reached."""
+    model, reference = models(2, batch_norm=False)
+    images, labels = problem(2)
+    delta = shared_perturbation(model, reference, images, labels, Config.load())
+    nearest = (delta / 0.2).round()
+    assert torch.allclose(delta, 0.2 * nearest, atol=1e-12)
+    assert nearest.unique().tolist() != [1.0]  # it moved
+
+
+def test_perturbation_restores_modes_and_leaves_no_gradient() -> None:
+    model, reference = models(0, batch_norm=True)
+    model.train()
+    reference.eval()
+    images, labels = problem(0)
+    shared_perturbation(model, reference, images, labels, Config.load())
+    assert model.training
+    assert model[1].training
+    assert not reference.training
+    assert all(weight.grad is None for weight in [*model.parameters(), *reference.parameters()])
+
+
+@pytest.mark.parametrize("lmd", [(1.0, 0.0, 1.0), (0.3, 0.7, 2.0)])
+def test_losses_and_gradients_equal_the_transcription(lmd: tuple[float, float, float]) -> None:
+    config = Config.load(lmd_1=lmd[0], lmd_2=lmd[1], lmd_3=lmd[2])
+    for seed in range(5):
+        torch.manual_seed(seed)
+        labels = torch.randint(0, 5, (16,))
+        ref = 4 * torch.randn(16, 5, dtype=torch.float64)
+        ref_adv = ref + 4 * torch.randn(16, 5, dtype=torch.float64)
+        # Large logits reach both clamps.
+        ours = [(8 * torch.randn(16, 5, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+        theirs = [logits.detach().clone().requires_grad_() for logits in ours]
+        found = unlearning_loss(ours[0], ours[1], ref, ref_adv, labels, config)
+        expected = oracle.losses(theirs[0], theirs[1], ref, ref_adv, labels, lmd)
+        assert list(found) == ["clean", "adversarial", "shared", "total"]
+        for name in found:
+            assert abs(found[name].item() - expected[name].item()) < 1e-10
+        assert found["shared"].item() > 0
+        found["total"].backward()
+        expected["total"].backward()
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-10)
+
+
+def test_a_two_class_case_by_hand() -> None:
+    """One image, true label 0, h_bd flips it to 1.
+
+    h gives probabilities (3/4, 1/4) on x: L_cl = -log 3/4. On x + d (1/5, 4/5): cross-entropy
+    -log 1/5, and L_sar = -(log(1e-6 + 0.2) + log(1 + 1e-6 - 0.8)) / 2 = -log(0.200001).
+    """
+
+    def logits(*probabilities: float) -> torch.Tensor:
+        return torch.tensor([probabilities], dtype=torch.float64).log()
+
+    label = torch.tensor([0])
+    config = Config.load()
+    flipped = unlearning_loss(
+        logits(0.75, 0.25), logits(0.2, 0.8), logits(0.9, 0.1), logits(0.3, 0.7), label, config
+    )
+    assert math.isclose(flipped["clean"], -math.log(0.75), rel_tol=1e-12)
+    assert math.isclose(flipped["adversarial"], -math.log(0.2), rel_tol=1e-12)
+    assert math.isclose(flipped["shared"], -math.log(0.200001), rel_tol=1e-12)
+    assert math.isclose(flipped["total"], -math.log(0.75) - math.log(0.200001), rel_tol=1e-12)
+    # h_bd keeps its clean label on x + d: the image does not count.
+    kept = unlearning_loss(
+        logits(0.75, 0.25), logits(0.2, 0.8), logits(0.9, 0.1), logits(0.6, 0.4), label, config
+    )
+    assert float(kept["shared"]) == 0
+    # h_bd was wrong before and says the same on x + d: not fooled by d, so it does not count.
+    wrong = unlearning_loss(
+        logits(0.75, 0.25), logits(0.2, 0.8), logits(0.1, 0.9), logits(0.3, 0.7), label, config
+    )
+    assert float(wrong["shared"]) == 0
+
+
+def test_the_gradient_of_sar_stops_below_a_thousandth() -> None:
+    """p = 0.0009: both clamps hold, so L_sar is constant; at p = 0.0011 it still pulls."""
+    for p, moves in ((0.0009, False), (0.0011, True)):
+        adv = torch.tensor([[1 - p, p]], dtype=torch.float64).log().requires_grad_()
+        ref = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+        found = unlearning_loss(
+            ref, adv, ref, ref.flip(1), torch.tensor([0]), Config.load(lmd_1=0.0)
+        )
+        found["shared"].backward()
+        assert bool(adv.grad.abs().max() > 0) == moves
+
+
+def test_jensen_shannon_by_hand() -> None:
+    """Equal distributions: 0. One-hot on different classes: log 2 (floored at 1e-8: a little less).
+
+    (1/2, 1/2) against (1, 0): m = (3/4, 1/4); half of [1/2 log 2/3 + 1/2 log 2] plus half of log 4/3.
+    """
+    big = 200.0
+    one, other = torch.tensor([[big, 0.0]]).double(), torch.tensor([[0.0, big]]).double()
+    even = torch.zeros(1, 2).double()
+    assert float(jensen_shannon(even, even)) == 0
+    assert math.isclose(jensen_shannon(one, other), math.log(2), rel_tol=1e-6)
+    expected = 0.5 * (0.5 * math.log(2 / 3) + 0.5 * math.log(2)) + 0.5 * math.log(4 / 3)
+    assert math.isclose(jensen_shannon(even, one), expected, rel_tol=1e-6)
+
+
+def literal_unlearning(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
+) -> nn.Module:
+    """Whole-subset batches, the oracle's perturbation and losses, Adam with AMSGrad."""
+    reference = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True)
+    order = generator(config.random_seed, "batches")
+    for _ in range(config.n_rounds):
+        index = torch.randperm(len(images), generator=order)
+        x, y = images[index], labels[index]
+        delta = oracle.perturbation(
+            model,
+            reference,
+            x,
+            y,
+            norm=config.norm_type,
+            start=config.pgd_init,
+            bound=config.trigger_norm,
+            step=config.adv_lr,
+            steps=config.adv_steps,
+            beta_1=config.beta_1,
+            beta_2=config.beta_2,
+            generator=torch.Generator(),
+        )
+        for _ in range(config.outer_steps):
+            if config.train_mode:
+                model.train()
+            logits = model(torch.cat([x, x + delta]))
+            model.eval()
+            found = oracle.losses(
+                logits[: len(x)],
+                logits[len(x) :],
+                reference(x),
+                reference(x + delta),
+                y,
+                (config.lmd_1, config.lmd_2, config.lmd_3),
+            )
+            optimizer.zero_grad()
+            found["total"].backward()
+            optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+@pytest.mark.parametrize("outer_steps", [1, 2])
+def test_purify_follows_the_literal_procedure(train_mode: bool, outer_steps: int) -> None:
+    model = small_network(0, batch_norm=True)
+    images, labels = problem(0)
+    config = Config.load(
+        n_rounds=4, batch_size=12, lr=1e-3, train_mode=train_mode, outer_steps=outer_steps
+    )
+    found = purify(model, images, labels, config).state_dict()
+    expected = literal_unlearning(model, images, labels, config).state_dict()
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value.double(), rtol=0, atol=1e-9), name
+    moved = found["1.running_mean"] - model.state_dict()["1.running_mean"]
+    assert bool(moved.abs().max() > 0) == train_mode  # running statistics move in train mode alone
+
+
+def test_purify_leaves_its_model_untouched_and_moves_the_copy() -> None:
+    model = small_network(3, batch_norm=True)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    images, labels = problem(3)
+    purified = purify(model, images, labels, Config.load(n_rounds=2, batch_size=5))
+    assert model.training
+    assert not purified.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(purified[0].weight, model[0].weight)
+    assert all(weight.requires_grad for weight in purified.parameters())
+
+
+def test_purify_takes_uint8_images_and_repeats_itself() -> None:
+    model = small_network(1, batch_norm=False).float()
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.randint(0, 4, (10,))
+    config = Config.load(n_rounds=2, batch_size=4, pgd_init="random")
+    first, second = (purify(model, images, labels, config).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    as_floats = purify(model, images.float() / 255, labels, config).state_dict()
+    assert all(torch.allclose(first[name], as_floats[name], atol=1e-6) for name in first)
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_its_round() -> None:
+    model = small_network(0, batch_norm=False)
+    images, labels = problem(0)
+    with pytest.raises(UserError, match=r"not finite in round 1 of 2.*--lr"):
+        purify(model, images * math.nan, labels, Config.load(n_rounds=2, batch_size=4))
+
+
+def test_weight_decay_and_learning_rate_act() -> None:
+    model = small_network(0, batch_norm=False)
+    images, labels = problem(0)
+    base = purify(model, images, labels, Config.load(n_rounds=1))[0].weight
+    for change in ({"wd": 0.1}, {"lr": 1e-3}, {"adam_beta_1": 0.5}, {"random_seed": 1}):
+        other = purify(model, images, labels, Config.load(n_rounds=1, batch_size=4, **change))
+        assert not torch.equal(base, other[0].weight), change
