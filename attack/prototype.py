@@ -205,9 +205,7 @@ def train_backdoored(
             logger.warning("warning: %s", warning)
         for rate_name, rate in watch.scores.rates().items():
             logger.info("%-3s %8s  (%d of %d)", rate_name.upper(), rate, rate.hits, rate.total)
-        logger.info(
-            "record: %s\npictures: %s", folder.path, ", ".join(str(path) for path in pictures)
-        )
+        pipeline.log_paths(folder, pictures)
     return folder
 
 

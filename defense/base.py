@@ -19,7 +19,7 @@ from torch import nn
 from models import Classifier, prepare
 from utils import config as configuration
 from utils import pipeline, plot, record
-from utils.data import Dataset, Labelled, as_float, keep_on, load_dataset
+from utils.data import Dataset, Labelled, Triggered, as_float, keep_on, load_dataset
 from utils.errors import UserError
 from utils.evaluate import predict
 from utils.metrics import Scores, defense_effectiveness_rating
@@ -67,6 +67,7 @@ class DefenseConfig(configuration.Config):
 C = TypeVar("C", bound=DefenseConfig)
 Purify = Callable[..., nn.Module]
 Perturb = Callable[..., torch.Tensor]
+Caption = Callable[[torch.Tensor], list[str]]
 
 
 def run(config_class: type[C], purify: Purify, perturb: Perturb | None = None) -> None:
@@ -161,12 +162,21 @@ def defend(
         pictures = [
             pipeline.save_figure(folder, "curves.png", plot.curves(watch.metrics, "round", title))
         ]
+
+        def caption(images: torch.Tensor) -> list[str]:
+            labels = [predict(network, images, device).tolist() for network in (backdoored, model)]
+            names = data.classes
+            return [f"{names[a]} | {names[b]}" for a, b in zip(*labels, strict=True)]
+
+        if attack.triggered is not None:
+            pictures.append(_draw_before_after(folder, caption, attack.triggered, data, title))
         if perturb is not None:
-            pictures.append(
-                _draw_perturbations(
-                    folder, perturb, backdoored, model, clean, data, config, title, device
-                )
-            )
+
+            def perturbed(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+                x, y = images.to(device), labels.to(device)
+                return perturb(backdoored, backdoored, x, y, config).cpu()
+
+            pictures.append(_draw_perturbations(folder, caption, perturbed, clean, title))
         warnings += _result_warnings(before, after)
         der = defense_effectiveness_rating(before, after)
         folder.write_summary(
@@ -190,9 +200,7 @@ def defend(
         for warning in warnings:
             logger.warning("warning: %s", warning)
         logger.info("%s", comparison(before, after, der))
-        logger.info(
-            "record: %s\npictures: %s", folder.path, ", ".join(str(path) for path in pictures)
-        )
+        pipeline.log_paths(folder, pictures)
     return folder
 
 
@@ -249,38 +257,47 @@ def _dataset_of_record(values: Mapping[str, Any]) -> str | None:
     return record.recorded_dataset(_record_folder(values["result_file"], values.get("record_path")))
 
 
+def _draw_before_after(
+    folder: record.RunFolder, caption: Caption, triggered: Triggered, data: Dataset, title: str
+) -> Path:
+    """before_after.png: clean and triggered test images, and both models' labels."""
+    chosen = _spread(len(triggered.index))
+    rows = {
+        "clean": data.test.images[triggered.index[chosen]],
+        "triggered": triggered.images[chosen],
+    }
+    figure = plot.image_grid(
+        {name: as_float(images) for name, images in rows.items()},
+        {name: caption(images) for name, images in rows.items()},
+        f"{title}: test images; label before | after",
+    )
+    return pipeline.save_figure(folder, "before_after.png", figure)
+
+
 def _draw_perturbations(
     folder: record.RunFolder,
-    perturb: Perturb,
-    backdoored: Classifier,
-    model: nn.Module,
+    caption: Caption,
+    perturb: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     clean: Labelled,
-    data: Dataset,
-    config: DefenseConfig,
     title: str,
-    device: torch.device,
 ) -> Path:
-    """perturbations.png: shared adversarial examples before unlearning, and both models' labels."""
-    chosen = clean.at(torch.linspace(0, len(clean) - 1, min(8, len(clean))).long())
-    images = as_float(chosen.images, device)
-    changed = (
-        images + perturb(backdoored, backdoored, images, chosen.labels.to(device), config)
-    ).detach()
-    captions = []
-    for shown in (images, changed):
-        labels = [predict(network, shown, device).tolist() for network in (backdoored, model)]
-        captions.append(
-            [f"{data.classes[a]} | {data.classes[b]}" for a, b in zip(*labels, strict=True)]
-        )
+    """perturbations.png: adversarial examples of the model before, and both models' labels."""
+    chosen = clean.at(_spread(len(clean)))
+    images = as_float(chosen.images)
+    changed = images + perturb(images, chosen.labels)
     figure = pipeline.difference_grid(
-        images.cpu(),
-        changed.cpu(),
+        images,
+        changed,
         ("clean", "adversarial"),
-        (captions[0], captions[1]),
-        f"{title}: shared adversarial examples of the backdoored model; labels by it | by the "
-        f"purified model",
+        (caption(images), caption(changed)),
+        f"{title}: shared adversarial examples of the model before; label before | after",
     )
     return pipeline.save_figure(folder, "perturbations.png", figure)
+
+
+def _spread(count: int) -> torch.Tensor:
+    """Up to eight evenly spaced positions."""
+    return torch.linspace(0, count - 1, min(8, count)).long()
 
 
 def _subset_warnings(clean: Labelled, data: Dataset) -> list[str]:

@@ -1,7 +1,7 @@
 """SAU written out literally and slowly, as the published procedure states it.
 
-All images take part in every step, clean predictions are recomputed in every step, nothing is cached.
-The tests hold `defense/sau.py` to it; `benchmark/speed.py` measures against it.
+All images take part in every step, clean predictions are recomputed in every step, nothing is
+cached. The tests hold `defense/sau.py` to it; `benchmark/speed.py` measures against it.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def js_terms(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
-    """sum_k of the two Kullback-Leibler terms to the mean, halved; probabilities floored at 1e-8."""
+    """Mean of the two Kullback-Leibler terms to the mean; probabilities floored at 1e-8."""
     p = torch.softmax(logits, dim=1).clamp(min=1e-8)
     q = torch.softmax(ref_logits, dim=1).clamp(min=1e-8)
     mean = 0.5 * (p + q)

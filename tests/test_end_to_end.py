@@ -136,7 +136,8 @@ def test_every_defense_leaves_a_complete_result(
     assert run_script(ROOT / f"defense/{defense}.py", *defense_flags(workplace, badnet.name)) == 0
     result = badnet / "defense" / defense
     expected = "config.yaml defense_result.pt clean_index.txt metrics.csv summary.json log.txt"
-    expected += " curves.png" + (" perturbations.png" if defense == "sau" else "")
+    expected += " curves.png before_after.png"
+    expected += " perturbations.png" if defense == "sau" else ""
     assert sorted(path.name for path in result.iterdir()) == sorted(expected.split())
     summary = json.loads((result / "summary.json").read_text())
     assert 0 <= summary["der"] <= 1
@@ -209,6 +210,15 @@ def test_an_existing_record_is_refused_unless_overwritten(
     assert run_script(ROOT / "attack/badnet.py", *flags, "--overwrite") == 0
 
 
+def test_a_folder_that_is_no_record_is_never_replaced(workplace: Path) -> None:
+    precious = workplace / "record/precious/thesis.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    flags = attack_flags(workplace, "precious", epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags, "--overwrite") == 2
+    assert precious.read_text() == "years of work"
+
+
 def test_a_failed_run_does_not_block_its_retry(workplace: Path) -> None:
     flags = attack_flags(workplace, "failed", lr="1e30", epochs=1)
     assert run_script(ROOT / "attack/badnet.py", *flags) == 2
@@ -245,7 +255,10 @@ def test_a_wrong_attack_flag_gets_one_line(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"result_file": "nothing"}, r"--result_file: nothing is no record .* give one of .*shared"),
+        (
+            {"result_file": "nothing"},
+            r"--result_file: nothing is no record .* give one of .*shared",
+        ),
         ({"dataset": "cifar10"}, r"--dataset: cifar10, but the record says folder"),
         ({"model": "vgg19_bn"}, r"--model: vgg19_bn, but the record says preactresnet18"),
         ({"ratio": 0.001}, r"--ratio: 0.001 of 36 training images is none"),
@@ -262,8 +275,8 @@ def test_a_wrong_defense_flag_gets_one_line(
     changes: dict[str, object],
     message: str,
 ) -> None:
-    flags = defense_flags(workplace, "shared", **{"n_rounds": 2, **changes}) + ["--overwrite"]
-    assert run_script(ROOT / "defense/sau.py", *flags) == 2
+    flags = defense_flags(workplace, "shared", **{"n_rounds": 2, **changes})
+    assert run_script(ROOT / "defense/sau.py", *flags, "--overwrite") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     text = "\n".join(errors)
     assert len(errors) == (2 if "trigger_nrom" in changes else 1), text
@@ -293,9 +306,7 @@ def test_other_images_than_the_record_s_are_refused(
     assert "are not those that it was made with" in capsys.readouterr().err
 
 
-def test_warnings_are_said_and_kept(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_warnings_are_said_and_kept(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate of 1e-9 learns nothing, so ASR stays low; one clean image lacks two classes."""
     flags = attack_flags(workplace, "weak", lr=1e-9, epochs=1, attack_target=1)
     assert run_script(ROOT / "attack/badnet.py", *flags) == 0
@@ -311,9 +322,7 @@ def test_warnings_are_said_and_kept(
     assert any("lacks 2 of 3 classes" in text for text in after["warnings"])
 
 
-def test_a_new_attack_and_a_new_defense_are_two_files_each(
-    workplace: Path, tmp_path: Path
-) -> None:
+def test_a_new_attack_and_a_new_defense_are_two_files_each(workplace: Path, tmp_path: Path) -> None:
     """The examples of CONTRIBUTING.md, written where it says, run."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"`([\w/.]+)`:\n\n```(?:python|yaml)\n(.*?)```", text, flags=re.S)

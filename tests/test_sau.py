@@ -1,4 +1,4 @@
-"""SAU against its literal transcription, hand-derived values, and the promises of its public names."""
+"""SAU against its literal transcription, hand-derived values, and its public promises."""
 
 import copy
 import math
@@ -80,7 +80,7 @@ def test_perturbation_equals_the_transcription_exactly(
 
 
 def test_the_comparison_exercises_all_three_kinds_of_example() -> None:
-    """Shared, fooled differently, and not fooled images all occur, before and after the last step."""
+    """Shared, differently fooled, and not fooled images all occur."""
     kinds = set()
     for seed in range(3):
         model, reference = models(seed, batch_norm=True)
@@ -207,7 +207,7 @@ def test_the_gradient_of_sar_stops_below_a_thousandth() -> None:
 
 
 def test_jensen_shannon_by_hand() -> None:
-    """Equal distributions: 0. One-hot on different classes: log 2 (floored at 1e-8: a little less).
+    """Equal distributions: 0. One-hot on different classes: log 2, less the floor of 1e-8.
 
     (1/2, 1/2) against (1, 0): m = (3/4, 1/4); half of [1/2 log 2/3 + 1/2 log 2] plus half of log 4/3.
     """

@@ -1,7 +1,7 @@
 """What the attack and the defense pipeline share: watching a run, its pictures and facts."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,13 @@ def scorer(
 def save_figure(folder: RunFolder, name: str, figure: Figure) -> Path:
     """Writes a PNG; returns its path."""
     return folder.write(name, lambda path: figure.savefig(path, dpi=160))
+
+
+def log_paths(folder: RunFolder, pictures: Sequence[Path]) -> None:
+    """Says where the results are."""
+    logger.info("record: %s", folder.path)
+    for path in pictures:
+        logger.info("picture: %s", path)
 
 
 def difference_grid(

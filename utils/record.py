@@ -39,9 +39,17 @@ class RunFolder:
         return (self.path / "summary.json").exists()
 
     def refuse_existing(self, overwrite: bool) -> None:
-        """Raises UserError if a finished run stands here and may not be overwritten."""
+        """Raises UserError if what stands here may not be replaced.
+
+        A finished run needs `overwrite`; a folder that no run wrote is never touched.
+        """
+        if self.path.exists() and not (self.path / "config.yaml").exists() and self._holds_files():
+            raise UserError(f"{self.path} exists and is no record; give another name")
         if self.is_done and not overwrite:
             raise UserError(f"{self.path} exists; give --overwrite to replace it, or another name")
+
+    def _holds_files(self) -> bool:
+        return not self.path.is_dir() or any(self.path.iterdir())
 
     def start(self, config: str) -> None:
         """Empties the folder and writes the resolved configuration into it.

@@ -33,12 +33,10 @@ def run_script(main: Callable[[], None]) -> None:
 
     A `UserError` is printed, one line a problem, and exits with 2; Ctrl-C exits with 130.
     """
-    if not logger.handlers:
-        console = logging.StreamHandler(sys.stderr)
-        console.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(console)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(console)
+    logger.setLevel(logging.INFO)
     try:
         main()
     except UserError as error:
@@ -48,6 +46,8 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         logger.error("interrupted")
         raise SystemExit(130) from None
+    finally:
+        logger.removeHandler(console)
 
 
 @contextlib.contextmanager

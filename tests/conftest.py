@@ -1,0 +1,58 @@
+"""Tiny real things that several test modules share."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from models import Classifier
+from utils.data import Dataset, Labelled
+
+
+class TinyNet(nn.Module):
+    """Convolution, BatchNorm, pooling, linear: (N, 3, H, W) -> (N, num_classes)."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.bn(self.conv(images)).relu().mean(dim=(2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """A script's set-up of the program's logger ends with the test that ran it."""
+    logger = logging.getLogger("sau")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def tiny_data() -> Dataset:
+    """Random 8x8 images of three classes: 12 for training, 9 for testing, labels 0 1 2 0 1 2 ..."""
+    source = torch.Generator().manual_seed(0)
+    splits = [
+        Labelled(
+            torch.randint(0, 200, (count, 3, 8, 8), dtype=torch.uint8, generator=source),
+            torch.arange(count) % 3,
+        )
+        for count in (12, 9)
+    ]
+    return Dataset(
+        "tiny", splits[0], splits[1], ("ant", "bee", "cat"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    )
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Classifier:
+    """A small network for `tiny_data`; for the test's time `build_model("tiny", ...)` knows it."""
+    monkeypatch.setitem(models.CONSTRUCTORS, "tiny", TinyNet)
+    torch.manual_seed(0)
+    return models.build_model("tiny", 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))

@@ -1,0 +1,541 @@
+"""Typed configuration: the order of its layers, its checks, and every shipped YAML file."""
+
+import dataclasses
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import pytest
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from utils.config import Config, allowed_values, read_yaml, suggestion
+from utils.data import DatasetName
+from utils.errors import UserError
+from utils.runtime import ROOT
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(Config):
+    dataset: Annotated[Literal["digits", "cifar10"], Field(description="which images")]
+    lr: Annotated[float, Field(gt=0, le=1, description="step size")]
+    lr_scheduler: Annotated[Literal["constant", "cosine"], Field(description="its course")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(BaseConfig):
+    rounds: Annotated[int, Field(ge=1, description="passes over the images")]
+    side: Annotated[int | None, Field(ge=1, description="side of the patch, pixels")]
+    flip: Annotated[bool, Field(description="mirror the images")]
+    widths: Annotated[tuple[int, ...], Field(description="channels by stage")]
+    name: Annotated[str | None, Field(description="name of the result")]
+
+
+SHIPPED = {
+    "base/default.yaml": "dataset: digits\nlr: 0.1\nlr_scheduler: constant\n",
+    "base/cifar10.yaml": "lr: 0.2\nlr_scheduler: cosine\n",
+    "toy/config.yaml": "rounds: 3\nside: null\nflip: false\nwidths: [1, 2]\nname: null\n",
+    "toy/cifar10.yaml": "rounds: 5\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts the two classes into `box/base.py` and `box/toy.py` of a folder, with their YAML."""
+    for name, text in SHIPPED.items():
+        path = tmp_path / "config" / "box" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    for owner, stem in ((BaseConfig, "base"), (ToyConfig, "toy")):
+        module = ModuleType(f"box.{stem}")
+        module.__file__ = str(tmp_path / "box" / f"{stem}.py")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(owner, "__module__", module.__name__)
+    return tmp_path
+
+
+def from_flags(*argv: str) -> ToyConfig:
+    return ToyConfig.from_command_line(argv, "a toy")
+
+
+def problems(*argv: str) -> list[str]:
+    """The lines of the error that flags lead to."""
+    with pytest.raises(UserError) as caught:
+        from_flags(*argv)
+    return str(caught.value).splitlines()
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+def test_each_layer_goes_over_those_before_it(toy: Path) -> None:
+    """lr is 0.1 in the shipped file, and one tenth more in every later layer."""
+    first = write(toy, "lr: 0.3\n", "first.yaml")
+    second = write(toy, "lr: 0.4\n", "second.yaml")
+    argv: list[str] = []
+    found = [from_flags().lr]
+    for more in (
+        ["--dataset", "cifar10"],
+        ["--yaml_path", first],
+        ["--bd_yaml_path", second],
+        ["--lr", "0.5"],
+    ):
+        argv += more
+        found.append(from_flags(*argv).lr)
+    assert found == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_bd_yaml_path_goes_over_yaml_path_in_any_order_of_flags(toy: Path) -> None:
+    first = write(toy, "lr: 0.3\n", "first.yaml")
+    second = write(toy, "lr: 0.4\n", "second.yaml")
+    assert from_flags("--bd_yaml_path", second, "--yaml_path", first).lr == 0.4
+
+
+def test_a_method_goes_over_the_pipeline(toy: Path) -> None:
+    """The base says cosine for cifar10; the toy's own file, read after both of the base's, wins."""
+    assert from_flags("--dataset", "cifar10").lr_scheduler == "cosine"
+    shipped = toy / "config" / "box" / "toy" / "config.yaml"
+    shipped.write_text(SHIPPED["toy/config.yaml"] + "lr_scheduler: constant\n", encoding="utf-8")
+    assert from_flags("--dataset", "cifar10").lr_scheduler == "constant"
+
+
+def test_the_dataset_of_a_users_file_picks_the_dataset_yaml(toy: Path) -> None:
+    path = write(toy, "dataset: cifar10\n")
+    config = from_flags("--yaml_path", path)
+    assert (config.dataset, config.lr, config.rounds) == ("cifar10", 0.2, 5)
+
+
+def test_find_dataset_sees_all_values_and_picks_the_dataset_yaml() -> None:
+    config = ToyConfig.from_command_line(
+        ["--name", "cifar10"], "a toy", find_dataset=lambda values: values["name"]
+    )
+    assert (config.lr, config.rounds) == (0.2, 5)
+
+
+def test_load_takes_shipped_values_and_overrides() -> None:
+    expected = ToyConfig(
+        dataset="digits",
+        lr=0.1,
+        lr_scheduler="constant",
+        rounds=9,
+        side=None,
+        flip=False,
+        widths=(1, 2),
+        name=None,
+    )
+    assert ToyConfig.load(rounds=9) == expected
+
+
+def test_load_applies_the_files_of_the_dataset() -> None:
+    assert ToyConfig.load("cifar10").rounds == 5
+    assert ToyConfig.load(dataset="cifar10").rounds == 5
+    assert ToyConfig.load("cifar10", rounds=2).rounds == 2
+
+
+def test_load_reports_every_bad_override() -> None:
+    with pytest.raises(UserError) as caught:
+        ToyConfig.load(rouns=4, lr="0.5", flip=True)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert "rouns" in lines[0]
+    assert "did you mean rounds?" in lines[0]
+    assert "lr: 0.5 is not allowed; give float in (0, 1]" in lines[1]
+
+
+def test_a_class_of_a_module_without_a_file_has_no_shipped_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a notebook, whose `__main__` has no `__file__`."""
+    module = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", module)
+    monkeypatch.setattr(ToyConfig, "__module__", "notebook")
+    config = ToyConfig.load(rounds=1, side=2, flip=True, widths=(3,), name="x")
+    assert config.lr == 0.1  # of the base, which has a file
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ToyConfig.load().lr = 0.5  # type: ignore[misc]
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "+1e-4", "1.e-4", ".1e-3", "1.0e-4", "0.0001"])
+def test_every_way_to_write_a_number_is_a_number(toy: Path, text: str) -> None:
+    assert from_flags("--yaml_path", write(toy, f"lr: {text}\n")).lr == 0.0001
+
+
+@pytest.mark.parametrize("text", ["e-4", "1e", "1e-4x", "v1e-4"])
+def test_text_that_only_resembles_a_number_stays_text(toy: Path, text: str) -> None:
+    assert from_flags("--yaml_path", write(toy, f"name: {text}\n")).name == text
+
+
+def test_a_whole_number_is_fine_for_a_float(toy: Path) -> None:
+    lr = from_flags("--yaml_path", write(toy, "lr: 1\n")).lr
+    assert lr == 1
+    assert type(lr) is float
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--lr", "1e-4"], "lr", 0.0001),
+        (["--lr=0.25"], "lr", 0.25),
+        (["--rounds", "7"], "rounds", 7),
+        (["--side", "4"], "side", 4),
+        (["--side", "null"], "side", None),
+        (["--side", "None"], "side", None),
+        (["--flip"], "flip", True),
+        (["--flip", "--lr", "0.5"], "flip", True),
+        (["--flip", "false"], "flip", False),
+        (["--widths", "4,5,6"], "widths", (4, 5, 6)),
+        (["--name", "null"], "name", None),
+        (["--name", "17"], "name", "17"),
+    ],
+)
+def test_flags_become_the_type_of_their_field(argv: list[str], field: str, value: Any) -> None:
+    found = getattr(from_flags(*argv), field)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "allowed"),
+    [
+        ('lr: "0.1"', "lr", "float in (0, 1]"),
+        ("lr: fast", "lr", "float in (0, 1]"),
+        ("lr: true", "lr", "float in (0, 1]"),
+        ("lr: null", "lr", "float in (0, 1]"),
+        ("lr: [0.1]", "lr", "float in (0, 1]"),
+        ("rounds: 2.5", "rounds", "int >= 1"),
+        ("rounds: true", "rounds", "int >= 1"),
+        ('rounds: "3"', "rounds", "int >= 1"),
+        ("side: big", "side", "int >= 1 or null"),
+        ("flip: 1", "flip", "true or false"),
+        ('flip: "true"', "flip", "true or false"),
+        ("dataset: mnist", "dataset", "one of digits, cifar10"),
+        ("dataset: 3", "dataset", "one of digits, cifar10"),
+        ("widths: 3", "widths", "a list of int"),
+        ("widths: [wide]", "widths", "a list of int"),
+        ("name: 3", "name", "text or null"),
+    ],
+)
+def test_a_yaml_value_of_the_wrong_type_is_refused(
+    toy: Path, line: str, key: str, allowed: str
+) -> None:
+    path = write(toy, line + "\n")
+    (problem,) = problems("--yaml_path", path)
+    assert problem.startswith(f"{path}: {key}: ")
+    assert problem.endswith(f"is not allowed; give {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("lr", "abc", "float in (0, 1]"),
+        ("lr", "true", "float in (0, 1]"),
+        ("rounds", "2.5", "int >= 1"),
+        ("rounds", "null", "int >= 1"),
+        ("flip", "maybe", "true or false"),
+        ("dataset", "mnist", "one of digits, cifar10"),
+        ("widths", "1,wide", "a list of int"),
+    ],
+)
+def test_a_flag_of_the_wrong_type_is_refused(flag: str, value: str, allowed: str) -> None:
+    assert problems(f"--{flag}", value) == [f"--{flag}: {value} is not allowed; give {allowed}"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", "0"),
+        ("lr", "1.0001"),
+        ("lr", "-0.1"),
+        ("lr", "nan"),
+        ("lr", "inf"),
+        ("rounds", "0"),
+        ("rounds", "-3"),
+        ("side", "0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(toy: Path, key: str, value: str) -> None:
+    (by_flag,) = problems(f"--{key}", value)
+    assert by_flag.startswith(f"--{key}: {value} is not allowed; give ")
+    in_yaml = {"nan": ".nan", "inf": ".inf"}.get(value, value)
+    path = write(toy, f"{key}: {in_yaml}\n")
+    (by_file,) = problems("--yaml_path", path)
+    assert by_file.startswith(f"{path}: {key}: ")
+
+
+def test_infinity_is_refused_where_no_upper_bound_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite learning rate or radius passes `> 0`, and breaks the run only after it began."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Open(Config):
+        lr: Annotated[float, Field(gt=0, description="step size")]
+
+    monkeypatch.setattr(Open, "__module__", "box.toy")
+    with pytest.raises(UserError, match="inf is not allowed"):
+        Open.from_command_line(["--lr", "inf"], "")
+
+
+def test_a_small_negative_number_is_a_value_and_not_a_flag() -> None:
+    """argparse alone takes -1e-4 for the name of a flag, and --lr for one without a value."""
+    assert problems("--lr", "-1e-4") == ["--lr: -1e-4 is not allowed; give float in (0, 1]"]
+
+
+# --- problems -----------------------------------------------------------------------------------
+
+
+def test_a_misspelt_key_names_its_file_and_the_nearest_name(toy: Path) -> None:
+    path = write(toy, "rouns: 4\n")
+    assert problems("--yaml_path", path) == [f"{path}: rouns: unknown name (did you mean rounds?)"]
+
+
+def test_a_misspelt_key_in_a_shipped_file_is_refused_too(toy: Path) -> None:
+    (toy / "config" / "box" / "toy" / "cifar10.yaml").write_text("rouns: 5\n", encoding="utf-8")
+    (problem,) = problems("--dataset", "cifar10")
+    assert "config/box/toy/cifar10.yaml: rouns" in problem.replace("\\", "/")
+
+
+@pytest.mark.parametrize("argv", [["--rouns=4"], ["--rouns", "4"], ["--rouns"]])
+def test_a_misspelt_flag_is_one_problem_with_the_nearest_name(argv: list[str]) -> None:
+    (problem,) = problems(*argv)
+    assert problem.startswith("--rouns: unknown flag (did you mean --rounds?)")
+
+
+def test_an_abbreviated_flag_is_not_guessed() -> None:
+    """--round could only be --rounds today, but would change meaning with a new flag."""
+    assert any("--round: unknown flag" in line for line in problems("--round=4"))
+
+
+def test_text_that_belongs_to_no_flag_is_named() -> None:
+    (problem,) = problems("--lr", "0.5", "stray")
+    assert problem.startswith("stray: ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "allowed"),
+    [("lr", "float in (0, 1]"), ("yaml_path", "a file"), ("bd_yaml_path", "a file")],
+)
+def test_a_flag_without_its_value_is_named(flag: str, allowed: str) -> None:
+    assert problems(f"--{flag}") == [f"--{flag}: a value is missing; give {allowed}"]
+    assert problems(f"--{flag}", "--rounds", "2") == problems(f"--{flag}")
+
+
+def test_all_problems_are_reported_together_each_with_its_source(toy: Path) -> None:
+    first = write(toy, "lr: fast\nrouns: 1\n", "first.yaml")
+    second = write(toy, "flip: 3\n", "second.yaml")
+    found = problems(
+        "--yaml_path", first, "--bd_yaml_path", second, "--rounds", "0", "--side", "--nmae=x"
+    )
+    starts = [
+        f"{first}: lr: fast",
+        f"{first}: rouns: unknown name",
+        f"{second}: flip: 3",
+        "--rounds: 0",
+        "--side: a value is missing",
+        "--nmae: unknown flag (did you mean --name?)",
+    ]
+    assert len(found) == len(starts)
+    for start in starts:
+        assert sum(line.startswith(start) for line in found) == 1, start
+
+
+def test_a_bad_value_is_reported_even_if_a_later_layer_replaces_it(toy: Path) -> None:
+    path = write(toy, "lr: fast\n")
+    (problem,) = problems("--yaml_path", path, "--lr", "0.5")
+    assert problem.startswith(f"{path}: lr")
+
+
+def test_a_value_that_no_layer_gives_is_asked_for(toy: Path) -> None:
+    (toy / "config" / "box" / "toy" / "config.yaml").write_text(
+        "side: null\nflip: false\nwidths: []\nname: null\n", encoding="utf-8"
+    )
+    assert problems() == ["--rounds: a value is needed; give int >= 1"]
+    assert from_flags("--rounds", "2").rounds == 2
+
+
+def test_a_needed_value_is_asked_for_beside_a_problem_with_a_longer_name(toy: Path) -> None:
+    """No layer gives lr; the problem with lr_scheduler, whose name begins alike, is another one."""
+    (toy / "config" / "box" / "base" / "default.yaml").write_text(
+        "dataset: digits\nlr_scheduler: constant\n", encoding="utf-8"
+    )
+    found = problems("--lr_scheduler", "linear")
+    assert sorted(line.split(":")[0] for line in found) == ["--lr", "--lr_scheduler"]
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("lr: 0.1\nrounds: 2\nlr: 0.2\n", "'lr' stands twice"),
+        ("- lr\n- rounds\n", "not a mapping"),
+        ("just text\n", "not a mapping"),
+        ("3: x\n", "not a mapping"),
+        ("lr: [0.1\n", "not valid YAML"),
+        ("lr: 0.1\n---\nlr: 0.2\n", "not valid YAML"),
+        ("name: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("name: 2024-13-45\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_flat_mapping_is_refused(toy: Path, text: str, reason: str) -> None:
+    path = write(toy, text)
+    (problem,) = problems("--yaml_path", path)
+    assert problem.startswith(f"{path}: ")
+    assert reason in problem
+
+
+def test_bytes_that_are_no_text_are_refused(toy: Path) -> None:
+    path = toy / "mine.yaml"
+    path.write_bytes(b"lr: \xff\xfe\n")
+    (problem,) = problems("--yaml_path", str(path))
+    assert problem.startswith(f"{path}: not valid YAML")
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "."])
+def test_a_file_that_cannot_be_read_is_named(toy: Path, name: str) -> None:
+    path = str(toy / name)
+    (problem,) = problems("--yaml_path", path)
+    assert problem.startswith(f"{path}: cannot be read")
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n"])
+def test_an_empty_file_changes_nothing(toy: Path, text: str) -> None:
+    assert from_flags("--yaml_path", write(toy, text)) == from_flags()
+
+
+# --- help and dump ------------------------------------------------------------------------------
+
+
+def test_help_prints_each_field_with_its_resolved_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        from_flags("--dataset", "cifar10", "--side", "4", "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("a toy\n")
+    lines = [line.strip() for line in text.splitlines()]
+    for line in (
+        "--dataset cifar10",
+        "--lr 0.2",
+        "--lr_scheduler cosine",
+        "--rounds 5",
+        "--side 4",
+        "--flip False",
+        "--yaml_path FILE",
+        "--bd_yaml_path FILE",
+    ):
+        assert line in lines
+    for field in dataclasses.fields(ToyConfig):
+        assert any(line.startswith(f"--{field.name} ") for line in lines)
+    assert "passes over the images [int >= 1]" in lines
+
+
+def test_help_comes_even_with_bad_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        from_flags("-h", "--lr", "fast", "--rouns=4")
+    assert caught.value.code == 0
+    assert "--rounds 3" in capsys.readouterr().out
+
+
+def test_dump_reads_back_equal(toy: Path) -> None:
+    config = from_flags("--lr", "1e-5", "--widths", "4,5", "--flip", "--name", "ünïcode 猫")
+    path = write(toy, config.dump(), "dumped.yaml")
+    assert from_flags("--yaml_path", path) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["1e5", "1e-4", "17", "0x1F", "true", "null", "2024-01-01", "a: b", "#x", " ", "~"]
+)
+def test_dump_keeps_text_as_text(toy: Path, name: str) -> None:
+    """A name that YAML, or this program's wider notion of a number, would read otherwise."""
+    config = dataclasses.replace(ToyConfig.load(), name=name)
+    path = write(toy, config.dump(), "dumped.yaml")
+    assert from_flags("--yaml_path", path) == config
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (Annotated[float, Field(gt=0, le=1)], "float in (0, 1]"),
+        (Annotated[float, Field(ge=0, lt=1)], "float in [0, 1)"),
+        (Annotated[int, Field(ge=1)], "int >= 1"),
+        (Annotated[float, Field(gt=0)], "float > 0"),
+        (Annotated[float, Field(le=2)], "float <= 2"),
+        (Annotated[float, Field(lt=2)], "float < 2"),
+        (Annotated[int | None, Field(ge=1)], "int >= 1 or null"),
+        (Annotated[bool, Field()], "true or false"),
+        (str, "text"),
+        (Annotated[str | None, Field()], "text or null"),
+        (Annotated[Literal["a", "b"], Field()], "one of a, b"),
+        (Annotated[tuple[float, ...], Field()], "a list of float"),
+    ],
+)
+def test_allowed_values_in_words(annotation: Any, words: str) -> None:
+    assert allowed_values(annotation) == words
+
+
+def test_suggestion_is_the_nearest_name_or_nothing() -> None:
+    assert suggestion("epoch", ["epochs", "lr"]) == " (did you mean epochs?)"
+    assert suggestion("zzz", ["epochs", "lr"]) == ""
+
+
+# --- what the repository ships ------------------------------------------------------------------
+
+
+def shipped_configs() -> dict[str, type[Config]]:
+    """Script, as "attack/badnet", to the configuration that it reads from the command line."""
+    found: dict[str, type[Config]] = {}
+    for folder in ("attack", "defense"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            module = importlib.import_module(f"{folder}.{path.stem}")
+            for name in ("Config", "TrainingConfig", "DefenseConfig"):
+                owner = getattr(module, name, None)
+                if isinstance(owner, type) and owner.__module__ == module.__name__:
+                    found[f"{folder}/{path.stem}"] = owner
+    return found
+
+
+CONFIGS = shipped_configs()
+YAML_FILES = sorted((ROOT / "config").rglob("*.yaml"))
+
+
+def test_every_method_has_a_configuration() -> None:
+    assert {"attack/prototype", "attack/badnet", "defense/base", "defense/sau"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("dataset", get_args(DatasetName))
+@pytest.mark.parametrize("script", CONFIGS)
+def test_shipped_values_are_valid_for_every_dataset(script: str, dataset: str) -> None:
+    assert isinstance(CONFIGS[script].load(dataset), CONFIGS[script])
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_shipped_yaml_is_read_by_a_script_and_names_fields_only(path: Path) -> None:
+    script = "/".join(path.relative_to(ROOT / "config").parts[:-1])
+    assert script in CONFIGS
+    assert path.stem in {"default", "config", *get_args(DatasetName)}
+    fields = {field.name for field in dataclasses.fields(CONFIGS[script])}
+    assert set(read_yaml(path)) <= fields
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_defaults_live_in_yaml_and_meanings_in_the_class(script: str) -> None:
+    for field in dataclasses.fields(CONFIGS[script]):
+        assert field.default is dataclasses.MISSING
+        assert field.default_factory is dataclasses.MISSING
+    for name, annotation in get_type_hints(CONFIGS[script], include_extras=True).items():
+        infos = [m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, FieldInfo)]
+        assert any(info.description for info in infos), name

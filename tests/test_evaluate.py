@@ -1,0 +1,98 @@
+"""ACC, ASR and RA of a model whose predictions are known."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.data import Dataset, Labelled
+from utils.evaluate import evaluate, predict
+from utils.metrics import Rate, Scores
+from utils.poison import LabelMap, triggered_test_set
+
+CPU = torch.device("cpu")
+
+
+class Reader(nn.Module):
+    """Predicts the class that the first pixel names; in train mode, the class after it."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        named = (images[:, 0, 0, 0] * 255).round().long() + self.training
+        return nn.functional.one_hot(named % self.num_classes, self.num_classes).float()
+
+
+def images_naming(*classes: int) -> torch.Tensor:
+    """uint8 (N, 3, 2, 2) with the class in every pixel."""
+    named = torch.tensor(classes, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return named.expand(-1, 3, 2, 2).contiguous()
+
+
+@pytest.fixture
+def data() -> Dataset:
+    """Six test images of three classes; the model takes the last one for a 0."""
+    split = Labelled(images_naming(0, 0, 1, 1, 2, 0), torch.tensor([0, 0, 1, 1, 2, 2]))
+    return Dataset("named", split, split, ("a", "b", "c"), (0.0,) * 3, (1.0,) * 3)
+
+
+def name_zero_except_image_3(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A trigger after which the model says 0, and which fails on image 3."""
+    changed = images.clone()
+    changed[:, :, 0, 0] = 0
+    changed[index == 3] = images[index == 3]
+    return changed
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
+def test_predictions_come_in_order_whatever_the_batches(batch_size: int) -> None:
+    found = predict(Reader(), images_naming(2, 0, 1, 1, 0, 2), CPU, batch_size)
+    assert found.tolist() == [2, 0, 1, 1, 0, 2]
+    assert found.dtype == torch.int64
+
+
+def test_predictions_are_the_same_from_bytes_and_from_floats() -> None:
+    images = images_naming(2, 0, 1)
+    assert torch.equal(predict(Reader(), images, CPU), predict(Reader(), images.float() / 255, CPU))
+
+
+def test_the_model_predicts_in_eval_mode_and_gets_its_mode_back() -> None:
+    """In train mode the answers would be 0 1 2."""
+    model = Reader().train()
+    assert predict(model, images_naming(2, 0, 1), CPU).tolist() == [2, 0, 1]
+    assert model.training
+
+
+def test_acc_counts_the_clean_test_set(data: Dataset) -> None:
+    """Five of six: the last image is taken for a 0."""
+    assert evaluate(Reader(), data.test, None, CPU) == Scores(Rate(5, 6))
+
+
+def test_all_to_one_counts_images_of_other_classes(data: Dataset) -> None:
+    """Target 0 leaves images 2 to 5 with the labels 1 1 2 2.
+
+    With the trigger the model says 0 1 0 0: three hits of four, and one true label of four.
+    """
+    triggered = triggered_test_set(data, name_zero_except_image_3, "all2one", 0)
+    assert evaluate(Reader(), data.test, triggered, CPU) == Scores(
+        Rate(5, 6), asr=Rate(3, 4), ra=Rate(1, 4)
+    )
+
+
+def test_all_to_all_counts_every_image(data: Dataset) -> None:
+    """The targets of labels 0 0 1 1 2 2 are 1 1 2 2 0 0; the model says 0 0 0 1 0 0.
+
+    Two hits of six (images 4 and 5), three true labels of six (images 0, 1 and 3).
+    """
+    triggered = triggered_test_set(data, name_zero_except_image_3, "all2all", 0)
+    assert evaluate(Reader(), data.test, triggered, CPU) == Scores(
+        Rate(5, 6), asr=Rate(2, 6), ra=Rate(3, 6)
+    )
+
+
+@pytest.mark.parametrize("label_map", ["all2one", "all2all"])
+def test_scores_do_not_depend_on_the_batch_size(data: Dataset, label_map: LabelMap) -> None:
+    triggered = triggered_test_set(data, name_zero_except_image_3, label_map, 0)
+    small = evaluate(Reader(), data.test, triggered, CPU, batch_size=1)
+    assert small == evaluate(Reader(), data.test, triggered, CPU, batch_size=5)

@@ -1,0 +1,171 @@
+"""Label maps, the choice of poisoned images, and the poisoned sets."""
+
+import pytest
+import torch
+
+from utils.data import Dataset, Labelled
+from utils.errors import UserError
+from utils.poison import (
+    KINDS,
+    LabelMap,
+    apply_trigger,
+    map_labels,
+    poison_training_set,
+    select_poisoned,
+    triggered_test_set,
+    unpoisoned,
+)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def stamp(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A trigger that writes 250 into the last pixel, and the image's index into the first."""
+    stamped = images.clone()
+    stamped[:, :, -1, -1] = 250
+    stamped[:, :, 0, 0] = (index % 251).to(torch.uint8).unsqueeze(1)
+    return stamped
+
+
+@pytest.mark.parametrize(
+    ("label_map", "expected"), [("all2one", [1, 1, 1, 1]), ("all2all", [1, 2, 0, 1])]
+)
+def test_label_maps(label_map: LabelMap, expected: list[int]) -> None:
+    """Of three classes, the last one's successor is 0 again."""
+    labels = torch.tensor([0, 1, 2, 0])
+    mapped = map_labels(labels, label_map, target=1, num_classes=3)
+    assert mapped.tolist() == expected
+    assert mapped.dtype == torch.int64
+    assert labels.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("count", "pratio", "chosen"),
+    [(50000, 0.1, 5000), (1437, 0.1, 144), (10, 0.24, 2), (10, 1.0, 10), (3, 0.2, 1)],
+)
+def test_pratio_is_a_share_of_all_training_images(count: int, pratio: float, chosen: int) -> None:
+    """143.7 becomes 144, 2.4 becomes 2, 0.6 becomes 1."""
+    index = select_poisoned(count, pratio, rng())
+    assert len(index) == chosen
+    assert index.dtype == torch.int64
+    assert index.tolist() == sorted(set(index.tolist()))
+    assert 0 <= index.min()
+    assert index.max() < count
+
+
+def test_the_chosen_images_depend_on_the_generator_alone() -> None:
+    first, again, other = (select_poisoned(1000, 0.1, rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_ratio_that_poisons_nothing_is_refused() -> None:
+    """0.0001 of 1,000 is 0.1 images; one image is 0.001."""
+    with pytest.raises(UserError, match="--pratio: 0.0001 of 1000 .* at least 0.001"):
+        select_poisoned(1000, 0.0001, rng())
+
+
+def test_poisoning_replaces_the_chosen_images_and_labels(tiny_data: Dataset) -> None:
+    """Half of 12 images. The trigger is told the images' places in the training set."""
+    poisoned = poison_training_set(tiny_data, stamp, 0.5, "all2one", 2, rng())
+    assert len(poisoned) == 12
+    assert len(poisoned.index) == 6
+    assert torch.equal(
+        poisoned.images, stamp(tiny_data.train.images[poisoned.index], poisoned.index)
+    )
+    assert poisoned.images.dtype == torch.uint8
+    assert poisoned.labels.tolist() == [2] * 6
+    assert [KINDS[kind] for kind in poisoned.kinds] == ["poison"] * 6
+    assert poisoned.clean is tiny_data.train
+
+
+def test_images_of_the_target_class_may_be_poisoned_too(tiny_data: Dataset) -> None:
+    """At ratio 1 all 12 images are, of every class."""
+    poisoned = poison_training_set(tiny_data, stamp, 1.0, "all2one", 2, rng())
+    assert poisoned.index.tolist() == list(range(12))
+
+
+def test_all_to_all_gives_each_chosen_image_the_next_label(tiny_data: Dataset) -> None:
+    """Image i has the label i mod 3, hence gets (i + 1) mod 3."""
+    poisoned = poison_training_set(tiny_data, stamp, 0.5, "all2all", 0, rng())
+    assert poisoned.labels.tolist() == [(i + 1) % 3 for i in poisoned.index.tolist()]
+
+
+def test_the_same_images_are_chosen_whatever_the_trigger_and_the_labels(tiny_data: Dataset) -> None:
+    white = poison_training_set(
+        tiny_data, lambda images, _: torch.full_like(images, 255), 0.5, "all2all", 0, rng()
+    )
+    stamped = poison_training_set(tiny_data, stamp, 0.5, "all2one", 1, rng())
+    assert torch.equal(white.index, stamped.index)
+
+
+def test_poisoning_leaves_the_clean_set_alone(tiny_data: Dataset) -> None:
+    before = tiny_data.fingerprint()
+    poison_training_set(tiny_data, stamp, 0.5, "all2one", 2, rng())
+    triggered_test_set(tiny_data, stamp, "all2one", 2)
+    assert tiny_data.fingerprint() == before
+
+
+def test_all_to_one_tests_images_of_other_classes_only(tiny_data: Dataset) -> None:
+    """Labels are 0 1 2 0 1 2 0 1 2; without the target 1 six images are left."""
+    triggered = triggered_test_set(tiny_data, stamp, "all2one", 1)
+    assert triggered.index.tolist() == [0, 2, 3, 5, 6, 8]
+    assert triggered.labels.tolist() == [0, 2, 0, 2, 0, 2]
+    assert triggered.targets.tolist() == [1] * 6
+    assert torch.equal(
+        triggered.images, stamp(tiny_data.test.images[triggered.index], triggered.index)
+    )
+
+
+def test_all_to_all_tests_every_image(tiny_data: Dataset) -> None:
+    triggered = triggered_test_set(tiny_data, stamp, "all2all", 1)
+    assert triggered.index.tolist() == list(range(9))
+    assert triggered.targets.tolist() == [1, 2, 0] * 3
+    assert triggered.labels.tolist() == [0, 1, 2] * 3
+
+
+def test_a_test_set_of_the_target_alone_is_refused(tiny_data: Dataset) -> None:
+    only_target = Dataset(
+        "tiny",
+        tiny_data.train,
+        Labelled(tiny_data.test.images[:2], torch.tensor([2, 2])),
+        tiny_data.classes,
+        tiny_data.mean,
+        tiny_data.std,
+    )
+    with pytest.raises(UserError, match="--attack_target: .* label 2"):
+        triggered_test_set(only_target, stamp, "all2one", 2)
+
+
+def test_a_trigger_gets_every_image_of_a_large_set_once() -> None:
+    """2,500 one-pixel images are more than two portions; each carries its own index modulo 251."""
+    images = torch.full((2500, 1, 1, 1), 255, dtype=torch.uint8)
+    index = torch.arange(2500) + 7
+    found = apply_trigger(
+        lambda part, places: (places % 251).to(torch.uint8).view(-1, 1, 1, 1), images, index
+    )
+    assert found.flatten().tolist() == [(i + 7) % 251 for i in range(2500)]
+    assert (images == 255).all()
+
+
+def test_a_trigger_that_changes_nothing_is_refused() -> None:
+    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(UserError, match="changes no pixel"):
+        apply_trigger(lambda part, _: part.clone(), images, torch.arange(3))
+
+
+def test_a_trigger_may_leave_some_images_as_they_are() -> None:
+    """White images stay white under a white trigger; one black image is enough."""
+    images = torch.full((3, 3, 4, 4), 255, dtype=torch.uint8)
+    images[1] = 0
+    found = apply_trigger(lambda part, _: torch.full_like(part, 255), images, torch.arange(3))
+    assert (found == 255).all()
+
+
+def test_a_clean_set_as_a_poisoned_one_has_no_poison(tiny_data: Dataset) -> None:
+    clean = unpoisoned(tiny_data.train)
+    assert len(clean) == 12
+    assert clean.images.shape == (0, 3, 8, 8)
+    assert len(clean.index) == len(clean.labels) == len(clean.kinds) == 0

@@ -1,0 +1,119 @@
+"""Every command and Python block of the README runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import utils.data
+from tests.test_end_to_end import cache, run_script, workplace
+from utils.runtime import ROOT
+
+__all__ = ["cache", "workplace"]  # fixtures
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+COMMANDS = [
+    line for block in blocks("sh") for line in block.splitlines() if line.startswith("python ")
+]
+MAKE = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")]
+
+
+def shortened(flags: list[str], workplace: Path) -> list[object]:
+    """The same flags with tiny images in the place of the user's, and one epoch or round."""
+    is_attack = "--save_folder_name" in flags
+    found: list[object] = list(flags)
+    for name, value in (("--dataset", "folder"), ("--dataset_path", workplace / "images")):
+        if name in found:
+            found[found.index(name) + 1] = value
+        elif is_attack:
+            found += [name, value]
+    found += ["--record_path", workplace / "record", "--precision", "fp32"]
+    if is_attack:
+        return [*found, "--epochs", 1, "--batch_size", 12, "--image_size", 16]
+    return [*found, "--n_rounds", 1, "--ratio", 0.5]
+
+
+def test_the_commands_run_in_the_order_of_the_page(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(COMMANDS) >= 9
+    for command in COMMANDS:
+        _, script, *flags = shlex.split(command, comments=True)
+        if flags == ["--help"]:
+            assert run_script(ROOT / script, *flags) == 0
+            assert "--random_seed" in capsys.readouterr().out
+        else:
+            assert run_script(ROOT / script, *shortened(flags, workplace)) == 0, command
+
+
+def test_the_flags_of_the_settings_table_are_taken(workplace: Path) -> None:
+    """Each row's flags, with an attack or with SAU."""
+    table = README[README.index("| want | flags |") : README.index("Dataset, model and target of")]
+    groups = [
+        shlex.split(flags) for flags in re.findall(r"`(--[^`]+)`", table) if "file.txt" not in flags
+    ]
+    assert len(groups) >= 9
+    for number, flags in enumerate(groups):
+        if flags[:2] == ["--device", "cuda"]:
+            continue  # not on every machine
+        if flags[0] in ("--ratio", "--norm_type"):
+            run = shortened(["--result_file", "flags0"], workplace)
+            assert run_script(ROOT / "defense/sau.py", *run, "--overwrite", *flags) in (0, 2)
+            continue
+        if "--attack_target" in flags:
+            flags = ["--attack_target", "2", "--pratio", "0.1"]  # three classes, 36 images
+        run = shortened(["--save_folder_name", f"flags{number}"], workplace)
+        if "vgg19_bn" in flags:
+            run += ["--image_size", 32]
+        assert run_script(ROOT / "attack/badnet.py", *run, *flags) == 0, flags
+
+
+def test_the_yaml_example_is_taken(workplace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(blocks("yaml")[0], encoding="utf-8")
+    run = shortened(["--save_folder_name", "yaml"], workplace)
+    assert run_script(ROOT / "attack/badnet.py", "--yaml_path", path, *run) == 0
+    written = (workplace / "record/yaml/config.yaml").read_text()
+    assert "pratio: 0.05" in written
+    assert "lr: 0.01\n" in written
+
+
+def test_the_python_examples_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    run = shortened(["--save_folder_name", "badnet_demo", "--overwrite"], workplace)
+    assert run_script(ROOT / "attack/badnet.py", *run) == 0
+    api, record = blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(api, "README.md", "exec"), names)
+    assert names["purified"] is not names["model"]
+    exec(compile(record, "README.md", "exec"), {})
+    assert "preactresnet18 3 0" in capsys.readouterr().out
+
+
+def test_pictures_links_and_make_targets_exist() -> None:
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert MAKE
+    for command in MAKE:
+        assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.M)
+
+
+def test_the_scripts_of_the_methods_table_are_all_there_are() -> None:
+    scripts = {
+        f"{folder}/{path.name}"
+        for folder in ("attack", "defense")
+        for path in (ROOT / folder).glob("*.py")
+        if path.stem not in ("__init__", "base")
+    }
+    assert set(re.findall(r"^\| `((?:attack|defense)/\w+\.py)`", README, flags=re.M)) == scripts
+    assert utils.data.ROOT  # the cache of these tests is the workplace's
