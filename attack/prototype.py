@@ -135,7 +135,7 @@ def train_backdoored(
     if config.batch_size > len(data.train):
         raise UserError(
             f"--batch_size: {config.batch_size} is more than the {len(data.train)} training "
-            f"images; give fewer"
+            "images; give fewer"
         )
     seed_everything(config.random_seed)
     model = build_model(config.model, len(data.classes), data.mean, data.std)
@@ -262,12 +262,12 @@ def _warnings(scores: Scores, num_classes: int) -> list[str]:
     if scores.asr is not None and scores.asr.value < 0.5:
         found.append(
             f"the attack failed: ASR is {scores.asr}, under 50 %; train longer, or raise "
-            f"--pratio, before any defense"
+            "--pratio, before any defense"
         )
     if scores.acc.value < 1.5 / num_classes:
         found.append(
             f"the model learned little: ACC is {scores.acc} with {num_classes} classes; train "
-            f"longer"
+            "longer"
         )
     return found
 

@@ -314,9 +314,14 @@ def _subset_warnings(clean: Labelled, data: Dataset) -> list[str]:
 
 
 def _result_warnings(before: Scores, after: Scores) -> list[str]:
-    if before.acc.value - after.acc.value <= 0.1:
-        return []
-    return [
-        f"the defense cost more than 10 points of ACC ({before.acc} -> {after.acc}); lower --lr "
-        f"or give more images"
-    ]
+    found = []
+    if before.asr is not None and before.asr.value < 0.5:
+        found.append(
+            f"the attack had failed before (ASR {before.asr}), so this says little of the defense"
+        )
+    if before.acc.value - after.acc.value > 0.1:
+        found.append(
+            f"the defense cost more than 10 points of ACC ({before.acc} -> {after.acc}); "
+            "lower --lr or give more images"
+        )
+    return found

@@ -36,9 +36,7 @@ class Config(DefenseConfig):
     lr_scheduler: Annotated[Schedule, Field(description="how the learning rate changes")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]
     wd: Annotated[float, Field(ge=0, description="weight decay of SGD")]
-    crop_padding: Annotated[
-        int, Field(ge=0, le=64, description="zero pixels around an image before its random crop")
-    ]
+    crop_padding: Annotated[int, Field(ge=0, le=64, description="pixels around a random crop")]
     flip: Annotated[bool, Field(description="mirror images at random")]
 
 

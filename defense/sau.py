@@ -49,33 +49,23 @@ from utils.train import Loop
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DefenseConfig):
-    norm_type: Annotated[Norm, Field(description="ball of the perturbation; Reg is no bound")]
-    trigger_norm: Annotated[
-        float, Field(ge=0, description="radius of the ball, pixel units (1 = black to white)")
-    ]
-    pgd_init: Annotated[Start, Field(description="perturbation before the first step")]
-    adv_lr: Annotated[float, Field(gt=0, description="inner step size, pixel units")]
+    norm_type: Annotated[Norm, Field(description="ball of delta; Reg is no bound")]
+    trigger_norm: Annotated[float, Field(ge=0, description="its radius, pixels in [0, 1]")]
+    pgd_init: Annotated[Start, Field(description="delta before the first step")]
+    adv_lr: Annotated[float, Field(gt=0, description="inner step size, pixels in [0, 1]")]
     adv_steps: Annotated[int, Field(ge=0, description="inner steps")]
     beta_1: Annotated[float, Field(ge=0, description="weight of L_adv (lambda3)")]
     beta_2: Annotated[float, Field(ge=0, description="weight of L_share (lambda4)")]
-    outer_steps: Annotated[
-        int, Field(ge=1, description="optimizer steps a batch, with the same perturbation")
-    ]
+    outer_steps: Annotated[int, Field(ge=1, description="optimizer steps a batch, same delta")]
     lmd_1: Annotated[float, Field(ge=0, description="weight of L_cl (lambda1)")]
-    lmd_2: Annotated[
-        float, Field(ge=0, description="weight of the cross-entropy on adversarial images")
-    ]
+    lmd_2: Annotated[float, Field(ge=0, description="weight of the cross-entropy on x + delta")]
     lmd_3: Annotated[float, Field(ge=0, description="weight of L_sar (lambda2)")]
     lr: Annotated[float, Field(gt=0, description="learning rate of Adam, constant")]
     wd: Annotated[float, Field(ge=0, description="weight decay of Adam")]
-    adam_beta_1: Annotated[float, Field(ge=0, lt=1, description="Adam's decay of the first moment")]
-    adam_beta_2: Annotated[
-        float, Field(ge=0, lt=1, description="Adam's decay of the second moment")
-    ]
+    adam_beta_1: Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")]
+    adam_beta_2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")]
     amsgrad: Annotated[bool, Field(description="AMSGrad variant of Adam")]
-    train_mode: Annotated[
-        bool, Field(description="BatchNorm uses and updates batch statistics in the outer step")
-    ]
+    train_mode: Annotated[bool, Field(description="BatchNorm in train mode in the outer step")]
 
 
 def shared_perturbation(
@@ -237,11 +227,8 @@ def purify(
         config.n_rounds, model=model, optimizer=optimizer, order=order, start=start
     ):
         for index in loop.batches(len(images), config.batch_size, order):
-            x, y, ref_clean = (
-                as_float(images[index], device),
-                labels[index].to(device),
-                ref_logits[index.to(device)],
-            )
+            x, y = as_float(images[index], device), labels[index].to(device)
+            ref_clean = ref_logits[index.to(device)]
             delta = shared_perturbation(
                 model, reference, x, y, config, ref_predictions=ref_clean.argmax(1), generator=start
             )

@@ -163,7 +163,7 @@ def test_folder_keeps_the_orientation_of_an_image(tmp_path: Path) -> None:
 
 
 def test_folder_labels_follow_the_sorted_class_names(tmp_path: Path) -> None:
-    """Code points order the names: b, then Ü, then 猫. Hidden folders and other files do not count."""
+    """Code points order names: b, then Ü, then 猫. Hidden folders and other files do not count."""
     names = ["猫", "big cat", "Über"]
     for split in ("train", "test"):
         for number, name in enumerate(names):

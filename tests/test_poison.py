@@ -51,7 +51,7 @@ def test_pratio_is_a_share_of_all_training_images(count: int, pratio: float, cho
     assert len(index) == chosen
     assert index.dtype == torch.int64
     assert index.tolist() == sorted(set(index.tolist()))
-    assert 0 <= index.min()
+    assert index.min() >= 0
     assert index.max() < count
 
 
@@ -63,7 +63,7 @@ def test_the_chosen_images_depend_on_the_generator_alone() -> None:
 
 def test_a_ratio_that_poisons_nothing_is_refused() -> None:
     """0.0001 of 1,000 is 0.1 images; one image is 0.001."""
-    with pytest.raises(UserError, match="--pratio: 0.0001 of 1000 .* at least 0.001"):
+    with pytest.raises(UserError, match=r"--pratio: 0.0001 of 1000 .* at least 0.001"):
         select_poisoned(1000, 0.0001, rng())
 
 
@@ -135,7 +135,7 @@ def test_a_test_set_of_the_target_alone_is_refused(tiny_data: Dataset) -> None:
         tiny_data.mean,
         tiny_data.std,
     )
-    with pytest.raises(UserError, match="--attack_target: .* label 2"):
+    with pytest.raises(UserError, match=r"--attack_target: .* label 2"):
         triggered_test_set(only_target, stamp, "all2one", 2)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from defense.sau import Config, jensen_shannon, purify, shared_perturbation, unlearning_loss
+from models import build_model
 from tests import oracle
 from utils.errors import UserError
 from utils.runtime import generator
@@ -310,6 +311,23 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_round() -> None:
     images, labels = problem(0)
     with pytest.raises(UserError, match=r"not finite in round 1 of 2.*--lr"):
         purify(model, images * math.nan, labels, Config.load(n_rounds=2, batch_size=4))
+
+
+def test_bf16_unlearns_like_fp32() -> None:
+    """Weights move in the same direction (cosine > 0.5) and every loss stays finite."""
+    moves = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        model = build_model("preactresnet18", 4)
+        model.precision = precision
+        images, labels = problem(0)
+        purified = purify(model, images.float(), labels, Config.load(n_rounds=2, batch_size=12))
+        before, after = (
+            torch.cat([w.flatten() for w in m.parameters()]) for m in (model, purified)
+        )
+        moves[precision] = (after - before).detach()
+        assert moves[precision].isfinite().all()
+    assert torch.cosine_similarity(moves["fp32"], moves["bf16"], dim=0) > 0.5
 
 
 def test_weight_decay_and_learning_rate_act() -> None:

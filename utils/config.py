@@ -97,7 +97,7 @@ class Config:
         parsed, unknown = parser.parse_known_args(list(argv))
         given = {key: value for key, value in vars(parsed).items() if value is not None}
         wants_help = given.pop("help")
-        problems = [_unknown_flag(text, [*_hints(cls), *USER_FILES, "help"]) for text in unknown]
+        problems = _unknown_flags(unknown, [*_hints(cls), *USER_FILES, "help"])
         for name in [name for name, value in given.items() if value == _NO_VALUE]:
             allowed = "a file" if name in USER_FILES else allowed_values(_hints(cls)[name])
             problems.append(f"--{name}: a value is missing; give {allowed}")
@@ -222,7 +222,7 @@ def _bounds(annotation: Any) -> dict[str, float]:
 
 def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
     """The YAML files of a class, base class first, in each folder the general one first."""
-    layers = []
+    files: dict[Path, Path] = {}  # path -> the checkout that it belongs to, each once
     for owner in reversed(cls.__mro__):
         module = sys.modules[owner.__module__]
         if owner is Config or not issubclass(owner, Config) or not module.__file__:
@@ -233,8 +233,8 @@ def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
         for name in ("default", "config", dataset):
             path = folder / f"{name}.yaml"
             if name and path.exists():
-                layers.append(_Layer(str(path.relative_to(root)), read_yaml(path)))
-    return layers
+                files[path] = root
+    return [_Layer(str(path.relative_to(root)), read_yaml(path)) for path, root in files.items()]
 
 
 def _merge(layers: Iterable[_Layer]) -> dict[str, Any]:
@@ -274,19 +274,24 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
     return TypeAdapter(annotation).validate_python(value, strict=not is_text)
 
 
-def _unknown_flag(text: str, names: Iterable[str]) -> str:
-    if not text.startswith("-"):
-        return f"{text}: belongs to no flag; write --name value"
-    flag = text.split("=")[0]
-    near = suggestion(flag, [f"--{name}" for name in names])
-    return f"{flag}: unknown flag{near}; --help lists them"
+def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
+    """What to say of the words of a command line that no flag takes."""
+    known = [f"--{name}" for name in names]
+    problems = []
+    for previous, word in zip(["", *unknown], unknown, strict=False):
+        flag = word.split("=")[0]
+        if word.startswith("-"):
+            problems.append(f"{flag}: unknown flag{suggestion(flag, known)}; --help lists them")
+        elif not previous.startswith("-") or "=" in previous:  # else the unknown flag's value
+            problems.append(f"{word}: belongs to no flag; write --name value")
+    return problems
 
 
 def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str:
     lines = [description.strip(), "", "flags, with their values as resolved from the YAML files:"]
     for name, annotation in _hints(cls).items():
         info = _field_info(annotation)
-        value = values.get(name, "(needed)")
+        value = yaml.safe_dump(values.get(name), default_flow_style=True).split("\n")[0]
         lines.append(f"  --{name} {value}")
         lines.append(f"        {info.description if info else ''} [{allowed_values(annotation)}]")
     lines += [f"  --{name} FILE\n        {text}" for name, text in USER_FILES.items()]

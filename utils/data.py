@@ -221,7 +221,7 @@ def _cifar(
                 raise UserError(
                     f"--dataset {name}: not found in {folder} and the download failed ({reason}); "
                     f"put {archive} into that folder, or name the folder that has it with "
-                    f"--dataset_path"
+                    "--dataset_path"
                 ) from None
             images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
             splits.append(Labelled(_resize(images, image_size), torch.tensor(data.targets)))
@@ -289,10 +289,10 @@ def _decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
                 progress.advance()
         cache = ROOT / "data" / "cache" / f"{digest.hexdigest()[:32]}.bin"
         if not cache.exists() or cache.stat().st_size != int(np.prod(shape)):
-            cache.parent.mkdir(parents=True, exist_ok=True)
             logger.info("decoding %d images of %s; kept in %s", len(files), root, cache)
             partial = cache.with_suffix(f".{os.getpid()}.tmp")
             try:
+                cache.parent.mkdir(parents=True, exist_ok=True)
                 with (
                     partial.open("wb") as out,
                     Progress(len(files), "decoding", "image") as progress,
@@ -301,6 +301,11 @@ def _decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
                         out.write(pixels.tobytes())
                         progress.advance()
                 os.replace(partial, cache)
+            except OSError as error:
+                raise UserError(
+                    f"{cache.parent}: cannot be written ({error.strerror}); make space or make it "
+                    "writable"
+                ) from None
             finally:
                 partial.unlink(missing_ok=True)
     return torch.from_file(

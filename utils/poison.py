@@ -116,7 +116,7 @@ def triggered_test_set(
     if len(index) == 0:
         raise UserError(
             f"--attack_target: every test image has label {target}; give another target or more "
-            f"classes"
+            "classes"
         )
     images = apply_trigger(trigger, data.test.images[index], index)
     return Triggered(images, targets[index], labels[index], index)

@@ -122,7 +122,7 @@ def attack_folder(name: str, root: Path | None) -> RunFolder:
     if not _NAME.fullmatch(name):
         raise UserError(
             f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no "
-            f"folders"
+            "folders"
         )
     return RunFolder((root or ROOT / "record") / name)
 
@@ -240,13 +240,13 @@ class AttackRecord:
         if data.image_shape != self.image_shape or len(data.classes) != self.num_classes:
             raise UserError(
                 f"{self.folder}: made with {self.num_classes} classes of {self.image_shape} "
-                f"images, but the dataset "
+                "images, but the dataset "
                 f"has {len(data.classes)} of {data.image_shape}; give its own with --dataset_path"
             )
         if data.fingerprint() != self.dataset_fingerprint:
             raise UserError(
                 f"{self.folder}: the images or labels of {self.dataset} are not those that it "
-                f"was made with; "
+                "was made with; "
                 "give the same files with --dataset_path, or run the attack again"
             )
 
@@ -293,7 +293,7 @@ def load_attack(folder: Path) -> AttackRecord:
         if hashes.get(name) != expected:
             raise UserError(
                 f"{folder / name}: is not the file that summary.json describes; run the attack "
-                f"again"
+                "again"
             )
     with _explained(result):
         found = _load_tensors(result)
@@ -335,11 +335,6 @@ def recorded_dataset(folder: Path) -> str | None:
     """The dataset that a record's configuration names, read before the record itself."""
     path = folder / "config.yaml"
     return read_yaml(path).get("dataset") if path.exists() else None
-
-
-def read_metrics(folder: RunFolder) -> pd.DataFrame:
-    """`metrics.csv` of a run."""
-    return pd.read_csv(folder.path / "metrics.csv")
 
 
 def read_index(path: Path, count: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import os
 import platform
 import random
 import resource
@@ -46,6 +47,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         logger.error("interrupted")
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     finally:
         logger.removeHandler(console)
 

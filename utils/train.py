@@ -58,7 +58,7 @@ class Loop:
             if broken:
                 raise UserError(
                     f"the loss '{broken[0]}' is not finite in round {number} of {total}; give a "
-                    f"smaller --lr"
+                    "smaller --lr"
                 )
             if self._after_round:
                 self._after_round(number, total, losses, state)

@@ -1,0 +1,212 @@
+"""Imports go down only, and importing has no effect but definitions."""
+
+import ast
+import fnmatch
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.runtime import ROOT
+
+PACKAGES = ("utils", "models", "attack", "defense", "interop", "benchmark")
+
+# From the bottom up; the first pattern that fits a module gives its layer. Packages themselves are
+# empty files, except models, whose __init__ gathers the networks of its own package.
+LAYERS = (
+    ("utils", 0),
+    ("attack", 0),
+    ("defense", 0),
+    ("interop", 0),
+    ("benchmark", 0),
+    ("utils.errors", 0),
+    ("models", 1),
+    ("models.*", 1),
+    ("utils.config", 1),
+    ("utils.metrics", 1),
+    ("utils.perturb", 1),
+    ("utils.runtime", 1),
+    ("utils.data", 2),
+    ("utils.poison", 3),
+    ("utils.evaluate", 3),
+    ("utils.backdoorbench", 3),
+    ("utils.train", 4),
+    ("utils.record", 4),
+    ("utils.plot", 4),
+    ("utils.pipeline", 5),
+    ("attack.prototype", 6),
+    ("defense.base", 6),
+    ("interop.*", 6),
+    ("benchmark.*", 6),
+    ("attack.*", 7),
+    ("defense.*", 7),
+)
+
+
+def layer(module: str) -> int | None:
+    return next((number for name, number in LAYERS if fnmatch.fnmatchcase(module, name)), None)
+
+
+def modules_under(root: Path) -> dict[str, Path]:
+    """Every module of the project's packages by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(module: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """Project modules that a file imports, at its top or inside functions.
+
+    `from utils import plot` imports utils.plot; `from utils.data import Dataset` utils.data.
+    """
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                names.add(inner if inner in modules else base)
+    return {name for name in names if name.split(".")[0] in PACKAGES and name != module}
+
+
+def violations(root: Path) -> list[str]:
+    """Every import that does not go strictly down, and every module without a layer."""
+    modules = modules_under(root)
+    found = []
+    for module, path in modules.items():
+        here = layer(module)
+        if here is None:
+            found.append(f"{module} has no layer; give it one in LAYERS")
+            continue
+        for imported in sorted(imports_of(module, path, modules)):
+            if imported not in modules:
+                found.append(f"{module} imports {imported}, which is no module")
+                continue
+            there = layer(imported)
+            is_own_package = module == "models" and imported.startswith("models.")
+            if there is None or (there >= here and not is_own_package):
+                found.append(f"{module} (layer {here}) imports {imported} (layer {there})")
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "problem"),
+    [
+        ("utils/data.py", "import utils.poison", "utils.data (layer 2) imports utils.poison"),
+        ("utils/data.py", "from utils import poison", "utils.data (layer 2) imports utils.poison"),
+        ("utils/data.py", "from . import poison", "utils.data (layer 2) imports utils.poison"),
+        ("utils/data.py", "from .poison import x", "utils.data (layer 2) imports utils.poison"),
+        ("utils/errors.py", "def f():\n    import utils.data", "utils.errors (layer 0) imports"),
+        ("utils/record.py", "import utils.train", "utils.record (layer 4) imports utils.train"),
+        ("utils/data.py", "from attack.lc import x", "utils.data (layer 2) imports attack.lc"),
+        ("attack/lc.py", "import attack.wanet", "attack.lc (layer 7) imports attack.wanet"),
+        ("defense/ft.py", "from attack import lc", "defense.ft (layer 7) imports attack.lc"),
+        ("models/vgg.py", "from models import x", "models.vgg (layer 1) imports models (layer 1)"),
+        ("utils/data.py", "import utils.gone", "utils.data imports utils.gone, which is no module"),
+        ("utils/new.py", "", "utils.new has no layer"),
+    ],
+)
+def test_the_check_finds_each_way_up(tmp_path: Path, module: str, text: str, problem: str) -> None:
+    """One bad file in a tree of empty ones is one violation."""
+    for name in ("utils/data", "utils/poison", "utils/train", "attack/lc", "attack/wanet"):
+        write(tmp_path, f"{name}.py", "")
+    for package in PACKAGES:
+        write(tmp_path, f"{package}/__init__.py", "")
+    assert violations(tmp_path) == []
+    write(tmp_path, module, text)
+    (found,) = violations(tmp_path)
+    assert found.startswith(problem)
+
+
+def test_the_check_lets_imports_down_pass(tmp_path: Path) -> None:
+    for package in PACKAGES:
+        write(tmp_path, f"{package}/__init__.py", "")
+    write(tmp_path, "models/vgg.py", "from utils.errors import UserError")
+    write(tmp_path, "models/__init__.py", "import torch\nfrom models.vgg import vgg")
+    write(tmp_path, "utils/errors.py", "import utils")
+    write(tmp_path, "attack/prototype.py", "from models import vgg\nfrom utils import errors")
+    write(tmp_path, "attack/lc.py", "from attack.prototype import run\nimport utils.errors")
+    assert violations(tmp_path) == []
+
+
+def write(root: Path, name: str, text: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text, encoding="utf-8")
+
+
+# Imports every module by itself: what an earlier one loaded of the project is forgotten, so that
+# none works only after another. Other people's packages are loaded before the watch begins.
+WATCHED_IMPORTS = """
+import importlib, os, sys
+root, packages, modules = sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",")
+sys.path.insert(0, root)
+sys.dont_write_bytecode = True
+
+import matplotlib.figure, pandas, pydantic, sklearn, torch, torchvision, tqdm.contrib.logging, yaml
+import torchvision.transforms.v2
+
+effects = []
+
+def watch(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        if flags & writes:
+            effects.append(f"opens {path} for writing")
+    elif event in ("os.mkdir", "os.remove", "os.rename", "socket.connect", "subprocess.Popen"):
+        effects.append(f"{event} {arguments[0]}")
+
+sys.addaudithook(watch)
+for module in modules:
+    for loaded in [name for name in sys.modules if name.split(".")[0] in packages]:
+        del sys.modules[loaded]
+    threads = torch.get_num_threads()
+    importlib.import_module(module)
+    if torch.get_num_threads() != threads:
+        effects.append("changes torch's threads")
+    for effect in effects:
+        sys.stderr.write(f"{module}: {effect}\\n")
+    effects.clear()
+"""
+
+
+def watched_imports(root: Path, modules: list[str], folder: Path) -> str:
+    """What importing prints, writes, starts or raises in a fresh interpreter; nothing if well."""
+    found = subprocess.run(
+        [sys.executable, "-c", WATCHED_IMPORTS, str(root), ",".join(PACKAGES), ",".join(modules)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout + found.stderr + (f"exit code {found.returncode}" * (found.returncode != 0))
+
+
+def test_importing_any_module_prints_nothing_and_writes_nothing(tmp_path: Path) -> None:
+    modules = [name for name in modules_under(ROOT) if name.split(".")[0] in PACKAGES]
+    assert {"utils.data", "models", "attack.badnet", "defense.sau"} <= set(modules)
+    assert watched_imports(ROOT, modules, tmp_path) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_watch_sees_prints_and_writes(tmp_path: Path) -> None:
+    write(tmp_path, "utils/loud.py", "print('hello')")
+    write(tmp_path, "utils/busy.py", "open('left_behind.txt', 'w').close()")
+    write(tmp_path, "utils/tidy.py", "open(__file__).close()")
+    seen = watched_imports(tmp_path, ["utils.loud", "utils.busy", "utils.tidy"], tmp_path)
+    assert "hello" in seen
+    assert "utils.busy: opens left_behind.txt for writing" in seen
+    assert "utils.tidy" not in seen

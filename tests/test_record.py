@@ -1,0 +1,522 @@
+"""Records: whole files or none, and nothing that is damaged, foreign or executable is read."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from models import Classifier
+from utils.data import Dataset, Labelled
+from utils.errors import UserError
+from utils.poison import KINDS, PoisonedSet, poison_training_set, triggered_test_set
+from utils.record import (
+    RunFolder,
+    attack_folder,
+    defense_folder,
+    file_hashes,
+    find_record,
+    load_attack,
+    model_state,
+    read_index,
+    read_metrics,
+    recorded_dataset,
+    save_attack,
+)
+
+FACTS = {
+    "attack": "white",
+    "model_name": "tiny",
+    "dataset_path": None,
+    "attack_target": 1,
+    "attack_label_trans": "all2one",
+}
+
+
+def white(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(images, 255)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """An empty folder of a run that has begun."""
+    folder = RunFolder(tmp_path / "record" / "demo")
+    folder.start("dataset: tiny\n")
+    return folder
+
+
+@pytest.fixture
+def poisoned(tiny_data: Dataset) -> PoisonedSet:
+    return poison_training_set(tiny_data, white, 0.5, "all2one", 1, torch.Generator())
+
+
+@pytest.fixture
+def saved(
+    run: RunFolder, tiny_data: Dataset, tiny_model: Classifier, poisoned: PoisonedSet
+) -> RunFolder:
+    """A finished record of an attack."""
+    triggered = triggered_test_set(tiny_data, white, "all2one", 1)
+    save_attack(run, tiny_model, tiny_data, poisoned, triggered, FACTS)
+    finish(run)
+    return run
+
+
+@pytest.fixture
+def saved_clean(run: RunFolder, tiny_data: Dataset, tiny_model: Classifier) -> RunFolder:
+    """A finished record of a clean model."""
+    facts = {"attack": "prototype", "attack_target": None, "attack_label_trans": None}
+    save_attack(run, tiny_model, tiny_data, None, None, FACTS | facts)
+    finish(run)
+    return run
+
+
+def finish(folder: RunFolder) -> None:
+    folder.write_summary({"files": file_hashes(folder, "attack_result.pt", "poison.pt")})
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def forge(folder: RunFolder, name: str, change: Change) -> None:
+    """Changes a file of tensors, and the summary so that it vouches for the change."""
+    content = torch.load(folder.path / name, weights_only=True)
+    change(content)
+    torch.save(content, folder.path / name)
+    finish(folder)
+
+
+def load_problem(folder: RunFolder) -> str:
+    with pytest.raises(UserError) as caught:
+        load_attack(folder.path)
+    return str(caught.value)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(run: RunFolder) -> None:
+    run.write_text("notes.txt", "old")
+
+    def half(path: Path) -> None:
+        path.write_text("ne")
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run.write("notes.txt", half)
+    assert (run.path / "notes.txt").read_text() == "old"
+    assert names_in(run.path) == ["config.yaml", "notes.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("write failed")])
+def test_a_full_disk_is_told_with_the_name_of_the_file(run: RunFolder, error: Exception) -> None:
+    run.write_text("notes.txt", "old")
+
+    def full(path: Path) -> None:
+        path.write_text("ne")
+        raise error
+
+    with pytest.raises(UserError) as caught:
+        run.write("notes.txt", full)
+    assert f"{run.path / 'notes.txt'}: could not be written ({error})" in str(caught.value)
+    assert (run.path / "notes.txt").read_text() == "old"
+    assert names_in(run.path) == ["config.yaml", "notes.txt"]
+
+
+def test_a_file_never_stands_half_written_under_its_name(run: RunFolder) -> None:
+    """While a file is written, its name still holds the old content; the suffix is kept."""
+    run.write_text("notes.txt", "old")
+
+    def look(path: Path) -> None:
+        path.write_text("new")
+        assert path.suffix == ".txt"
+        assert (run.path / "notes.txt").read_text() == "old"
+
+    assert run.write("notes.txt", look) == run.path / "notes.txt"
+    assert (run.path / "notes.txt").read_text() == "new"
+
+
+def test_writing_into_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone.*notes\.txt: could not be written"):
+        RunFolder(tmp_path / "gone").write_text("notes.txt", "x")
+
+
+def test_tensors_load_without_pickled_objects(run: RunFolder) -> None:
+    run.write_tensors("values.pt", {"numbers": torch.arange(3), "names": ["a"], "size": 3})
+    content = torch.load(run.path / "values.pt", weights_only=True)
+    assert content["numbers"].tolist() == [0, 1, 2]
+    assert (content["names"], content["size"]) == (["a"], 3)
+
+
+def test_metrics_read_back(run: RunFolder) -> None:
+    """A row without a value has an empty cell, which reads as missing."""
+    run.write_metrics([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25, "acc": 0.9}])
+    expected = pd.DataFrame({"epoch": [1, 2], "loss": [0.5, 0.25], "acc": [float("nan"), 0.9]})
+    pd.testing.assert_frame_equal(read_metrics(run), expected)
+
+
+def test_a_summary_is_json_and_makes_the_run_done(run: RunFolder) -> None:
+    assert not run.is_done
+    run.write_summary({"class": "猫", "acc": 0.5})
+    assert run.is_done
+    text = (run.path / "summary.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"class": "猫", "acc": 0.5}
+    assert "猫" in text
+
+
+def test_a_finished_run_is_overwritten_only_if_asked(run: RunFolder) -> None:
+    run.refuse_existing(overwrite=False)  # unfinished: may be written again
+    finish(run)
+    with pytest.raises(UserError, match=r"demo exists; give --overwrite"):
+        run.refuse_existing(overwrite=False)
+    run.refuse_existing(overwrite=True)
+
+
+def test_a_run_starts_in_an_empty_folder(run: RunFolder) -> None:
+    run.write_text("old.txt", "x")
+    run.start("lr: 0.1\n")
+    assert names_in(run.path) == ["config.yaml"]
+    assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
+
+
+def test_a_folder_that_no_run_made_is_not_emptied(tmp_path: Path) -> None:
+    """`--record_path ~ --save_folder_name Documents` must not cost anyone their documents."""
+    (tmp_path / "Documents").mkdir()
+    (tmp_path / "Documents" / "thesis.txt").write_text("years of work")
+    folder = attack_folder("Documents", tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="Documents"):
+            start_as_a_script_does(folder, overwrite)
+        assert (tmp_path / "Documents" / "thesis.txt").read_text() == "years of work"
+
+
+def start_as_a_script_does(folder: RunFolder, overwrite: bool) -> None:
+    folder.refuse_existing(overwrite)
+    folder.start("lr: 0.1\n")
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    start_as_a_script_does(attack_folder("demo", tmp_path), overwrite=False)
+    assert names_in(tmp_path / "demo") == ["config.yaml"]
+
+
+def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("a file")
+    with pytest.raises(UserError, match="demo"):
+        start_as_a_script_does(attack_folder("demo", tmp_path), overwrite=False)
+    assert (tmp_path / "demo").read_text() == "a file"
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["demo", "badnet_0.1", "a+b-c", "2024", "a..b", "_x"])
+def test_a_name_becomes_a_folder_of_the_records(tmp_path: Path, name: str) -> None:
+    assert attack_folder(name, tmp_path).path == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "-x", ".hidden", "a b", "x\n", "é"]
+)
+def test_a_name_that_could_be_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="--save_folder_name"):
+        attack_folder(name, tmp_path)
+
+
+def test_a_defense_writes_into_the_record_it_read(tmp_path: Path) -> None:
+    assert defense_folder(tmp_path, "sau").path == tmp_path / "defense" / "sau"
+
+
+def test_a_record_is_found_by_its_name_or_its_folder(saved: RunFolder) -> None:
+    assert find_record("demo", saved.path.parent) == saved.path
+    assert find_record(str(saved.path), saved.path.parent / "elsewhere") == saved.path
+
+
+def test_an_unknown_record_is_refused_with_those_that_exist(saved: RunFolder) -> None:
+    records = saved.path.parent
+    (records / "unrelated").mkdir()
+    with pytest.raises(UserError) as caught:
+        find_record("dmeo", records)
+    assert str(caught.value).startswith(f"--result_file: dmeo is no record in {records}")
+    assert str(caught.value).endswith("give one of demo")
+
+
+def test_without_any_record_the_user_is_told_to_run_an_attack(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run an attack first"):
+        find_record("demo", tmp_path)
+
+
+def test_the_dataset_is_known_before_the_record_is_read(run: RunFolder, tmp_path: Path) -> None:
+    assert recorded_dataset(run.path) == "tiny"
+    assert recorded_dataset(tmp_path) is None
+
+
+# --- reading a record ---------------------------------------------------------------------------
+
+
+def test_a_record_reads_back_as_it_was_saved(
+    saved: RunFolder, tiny_data: Dataset, tiny_model: Classifier, poisoned: PoisonedSet
+) -> None:
+    record = load_attack(saved.path)
+    content = (saved.path / "attack_result.pt").read_bytes()
+    assert record.sha256 == hashlib.sha256(content).hexdigest()
+    assert (record.attack, record.model_name, record.num_classes) == ("white", "tiny", 3)
+    assert (record.dataset, record.dataset_path) == ("tiny", None)
+    assert record.image_shape == (3, 8, 8)
+    assert (record.mean, record.std) == (tiny_data.mean, tiny_data.std)
+    assert (record.attack_target, record.attack_label_trans) == (1, "all2one")
+    assert record.poison_index is not None
+    assert torch.equal(record.poison_index, poisoned.index)
+    assert record.triggered is not None
+    assert record.triggered.index.tolist() == [0, 2, 3, 5, 6, 8]
+    assert record.triggered.labels.tolist() == [0, 2, 0, 2, 0, 2]
+    assert record.triggered.targets.tolist() == [1] * 6
+    assert (record.triggered.images == 255).all()
+    built = record.build()
+    assert not built.training
+    images = torch.rand(2, 3, 8, 8)
+    tiny_model.eval()
+    assert torch.equal(built(images), tiny_model(images))
+
+
+def test_the_weights_are_those_of_the_bare_network(
+    saved: RunFolder, tiny_model: Classifier
+) -> None:
+    """Same keys in the same order as the network without its normalization, in plain memory."""
+    tiny_model.to(memory_format=torch.channels_last)
+    state = model_state(tiny_model)
+    assert list(state) == list(tiny_model.network.state_dict())
+    assert all(value.is_contiguous() for value in state.values())
+    assert list(load_attack(saved.path).state) == list(state)
+
+
+def test_the_saved_weights_do_not_follow_the_model(tiny_model: Classifier) -> None:
+    state = model_state(tiny_model)
+    before = state["linear.bias"].clone()
+    with torch.no_grad():
+        tiny_model.network.linear.bias.add_(1)
+    assert torch.equal(state["linear.bias"], before)
+
+
+def test_a_clean_models_record_has_no_triggers(saved_clean: RunFolder) -> None:
+    record = load_attack(saved_clean.path)
+    assert not (saved_clean.path / "poison.pt").exists()
+    assert record.triggered is None
+    assert record.poison_index is None
+    assert record.attack_target is None
+
+
+def test_only_poison_counts_as_poisoned(saved: RunFolder) -> None:
+    """Cover and cross images are replaced, too, but keep their labels."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["train_kinds"] = torch.tensor([0, 1, 2, 0, 1, 0], dtype=torch.uint8)
+
+    index = torch.load(saved.path / "poison.pt", weights_only=True)["train_index"]
+    forge(saved, "poison.pt", change)
+    assert KINDS == ("poison", "cover", "cross")
+    found = load_attack(saved.path).poison_index
+    assert found is not None
+    assert found.tolist() == index[[0, 3, 5]].tolist()
+
+
+@pytest.mark.parametrize("name", ["attack_result.pt", "poison.pt"])
+def test_a_file_that_was_changed_is_refused(saved: RunFolder, name: str) -> None:
+    content = bytearray((saved.path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved.path / name).write_bytes(content)
+    problem = load_problem(saved)
+    assert problem.startswith(f"{saved.path / name}: is not the file that summary.json describes")
+
+
+@pytest.mark.parametrize("name", ["attack_result.pt", "poison.pt"])
+def test_a_file_that_is_gone_is_refused(saved: RunFolder, name: str) -> None:
+    (saved.path / name).unlink()
+    assert str(saved.path / name) in load_problem(saved)
+
+
+@pytest.mark.parametrize("name", ["attack_result.pt", "poison.pt"])
+def test_a_file_that_the_summary_does_not_vouch_for_is_refused(saved: RunFolder, name: str) -> None:
+    """Else whoever swaps a file need only delete its line in the summary."""
+    summary = {"files": file_hashes(saved, "attack_result.pt", "poison.pt")}
+    del summary["files"][name]
+    saved.write_summary(summary)
+    assert str(saved.path) in load_problem(saved)
+
+
+def test_a_run_that_did_not_finish_is_refused(saved: RunFolder) -> None:
+    (saved.path / "summary.json").unlink()
+    assert "did not finish" in load_problem(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "3", '{"files": 3}', "\ufeff{}"])
+def test_a_summary_that_is_damaged_is_refused(saved: RunFolder, text: str) -> None:
+    (saved.path / "summary.json").write_text(text, encoding="utf-8")
+    assert str(saved.path) in load_problem(saved)
+
+
+class Trap:
+    """What a hostile file holds: reading it as a pickle makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        import os
+
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("name", ["attack_result.pt", "poison.pt"])
+def test_a_pickled_object_is_refused_and_not_executed(
+    saved: RunFolder, tmp_path: Path, name: str
+) -> None:
+    """The trap works, as plain unpickling shows, but not on a reader of tensors alone."""
+    content = torch.load(saved.path / name, weights_only=True)
+    mark = tmp_path / "executed"
+    torch.save({**content, "extra": Trap(mark)}, saved.path / name)
+    finish(saved)
+    assert str(saved.path) in load_problem(saved)
+    assert not mark.exists()
+    torch.load(saved.path / name, weights_only=False)
+    assert mark.exists()
+
+
+def drop(key: str) -> Change:
+    return lambda content: content.pop(key)
+
+
+def put(key: str, value: object) -> Change:
+    return lambda content: content.update({key: value})
+
+
+@pytest.mark.parametrize("name", ["attack_result.pt", "poison.pt"])
+@pytest.mark.parametrize("content", [[1, 2, 3], torch.zeros(3), "text"])
+def test_a_file_that_holds_no_dictionary_is_refused(
+    saved: RunFolder, name: str, content: object
+) -> None:
+    torch.save(content, saved.path / name)
+    finish(saved)
+    assert str(saved.path) in load_problem(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("attack_result.pt", drop("model")),
+        ("attack_result.pt", drop("dataset_fingerprint")),
+        ("attack_result.pt", put("model", [1, 2])),
+        ("attack_result.pt", put("model", {"linear.bias": "text"})),
+        ("attack_result.pt", put("num_classes", "3")),
+        ("attack_result.pt", put("mean", "grey")),
+        ("poison.pt", drop("test_images")),
+        ("poison.pt", put("train_kinds", None)),
+        ("poison.pt", put("test_labels", torch.zeros(5, dtype=torch.int64))),  # 6 images
+        ("poison.pt", put("test_images", torch.zeros(6, 3, 4, 4, dtype=torch.uint8))),  # of 8 x 8
+        ("poison.pt", put("test_images", torch.zeros(6, 3, 8, 8))),  # floats
+        ("poison.pt", put("test_targets", torch.full((6,), 3))),  # of classes 0 to 2
+    ],
+)
+def test_a_record_of_another_shape_is_refused(saved: RunFolder, name: str, change: Change) -> None:
+    """Its summary vouches for it, so only the content can tell: when it is read or built."""
+    forge(saved, name, change)
+    with pytest.raises(UserError, match=re.escape(str(saved.path))):
+        load_attack(saved.path).build()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved: RunFolder, value: float) -> None:
+    forge(saved, "attack_result.pt", lambda content: content["model"]["linear.bias"].fill_(value))
+    assert "linear.bias are not finite" in load_problem(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (put("num_classes", 4), "do not fit tiny"),
+        (put("model_name", "preactresnet18"), "do not fit preactresnet18"),
+        (put("model_name", "no_such_net"), "no_such_net is unknown"),
+        (lambda content: content["model"].pop("bn.weight"), "do not fit tiny"),
+    ],
+)
+def test_weights_that_do_not_fit_the_model_are_refused(
+    saved: RunFolder, change: Change, reason: str
+) -> None:
+    forge(saved, "attack_result.pt", change)
+    with pytest.raises(UserError, match=reason):
+        load_attack(saved.path).build()
+
+
+def test_the_dataset_of_a_record_must_be_the_same(saved: RunFolder, tiny_data: Dataset) -> None:
+    record = load_attack(saved.path)
+    record.check_dataset(tiny_data)
+    test, train = tiny_data.test, tiny_data.train
+    labels = test.labels.roll(1)
+    smaller = Labelled(train.images[:, :, :4, :4], train.labels)
+    constants = (tiny_data.mean, tiny_data.std)
+    for train, test, classes, reason in (
+        (train, Labelled(test.images, labels), tiny_data.classes, "not those"),
+        (train.at(torch.arange(11)), test, tiny_data.classes, "not those"),
+        (smaller, test, tiny_data.classes, "3 classes"),
+        (train, test, ("ant", "bee"), "has 2"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            record.check_dataset(Dataset("tiny", train, test, classes, *constants))
+        assert "--dataset_path" in str(caught.value)
+
+
+def test_hashes_are_those_of_the_files_that_exist(run: RunFolder) -> None:
+    run.write_text("a.txt", "abc")
+    expected = hashlib.sha256(b"abc").hexdigest()
+    assert file_hashes(run, "a.txt", "absent.txt") == {"a.txt": expected}
+
+
+# --- a file of indices --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3\n1\n2\n", [1, 2, 3]), ("0\r\n9", [0, 9]), ("\n\n", []), ("", [])]
+)
+def test_indices_are_read_in_ascending_order(
+    tmp_path: Path, text: str, expected: list[int]
+) -> None:
+    path = tmp_path / "index.txt"
+    path.write_text(text)
+    found = read_index(path, 10)
+    assert found.tolist() == expected
+    assert found.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"1\n2.5\n", "2.5"),
+        (b"1\ntwo\n", "two"),
+        (b"1\n10\n", "names image 10; the training set has 0 to 9"),
+        (b"-1\n", "names image -1; the training set has 0 to 9"),
+        (b"4\n1\n4\n", "twice"),
+        (b"\xff\xfe\n", "something else than integers"),
+    ],
+)
+def test_an_index_that_cannot_be_meant_is_refused(tmp_path: Path, text: bytes, reason: str) -> None:
+    path = tmp_path / "index.txt"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as caught:
+        read_index(path, 10)
+    assert str(caught.value).startswith(f"--index: {path}")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "."])
+def test_an_index_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="--index: .* cannot be read"):
+        read_index(tmp_path / name, 10)

@@ -1,0 +1,244 @@
+"""Generators, modes, devices, exit codes and logs."""
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.runtime import (
+    Precision,
+    Progress,
+    environment,
+    evaluating,
+    generator,
+    log_to,
+    logger,
+    peak_memory_mib,
+    pick_device,
+    pick_precision,
+    run_script,
+    seed_everything,
+)
+
+CPU = torch.device("cpu")
+
+
+# --- seeds --------------------------------------------------------------------------------------
+
+
+def draws(source: torch.Generator) -> list[int]:
+    return torch.randint(1 << 30, (4,), generator=source).tolist()
+
+
+def test_a_generator_is_set_by_its_seed_and_purpose() -> None:
+    """Two lists of four numbers below 2^30 agree by chance once in 2^120."""
+    assert draws(generator(0, "order")) == draws(generator(0, "order"))
+    assert draws(generator(0, "order")) != draws(generator(1, "order"))
+    assert draws(generator(0, "order")) != draws(generator(0, "crops"))
+
+
+def test_seed_and_purpose_do_not_run_together() -> None:
+    """1 with "1x" and 11 with "x" are different sources."""
+    assert draws(generator(1, "1x")) != draws(generator(11, "x"))
+
+
+def test_a_generator_leaves_the_global_one_and_its_siblings_alone() -> None:
+    before = torch.get_rng_state()
+    first, second = generator(0, "a"), generator(0, "b")
+    expected = draws(generator(0, "b"))
+    draws(first)
+    assert draws(second) == expected
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeding_sets_every_global_generator() -> None:
+    def some() -> tuple[float, float, float]:
+        return random.random(), np.random.random(), torch.rand(()).item()
+
+    seed_everything(3)
+    first = some()
+    seed_everything(4)
+    other = some()
+    seed_everything(3)
+    assert some() == first
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+# --- modes --------------------------------------------------------------------------------------
+
+
+def test_evaluating_gives_every_module_its_own_mode_back() -> None:
+    """A frozen BatchNorm inside a model in train mode stays frozen after."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout()).train()
+    model[1].eval()
+    other = nn.Sequential(nn.Dropout()).train()
+    with evaluating(model, other):
+        assert not any(module.training for module in (*model.modules(), *other.modules()))
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert [module.training for module in other.modules()] == [True, True]
+
+
+def test_evaluating_restores_after_an_error() -> None:
+    model = nn.Dropout().train()
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        raise RuntimeError("inside")
+    assert model.training
+
+
+def test_evaluating_leaves_a_model_in_eval_mode_there() -> None:
+    model = nn.Sequential(nn.Dropout()).eval()
+    with evaluating(model):
+        pass
+    assert not any(module.training for module in model.modules())
+
+
+# --- device and precision -----------------------------------------------------------------------
+
+
+def test_a_device_by_name() -> None:
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "meta", "hpu", "privateuseone"])
+def test_a_device_that_is_not_there_or_cannot_compute_is_refused(name: str) -> None:
+    """torch knows the last three, but they hold no numbers or need a module of their own."""
+    with pytest.raises(UserError) as caught:
+        pick_device(name)
+    assert str(caught.value).startswith(f"--device: {name} is not usable here (")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_precision_that_is_asked_for_is_taken(name: Precision) -> None:
+    assert pick_precision(name, CPU) == name
+
+
+def test_automatic_precision_is_one_of_the_two() -> None:
+    assert pick_precision("auto", CPU) in ("fp32", "bf16")
+
+
+def test_facts_of_a_run_are_plain_data() -> None:
+    facts = environment(CPU, "fp32") | peak_memory_mib(CPU)
+    assert json.loads(json.dumps(facts)) == facts
+    assert (facts["device"], facts["precision"]) == ("cpu", "fp32")
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or (
+        facts["versions"]["torch"] == torch.__version__
+    )
+    assert facts["peak_memory_mib"] > 1  # an interpreter with torch takes more than 1 MiB
+
+
+# --- scripts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare_logger() -> Iterator[None]:
+    """The program's logger as a fresh process has it."""
+    logger.handlers[:] = []
+    yield
+
+
+def exit_code(error: BaseException) -> int | str | None:
+    def main() -> NoReturn:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    return caught.value.code
+
+
+def test_a_users_error_is_printed_line_by_line_and_exits_with_2(
+    bare_logger: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(UserError("--lr: too large\n--wd: too small")) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: --lr: too large\nerror: --wd: too small\n"
+    assert printed.out == ""
+
+
+def test_an_interrupt_exits_with_130(bare_logger: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_exit_keeps_its_code(bare_logger: None) -> None:
+    """As `--help` exits with 0."""
+    assert exit_code(SystemExit(0)) == 0
+
+
+def test_a_defect_keeps_its_traceback(bare_logger: None) -> None:
+    def main() -> None:
+        raise ZeroDivisionError("a defect")
+
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        run_script(main)
+
+
+def test_a_script_that_ends_well_returns(
+    bare_logger: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script(lambda: logger.info("done"))
+    assert capsys.readouterr().err == "done\n"
+
+
+def test_two_scripts_in_one_process_print_each_line_once(
+    bare_logger: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script(lambda: None)
+    run_script(lambda: logger.info("done"))
+    assert capsys.readouterr().err == "done\n"
+
+
+def test_a_log_file_holds_the_lines_of_its_time(bare_logger: None, tmp_path: Path) -> None:
+    logger.setLevel(logging.INFO)
+    path = tmp_path / "log.txt"
+    path.write_text("of an earlier run\n")
+    logger.info("before")
+    with log_to(path):
+        logger.info("inside, 猫")
+        logger.warning("careful")
+    logger.info("after")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["INFO inside, 猫", "WARNING careful"]
+    assert logger.handlers == []
+
+
+def test_a_log_file_is_closed_after_an_error(bare_logger: None, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="inside"), log_to(tmp_path / "log.txt"):
+        raise RuntimeError("inside")
+    assert logger.handlers == []
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+def test_progress_is_silent_off_a_terminal_and_counts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress(10, "training") as progress:
+        progress.advance()
+        progress.advance(3)
+        progress.show("ACC 50 %")
+        assert (progress.done, progress.total) == (4, 10)
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_the_time_left_follows_the_rate_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 s for a fifth of the steps leave 4,000 s: 1 h, 6 min, 40 s. Nothing is left at last."""
+    clock = iter([100.0, 1100.0, 5100.0])
+    monkeypatch.setattr("utils.runtime.time.monotonic", lambda: next(clock))
+    progress = Progress(10, "training")
+    progress.advance(2)
+    assert progress.eta() == "1:06:40"
+    progress.advance(8)
+    assert progress.eta() == "0:00:00"

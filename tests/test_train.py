@@ -1,0 +1,362 @@
+"""The loop that runs are counted with, learning rates, and ordinary training."""
+
+import math
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models import Classifier
+from utils.data import Dataset, Labelled
+from utils.errors import UserError
+from utils.poison import PoisonedSet, unpoisoned
+from utils.train import Loop, Schedule, cross_entropy_step, lr_multiplier, train_classifier
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Scalar(nn.Module):
+    """One weight, so that a training step is arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.weight * torch.ones(len(images), 3, dtype=torch.float64)
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    """A plain recipe for 12 images: three steps an epoch, no augmentation, lr 1."""
+    plain = {
+        "epochs": 1,
+        "batch_size": 4,
+        "lr": 1.0,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "crop_padding": 0,
+        "flip": False,
+        "order": rng(1),
+        "augmentation": rng(2),
+        "loop": Loop(),
+    }
+    return plain | changes
+
+
+# --- loop ---------------------------------------------------------------------------------------
+
+
+def test_rounds_count_from_one_and_report_mean_losses() -> None:
+    """Three images of loss 1 and one of loss 5: (3 * 1 + 1 * 5) / 4 = 2; each round starts anew."""
+    seen = []
+    loop = Loop(after_round=lambda *args: seen.append(args))
+    for number in loop.rounds(2, model="m"):
+        loop.log(3, loss=torch.tensor(1.0 * number))
+        loop.log(1, loss=torch.tensor(5.0 * number))
+    assert seen == [(1, 2, {"loss": 2.0}, {"model": "m"}), (2, 2, {"loss": 4.0}, {"model": "m"})]
+
+
+def test_rounds_report_each_loss_by_its_name() -> None:
+    seen = []
+    loop = Loop(after_round=lambda number, total, losses, state: seen.append(losses))
+    for _ in loop.rounds(1):
+        loop.log(2, clean=torch.tensor(1.0), shared=torch.tensor(3.0))
+        loop.log(2, clean=torch.tensor(2.0), shared=torch.tensor(5.0))
+    assert seen == [{"clean": 1.5, "shared": 4.0}]
+
+
+class Box:
+    """What the graph of a loss keeps of a tensor; it goes when the graph goes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_logging_keeps_no_graph() -> None:
+    """A loss kept with its graph until the round ends would keep every batch in memory."""
+    kept: list[weakref.ref[Box]] = []
+
+    def pack(tensor: torch.Tensor) -> Box:
+        box = Box(tensor)
+        kept.append(weakref.ref(box))
+        return box
+
+    loop = Loop()
+    rounds = loop.rounds(1)
+    next(rounds)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        loss = torch.ones((), requires_grad=True).square()  # keeps its input
+    loop.log(1, loss=loss)
+    assert [box() is None for box in kept] == [False]
+    del loss
+    assert [box() is None for box in kept] == [True]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_names_its_round(value: float) -> None:
+    finished = []
+    loop = Loop(after_round=lambda number, *_: finished.append(number))
+    with pytest.raises(UserError, match="'shared' is not finite in round 2 of 3"):
+        for number in loop.rounds(3):
+            loop.log(4, clean=torch.tensor(1.0))
+            loop.log(4, shared=torch.tensor(value if number == 2 else 1.0))
+    assert finished == [1]
+
+
+def test_a_loop_without_callbacks_only_counts() -> None:
+    loop = Loop()
+    assert list(loop.rounds(3)) == [1, 2, 3]
+    assert [len(batch) for batch in loop.batches(5, 2, rng())] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 10, 99])
+def test_batches_cover_everything_once(size: int) -> None:
+    batches = list(Loop().batches(10, size, rng()))
+    assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    assert sorted(torch.cat(batches).tolist()) == list(range(10))
+    assert batches[0].dtype == torch.int64
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(10, [4, 4]), (12, [4, 4, 4]), (3, [])])
+def test_drop_last_leaves_out_a_batch_that_is_not_full(count: int, sizes: list[int]) -> None:
+    batches = list(Loop().batches(count, 4, rng(), drop_last=True))
+    assert [len(batch) for batch in batches] == sizes
+    everything = [int(index) for batch in batches for index in batch]
+    assert len(set(everything)) == sum(sizes)
+
+
+def test_every_pass_has_its_own_order_which_the_generator_sets() -> None:
+    """One of 100! orders comes twice by chance with no probability worth naming."""
+
+    def passes(seed: int) -> list[list[int]]:
+        source, loop = rng(seed), Loop()
+        return [torch.cat(list(loop.batches(100, 30, source))).tolist() for _ in range(2)]
+
+    first, again, other = passes(0), passes(0), passes(1)
+    assert first[0] != first[1]
+    assert first == again
+    assert first != other
+
+
+def test_batches_tell_their_number_after_each_one() -> None:
+    """Ten images in fours: two whole batches and one of two, or without it two."""
+    seen: list[int] = []
+    loop = Loop(after_batch=seen.append)
+    for done, _ in enumerate(loop.batches(10, 4, rng())):
+        assert len(seen) == done
+    assert seen == [3, 3, 3]
+    seen.clear()
+    list(loop.batches(10, 4, rng(), drop_last=True))
+    assert seen == [2, 2]
+
+
+# --- learning rates -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        # (1 + cos(pi * epoch / 4)) / 2 with two steps an epoch: cos is 1, 0.7071, 0, -0.7071, -1.
+        ("cosine", [1, 1, 0.853553, 0.853553, 0.5, 0.5, 0.146447, 0.146447, 0]),
+        # 0.1 + 0.9 * (step / 8) / 0.25 for two steps, then (1 - step / 8) / 0.75.
+        ("one_cycle", [0.1, 0.55, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]),
+    ],
+)
+def test_learning_rate_factors(schedule: Schedule, factors: list[float]) -> None:
+    """Four epochs of two steps; the ninth value is the one after the last step."""
+    multiplier = lr_multiplier(schedule, epochs=4, steps_per_epoch=2)
+    assert [multiplier(step) for step in range(9)] == pytest.approx(factors, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_a_schedule_stays_at_zero_after_its_end(schedule: Schedule) -> None:
+    multiplier = lr_multiplier(schedule, epochs=2, steps_per_epoch=3)
+    assert multiplier(7) == pytest.approx(0, abs=1e-12)
+    assert multiplier(100) == pytest.approx(0, abs=1e-12)
+
+
+def test_training_follows_the_schedule_step_by_step() -> None:
+    """The gradient of the loss w is 1, so w falls by lr times the sum of the factors.
+
+    Four epochs of two steps of one_cycle: 0.1 + 0.55 + 1 + (5 + 4 + 3 + 2 + 1) / 6 = 4.15; with
+    lr 0.2 w ends at -0.83.
+    """
+    model = Scalar()
+    data = unpoisoned(Labelled(torch.zeros(8, 3, 2, 2, dtype=torch.uint8), torch.zeros(8).long()))
+    train_classifier(
+        model,
+        data,
+        step=lambda net, images, labels: net(images).mean(),
+        **recipe(epochs=4, lr=0.2, schedule="one_cycle"),
+    )
+    assert model.weight.item() == pytest.approx(-0.83, abs=1e-6)
+
+
+def test_training_uses_momentum_and_weight_decay() -> None:
+    """lr 1, momentum 0.5, decay 0.1, gradient 1 + 0.1 w, three steps from w = 0.
+
+    v1 = 1, w1 = -1; v2 = 0.5 + 0.9 = 1.4, w2 = -2.4; v3 = 0.7 + 0.76 = 1.46, w3 = -3.86.
+    """
+    model = Scalar()
+    data = unpoisoned(Labelled(torch.zeros(12, 3, 2, 2, dtype=torch.uint8), torch.zeros(12).long()))
+    train_classifier(
+        model,
+        data,
+        step=lambda net, images, labels: net(images).mean(),
+        **recipe(momentum=0.5, weight_decay=0.1),
+    )
+    assert model.weight.item() == pytest.approx(-3.86, abs=1e-6)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A batch step that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.images: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor] = []
+        self.modes: list[bool] = []
+
+    def __call__(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        self.images.append(images.clone())
+        self.labels.append(labels.clone())
+        self.modes.append(model.training)
+        return model(images).mean()
+
+    def seen(self) -> set[tuple[tuple[float, ...], int]]:
+        """Pairs of an image's bytes and its label."""
+        images, labels = torch.cat(self.images), torch.cat(self.labels)
+        as_bytes = (images * 255).round().flatten(1).tolist()
+        return {(tuple(row), label) for row, label in zip(as_bytes, labels.tolist(), strict=True)}
+
+
+def pairs(images: torch.Tensor, labels: torch.Tensor) -> list[tuple[tuple[float, ...], int]]:
+    return [
+        (tuple(i.float().flatten().tolist()), int(y)) for i, y in zip(images, labels, strict=True)
+    ]
+
+
+def test_training_replaces_poisoned_images_and_labels(tiny_data: Dataset) -> None:
+    """Images 1, 5 and 10 of 12 are replaced; every other one is met as it is, and each once."""
+    index = torch.tensor([1, 5, 10])
+    replaced = torch.tensor([[[[201]]], [[[202]]], [[[203]]]], dtype=torch.uint8).expand(3, 3, 8, 8)
+    poisoned = PoisonedSet(
+        tiny_data.train,
+        index,
+        replaced.contiguous(),
+        torch.tensor([2, 2, 0]),
+        torch.zeros(3, dtype=torch.uint8),
+    )
+    expected = pairs(tiny_data.train.images, tiny_data.train.labels)
+    for place, (image, label) in zip(index.tolist(), pairs(replaced, poisoned.labels), strict=True):
+        expected[place] = (image, label)
+    before = tiny_data.fingerprint()
+    recorder = Recorder()
+    train_classifier(Scalar(), poisoned, step=recorder, **recipe())
+    assert sum(len(batch) for batch in recorder.labels) == 12
+    assert recorder.seen() == set(expected)
+    assert tiny_data.fingerprint() == before
+
+
+def test_training_gives_floats_to_a_model_in_train_mode(tiny_data: Dataset) -> None:
+    recorder = Recorder()
+    model = Scalar().eval()
+    train_classifier(model, unpoisoned(tiny_data.train), step=recorder, **recipe(epochs=2))
+    assert recorder.modes == [True] * 6
+    images = torch.cat(recorder.images)
+    assert images.dtype == torch.float32
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_an_epoch_leaves_out_a_last_batch_that_is_not_full(tiny_data: Dataset) -> None:
+    """12 images in fives: two batches, and two images wait for the next epoch's order."""
+    recorder = Recorder()
+    train_classifier(
+        Scalar(), unpoisoned(tiny_data.train), step=recorder, **recipe(epochs=3, batch_size=5)
+    )
+    assert [len(batch) for batch in recorder.labels] == [5] * 6
+
+
+def test_training_crops_and_mirrors_if_asked(tiny_data: Dataset) -> None:
+    """Without augmentation every image is one of the set; with flips some are mirrors of them."""
+    originals = set(pairs(tiny_data.train.images, tiny_data.train.labels))
+    mirrors = set(pairs(tiny_data.train.images.flip(3), tiny_data.train.labels))
+    recorder = Recorder()
+    train_classifier(Scalar(), unpoisoned(tiny_data.train), step=recorder, **recipe(flip=True))
+    assert recorder.seen() <= originals | mirrors
+    assert recorder.seen() & mirrors
+    assert recorder.seen() & originals
+    recorder = Recorder()
+    train_classifier(Scalar(), unpoisoned(tiny_data.train), step=recorder, **recipe(crop_padding=2))
+    assert not recorder.seen() <= originals
+
+
+def test_training_is_set_by_its_generators(tiny_data: Dataset) -> None:
+    def run(order: int, augmentation: int) -> torch.Tensor:
+        recorder = Recorder()
+        train_classifier(
+            Scalar(),
+            unpoisoned(tiny_data.train),
+            step=recorder,
+            **recipe(crop_padding=2, order=rng(order), augmentation=rng(augmentation)),
+        )
+        return torch.cat(recorder.images)
+
+    assert torch.equal(run(1, 2), run(1, 2))
+    assert not torch.equal(run(1, 2), run(1, 3))
+    assert not torch.equal(run(1, 2), run(3, 2))
+
+
+def test_training_reports_its_loss_and_state(tiny_data: Dataset) -> None:
+    """The loss is the weight before each step, which falls by 1 a step: 0, -1, -2; mean -1."""
+    seen = []
+    loop = Loop(after_round=lambda *args: seen.append(args))
+    model = Scalar()
+    train_classifier(
+        model,
+        unpoisoned(tiny_data.train),
+        step=lambda net, images, labels: net(images).mean(),
+        **recipe(loop=loop),
+    )
+    ((number, total, losses, state),) = seen
+    assert (number, total) == (1, 1)
+    assert losses == {"loss": pytest.approx(-1.0)}
+    assert state["model"] is model
+
+
+def test_training_learns(tiny_data: Dataset, tiny_model: Classifier) -> None:
+    """The loss on twelve images is lower after 20 epochs than the logarithm of three classes."""
+    losses: list[float] = []
+    loop = Loop(after_round=lambda number, total, found, state: losses.append(found["loss"]))
+    train_classifier(
+        tiny_model, unpoisoned(tiny_data.train), **recipe(epochs=20, lr=0.1, loop=loop)
+    )
+    assert losses[-1] < losses[0]
+    assert losses[-1] < math.log(3)
+
+
+def test_a_batch_larger_than_the_set_is_refused(tiny_data: Dataset) -> None:
+    with pytest.raises(UserError, match="--batch_size: 13 is more than the 12 training images"):
+        train_classifier(Scalar(), unpoisoned(tiny_data.train), **recipe(batch_size=13))
+
+
+def test_the_ordinary_step_is_cross_entropy() -> None:
+    """Equal logits for three classes: log 3. Logits (log 2, 0, 0) give 1/2, 1/4, 1/4: log 2."""
+    labels = torch.tensor([0, 2])
+    equal = cross_entropy_step(nn.Identity(), torch.zeros(2, 3), labels)
+    assert equal.item() == pytest.approx(math.log(3))
+    logits = torch.tensor([[math.log(2), 0.0, 0.0]])
+    assert cross_entropy_step(nn.Identity(), logits, labels[:1]).item() == pytest.approx(
+        math.log(2)
+    )
