@@ -18,7 +18,7 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import Classifier, build_model, model_names, prepare
+from models import Classifier, build_model, check_model, prepare
 from utils import config as configuration
 from utils import pipeline, plot, poison, record
 from utils.data import Dataset, DatasetName, Triggered, as_float, load_dataset
@@ -122,15 +122,10 @@ def train_backdoored(
         raise UserError("--save_folder_name: a value is needed; give the record a name")
     folder = record.attack_folder(config.save_folder_name, _path(config.record_path))
     folder.refuse_existing(config.overwrite)
-    if config.model not in model_names():
-        raise UserError(
-            f"--model: {config.model} is "
-            f"unknown{configuration.suggestion(config.model, model_names())}; "
-            f"give one of {', '.join(model_names())}"
-        )
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     data = load_dataset(config.dataset, _path(config.dataset_path), config.image_size)
+    check_model(config.model, len(data.classes), config.image_size)
     poisoned, triggered = _poison(config, data, make_trigger)
     if config.batch_size > len(data.train):
         raise UserError(

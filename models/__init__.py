@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from models.preactresnet import preactresnet18
-from utils.errors import UserError
+from utils.errors import UserError, suggestion
 
 # Networks of our own: num_classes -> module. Any other name is torchvision's.
 CONSTRUCTORS: dict[str, Callable[[int], nn.Module]] = {
@@ -97,5 +97,32 @@ def build_model(
             extra["init_weights"] = True
         network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
     else:
-        raise UserError(f"model: {name} is unknown; give one of {', '.join(model_names())}")
+        raise UserError(
+            f"--model: {name} is unknown{suggestion(name, model_names())}; "
+            f"give one of {', '.join(model_names())}"
+        )
     return Classifier(network, mean, std)
+
+
+def check_model(name: str, num_classes: int, image_size: int) -> None:
+    """Raises UserError if a network of that name cannot train on images of that size.
+
+    Tried without memory or arithmetic (on torch's meta device), with a batch of two.
+    """
+
+    def fits(size: int) -> bool:
+        try:
+            with torch.device("meta"):
+                build_model(name, num_classes).train()(torch.empty(2, 3, size, size))
+        except (RuntimeError, ValueError, AssertionError):
+            return False
+        return True
+
+    if name not in model_names():
+        build_model(name, num_classes)  # says which names there are
+    if not fits(image_size):
+        able = [str(size) for size in (16, 28, 32, 48, 64, 96, 128, 224, 299) if fits(size)]
+        raise UserError(
+            f"--model: {name} cannot take images of {image_size} x {image_size} pixels; "
+            f"give --image_size {' or '.join(able)}, or another model"
+        )

@@ -12,9 +12,9 @@ import pytest
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from utils.config import Config, allowed_values, read_yaml, suggestion
+from utils.config import Config, allowed_values, read_yaml
 from utils.data import DatasetName
-from utils.errors import UserError
+from utils.errors import UserError, suggestion
 from utils.runtime import ROOT
 
 
@@ -422,7 +422,7 @@ def test_an_empty_file_changes_nothing(toy: Path, text: str) -> None:
 
 def test_help_prints_each_field_with_its_resolved_value(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        from_flags("--dataset", "cifar10", "--side", "4", "--help")
+        from_flags("--dataset", "cifar10", "--side", "4", "--name", "x", "-h")
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("a toy\n")
@@ -433,7 +433,8 @@ def test_help_prints_each_field_with_its_resolved_value(capsys: pytest.CaptureFi
         "--lr_scheduler cosine",
         "--rounds 5",
         "--side 4",
-        "--flip False",
+        "--name x",
+        "--flip false",
         "--yaml_path FILE",
         "--bd_yaml_path FILE",
     ):
@@ -446,6 +447,18 @@ def test_help_prints_each_field_with_its_resolved_value(capsys: pytest.CaptureFi
 def test_help_comes_even_with_bad_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         from_flags("-h", "--lr", "fast", "--rouns=4")
+    assert caught.value.code == 0
+    assert "--rounds 3" in capsys.readouterr().out
+
+
+def test_help_comes_without_the_dataset_if_flags_are_bad(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A flag without its value may be the very one that names the dataset."""
+    with pytest.raises(SystemExit) as caught:
+        ToyConfig.from_command_line(
+            ["--help", "--name"], "a toy", find_dataset=lambda values: values["absent"]
+        )
     assert caught.value.code == 0
     assert "--rounds 3" in capsys.readouterr().out
 

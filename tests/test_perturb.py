@@ -82,7 +82,7 @@ def test_fixed_starts_inside_the_ball(start: Start, norm: Norm, value: float) ->
 
 
 def test_a_random_start_is_uniform_in_0_1_before_it_is_projected() -> None:
-    """The mean of 1,200 draws deviates by sqrt(1 / 12 / 1200) = 0.0083; four times that is 0.033."""
+    """The mean of 1,200 draws deviates by sqrt(1 / 12 / 1200) = 0.0083; four of them: 0.033."""
     images = torch.zeros(100, 3, 2, 2)
     found = initial_perturbation("random", 0.2, "Reg", images, torch.Generator().manual_seed(0))
     assert found.min() >= 0

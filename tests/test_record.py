@@ -1,5 +1,6 @@
 """Records: whole files or none, and nothing that is damaged, foreign or executable is read."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -24,7 +25,6 @@ from utils.record import (
     load_attack,
     model_state,
     read_index,
-    read_metrics,
     recorded_dataset,
     save_attack,
 )
@@ -144,6 +144,15 @@ def test_a_file_never_stands_half_written_under_its_name(run: RunFolder) -> None
     assert (run.path / "notes.txt").read_text() == "new"
 
 
+def test_whoever_reads_the_old_file_keeps_it_whole(run: RunFolder) -> None:
+    """The new file takes the name in one step instead of being written over the old one."""
+    run.write_text("notes.txt", "old")
+    with (run.path / "notes.txt").open() as reader:
+        run.write_text("notes.txt", "new")
+        assert reader.read() == "old"
+    assert (run.path / "notes.txt").read_text() == "new"
+
+
 def test_writing_into_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone.*notes\.txt: could not be written"):
         RunFolder(tmp_path / "gone").write_text("notes.txt", "x")
@@ -160,7 +169,7 @@ def test_metrics_read_back(run: RunFolder) -> None:
     """A row without a value has an empty cell, which reads as missing."""
     run.write_metrics([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25, "acc": 0.9}])
     expected = pd.DataFrame({"epoch": [1, 2], "loss": [0.5, 0.25], "acc": [float("nan"), 0.9]})
-    pd.testing.assert_frame_equal(read_metrics(run), expected)
+    pd.testing.assert_frame_equal(pd.read_csv(run.path / "metrics.csv"), expected)
 
 
 def test_a_summary_is_json_and_makes_the_run_done(run: RunFolder) -> None:
@@ -385,7 +394,7 @@ def test_a_pickled_object_is_refused_and_not_executed(
     mark = tmp_path / "executed"
     torch.save({**content, "extra": Trap(mark)}, saved.path / name)
     finish(saved)
-    assert str(saved.path) in load_problem(saved)
+    assert str(saved.path / name) in load_problem(saved)
     assert not mark.exists()
     torch.load(saved.path / name, weights_only=False)
     assert mark.exists()
@@ -406,7 +415,7 @@ def test_a_file_that_holds_no_dictionary_is_refused(
 ) -> None:
     torch.save(content, saved.path / name)
     finish(saved)
-    assert str(saved.path) in load_problem(saved)
+    assert str(saved.path / name) in load_problem(saved)
 
 
 @pytest.mark.parametrize(
@@ -459,18 +468,17 @@ def test_weights_that_do_not_fit_the_model_are_refused(
 def test_the_dataset_of_a_record_must_be_the_same(saved: RunFolder, tiny_data: Dataset) -> None:
     record = load_attack(saved.path)
     record.check_dataset(tiny_data)
-    test, train = tiny_data.test, tiny_data.train
-    labels = test.labels.roll(1)
+    train, test = tiny_data.train, tiny_data.test
+    relabelled = Labelled(test.images, test.labels.roll(1))
     smaller = Labelled(train.images[:, :, :4, :4], train.labels)
-    constants = (tiny_data.mean, tiny_data.std)
-    for train, test, classes, reason in (
-        (train, Labelled(test.images, labels), tiny_data.classes, "not those"),
-        (train.at(torch.arange(11)), test, tiny_data.classes, "not those"),
-        (smaller, test, tiny_data.classes, "3 classes"),
-        (train, test, ("ant", "bee"), "has 2"),
+    for changes, reason in (
+        ({"test": relabelled}, "not those"),
+        ({"train": train.at(torch.arange(11))}, "not those"),
+        ({"train": smaller}, "of (3, 4, 4)"),
+        ({"classes": ("ant", "bee")}, "has 2"),
     ):
-        with pytest.raises(UserError, match=reason) as caught:
-            record.check_dataset(Dataset("tiny", train, test, classes, *constants))
+        with pytest.raises(UserError, match=re.escape(reason)) as caught:
+            record.check_dataset(dataclasses.replace(tiny_data, **changes))
         assert "--dataset_path" in str(caught.value)
 
 
@@ -518,5 +526,5 @@ def test_an_index_that_cannot_be_meant_is_refused(tmp_path: Path, text: bytes, r
 
 @pytest.mark.parametrize("name", ["absent.txt", "."])
 def test_an_index_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="--index: .* cannot be read"):
+    with pytest.raises(UserError, match=r"--index: .* cannot be read"):
         read_index(tmp_path / name, 10)

@@ -3,7 +3,6 @@
 import json
 import logging
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -141,10 +140,9 @@ def test_facts_of_a_run_are_plain_data() -> None:
 
 
 @pytest.fixture
-def bare_logger() -> Iterator[None]:
+def bare_logger() -> None:
     """The program's logger as a fresh process has it."""
     logger.handlers[:] = []
-    yield
 
 
 def exit_code(error: BaseException) -> int | str | None:

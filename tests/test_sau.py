@@ -210,7 +210,8 @@ def test_the_gradient_of_sar_stops_below_a_thousandth() -> None:
 def test_jensen_shannon_by_hand() -> None:
     """Equal distributions: 0. One-hot on different classes: log 2, less the floor of 1e-8.
 
-    (1/2, 1/2) against (1, 0): m = (3/4, 1/4); half of [1/2 log 2/3 + 1/2 log 2] plus half of log 4/3.
+    (1/2, 1/2) against (1, 0): m = (3/4, 1/4); half of [1/2 log 2/3 + 1/2 log 2] plus half of
+    log 4/3.
     """
     big = 200.0
     one, other = torch.tensor([[big, 0.0]]).double(), torch.tensor([[0.0, big]]).double()

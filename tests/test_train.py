@@ -101,10 +101,14 @@ def test_logging_keeps_no_graph() -> None:
 def test_a_loss_that_is_not_finite_names_its_round(value: float) -> None:
     finished = []
     loop = Loop(after_round=lambda number, *_: finished.append(number))
-    with pytest.raises(UserError, match="'shared' is not finite in round 2 of 3"):
+
+    def run() -> None:
         for number in loop.rounds(3):
-            loop.log(4, clean=torch.tensor(1.0))
-            loop.log(4, shared=torch.tensor(value if number == 2 else 1.0))
+            loop.log(4, clean=torch.tensor(1.0), shared=torch.tensor(1.0))
+            loop.log(4, clean=torch.tensor(1.0), shared=torch.tensor([1.0, value, 1.0][number - 1]))
+
+    with pytest.raises(UserError, match="'shared' is not finite in round 2 of 3"):
+        run()
     assert finished == [1]
 
 

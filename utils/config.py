@@ -7,7 +7,7 @@ which file or flag a value came from, and says everything that is wrong at once.
 
 import argparse
 import dataclasses
-import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from utils.errors import UserError
+from utils.errors import UserError, suggestion
 
 USER_FILES = {
     "yaml_path": "YAML file whose values go over the shipped ones",
@@ -55,15 +55,17 @@ class Config:
         """The YAML files' values plus overrides.
 
         Args:
-            dataset: name whose `<dataset>.yaml` files apply; None for the one that the files name,
-            if any. overrides: values by field name.
+            dataset: name whose `<dataset>.yaml` files apply; None for the one that the files name.
+            overrides: values by field name.
 
         Raises:
             UserError: naming every unknown field and every value that is not allowed.
         """
-        over = _Layer("override", overrides)
         if dataset is None:
-            dataset = _merge([*_shipped(cls), over]).get("dataset")
+            dataset = {**_merge(_shipped(cls)), **overrides}.get("dataset")
+        elif "dataset" in _hints(cls):
+            overrides = {"dataset": dataset, **overrides}
+        over = _Layer("override", overrides)
         return _build(cls, [*_shipped(cls, dataset), over])
 
     @classmethod
@@ -82,7 +84,7 @@ class Config:
                 and exits with code 0.
             description: text that `--help` shows first.
             find_dataset: from the values known so far to the dataset whose YAML files apply, or
-            None.
+                None.
 
         Raises:
             UserError: naming every unknown flag or key and every value that is not allowed.
@@ -94,6 +96,8 @@ class Config:
             )
             parser.add_argument(f"--{name}", nargs="?", const=const)
         parser.add_argument("-h", "--help", action="store_true")
+        # So that -1e-4 is a value, and out of range, rather than an unknown flag.
+        parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
         parsed, unknown = parser.parse_known_args(list(argv))
         given = {key: value for key, value in vars(parsed).items() if value is not None}
         wants_help = given.pop("help")
@@ -117,7 +121,7 @@ class Config:
         plain = {
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give an existing YAML file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path}: not valid YAML ({reason}); write lines of 'name: value'"
@@ -171,12 +175,6 @@ def allowed_values(annotation: Any) -> str:
     return name + null
 
 
-def suggestion(name: str, choices: Iterable[str]) -> str:
-    """' (did you mean X?)' for the closest of choices, or ''."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number and refuses a key that stands twice."""
 
@@ -188,12 +186,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which _Loader would read as a number."""
+
+
 # YAML 1.1 asks for a dot and a signed exponent in a float; people write 1e-4.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -224,10 +227,10 @@ def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
     """The YAML files of a class, base class first, in each folder the general one first."""
     files: dict[Path, Path] = {}  # path -> the checkout that it belongs to, each once
     for owner in reversed(cls.__mro__):
-        module = sys.modules[owner.__module__]
-        if owner is Config or not issubclass(owner, Config) or not module.__file__:
+        file = getattr(sys.modules[owner.__module__], "__file__", None)  # a notebook has none
+        if owner is Config or not issubclass(owner, Config) or not file:
             continue
-        script = Path(module.__file__).resolve()
+        script = Path(file).resolve()
         root = script.parents[1]
         folder = root / "config" / script.parent.name / script.stem
         for name in ("default", "config", dataset):
@@ -246,6 +249,7 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
     found = list(problems)
     hints = _hints(cls)
     values: dict[str, Any] = {}
+    refused = {problem.split(":")[0].removeprefix("--") for problem in problems}
     for layer in layers:
         for key, value in layer.values.items():
             if key not in hints:
@@ -253,12 +257,13 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 continue
             try:
                 values[key] = _check(hints[key], value, layer.is_flags)
-            except ValidationError:
+            except ValueError:
+                refused.add(key)
                 shown = value if isinstance(value, str) else repr(value)
                 found.append(
                     f"{layer.where(key)}: {shown} is not allowed; give {allowed_values(hints[key])}"
                 )
-    missing = [key for key in hints if key not in values and not any(key in p for p in found)]
+    missing = [key for key in hints if key not in values and key not in refused]
     found += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
     if found:
         raise UserError("\n".join(found))
@@ -271,7 +276,10 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
         value = None
     if get_origin(_base(annotation)) is tuple:
         return TypeAdapter(annotation).validate_python(value.split(",") if is_text else value)
-    return TypeAdapter(annotation).validate_python(value, strict=not is_text)
+    checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
+    if isinstance(checked, float) and not math.isfinite(checked):
+        raise ValueError("not finite")
+    return checked
 
 
 def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
@@ -291,7 +299,9 @@ def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str
     lines = [description.strip(), "", "flags, with their values as resolved from the YAML files:"]
     for name, annotation in _hints(cls).items():
         info = _field_info(annotation)
-        value = yaml.safe_dump(values.get(name), default_flow_style=True).split("\n")[0]
+        value = values.get(name)
+        if not isinstance(value, str):
+            value = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
         lines.append(f"  --{name} {value}")
         lines.append(f"        {info.description if info else ''} [{allowed_values(annotation)}]")
     lines += [f"  --{name} FILE\n        {text}" for name, text in USER_FILES.items()]

@@ -15,8 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
-from utils.config import suggestion
-from utils.errors import UserError
+from utils.errors import UserError, suggestion
 from utils.runtime import ROOT, Progress, logger
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "folder"]
@@ -129,7 +128,7 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
 
 
 def as_float(images: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """Images as the network takes them: float in [0, 1], channels-last in memory.
+    """Images as the network takes them: float in [0, 1]; from uint8, channels-last in memory.
 
     Shape:
         (N, C, H, W) uint8, or float already in [0, 1] -> (N, C, H, W) float, on the device.
@@ -258,10 +257,12 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     count = len(files["train"])
     train = Labelled(pixels[:count], torch.tensor(labels["train"], dtype=torch.int64))
     test = Labelled(pixels[count:], torch.tensor(labels["test"], dtype=torch.int64))
-    if not len(train):
-        raise UserError(
-            f"--dataset_path: {path / 'train'} has no image file; put images into its class folders"
-        )
+    for label, name in enumerate(classes):
+        if label not in labels["train"]:
+            raise UserError(
+                f"--dataset_path: {path / 'train' / name} has no image file; put images into it or "
+                "remove the folder"
+            )
     return _measured("folder", train, test, classes)
 
 
@@ -285,7 +286,7 @@ def _decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
     with ThreadPoolExecutor() as pool:
         with Progress(len(files), "looking for changes", "file") as progress:
             for file, content in zip(files, _ahead(pool, _file_digest, files), strict=True):
-                digest.update(str(file.relative_to(root)).encode() + b"\0" + content)
+                digest.update(os.fsencode(file.relative_to(root)) + b"\0" + content)
                 progress.advance()
         cache = ROOT / "data" / "cache" / f"{digest.hexdigest()[:32]}.bin"
         if not cache.exists() or cache.stat().st_size != int(np.prod(shape)):
@@ -328,7 +329,10 @@ def _ahead(
 
 
 def _file_digest(file: Path) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()
+    try:
+        return hashlib.sha256(file.read_bytes()).digest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); repair or remove it") from None
 
 
 def _decode(file: Path, image_size: int) -> np.ndarray:

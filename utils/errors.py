@@ -1,4 +1,7 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and a help to word it."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -6,3 +9,9 @@ class UserError(ValueError):
 
     Scripts print it without a traceback and exit with code 2. Anything else raised is a defect.
     """
+
+
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """' (did you mean X?)' for the closest of choices, or ''."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

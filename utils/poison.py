@@ -140,7 +140,7 @@ def apply_trigger(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -
     with Progress(len(images), "placing the trigger", "image") as progress:
         for start in range(0, len(images), _CHUNK):
             part = slice(start, start + _CHUNK)
-            result[part] = trigger(images[part], index[part])
+            result[part] = trigger(images[part].clone(), index[part])
             progress.advance(len(images[part]))
     if torch.equal(result, images):
         raise UserError("the trigger changes no pixel of any image; make it stronger or larger")

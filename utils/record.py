@@ -7,12 +7,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from models import Classifier, build_model
 from utils.config import read_yaml
@@ -58,6 +60,8 @@ class RunFolder:
             UserError: if the folder cannot be written.
         """
         try:
+            if self.path.is_symlink():
+                raise UserError(f"{self.path}: is a link; give another name, or remove it")
             if self.path.exists():
                 # First, so that a half-emptied folder does not pass for a finished run.
                 (self.path / "summary.json").unlink(missing_ok=True)
@@ -223,7 +227,7 @@ class AttackRecord:
         """The record's model, in eval mode, on the CPU.
 
         Raises:
-            UserError: if the weights do not fit the architecture or are not finite.
+            UserError: if the weights do not fit the architecture.
         """
         model = build_model(self.model_name, self.num_classes, self.mean, self.std)
         try:
@@ -289,46 +293,79 @@ def load_attack(folder: Path) -> AttackRecord:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); run the attack again") from None
-    for name, expected in summary.get("files", {}).items():
-        if hashes.get(name) != expected:
+    files = summary.get("files") if isinstance(summary, dict) else None
+    if not isinstance(files, dict):
+        raise UserError(f"{folder}: its summary.json names no files; run the attack again")
+    for name in sorted({*files, *hashes}):
+        if hashes.get(name) != files.get(name):
             raise UserError(
                 f"{folder / name}: is not the file that summary.json describes; run the attack "
                 "again"
             )
     with _explained(result):
-        found = _load_tensors(result)
-        triggered, poison_index = None, None
-        if poison.exists():
-            tensors = _load_tensors(poison)
-            triggered = Triggered(
-                tensors["test_images"],
-                tensors["test_targets"],
-                tensors["test_labels"],
-                tensors["test_index"],
-            )
-            poison_index = tensors["train_index"][tensors["train_kinds"] == KINDS.index("poison")]
+        content = _load_tensors(result)
         record = AttackRecord(
             folder=folder,
             sha256=hashes[result.name],
-            attack=found["attack"],
-            model_name=found["model_name"],
-            state=found["model"],
-            num_classes=found["num_classes"],
-            image_shape=tuple(found["image_shape"]),
-            mean=tuple(found["mean"]),
-            std=tuple(found["std"]),
-            dataset=found["dataset"],
-            dataset_path=found["dataset_path"],
-            dataset_fingerprint=found["dataset_fingerprint"],
-            attack_target=found["attack_target"],
-            attack_label_trans=found["attack_label_trans"],
-            triggered=triggered,
-            poison_index=poison_index,
+            state=content["model"],
+            triggered=None,
+            poison_index=None,
+            **_PLAIN.validate_python(content, strict=False),
         )
-    for name, value in record.state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{result}: the weights {name} are not finite; run the attack again")
-    return record
+        for name, value in record.state.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"the weights {name} are no tensor")
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"the weights {name} are not finite")
+    if not poison.exists():
+        return record
+    with _explained(poison):
+        return _with_poison(record, _load_tensors(poison))
+
+
+class _Plain(TypedDict):
+    """The plain values of `attack_result.pt`, as pydantic checks them."""
+
+    attack: str
+    model_name: str
+    num_classes: Annotated[int, Field(ge=1, strict=True)]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    dataset: str
+    dataset_path: str | None
+    dataset_fingerprint: str
+    attack_target: int | None
+    attack_label_trans: str | None
+
+
+_PLAIN = TypeAdapter(_Plain)
+
+
+def _with_poison(record: AttackRecord, content: Mapping[str, Any]) -> AttackRecord:
+    """The record with what `poison.pt` holds.
+
+    Raises:
+        ValueError: if the tensors do not fit the record or each other.
+    """
+    triggered = Triggered(
+        content["test_images"],
+        content["test_targets"],
+        content["test_labels"],
+        content["test_index"],
+    )
+    kinds, index = content["train_kinds"], content["train_index"]
+    if triggered.images.dtype != torch.uint8 or triggered.images.shape[1:] != record.image_shape:
+        raise ValueError(f"test_images are no uint8 images of {record.image_shape}")
+    rows = {len(triggered.images), len(triggered.index)}
+    for name in ("test_targets", "test_labels"):
+        labels = content[name]
+        rows.add(len(labels))
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < record.num_classes:
+            raise ValueError(f"{name} are no classes of the model")
+    if len(rows) != 1 or len(kinds) != len(index):
+        raise ValueError("its tensors differ in length")
+    return replace(record, triggered=triggered, poison_index=index[kinds == KINDS.index("poison")])
 
 
 def recorded_dataset(folder: Path) -> str | None:
