@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torchvision
 from torch import nn
 
 from models.preactresnet import preactresnet18
@@ -69,7 +68,13 @@ def prepare(model: Classifier, device: torch.device, precision: str) -> Classifi
 
 def model_names() -> list[str]:
     """Every name that `build_model` takes."""
-    return sorted([*CONSTRUCTORS, *torchvision.models.list_models(module=torchvision.models)])
+    return sorted([*CONSTRUCTORS, *_torchvision_names()])
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision  # here, because it takes seconds and 170 MiB that our own networks need not
+
+    return torchvision.models.list_models(module=torchvision.models)
 
 
 def build_model(
@@ -90,12 +95,13 @@ def build_model(
     """
     if name in CONSTRUCTORS:
         network = CONSTRUCTORS[name](num_classes)
-    elif name in torchvision.models.list_models(module=torchvision.models):
+    elif name in _torchvision_names():
+        from torchvision.models import get_model
+
         # Auxiliary heads would make the output a tuple in train mode.
-        extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-        if extra:
-            extra["init_weights"] = True
-        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+        has_auxiliary = name in ("googlenet", "inception_v3")
+        extra = {"aux_logits": False, "init_weights": True} if has_auxiliary else {}
+        network = get_model(name, weights=None, num_classes=num_classes, **extra)
     else:
         raise UserError(
             f"--model: {name} is unknown{suggestion(name, model_names())}; "
@@ -118,7 +124,7 @@ def check_model(name: str, num_classes: int, image_size: int) -> None:
             return False
         return True
 
-    if name not in model_names():
+    if name not in CONSTRUCTORS and name not in _torchvision_names():
         build_model(name, num_classes)  # says which names there are
     if not fits(image_size):
         able = [str(size) for size in (16, 28, 32, 48, 64, 96, 128, 224, 299) if fits(size)]

@@ -10,10 +10,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as transforms
 
 from utils.errors import UserError, suggestion
 from utils.runtime import ROOT, Progress, logger
@@ -201,18 +199,20 @@ def _digits(path: Path | None, image_size: int) -> Dataset:
 
 
 def _cifar(
-    source: Callable[..., torchvision.datasets.CIFAR10],
+    source: str,
     name: str,
     archive: str,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Callable[[Path | None, int], Dataset]:
     def load(path: Path | None, image_size: int) -> Dataset:
+        from torchvision import datasets  # here, because it takes seconds to import
+
         folder = _data_folder(path)
         splits = []
         for train in (True, False):
             try:
-                data = source(root=str(folder), train=train, download=True)
+                data = getattr(datasets, source)(root=str(folder), train=train, download=True)
             except (
                 Exception
             ) as error:  # torchvision raises what urllib, tarfile, pickle and md5 raise
@@ -355,14 +355,14 @@ def _decode(file: Path, image_size: int) -> np.ndarray:
 def _resize(images: torch.Tensor, image_size: int) -> torch.Tensor:
     """uint8 (N, C, H, W) -> uint8 (N, C, S, S)."""
     if images.shape[2:] != (image_size, image_size):
-        images = transforms.resize(images, [image_size, image_size], antialias=True)
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     return images.contiguous()
 
 
 def _measured(name: str, train: Labelled, test: Labelled, classes: tuple[str, ...]) -> Dataset:
     """The dataset with the mean and standard deviation of its training pixels."""
     total = torch.zeros(2, 3, dtype=torch.float64)
-    for chunk in train.images.split(1024):
+    for chunk in train.images.split(256):
         pixels = chunk.double().div(255)
         total += torch.stack([pixels.sum(dim=(0, 2, 3)), pixels.square().sum(dim=(0, 2, 3))])
     mean, square = total / (train.images.numel() / 3)
@@ -376,14 +376,14 @@ def _measured(name: str, train: Labelled, test: Labelled, classes: tuple[str, ..
 _LOADERS: dict[str, Callable[[Path | None, int], Dataset]] = {
     "digits": _digits,
     "cifar10": _cifar(
-        torchvision.datasets.CIFAR10,
+        "CIFAR10",
         "cifar10",
         "cifar-10-python.tar.gz",
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.247, 0.243, 0.261),
     ),
     "cifar100": _cifar(
-        torchvision.datasets.CIFAR100,
+        "CIFAR100",
         "cifar100",
         "cifar-100-python.tar.gz",
         mean=(0.5071, 0.4865, 0.4409),
