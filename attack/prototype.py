@@ -6,10 +6,13 @@ An attack gives its configuration and a function that makes its trigger. The pip
 data, poisons it, trains a model, scores it after each epoch, and writes the record.
 """
 
+import hashlib
+import json
+import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,14 +21,16 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import Classifier, build_model, check_model, prepare
+from models import Classifier, build_model, check_model
+from models import prepare as prepare_model
 from utils import config as configuration
 from utils import pipeline, plot, poison, record
-from utils.data import Dataset, DatasetName, Triggered, as_float, load_dataset
+from utils.data import Dataset, DatasetName, Labelled, Triggered, as_float, load_dataset
 from utils.errors import UserError
 from utils.evaluate import predict
-from utils.metrics import Scores
+from utils.metrics import Scores, rate_label
 from utils.runtime import (
+    ROOT,
     Precision,
     generator,
     log_to,
@@ -35,7 +40,7 @@ from utils.runtime import (
     run_script,
     seed_everything,
 )
-from utils.train import Schedule, train_classifier
+from utils.train import Loop, Schedule, Step, Supervised, train_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,32 +89,121 @@ class AttackConfig(TrainingConfig):
     ]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What an attack may use beside its configuration to prepare its trigger."""
+
+    data: Dataset
+    device: torch.device
+    precision: str
+
+    def cached(
+        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors that take long to make: computed once, then read from `data/cache/`.
+
+        Args:
+            kind: what they are; part of the file's name.
+            key: all that they depend on, beside the dataset.
+        """
+        text = json.dumps({**key, "data": self.data.fingerprint()}, sort_keys=True)
+        cache = record.RunFolder(ROOT / "data" / "cache")
+        cache.path.mkdir(parents=True, exist_ok=True)
+        name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
+        if (cache.path / name).exists():
+            logger.info("%s: read from %s", kind, cache.path / name)
+            return record.load_tensors(cache.path / name)
+        tensors = compute()
+        cache.write_tensors(name, tensors)
+        return tensors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an attack does to training and to test images.
+
+    Attributes:
+        training: the set to train on.
+        step: how a batch's loss is made.
+        triggered: the triggered test images, as they are now; None for a clean model.
+        cross: images whose trigger must not fire, with their true labels; or None.
+        exported: the poisoned training images for the record.
+        drop_last: whether an epoch leaves out a last batch that is not full.
+    """
+
+    training: poison.PoisonedSet
+    step: Step
+    triggered: Callable[[], Triggered | None]
+    cross: Callable[[], Labelled | None]
+    exported: Callable[[], poison.PoisonedSet]
+    drop_last: bool = True
+
+
 C = TypeVar("C", bound=AttackConfig)
-MakeTrigger = Callable[[C, tuple[int, int, int]], poison.Trigger]
+Choose = Callable[[C, torch.Tensor, int, torch.Generator], poison.Choice]
+MakePlan = Callable[[Any, Setting], Plan]
 
 
-def run(config_class: type[C], make_trigger: MakeTrigger[C]) -> None:
-    """Runs an attack script: flags -> record.
+def dirty_label(
+    config: AttackConfig, labels: torch.Tensor, num_classes: int, rng: torch.Generator
+) -> poison.Choice:
+    """Images of any class, with the mapped label."""
+    return poison.dirty_label(
+        labels, config.pratio, config.attack_label_trans, config.attack_target, num_classes, rng
+    )
+
+
+def clean_label(
+    config: AttackConfig, labels: torch.Tensor, num_classes: int, rng: torch.Generator
+) -> poison.Choice:
+    """Images of the target class, labels kept."""
+    if config.attack_label_trans != "all2one":
+        raise UserError("--attack_label_trans: a clean-label attack has one target; give all2one")
+    return poison.clean_label(labels, config.pratio, config.attack_target, rng)
+
+
+def run(
+    config_class: type[C],
+    make_trigger: Callable[..., poison.Trigger | poison.Triggers],
+    *,
+    choose: Choose[C] = dirty_label,
+    prepare: Callable[[C, Setting], Any] | None = None,
+) -> None:
+    """Runs the script of an attack that poisons data: flags -> record.
 
     Args:
         config_class: the attack's configuration; its module's name is the attack's name.
-        make_trigger: from the configuration and (C, H, W) to the trigger.
+        make_trigger: (configuration, (C, H, W)) -> trigger; with `prepare`, its result is the third
+            argument.
+        choose: which training images are poisoned, and their labels.
+        prepare: what the trigger needs and takes long to make; keeps it with `Setting.cached`.
     """
-    module = sys.modules[config_class.__module__]
 
-    def main() -> None:
-        config = config_class.from_command_line(sys.argv[1:], module.__doc__ or "")
-        train_backdoored(config, Path(str(module.__file__)).stem, make_trigger)
+    def plan(config: C, setting: Setting) -> Plan:
+        data = setting.data
+        # Before what takes long, because it refuses ratios and targets that do not fit.
+        rng = generator(config.random_seed, "poisoned indices")
+        choice = choose(config, data.train.labels, len(data.classes), rng)
+        extra = () if prepare is None else (prepare(config, setting),)
+        made = make_trigger(config, data.image_shape, *extra)
+        triggers = made if isinstance(made, poison.Triggers) else poison.Triggers(made, made)
+        poisoned = poison.replace_images(data.train, choice, triggers.train)
+        triggered = poison.triggered_test_set(
+            data, triggers.test, config.attack_label_trans, config.attack_target
+        )
+        return Plan(
+            training=poisoned,
+            step=_supervised(config, setting),
+            triggered=lambda: triggered,
+            cross=lambda: None,
+            exported=lambda: poisoned,
+        )
 
-    run_script(main)
+    run_plan(config_class, plan)
 
 
-def train_backdoored(
-    config: TrainingConfig,
-    name: str,
-    make_trigger: Callable[[Any, tuple[int, int, int]], poison.Trigger] | None,
-) -> record.RunFolder:
-    """Trains a model, backdoored unless `make_trigger` is None, and writes its record.
+def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunFolder:
+    """Trains a model as the plan says and writes its record.
 
     Returns:
         The record's folder.
@@ -118,63 +212,44 @@ def train_backdoored(
         UserError: if the configuration does not fit the data or the record exists.
     """
     started = time.monotonic()
-    if config.save_folder_name is None:
-        raise UserError("--save_folder_name: a value is needed; give the record a name")
-    folder = record.attack_folder(config.save_folder_name, _path(config.record_path))
-    folder.refuse_existing(config.overwrite)
+    folder = _free_folder(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     data = load_dataset(config.dataset, _path(config.dataset_path), config.image_size)
+    _check_fit(config, data)
     check_model(config.model, len(data.classes), config.image_size)
-    poisoned, triggered = _poison(config, data, make_trigger)
-    if config.batch_size > len(data.train):
-        raise UserError(
-            f"--batch_size: {config.batch_size} is more than the {len(data.train)} training "
-            "images; give fewer"
-        )
+    plan = make_plan(config, Setting(data, device, precision))
     seed_everything(config.random_seed)
     model = build_model(config.model, len(data.classes), data.mean, data.std)
-    prepare(model, device, precision)
+    prepare_model(model, device, precision)
 
     folder.start(config.dump())
     with log_to(folder.log):
         logger.info("%s on %s: %s, %s, %s", name, data.name, config.model, device, precision)
-        if triggered is not None:
+        if len(plan.training.index):
             logger.info(
-                "%d of %d training images are poisoned", len(poisoned.index), len(data.train)
+                "%d of %d training images are replaced", len(plan.training.index), len(data.train)
             )
-        score = pipeline.scorer(data.test, triggered, device)
+        score = pipeline.scorer(data.test, plan.triggered, device, plan.cross)
         watch = pipeline.Watch(folder, "epoch", score, config.eval_every)
-        train_classifier(
-            model,
-            poisoned,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            momentum=config.sgd_momentum,
-            weight_decay=config.wd,
-            schedule=config.lr_scheduler,
-            crop_padding=config.crop_padding,
-            flip=config.flip,
-            order=generator(config.random_seed, "order"),
-            augmentation=generator(config.random_seed, "augmentation", device),
-            loop=watch.start(config.epochs),
-        )
+        _train(config, model, plan, watch.start(config.epochs))
         assert watch.scores is not None  # the last epoch is always scored
+        triggered, exported = plan.triggered(), plan.exported()
         facts = {
             "attack": name,
             "model_name": config.model,
-            "dataset_path": str(Path(config.dataset_path).resolve())
-            if config.dataset_path
+            "dataset_path": None
+            if config.dataset_path is None
+            else os.path.abspath(config.dataset_path),
+            "attack_target": config.attack_target if isinstance(config, AttackConfig) else None,
+            "attack_label_trans": config.attack_label_trans
+            if isinstance(config, AttackConfig)
             else None,
-            "attack_target": getattr(config, "attack_target", None),
-            "attack_label_trans": getattr(config, "attack_label_trans", None),
         }
-        record.save_attack(folder, model, data, poisoned, triggered, facts)
+        record.save_attack(folder, model, data, exported, triggered, plan.cross(), facts)
+        title = f"{name} on {data.name}"
         pictures = [
-            pipeline.save_figure(
-                folder, "curves.png", plot.curves(watch.metrics, "epoch", f"{name} on {data.name}")
-            )
+            pipeline.save_figure(folder, "curves.png", plot.curves(watch.metrics, "epoch", title))
         ]
         if triggered is not None:
             pictures.append(_draw_trigger(folder, model, data, triggered, name, device))
@@ -188,9 +263,9 @@ def train_backdoored(
                 "model": config.model,
                 "epochs": config.epochs,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
-                "pratio": getattr(config, "pratio", None),
+                "pratio": config.pratio if isinstance(config, AttackConfig) else None,
                 "train_images": len(data.train),
-                "poisoned_images": len(poisoned.index),
+                "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
                 "warnings": warnings,
                 **pipeline.run_facts(started, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
@@ -199,31 +274,126 @@ def train_backdoored(
         for warning in warnings:
             logger.warning("warning: %s", warning)
         for rate_name, rate in watch.scores.rates().items():
-            logger.info("%-3s %8s  (%d of %d)", rate_name.upper(), rate, rate.hits, rate.total)
+            logger.info("%-9s %8s  (%d of %d)", rate_label(rate_name), rate, rate.hits, rate.total)
         pipeline.log_paths(folder, pictures)
     return folder
 
 
-def _poison(
+def clean_model(
     config: TrainingConfig,
-    data: Dataset,
-    make_trigger: Callable[[Any, tuple[int, int, int]], poison.Trigger] | None,
-) -> tuple[poison.PoisonedSet, Triggered | None]:
-    """The training set, and the triggered test images unless the model is to be clean."""
-    if make_trigger is None:
-        return poison.unpoisoned(data.train), None
-    assert isinstance(config, AttackConfig)
-    if config.attack_target >= len(data.classes):
+    setting: Setting,
+    epochs: int,
+    step: Step | None = None,
+    variant: Mapping[str, Any] | None = None,
+) -> Classifier:
+    """A model of the configured architecture and recipe on clean data, trained once, then cached.
+
+    Some attacks need one before they can make their trigger.
+
+    Args:
+        step: how a batch's loss is made; None for ordinary training.
+        variant: all that `step` depends on beside the recipe.
+    """
+    data = setting.data
+
+    def compute() -> dict[str, torch.Tensor]:
+        seed_everything(config.random_seed)
+        model = build_model(config.model, len(data.classes), data.mean, data.std)
+        prepare_model(model, setting.device, setting.precision)
+        logger.info("training a clean %s for the trigger, %d epochs", config.model, epochs)
+        watch = pipeline.Watch(
+            None, "epoch", pipeline.scorer(data.test, lambda: None, setting.device), epochs
+        )
+        plan = _clean_plan(config, setting)
+        plan = replace(plan, step=step or plan.step)
+        _train(replace(config, epochs=epochs), model, plan, watch.start(epochs))
+        return record.model_state(model)
+
+    key = recipe(config, setting) | dict(variant or {}) | {"epochs": epochs}
+    state = setting.cached("clean-model", key, compute)
+    model = build_model(config.model, len(data.classes), data.mean, data.std)
+    model.network.load_state_dict(state)
+    return prepare_model(model, setting.device, setting.precision).eval()
+
+
+def recipe(config: TrainingConfig, setting: Setting) -> dict[str, Any]:
+    """What a model trained on given data depends on, epochs aside; for `Setting.cached`."""
+    names = (
+        "model",
+        "batch_size",
+        "lr",
+        "lr_scheduler",
+        "sgd_momentum",
+        "wd",
+        "crop_padding",
+        "flip",
+        "random_seed",
+    )
+    return {name: getattr(config, name) for name in names} | {"precision": setting.precision}
+
+
+def run_plan(config_class: type[Any], make_plan: MakePlan) -> None:
+    """Runs an attack script of any kind: flags -> record.
+
+    Args:
+        config_class: the attack's configuration; its module's name is the attack's name.
+        make_plan: from the configuration and the setting to what the attack does.
+    """
+    module = sys.modules[config_class.__module__]
+
+    def main() -> None:
+        config = config_class.from_command_line(sys.argv[1:], module.__doc__ or "")
+        train(config, Path(str(module.__file__)).stem, make_plan)
+
+    run_script(main)
+
+
+def _train(config: TrainingConfig, model: Classifier, plan: Plan, loop: Loop) -> None:
+    train_classifier(
+        model,
+        plan.training,
+        plan.step,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        momentum=config.sgd_momentum,
+        weight_decay=config.wd,
+        schedule=config.lr_scheduler,
+        order=generator(config.random_seed, "order"),
+        loop=loop,
+        drop_last=plan.drop_last,
+    )
+
+
+def _supervised(config: TrainingConfig, setting: Setting) -> Supervised:
+    rng = generator(config.random_seed, "augmentation", setting.device)
+    return Supervised(config.crop_padding, config.flip, rng)
+
+
+def _clean_plan(config: TrainingConfig, setting: Setting) -> Plan:
+    clean = poison.unpoisoned(setting.data.train)
+    return Plan(clean, _supervised(config, setting), lambda: None, lambda: None, lambda: clean)
+
+
+def _free_folder(config: TrainingConfig) -> record.RunFolder:
+    if config.save_folder_name is None:
+        raise UserError("--save_folder_name: a value is needed; give the record a name")
+    folder = record.attack_folder(config.save_folder_name, _path(config.record_path))
+    folder.refuse_existing(config.overwrite)
+    return folder
+
+
+def _check_fit(config: TrainingConfig, data: Dataset) -> None:
+    if isinstance(config, AttackConfig) and config.attack_target >= len(data.classes):
         raise UserError(
             f"--attack_target: {config.attack_target} is no class of {data.name}; give 0 to "
             f"{len(data.classes) - 1}"
         )
-    trigger = make_trigger(config, data.image_shape)
-    labels = (config.attack_label_trans, config.attack_target)
-    poisoned = poison.poison_training_set(
-        data, trigger, config.pratio, *labels, generator(config.random_seed, "poisoned indices")
-    )
-    return poisoned, poison.triggered_test_set(data, trigger, *labels)
+    if config.batch_size > len(data.train):
+        raise UserError(
+            f"--batch_size: {config.batch_size} is more than the {len(data.train)} training "
+            "images; give fewer"
+        )
 
 
 def _draw_trigger(
@@ -272,9 +442,8 @@ def _path(text: str | None) -> Path | None:
 
 
 def main() -> None:
-    train_backdoored(
-        TrainingConfig.from_command_line(sys.argv[1:], __doc__), "prototype", make_trigger=None
-    )
+    """Trains a clean model."""
+    train(TrainingConfig.from_command_line(sys.argv[1:], __doc__), "prototype", _clean_plan)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def defend(
         )
         logger.info("%d clean images of %d", len(index), len(data.train))
         warnings = _subset_warnings(clean, data)
-        score = pipeline.scorer(data.test, attack.triggered, device)
+        score = pipeline.scorer(data.test, lambda: attack.triggered, device)
         before = score(backdoored)
         logger.info("before  %s", before)
         watch = pipeline.Watch(folder, "round", score, config.eval_every)

@@ -30,6 +30,7 @@ LAYERS = (
     ("utils.runtime", 1),
     ("utils.data", 2),
     ("utils.poison", 3),
+    ("utils.emblem", 3),
     ("utils.evaluate", 3),
     ("utils.backdoorbench", 3),
     ("utils.train", 4),
@@ -40,8 +41,9 @@ LAYERS = (
     ("defense.base", 6),
     ("interop.*", 6),
     ("benchmark.*", 6),
-    ("attack.*", 7),
-    ("defense.*", 7),
+    ("attack.controlled", 7),
+    ("attack.*", 8),
+    ("defense.*", 8),
 )
 
 
@@ -114,8 +116,8 @@ def test_imports_go_down_only() -> None:
         ("utils/errors.py", "def f():\n    import utils.data", "utils.errors (layer 0) imports"),
         ("utils/record.py", "import utils.train", "utils.record (layer 4) imports utils.train"),
         ("utils/data.py", "from attack.lc import x", "utils.data (layer 2) imports attack.lc"),
-        ("attack/lc.py", "import attack.wanet", "attack.lc (layer 7) imports attack.wanet"),
-        ("defense/ft.py", "from attack import lc", "defense.ft (layer 7) imports attack.lc"),
+        ("attack/lc.py", "import attack.wanet", "attack.lc (layer 8) imports attack.wanet"),
+        ("defense/ft.py", "from attack import lc", "defense.ft (layer 8) imports attack.lc"),
         ("models/vgg.py", "from models import x", "models.vgg (layer 1) imports models (layer 1)"),
         ("utils/data.py", "import utils.gone", "utils.data imports utils.gone, which is no module"),
         ("utils/new.py", "", "utils.new has no layer"),

@@ -8,10 +8,13 @@ from utils.errors import UserError
 from utils.poison import (
     KINDS,
     LabelMap,
+    PoisonedSet,
+    Trigger,
     apply_trigger,
+    clean_label,
+    dirty_label,
     map_labels,
-    poison_training_set,
-    select_poisoned,
+    replace_images,
     triggered_test_set,
     unpoisoned,
 )
@@ -19,6 +22,18 @@ from utils.poison import (
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def select(count: int, pratio: float, generator: torch.Generator) -> torch.Tensor:
+    """The dirty-label choice among images of ten classes."""
+    return dirty_label(torch.arange(count) % 10, pratio, "all2one", 0, 10, generator).index
+
+
+def poison(
+    data: Dataset, trigger: Trigger, pratio: float, label_map: LabelMap, target: int
+) -> PoisonedSet:
+    choice = dirty_label(data.train.labels, pratio, label_map, target, len(data.classes), rng())
+    return replace_images(data.train, choice, trigger)
 
 
 def stamp(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -47,7 +62,7 @@ def test_label_maps(label_map: LabelMap, expected: list[int]) -> None:
 )
 def test_pratio_is_a_share_of_all_training_images(count: int, pratio: float, chosen: int) -> None:
     """143.7 becomes 144, 2.4 becomes 2, 0.6 becomes 1."""
-    index = select_poisoned(count, pratio, rng())
+    index = select(count, pratio, rng())
     assert len(index) == chosen
     assert index.dtype == torch.int64
     assert index.tolist() == sorted(set(index.tolist()))
@@ -56,7 +71,7 @@ def test_pratio_is_a_share_of_all_training_images(count: int, pratio: float, cho
 
 
 def test_the_chosen_images_depend_on_the_generator_alone() -> None:
-    first, again, other = (select_poisoned(1000, 0.1, rng(seed)) for seed in (0, 0, 1))
+    first, again, other = (select(1000, 0.1, rng(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -64,12 +79,12 @@ def test_the_chosen_images_depend_on_the_generator_alone() -> None:
 def test_a_ratio_that_poisons_nothing_is_refused() -> None:
     """0.0001 of 1,000 is 0.1 images; one image is 0.001."""
     with pytest.raises(UserError, match=r"--pratio: 0.0001 of 1000 .* at least 0.001"):
-        select_poisoned(1000, 0.0001, rng())
+        select(1000, 0.0001, rng())
 
 
 def test_poisoning_replaces_the_chosen_images_and_labels(tiny_data: Dataset) -> None:
     """Half of 12 images. The trigger is told the images' places in the training set."""
-    poisoned = poison_training_set(tiny_data, stamp, 0.5, "all2one", 2, rng())
+    poisoned = poison(tiny_data, stamp, 0.5, "all2one", 2)
     assert len(poisoned) == 12
     assert len(poisoned.index) == 6
     assert torch.equal(
@@ -83,27 +98,25 @@ def test_poisoning_replaces_the_chosen_images_and_labels(tiny_data: Dataset) -> 
 
 def test_images_of_the_target_class_may_be_poisoned_too(tiny_data: Dataset) -> None:
     """At ratio 1 all 12 images are, of every class."""
-    poisoned = poison_training_set(tiny_data, stamp, 1.0, "all2one", 2, rng())
+    poisoned = poison(tiny_data, stamp, 1.0, "all2one", 2)
     assert poisoned.index.tolist() == list(range(12))
 
 
 def test_all_to_all_gives_each_chosen_image_the_next_label(tiny_data: Dataset) -> None:
     """Image i has the label i mod 3, hence gets (i + 1) mod 3."""
-    poisoned = poison_training_set(tiny_data, stamp, 0.5, "all2all", 0, rng())
+    poisoned = poison(tiny_data, stamp, 0.5, "all2all", 0)
     assert poisoned.labels.tolist() == [(i + 1) % 3 for i in poisoned.index.tolist()]
 
 
 def test_the_same_images_are_chosen_whatever_the_trigger_and_the_labels(tiny_data: Dataset) -> None:
-    white = poison_training_set(
-        tiny_data, lambda images, _: torch.full_like(images, 255), 0.5, "all2all", 0, rng()
-    )
-    stamped = poison_training_set(tiny_data, stamp, 0.5, "all2one", 1, rng())
+    white = poison(tiny_data, lambda images, _: torch.full_like(images, 255), 0.5, "all2all", 0)
+    stamped = poison(tiny_data, stamp, 0.5, "all2one", 1)
     assert torch.equal(white.index, stamped.index)
 
 
 def test_poisoning_leaves_the_clean_set_alone(tiny_data: Dataset) -> None:
     before = tiny_data.fingerprint()
-    poison_training_set(tiny_data, stamp, 0.5, "all2one", 2, rng())
+    poison(tiny_data, stamp, 0.5, "all2one", 2)
     triggered_test_set(tiny_data, stamp, "all2one", 2)
     assert tiny_data.fingerprint() == before
 
@@ -169,3 +182,27 @@ def test_a_clean_set_as_a_poisoned_one_has_no_poison(tiny_data: Dataset) -> None
     assert len(clean) == 12
     assert clean.images.shape == (0, 3, 8, 8)
     assert len(clean.index) == len(clean.labels) == len(clean.kinds) == 0
+
+
+def test_clean_label_poisons_the_target_class_and_keeps_its_labels() -> None:
+    """0.2 of 20 images are 4 of the 5 that have the label 3 of 0 to 3."""
+    labels = torch.arange(20) % 4
+    choice = clean_label(labels, 0.2, 3, rng())
+    assert len(choice.index) == 4
+    assert len(set(choice.index.tolist())) == 4
+    assert labels[choice.index].tolist() == choice.labels.tolist() == [3] * 4
+    assert choice.index.tolist() == sorted(choice.index.tolist())
+
+
+def test_a_class_that_is_too_small_gives_all_it_has_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """0.5 of 20 are 10 images, but the class has 5."""
+    choice = clean_label(torch.arange(20) % 4, 0.5, 1, rng())
+    assert choice.index.tolist() == [1, 5, 9, 13, 17]
+    assert "10 poisoned images wanted, but class 1 has 5" in caplog.text
+
+
+def test_clean_label_needs_a_class_with_images() -> None:
+    with pytest.raises(UserError, match="class 7 has no training image"):
+        clean_label(torch.arange(20) % 4, 0.1, 7, rng())

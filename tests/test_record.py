@@ -15,7 +15,14 @@ import torch
 from models import Classifier
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
-from utils.poison import KINDS, PoisonedSet, poison_training_set, triggered_test_set
+from utils.poison import (
+    KINDS,
+    PoisonedSet,
+    dirty_label,
+    replace_images,
+    triggered_test_set,
+    unpoisoned,
+)
 from utils.record import (
     RunFolder,
     attack_folder,
@@ -52,7 +59,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def poisoned(tiny_data: Dataset) -> PoisonedSet:
-    return poison_training_set(tiny_data, white, 0.5, "all2one", 1, torch.Generator())
+    choice = dirty_label(tiny_data.train.labels, 0.5, "all2one", 1, 3, torch.Generator())
+    return replace_images(tiny_data.train, choice, white)
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def saved(
 ) -> RunFolder:
     """A finished record of an attack."""
     triggered = triggered_test_set(tiny_data, white, "all2one", 1)
-    save_attack(run, tiny_model, tiny_data, poisoned, triggered, FACTS)
+    save_attack(run, tiny_model, tiny_data, poisoned, triggered, None, FACTS)
     finish(run)
     return run
 
@@ -70,7 +78,8 @@ def saved(
 def saved_clean(run: RunFolder, tiny_data: Dataset, tiny_model: Classifier) -> RunFolder:
     """A finished record of a clean model."""
     facts = {"attack": "prototype", "attack_target": None, "attack_label_trans": None}
-    save_attack(run, tiny_model, tiny_data, None, None, FACTS | facts)
+    clean = unpoisoned(tiny_data.train)
+    save_attack(run, tiny_model, tiny_data, clean, None, None, FACTS | facts)
     finish(run)
     return run
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from models import Classifier
-from utils.data import Dataset, Labelled
+from utils.data import Dataset, Labelled, as_float
 from utils.errors import UserError
 from utils.poison import PoisonedSet, unpoisoned
-from utils.train import Loop, Schedule, cross_entropy_step, lr_multiplier, train_classifier
+from utils.train import Loop, Schedule, Supervised, lr_multiplier, train_classifier
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -30,8 +30,21 @@ class Scalar(nn.Module):
         return self.weight * torch.ones(len(images), 3, dtype=torch.float64)
 
 
+class Mean:
+    """The step whose loss is the mean of the model's output."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model(as_float(images)).mean()
+
+    def update(self) -> None:
+        self.updates += 1
+
+
 def recipe(**changes: Any) -> dict[str, Any]:
-    """A plain recipe for 12 images: three steps an epoch, no augmentation, lr 1."""
+    """A plain recipe for 12 images: three steps an epoch, lr 1."""
     plain = {
         "epochs": 1,
         "batch_size": 4,
@@ -39,10 +52,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "momentum": 0.0,
         "weight_decay": 0.0,
         "schedule": "constant",
-        "crop_padding": 0,
-        "flip": False,
         "order": rng(1),
-        "augmentation": rng(2),
         "loop": Loop(),
     }
     return plain | changes
@@ -196,7 +206,7 @@ def test_training_follows_the_schedule_step_by_step() -> None:
     train_classifier(
         model,
         data,
-        step=lambda net, images, labels: net(images).mean(),
+        step=Mean(),
         **recipe(epochs=4, lr=0.2, schedule="one_cycle"),
     )
     assert model.weight.item() == pytest.approx(-0.83, abs=1e-6)
@@ -212,7 +222,7 @@ def test_training_uses_momentum_and_weight_decay() -> None:
     train_classifier(
         model,
         data,
-        step=lambda net, images, labels: net(images).mean(),
+        step=Mean(),
         **recipe(momentum=0.5, weight_decay=0.1),
     )
     assert model.weight.item() == pytest.approx(-3.86, abs=1e-6)
@@ -221,21 +231,25 @@ def test_training_uses_momentum_and_weight_decay() -> None:
 # --- training -----------------------------------------------------------------------------------
 
 
-class Recorder:
-    """A batch step that keeps what it is given."""
+class Recorder(Supervised):
+    """The ordinary step, which keeps what it gives to the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, crop_padding: int = 0, flip: bool = False, seed: int = 2) -> None:
+        super().__init__(crop_padding, flip, rng(seed))
         self.images: list[torch.Tensor] = []
         self.labels: list[torch.Tensor] = []
         self.modes: list[bool] = []
 
-    def __call__(
-        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        self.images.append(images.clone())
+    def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.labels.append(labels.clone())
         self.modes.append(model.training)
-        return model(images).mean()
+        hook = model.register_forward_pre_hook(
+            lambda _, given: self.images.append(given[0].clone())
+        )
+        try:
+            return super().loss(model, images, labels)
+        finally:
+            hook.remove()
 
     def seen(self) -> set[tuple[tuple[float, ...], int]]:
         """Pairs of an image's bytes and its label."""
@@ -296,25 +310,21 @@ def test_training_crops_and_mirrors_if_asked(tiny_data: Dataset) -> None:
     """Without augmentation every image is one of the set; with flips some are mirrors of them."""
     originals = set(pairs(tiny_data.train.images, tiny_data.train.labels))
     mirrors = set(pairs(tiny_data.train.images.flip(3), tiny_data.train.labels))
-    recorder = Recorder()
-    train_classifier(Scalar(), unpoisoned(tiny_data.train), step=recorder, **recipe(flip=True))
+    recorder = Recorder(flip=True)
+    train_classifier(Scalar(), unpoisoned(tiny_data.train), step=recorder, **recipe())
     assert recorder.seen() <= originals | mirrors
     assert recorder.seen() & mirrors
     assert recorder.seen() & originals
-    recorder = Recorder()
-    train_classifier(Scalar(), unpoisoned(tiny_data.train), step=recorder, **recipe(crop_padding=2))
+    recorder = Recorder(crop_padding=2)
+    train_classifier(Scalar(), unpoisoned(tiny_data.train), step=recorder, **recipe())
     assert not recorder.seen() <= originals
 
 
 def test_training_is_set_by_its_generators(tiny_data: Dataset) -> None:
     def run(order: int, augmentation: int) -> torch.Tensor:
-        recorder = Recorder()
-        train_classifier(
-            Scalar(),
-            unpoisoned(tiny_data.train),
-            step=recorder,
-            **recipe(crop_padding=2, order=rng(order), augmentation=rng(augmentation)),
-        )
+        recorder = Recorder(crop_padding=2, seed=augmentation)
+        clean = unpoisoned(tiny_data.train)
+        train_classifier(Scalar(), clean, step=recorder, **recipe(order=rng(order)))
         return torch.cat(recorder.images)
 
     assert torch.equal(run(1, 2), run(1, 2))
@@ -330,7 +340,7 @@ def test_training_reports_its_loss_and_state(tiny_data: Dataset) -> None:
     train_classifier(
         model,
         unpoisoned(tiny_data.train),
-        step=lambda net, images, labels: net(images).mean(),
+        step=Mean(),
         **recipe(loop=loop),
     )
     ((number, total, losses, state),) = seen
@@ -344,7 +354,10 @@ def test_training_learns(tiny_data: Dataset, tiny_model: Classifier) -> None:
     losses: list[float] = []
     loop = Loop(after_round=lambda number, total, found, state: losses.append(found["loss"]))
     train_classifier(
-        tiny_model, unpoisoned(tiny_data.train), **recipe(epochs=20, lr=0.1, loop=loop)
+        tiny_model,
+        unpoisoned(tiny_data.train),
+        step=Supervised(0, False, rng(2)),
+        **recipe(epochs=20, lr=0.1, loop=loop),
     )
     assert losses[-1] < losses[0]
     assert losses[-1] < math.log(3)
@@ -352,15 +365,36 @@ def test_training_learns(tiny_data: Dataset, tiny_model: Classifier) -> None:
 
 def test_a_batch_larger_than_the_set_is_refused(tiny_data: Dataset) -> None:
     with pytest.raises(UserError, match="--batch_size: 13 is more than the 12 training images"):
-        train_classifier(Scalar(), unpoisoned(tiny_data.train), **recipe(batch_size=13))
+        train_classifier(Scalar(), unpoisoned(tiny_data.train), Mean(), **recipe(batch_size=13))
 
 
 def test_the_ordinary_step_is_cross_entropy() -> None:
     """Equal logits for three classes: log 3. Logits (log 2, 0, 0) give 1/2, 1/4, 1/4: log 2."""
-    labels = torch.tensor([0, 2])
-    equal = cross_entropy_step(nn.Identity(), torch.zeros(2, 3), labels)
+
+    class Fixed(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[math.log(2), 0.0, 0.0]]).expand(len(images), 3)
+
+    step = Supervised(0, False, rng())
+    black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert step.loss(Fixed(), black[:1], torch.tensor([0])).item() == pytest.approx(math.log(2))
+    equal = step.loss(Scalar(), black, torch.tensor([0, 2]))
     assert equal.item() == pytest.approx(math.log(3))
-    logits = torch.tensor([[math.log(2), 0.0, 0.0]])
-    assert cross_entropy_step(nn.Identity(), logits, labels[:1]).item() == pytest.approx(
-        math.log(2)
-    )
+
+
+def test_an_attack_that_controls_training_updates_its_networks_after_each_step(
+    tiny_data: Dataset,
+) -> None:
+    """12 images in fives, two epochs: two steps an epoch, or three with the last batch kept."""
+    for drop_last, expected in ((True, 4), (False, 6)):
+        step = Mean()
+        changes = {"epochs": 2, "batch_size": 5, "drop_last": drop_last}
+        train_classifier(Scalar(), unpoisoned(tiny_data.train), step, **recipe(**changes))
+        assert step.updates == expected
+
+
+def test_multi_step_falls_to_a_tenth_every_hundred_epochs() -> None:
+    """Two steps an epoch: the step 199 is in epoch 99, 200 in 100, 1000 and more in 500."""
+    multiplier = lr_multiplier("multi_step", epochs=600, steps_per_epoch=2)
+    factors = [multiplier(step) for step in (0, 199, 200, 400, 800, 1000)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.01, 1e-4, 1e-4])

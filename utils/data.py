@@ -167,6 +167,58 @@ def augment(
     return padded[each, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
+def augment_affine(
+    images: torch.Tensor,
+    *,
+    padding: int,
+    crop_probability: float,
+    degrees: float,
+    rotation_probability: float,
+    flip: bool,
+    fill: torch.Tensor,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Random shift, rotation (nearest neighbour) and horizontal flip; all drawn per image.
+
+    Args:
+        images: (N, C, H, W) float.
+        padding: largest shift, pixels.
+        crop_probability, rotation_probability: of an image to be shifted, rotated, in [0, 1].
+        degrees: largest rotation to either side.
+        flip: whether to mirror with probability 1/2.
+        fill: (C,) float, what comes in from outside.
+        generator: on the device of the images.
+
+    Returns:
+        (N, C, H, W) float.
+    """
+    count, _, height, width = images.shape
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        draws = torch.rand(count, device=images.device, generator=generator)
+        return low + (high - low) * draws
+
+    cropped = uniform(0, 1) < crop_probability
+    shift = [
+        (uniform(0, 2 * padding + 1).floor() - padding) * cropped * (2 / size)
+        for size in (width, height)
+    ]
+    angle = uniform(-degrees, degrees).deg2rad() * (uniform(0, 1) < rotation_probability)
+    mirror = 1 - 2 * ((uniform(0, 1) < 0.5) & flip).to(images.dtype)
+    # Output to input coordinates: mirror, then rotate, then shift. Both axes reach from -1 to 1.
+    cos, sin, aspect = angle.cos(), angle.sin(), height / width
+    rows = [
+        torch.stack([mirror * cos, -sin * aspect, shift[0]], dim=1),
+        torch.stack([mirror * sin / aspect, cos, shift[1]], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    background = fill.view(1, -1, 1, 1)
+    moved = F.grid_sample(
+        images - background, grid.to(images.dtype), mode="nearest", align_corners=False
+    )
+    return moved + background
+
+
 def keep_on(device: torch.device, images: torch.Tensor) -> torch.Tensor:
     """The images on the GPU if they take at most half of its free memory; else where they are."""
     if device.type != "cuda":
@@ -298,7 +350,7 @@ def _decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
                     partial.open("wb") as out,
                     Progress(len(files), "decoding", "image") as progress,
                 ):
-                    for pixels in _ahead(pool, lambda file: _decode(file, image_size), files):
+                    for pixels in _ahead(pool, lambda file: read_image(file, image_size), files):
                         out.write(pixels.tobytes())
                         progress.advance()
                 os.replace(partial, cache)
@@ -335,8 +387,12 @@ def _file_digest(file: Path) -> bytes:
         raise UserError(f"{file}: cannot be read ({error.strerror}); repair or remove it") from None
 
 
-def _decode(file: Path, image_size: int) -> np.ndarray:
-    """One file as uint8 (3, S, S)."""
+def read_image(file: Path, image_size: int) -> np.ndarray:
+    """One picture file as uint8 (3, S, S), squashed where it is not square.
+
+    Raises:
+        UserError: if the file is missing or no picture.
+    """
     try:
         with Image.open(file) as opened:
             image: Image.Image = opened

@@ -33,6 +33,7 @@ def evaluate(
     triggered: Triggered | None,
     device: torch.device,
     batch_size: int = 256,
+    cross: Labelled | None = None,
 ) -> Scores:
     """Scores with their counts; without triggered images ACC alone."""
     acc = _share(predict(model, clean.images, device, batch_size), clean.labels)
@@ -40,7 +41,12 @@ def evaluate(
         return Scores(acc)
     predictions = predict(model, triggered.images, device, batch_size)
     return Scores(
-        acc, asr=_share(predictions, triggered.targets), ra=_share(predictions, triggered.labels)
+        acc,
+        asr=_share(predictions, triggered.targets),
+        ra=_share(predictions, triggered.labels),
+        cross_acc=None
+        if cross is None
+        else _share(predict(model, cross.images, device, batch_size), cross.labels),
     )
 
 

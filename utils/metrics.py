@@ -1,6 +1,6 @@
 """Scores of a classifier as pure functions of plain numbers."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,20 @@ class Rate:
 
 @dataclass(frozen=True)
 class Scores:
-    """Clean accuracy, attack success rate, robust accuracy; without a trigger ACC alone."""
+    """Clean accuracy, attack success rate, robust accuracy; without a trigger ACC alone.
+
+    `cross_acc` is the accuracy on images with another image's trigger, or a distorted one, which
+    must not fire; only some attacks have it.
+    """
 
     acc: Rate
     asr: Rate | None = None
     ra: Rate | None = None
+    cross_acc: Rate | None = None
 
     def rates(self) -> dict[str, Rate]:
-        """The rates that exist, by name, in the order acc, asr, ra."""
-        named = {"acc": self.acc, "asr": self.asr, "ra": self.ra}
+        """The rates that exist, by name, in the order of the fields."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: rate for name, rate in named.items() if rate is not None}
 
     def values(self) -> dict[str, float]:
@@ -45,7 +50,12 @@ class Scores:
         return flat
 
     def __str__(self) -> str:
-        return "  ".join(f"{name.upper()} {rate}" for name, rate in self.rates().items())
+        return "  ".join(f"{rate_label(name)} {rate}" for name, rate in self.rates().items())
+
+
+def rate_label(name: str) -> str:
+    """How a rate's name is printed: ACC, ASR, RA, cross ACC."""
+    return name.removesuffix("acc").replace("_", " ") + "ACC" if "acc" in name else name.upper()
 
 
 def defense_effectiveness_rating(before: Scores, after: Scores) -> float | None:

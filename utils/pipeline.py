@@ -24,14 +24,18 @@ class Watch:
     """Scores a model while it is trained, writes `metrics.csv` and the log, shows progress.
 
     Args:
-        folder: where `metrics.csv` goes.
+        folder: where `metrics.csv` goes; None writes none.
         unit: "epoch" or "round".
         score: from a model to its scores.
         eval_every: rounds between two evaluations, >= 1; the last round is always evaluated.
     """
 
     def __init__(
-        self, folder: RunFolder, unit: str, score: Callable[[nn.Module], Scores], eval_every: int
+        self,
+        folder: RunFolder | None,
+        unit: str,
+        score: Callable[[nn.Module], Scores],
+        eval_every: int,
     ) -> None:
         self._folder = folder
         self._unit = unit
@@ -73,7 +77,8 @@ class Watch:
             text += f"  {self.scores}"
         row["seconds"] = round(time.monotonic() - self._started, 2)
         self._rows.append(row)
-        self._folder.write_metrics(self._rows)
+        if self._folder is not None:
+            self._folder.write_metrics(self._rows)
         eta = self._progress.eta() if self._progress else "?"
         logger.info(
             "%s %d/%d  %s  %s", self._unit, number, total, text, "" if is_last else f"ETA {eta}"
@@ -85,13 +90,18 @@ class Watch:
 
 
 def scorer(
-    test: Labelled, triggered: Triggered | None, device: torch.device
+    test: Labelled,
+    triggered: Callable[[], Triggered | None],
+    device: torch.device,
+    cross: Callable[[], Labelled | None] = lambda: None,
 ) -> Callable[[nn.Module], Scores]:
-    """`evaluate` on test images that stay on the device where they fit."""
+    """`evaluate` on test images that stay on the device where they fit.
+
+    Triggered and cross images are asked for at each evaluation: an attack that trains its trigger
+    changes them.
+    """
     test = replace(test, images=keep_on(device, test.images))
-    if triggered is not None:
-        triggered = replace(triggered, images=keep_on(device, triggered.images))
-    return lambda model: evaluate(model, test, triggered, device)
+    return lambda model: evaluate(model, test, triggered(), device, cross=cross())
 
 
 def save_figure(folder: RunFolder, name: str, figure: Figure) -> Path:

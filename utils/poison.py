@@ -2,20 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from utils.data import Dataset, Labelled, Triggered
 from utils.errors import UserError
-from utils.runtime import Progress
+from utils.runtime import Progress, logger
 
 LabelMap = Literal["all2one", "all2all"]
 
 # (uint8 images (N, C, H, W), their int64 dataset indices (N,)) -> uint8 images (N, C, H, W)
 Trigger = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# What was done to a training image; the label of all but "poison" is the true one.
+
+class Triggers(NamedTuple):
+    """An attack whose trigger differs between training and test images."""
+
+    train: Trigger
+    test: Trigger
+
+
+# What was done to a training image: "poison" shall teach the backdoor; "cover" and "cross" carry
+# (part of) the trigger or another one with their true label, and shall hide or sharpen it.
 KINDS = ("poison", "cover", "cross")
 
 _CHUNK = 1024  # images that a trigger is given at once
@@ -54,50 +63,80 @@ def map_labels(
     return torch.full_like(labels, target) if label_map == "all2one" else (labels + 1) % num_classes
 
 
-def select_poisoned(count: int, pratio: float, generator: torch.Generator) -> torch.Tensor:
-    """round(pratio * count) of `count` training images, without replacement, of any class.
+@dataclass(frozen=True)
+class Choice:
+    """Which training images an attack replaces, ascending, and what it labels them.
+
+    index int64 (P,), labels int64 (P,), kinds uint8 (P,) positions in `KINDS`.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor
+    kinds: torch.Tensor
+
+
+def dirty_label(
+    labels: torch.Tensor,
+    pratio: float,
+    label_map: LabelMap,
+    target: int,
+    num_classes: int,
+    rng: torch.Generator,
+) -> Choice:
+    """round(pratio * N) images of any class, without replacement, with the mapped label.
 
     Args:
-        count: number of training images.
+        labels: int64 (N,), true labels of the training set.
         pratio: poisoning ratio in [0, 1], relative to the whole training set.
-        generator: on the CPU.
-
-    Returns:
-        int64 indices, ascending.
+        rng: on the CPU.
 
     Raises:
         UserError: if that is no image at all.
     """
-    chosen = round(pratio * count)
-    if chosen == 0:
-        raise UserError(
-            f"--pratio: {pratio:g} of {count} training images poisons none; give at least "
-            f"{1 / count:.2g}"
-        )
-    return torch.randperm(count, generator=generator)[:chosen].sort().values
-
-
-def poison_training_set(
-    data: Dataset,
-    trigger: Trigger,
-    pratio: float,
-    label_map: LabelMap,
-    target: int,
-    rng: torch.Generator,
-) -> PoisonedSet:
-    """Dirty-label poisoning: chosen images get the trigger and the mapped label.
-
-    The chosen images depend on the seed and the number of images only.
-    """
-    index = select_poisoned(len(data.train), pratio, rng)
-    chosen = data.train.at(index)
-    return PoisonedSet(
-        clean=data.train,
-        index=index,
-        images=apply_trigger(trigger, chosen.images, index),
-        labels=map_labels(chosen.labels, label_map, target, len(data.classes)),
-        kinds=torch.zeros(len(index), dtype=torch.uint8),
+    index = torch.randperm(len(labels), generator=rng)[: poison_count(len(labels), pratio)]
+    index = index.sort().values
+    return Choice(
+        index,
+        map_labels(labels[index], label_map, target, num_classes),
+        torch.zeros(len(index), dtype=torch.uint8),
     )
+
+
+def clean_label(labels: torch.Tensor, pratio: float, target: int, rng: torch.Generator) -> Choice:
+    """round(pratio * N) images of the target class, labels kept.
+
+    The ratio is relative to the whole training set. A class with fewer images gives all that it
+    has, with a warning.
+
+    Args:
+        labels: int64 (N,), true labels of the training set.
+        pratio: poisoning ratio in [0, 1].
+        rng: on the CPU.
+
+    Raises:
+        UserError: if that is no image at all.
+    """
+    members = torch.nonzero(labels == target).flatten()
+    wanted = poison_count(len(labels), pratio)
+    if len(members) == 0:
+        raise UserError(f"--attack_target: class {target} has no training image; give another")
+    if wanted > len(members):
+        logger.warning(
+            "warning: %d poisoned images wanted, but class %d has %d; all of them are poisoned "
+            "(ratio %.4f of the training set)",
+            wanted,
+            target,
+            len(members),
+            len(members) / len(labels),
+        )
+    index = members[torch.randperm(len(members), generator=rng)[:wanted]].sort().values
+    return Choice(index, labels[index], torch.zeros(len(index), dtype=torch.uint8))
+
+
+def replace_images(clean: Labelled, choice: Choice, trigger: Trigger) -> PoisonedSet:
+    """The training set whose chosen images carry the trigger."""
+    images = apply_trigger(trigger, clean.images[choice.index], choice.index)
+    return PoisonedSet(clean, choice.index, images, choice.labels, choice.kinds)
 
 
 def triggered_test_set(
@@ -147,7 +186,82 @@ def apply_trigger(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -
     return result
 
 
+def poison_count(count: int, pratio: float) -> int:
+    """round(pratio * count) images.
+
+    Raises:
+        UserError: if that is none.
+    """
+    chosen = round(pratio * count)
+    if chosen == 0:
+        raise UserError(
+            f"--pratio: {pratio:g} of {count} training images poisons none; "
+            f"give at least {1 / count:.2g}"
+        )
+    return chosen
+
+
 def unpoisoned(clean: Labelled) -> PoisonedSet:
     """A clean training set as a poisoned set of no poison."""
     none = torch.zeros(0, dtype=torch.int64)
     return PoisonedSet(clean, none, clean.images[:0], none, none.to(torch.uint8))
+
+
+def count_in_batch(ratio: float, batch_size: int, rng: torch.Generator) -> int:
+    """How many images of a batch an attack that controls training takes, as published.
+
+    int(ratio * batch_size); where that is less than one image, one with probability
+    ratio * batch_size, else none: of 8 % in batches of ten, four of five batches have one.
+
+    Args:
+        ratio: in [0, 1].
+        rng: on the CPU; draws in the second case only.
+    """
+    wanted = ratio * batch_size
+    if wanted >= 1:
+        return int(wanted + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    return int(torch.rand((), generator=rng) < wanted)
+
+
+def partners(count: int, rng: torch.Generator) -> torch.Tensor:
+    """For each of `count` images another one, each once: int64 (count,), a random cycle.
+
+    No image is its own partner, unless it is the only one.
+    """
+    order = torch.randperm(count, generator=rng)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
+def first_of_batches(
+    data: Dataset,
+    batch_size: int,
+    counts: Callable[[int], tuple[int, int]],
+    trigger: Trigger,
+    cross: Trigger,
+    label_map: LabelMap,
+    target: int,
+) -> PoisonedSet:
+    """The poisoned set of an attack that controls training, as its record keeps it.
+
+    Of every `batch_size` images in the set's own order the first get the trigger and the mapped
+    label, those after them the cross trigger and their own label.
+
+    Args:
+        counts: from a batch's size to how many get the one and the other.
+    """
+    unchanged = len(KINDS)
+    kinds = torch.full((len(data.train),), unchanged, dtype=torch.uint8)
+    for batch in kinds.split(batch_size):
+        poisoned, crossed = counts(len(batch))
+        batch[:poisoned] = KINDS.index("poison")
+        batch[poisoned : poisoned + crossed] = KINDS.index("cross")
+    index = torch.nonzero(kinds != unchanged).flatten()
+    kinds = kinds[index]
+    is_poison = kinds == KINDS.index("poison")
+    chosen = data.train.at(index)
+    images, labels = chosen.images.clone(), chosen.labels.clone()
+    for mask, apply in ((is_poison, trigger), (~is_poison, cross)):
+        if mask.any():
+            images[mask] = apply_trigger(apply, chosen.images[mask], index[mask])
+    labels[is_poison] = map_labels(labels[is_poison], label_map, target, len(data.classes))
+    return PoisonedSet(data.train, index, images, labels, kinds)

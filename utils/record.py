@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from models import Classifier, build_model
 from utils.config import read_yaml
-from utils.data import Dataset, Triggered
+from utils.data import Dataset, Labelled, Triggered
 from utils.errors import UserError
 from utils.poison import KINDS, PoisonedSet
 from utils.runtime import ROOT, logger
@@ -140,17 +140,19 @@ def save_attack(
     folder: RunFolder,
     model: Classifier,
     data: Dataset,
-    poisoned: PoisonedSet | None,
+    poisoned: PoisonedSet,
     triggered: Triggered | None,
+    cross: Labelled | None,
     facts: Mapping[str, Any],
 ) -> None:
     """Writes `attack_result.pt` and, for a backdoored model, `poison.pt`.
 
     Args:
+        cross: all test images with a trigger that must not fire, where the attack has one.
         facts: `attack`, `model_name`, `dataset_path` (text or None), `attack_target`,
             `attack_label_trans` (both None for a clean model).
     """
-    if poisoned is not None and triggered is not None:
+    if triggered is not None:
         folder.write_tensors(
             "poison.pt",
             {
@@ -163,6 +165,7 @@ def save_attack(
                 "test_images": triggered.images,
                 "test_targets": triggered.targets,
                 "test_labels": triggered.labels,
+                **({} if cross is None else {"cross_images": cross.images}),
             },
         )
     folder.write_tensors(
@@ -303,14 +306,14 @@ def load_attack(folder: Path) -> AttackRecord:
                 "again"
             )
     with _explained(result):
-        content = _load_tensors(result)
+        content = load_tensors(result)
         record = AttackRecord(
             folder=folder,
             sha256=hashes[result.name],
             state=content["model"],
             triggered=None,
             poison_index=None,
-            **_PLAIN.validate_python(content, strict=False),
+            **_PLAIN.validate_python(content),
         )
         for name, value in record.state.items():
             if not isinstance(value, torch.Tensor):
@@ -320,7 +323,7 @@ def load_attack(folder: Path) -> AttackRecord:
     if not poison.exists():
         return record
     with _explained(poison):
-        return _with_poison(record, _load_tensors(poison))
+        return _with_poison(record, load_tensors(poison))
 
 
 class _Plain(TypedDict):
@@ -401,7 +404,8 @@ def read_index(path: Path, count: int) -> torch.Tensor:
     return torch.tensor(sorted(numbers), dtype=torch.int64)
 
 
-def _load_tensors(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path) -> dict[str, Any]:
+    """A dictionary of plain data and tensors, on the CPU. The only place that calls torch.load."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise ValueError("it holds no dictionary")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -12,10 +12,38 @@ from utils.data import as_float, augment, keep_on
 from utils.errors import UserError
 from utils.poison import PoisonedSet
 
-Schedule = Literal["constant", "cosine", "one_cycle"]
+Schedule = Literal["constant", "cosine", "one_cycle", "multi_step"]
 
-# (model, float images (N, C, H, W) in [0, 1], labels (N,)) -> scalar loss
-BatchStep = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+
+class Step(Protocol):
+    """How a batch's loss is made; an attack that controls training gives its own."""
+
+    def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of uint8 (B, C, H, W) images as they are in the set, and int64 (B,) labels."""
+
+    def update(self) -> None:
+        """Called after each step of the model's optimizer, for networks of the attack's own."""
+
+
+class Supervised:
+    """Ordinary training: crop, flip, cross-entropy. The step of all attacks that only poison data.
+
+    Args:
+        augmentation: draws crops and flips, on the model's device.
+    """
+
+    def __init__(self, crop_padding: int, flip: bool, augmentation: torch.Generator) -> None:
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.augmentation = augmentation
+
+    def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.crop_padding or self.flip:
+            images = augment(images, self.crop_padding, self.flip, self.augmentation)
+        return F.cross_entropy(model(as_float(images)), labels)
+
+    def update(self) -> None:
+        pass
 
 
 class Loop:
@@ -87,16 +115,10 @@ class Loop:
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
 
 
-def cross_entropy_step(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """The batch step of every attack that only poisons data."""
-    return F.cross_entropy(model(images), labels)
-
-
 def train_classifier(
     model: nn.Module,
     data: PoisonedSet,
+    step: Step,
     *,
     epochs: int,
     batch_size: int,
@@ -104,20 +126,17 @@ def train_classifier(
     momentum: float,
     weight_decay: float,
     schedule: Schedule,
-    crop_padding: int,
-    flip: bool,
     order: torch.Generator,
-    augmentation: torch.Generator,
     loop: Loop,
-    step: BatchStep = cross_entropy_step,
+    drop_last: bool = True,
 ) -> None:
-    """Trains a model in place with SGD; an epoch's last batch is left out if not full.
+    """Trains a model in place with SGD.
 
     Args:
-        order: draws the order of the images; on the CPU.
-        augmentation: draws crops and flips; on the model's device.
-        loop: counts epochs and batches.
         step: gives the loss of a batch.
+        order: draws the order of the images; on the CPU.
+        loop: counts epochs and batches.
+        drop_last: whether an epoch leaves out a last batch that is not full.
 
     Raises:
         UserError: if a batch is larger than the set, or a loss is not finite.
@@ -126,25 +145,22 @@ def train_classifier(
         raise UserError(
             f"--batch_size: {batch_size} is more than the {len(data)} training images; give fewer"
         )
-    device = augmentation.device
-    batches = _Batches(data, device)
+    batches = _Batches(data, next(model.parameters()).device)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
-    steps_per_epoch = len(data) // batch_size
+    steps_per_epoch = len(data) // batch_size if drop_last else -(-len(data) // batch_size)
     multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": order}
-    for _ in loop.rounds(epochs, **state, augmentation=augmentation):
+    for _ in loop.rounds(epochs, **state, step=step):
         model.train()
-        for index in loop.batches(len(data), batch_size, order, drop_last=True):
-            images, labels = batches.take(index)
-            if crop_padding or flip:
-                images = augment(images, crop_padding, flip, augmentation)
-            loss = step(model, as_float(images), labels)
+        for index in loop.batches(len(data), batch_size, order, drop_last):
+            loss = step.loss(model, *batches.take(index))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            step.update()
             scheduler.step()
             loop.log(len(index), loss=loss)
 
@@ -154,6 +170,8 @@ def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Call
 
     `cosine` falls from 1 to 0 epoch by epoch, constant within one, as published. `one_cycle`
     changes at every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0.
+    `multi_step` falls to a tenth after 100, 200, 300 and 400 epochs, as WaNet, Input-Aware and BPP
+    were published: with 100 epochs or fewer it is constant.
     """
     total = max(epochs * steps_per_epoch, 1)
 
@@ -167,6 +185,7 @@ def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Call
             0.5 * (1 + math.cos(math.pi * min(step // steps_per_epoch, epochs) / epochs))
         ),
         "one_cycle": one_cycle,
+        "multi_step": lambda step: 0.1 ** min(step // steps_per_epoch // 100, 4),
     }[schedule]
 
 

@@ -1,0 +1,130 @@
+"""Adaptive-Blend: parts of a faint picture, on images of which half keep their label.
+
+Qi, Xie, Li, Mahloujifar, Mittal. *Revisiting the Assumption of Latent Separability for Backdoor
+Defenses.* ICLR 2023. The attacker mixes random tiles of one picture into very few training images
+and relabels half of them; the others ("cover") keep their label, so that poisoned images do not
+stand apart in the model's features. At test time the whole picture, mixed in stronger, fires.
+
+Threat model: data poisoning, dirty label. The attacker changes training images and some of their
+labels, and nothing of the training.
+
+    python attack/adaptive_blend.py --dataset cifar10 --save_folder_name cifar10_adaptive_blend
+
+The published picture is not shipped: the emblem of `utils/emblem.py` has its statistics, and
+`--trigger_image` takes any. The authors' first release has `--alpha 0.2`.
+
+Limits: square images with one or three channels and a side that is a multiple of 4 pixels.
+
+Expected on CIFAR-10 at 0.3 % poisoned and 0.3 % cover: ASR well below 100 %, and different from
+seed to seed. The published numbers are for a ResNet-20; BackdoorBench has none.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from attack.prototype import AttackConfig, dirty_label, run
+from utils.emblem import picture
+from utils.errors import UserError
+from utils.poison import KINDS, Choice, Triggers
+from utils.runtime import generator
+
+TILES = 4  # along each side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttackConfig):
+    cover_ratio: Annotated[
+        float | None,
+        Field(ge=0, lt=1, description="cover images / all training images; null for pratio"),
+    ]
+    alpha: Annotated[float, Field(gt=0, le=1, description="share of the picture in training")]
+    test_alpha: Annotated[float, Field(gt=0, le=1, description="share of the picture at test")]
+    mask_rate: Annotated[float, Field(ge=0, lt=1, description="tiles left out in training, share")]
+    trigger_image: Annotated[
+        str | None, Field(description="picture file to mix in; null for the built-in emblem")
+    ]
+
+
+def choose(config: Config, labels: torch.Tensor, num_classes: int, rng: torch.Generator) -> Choice:
+    """Poisoned images of any class with the mapped label; others as cover with their own.
+
+    Raises:
+        UserError: if no image is poisoned, or there are too few for both.
+    """
+    poison = dirty_label(config, labels, num_classes, rng)
+    is_free = torch.ones(len(labels), dtype=torch.bool)
+    is_free[poison.index] = False
+    free = torch.nonzero(is_free).flatten()
+    ratio = config.pratio if config.cover_ratio is None else config.cover_ratio
+    wanted = round(ratio * len(labels))
+    if wanted > len(free):
+        raise UserError(
+            f"--cover_ratio: {ratio:g} of {len(labels)} training images are {wanted}, but "
+            f"--pratio leaves {len(free)}; give less of either"
+        )
+    cover = free[torch.randperm(len(free), generator=rng)[:wanted]]
+    index, order = torch.cat([poison.index, cover]).sort()
+    kinds = torch.cat([poison.kinds, torch.full((wanted,), KINDS.index("cover"))])
+    return Choice(
+        index, torch.cat([poison.labels, labels[cover]])[order], kinds[order].to(torch.uint8)
+    )
+
+
+def tile_masks(indices: torch.Tensor, mask_rate: float, seed: int) -> torch.Tensor:
+    """Which tiles of each image show the picture: random, but fixed by image and seed.
+
+    Args:
+        indices: int64 (N,), positions in the dataset.
+        mask_rate: share of the tiles that do not, in [0, 1).
+
+    Returns:
+        float (N, 1, TILES, TILES), 0 or 1.
+    """
+    masks = torch.ones(len(indices), TILES**2)
+    for mask, index in zip(masks, indices.tolist(), strict=True):
+        order = torch.randperm(TILES**2, generator=generator(seed, f"tiles of image {index}"))
+        mask[order[: int(mask_rate * TILES**2)]] = 0
+    return masks.view(-1, 1, TILES, TILES)
+
+
+def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Triggers:
+    """x -> x + alpha mask (T - x) in training, x -> x + test_alpha (T - x) at test; rounded.
+
+    Args:
+        image_shape: (C, H, W).
+
+    Raises:
+        UserError: if tiles do not fit the images, or the picture cannot be read or does not fit.
+    """
+    size = image_shape[2]
+    if size % TILES:
+        raise UserError(
+            f"--image_size: {size} is no multiple of {TILES}; give {size - size % TILES} or "
+            f"{size - size % TILES + TILES}"
+        )
+    pattern = picture(config.trigger_image, image_shape)
+    tile = torch.ones(size // TILES, size // TILES)
+
+    def mix(images: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+        mixed = images + weight * (pattern - images)
+        return (mixed + 0.5).clamp(0, 255).to(torch.uint8)
+
+    def train(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        masks = torch.kron(tile_masks(indices, config.mask_rate, config.random_seed), tile)
+        return mix(images, config.alpha * masks)
+
+    def test(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return mix(images, config.test_alpha)
+
+    return Triggers(train, test)
+
+
+if __name__ == "__main__":
+    run(Config, make_trigger, choose=choose)

@@ -1,0 +1,184 @@
+"""The pipeline of attacks that control training: their own batch step in the common loop.
+
+An attack gives its configuration and a control. Batches are made while training and never stored;
+the record gets what the control leaves for stored images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Protocol, TypeVar
+
+import torch
+from pydantic import Field
+
+from attack.prototype import AttackConfig, Plan, Setting, run_plan
+from utils import poison
+from utils.data import Dataset, Labelled, as_float, augment_affine
+from utils.runtime import generator
+from utils.train import Step
+
+_CHUNK = 256  # images that a control is given at once, outside of training
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlledConfig(AttackConfig):
+    """What attacks that control training have in common."""
+
+    truncate: Annotated[
+        bool,
+        Field(description="cut stored images down to whole grey levels, as published; else round"),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineConfig(ControlledConfig):
+    """How WaNet and BPP augment, `crop_padding` and `flip` beside."""
+
+    crop_probability: Annotated[float, Field(ge=0, le=1, description="of a random crop")]
+    random_rotation: Annotated[
+        float, Field(ge=0, le=180, description="largest rotation to either side, degrees")
+    ]
+    rotation_probability: Annotated[float, Field(ge=0, le=1, description="of a rotation")]
+    augment_per_batch: Annotated[
+        bool, Field(description="one crop, angle and flip a batch, as published; else per image")
+    ]
+
+
+class Control(Step, Protocol):
+    """An attacker who controls training: a batch step, and what it leaves for stored images."""
+
+    def before_training(self) -> None:
+        """Trains the attack's own networks, if that comes first; shows its progress."""
+
+    def poisoned_per_batch(self, batch_size: int) -> tuple[int, int]:
+        """How many of a batch's first images are poisoned, and how many after them are cross.
+
+        Asked once a batch; it may draw.
+        """
+
+    def trigger(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The trigger, with the networks as they are now.
+
+        Args:
+            images: float (N, C, H, W) in [0, 1], on the run's device.
+            indices: int64 (N,), their positions in the dataset, on the CPU.
+
+        Returns:
+            Like the images; `stored` brings them to uint8.
+        """
+
+    def cross(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The same with a trigger that must not fire; depends on image and index alone."""
+
+
+K = TypeVar("K", bound=ControlledConfig)
+
+
+def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], Control]) -> None:
+    """Runs the script of an attack that controls training: flags -> record.
+
+    The record's poisoned training set is made after training, by the same rule on the images in
+    their own order; the batches that the model saw are never stored.
+    """
+
+    def plan(config: K, setting: Setting) -> Plan:
+        data = setting.data
+        labels = (config.attack_label_trans, config.attack_target)
+        poison.poison_count(len(data.train), config.pratio)  # refuses a ratio that poisons none
+        control = make_control(config, setting)
+        control.before_training()
+        trigger = _as_trigger(control.trigger, setting, config.truncate)
+        cross_trigger = _as_trigger(control.cross, setting, config.truncate)
+
+        def exported() -> poison.PoisonedSet:
+            counts = control.poisoned_per_batch
+            return poison.first_of_batches(
+                data, config.batch_size, counts, trigger, cross_trigger, *labels
+            )
+
+        def cross() -> Labelled:
+            everything = torch.arange(len(data.test))
+            images = poison.apply_trigger(cross_trigger, data.test.images, everything)
+            return Labelled(images, data.test.labels)
+
+        return Plan(
+            training=poison.unpoisoned(data.train),
+            step=control,
+            triggered=lambda: poison.triggered_test_set(data, trigger, *labels),
+            cross=cross,
+            exported=exported,
+            drop_last=False,
+        )
+
+    run_plan(config_class, plan)
+
+
+def stored(images: torch.Tensor, data: Dataset, truncate: bool) -> torch.Tensor:
+    """Float images as uint8.
+
+    Args:
+        images: float (N, C, H, W); values outside of [0, 1] are clamped.
+        data: its mean and standard deviation are those of the network's normalization.
+        truncate: published triggered images are normalized, brought back, and lose their fractions,
+            which darkens some 15 % of untouched values too, by one grey level.
+    """
+    if not truncate:
+        return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+    mean, std = (
+        torch.tensor(values, device=images.device).view(1, -1, 1, 1)
+        for values in (data.mean, data.std)
+    )
+    returned = (images - mean) / std * std + mean
+    return returned.clamp(0, 1).mul(255).to(torch.uint8)
+
+
+def labels_of_batch(
+    config: AttackConfig, labels: torch.Tensor, poisoned: int, num_classes: int
+) -> torch.Tensor:
+    """int64 (B,) labels of a batch whose first `poisoned` images carry the trigger."""
+    label_map, target = config.attack_label_trans, config.attack_target
+    mapped = poison.map_labels(labels[:poisoned], label_map, target, num_classes)
+    return torch.cat([mapped, labels[poisoned:]])
+
+
+def affine_augmentation(
+    config: AffineConfig, setting: Setting
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The augmentation of WaNet and BPP: float (N, C, H, W) on the device -> the same.
+
+    What comes in from outside is 0 in normalized space, as published: the dataset's mean.
+    """
+    mean = torch.tensor(setting.data.mean, device=setting.device)
+    rng = generator(config.random_seed, "augmentation", setting.device)
+
+    def augment(images: torch.Tensor) -> torch.Tensor:
+        count, channels = images.shape[:2]
+        # To be moved alike, the images of a batch are the channels of a single one.
+        flat = images.flatten(0, 1).unsqueeze(0) if config.augment_per_batch else images
+        moved = augment_affine(
+            flat,
+            padding=config.crop_padding,
+            crop_probability=config.crop_probability,
+            degrees=config.random_rotation,
+            rotation_probability=config.rotation_probability,
+            flip=config.flip,
+            fill=mean.repeat(count) if config.augment_per_batch else mean,
+            generator=rng,
+        )
+        return moved.view(count, channels, *moved.shape[2:]) if config.augment_per_batch else moved
+
+    return augment
+
+
+def _as_trigger(
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], setting: Setting, truncate: bool
+) -> poison.Trigger:
+    """What a control does to float images on the device, as a trigger of stored ones."""
+
+    def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        parts = zip(images.split(_CHUNK), indices.split(_CHUNK), strict=True)
+        with torch.no_grad():
+            changed = [apply(as_float(part, setting.device), index) for part, index in parts]
+        return torch.cat([stored(part, setting.data, truncate).cpu() for part in changed])
+
+    return trigger

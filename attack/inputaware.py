@@ -1,0 +1,278 @@
+"""Input-Aware: every image has its own trigger, which two networks make from the image.
+
+Nguyen, Tran. *Input-Aware Dynamic Backdoor Attack.* NeurIPS 2020, arXiv 2010.08138. A mask network
+says where, and a pattern network what to paint; in each batch some images get their own pattern and
+are relabelled, others get a different image's and keep their label, which it must not change.
+
+Threat model: control of training, dirty label. The attacker runs the training of the model, trains
+the mask network before it and the pattern network with it. Test images get their own pattern from
+the trained networks.
+
+    python attack/inputaware.py --save_folder_name inputaware_demo
+
+Limits: sizes that are a multiple of 4; the trigger is visible, and serves one trained model.
+
+Expected on CIFAR-10, PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 90.67 %,
+ASR 98.26 %. Published are 100 epochs, of which the first 25 train the mask: `epochs` are the other
+75. Published test images are truncated (`--truncate`); here that is not the default.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from attack.controlled import ControlledConfig, labels_of_batch, run_controlled
+from attack.prototype import Setting
+from models import Normalize
+from models.inputaware import EPSILON, PixelGenerator, threshold, widths_for
+from utils.data import as_float, augment
+from utils.errors import UserError
+from utils.poison import count_in_batch, partners
+from utils.runtime import Progress, evaluating, generator, logger
+from utils.train import Loop
+
+BETAS = (0.5, 0.9)  # of both Adams
+MASK_MILESTONES = [10, 20]  # epochs after which the mask network's learning rate falls to a tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ControlledConfig):
+    mask_density: Annotated[float, Field(ge=0, le=1, description="mask value that costs nothing")]
+    mask_epochs: Annotated[int, Field(ge=1, description="epochs that train the mask network")]
+    lambda_norm: Annotated[float, Field(ge=0, description="weight of the mask's size")]
+    lambda_div: Annotated[float, Field(ge=0, description="weight of the diversity of both")]
+    lr_M: Annotated[float, Field(gt=0, description="learning rate of Adam, mask network")]
+    lr_G: Annotated[float, Field(gt=0, description="learning rate of Adam, pattern network")]
+    double_tanh: Annotated[bool, Field(description="networks end in two tanh, as published")]
+    accumulate_generator_grad: Annotated[
+        bool, Field(description="never zero the pattern network's gradient, as published")
+    ]
+
+
+def paint(images: torch.Tensor, patterns: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """x + (pattern - x) * mask: the image where the mask is 0, the pattern where it is 1.
+
+    The published code does so in normalized space, where the result is the same.
+
+    Args:
+        images, patterns: float (N, C, H, W) in [0, 1].
+        masks: float (N, 1, H, W) in [0, 1].
+    """
+    return images + (patterns - images) * masks
+
+
+def rms(differences: torch.Tensor) -> torch.Tensor:
+    """The root mean square of each: (N, ...) -> (N,). Its gradient at 0 is 0."""
+    flat = differences.flatten(1)
+    return torch.linalg.vector_norm(flat, dim=1) / flat.shape[1] ** 0.5
+
+
+def diversity_loss(
+    inputs: torch.Tensor, others: torch.Tensor, outputs: torch.Tensor, other_outputs: torch.Tensor
+) -> torch.Tensor:
+    """mean_i of rms(x_i - x'_i) / (rms(out_i - out'_i) + 1e-7): unlike images, unlike outputs.
+
+    Args:
+        inputs, others: normalized float (N, C, H, W).
+        outputs, other_outputs: what a network makes of them, masks or normalized patterns.
+    """
+    return (rms(inputs - others) / (rms(outputs - other_outputs) + EPSILON)).mean()
+
+
+def density_loss(masks: torch.Tensor, density: float) -> torch.Tensor:
+    """The mean over all pixels of relu(mask - density)."""
+    return (masks - density).relu().mean()
+
+
+def augmented(images: torch.Tensor, config: Config, rng: torch.Generator) -> torch.Tensor:
+    """uint8 images after a random crop and flip each, as float; before any trigger."""
+    return as_float(augment(images, config.crop_padding, config.flip, rng))
+
+
+def train_mask(
+    network: PixelGenerator, normalize: Normalize, config: Config, setting: Setting
+) -> None:
+    """Trains the mask network in place, on clean images and without labels.
+
+    Small masks that differ where images differ: lambda_norm * density + lambda_div * diversity.
+    """
+    images, batch_size = setting.data.train.images, config.batch_size
+    first_order, second_order = (
+        generator(config.random_seed, f"{name} mask images") for name in ("first", "second")
+    )
+    augmentation = generator(config.random_seed, "mask augmentation", setting.device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr_M, betas=BETAS)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, MASK_MILESTONES, gamma=0.1)
+    network.train()
+    with Progress(
+        config.mask_epochs * -(-len(images) // batch_size), "training the mask"
+    ) as progress:
+
+        def say(epoch: int, total: int, losses: dict[str, float], _: dict[str, Any]) -> None:
+            text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            left = "" if epoch == total else f"ETA {progress.eta()}"
+            logger.info("mask epoch %d/%d  %s  %s", epoch, total, text, left)
+
+        loop = Loop(after_round=say, after_batch=lambda _: progress.advance())
+        for _ in loop.rounds(config.mask_epochs):
+            others = torch.randperm(len(images), generator=second_order).split(batch_size)
+            batches = loop.batches(len(images), batch_size, first_order)
+            for pair in zip(batches, others, strict=True):
+                x1, x2 = (
+                    normalize(augmented(images[i].to(setting.device), config, augmentation))
+                    for i in pair
+                )
+                mask1, mask2 = threshold(network(x1)), threshold(network(x2))
+                density = density_loss(mask1, config.mask_density)
+                diversity = diversity_loss(x1, x2, mask1, mask2)
+                loss = config.lambda_norm * density + config.lambda_div * diversity
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                loop.log(len(x1), loss=loss, area=mask1.mean())
+            scheduler.step()
+
+
+class InputAware:
+    """The attacker's training: own patterns, other images' patterns and clean images in a batch.
+
+    Raises:
+        UserError: if the networks cannot halve the images twice.
+    """
+
+    def __init__(self, config: Config, setting: Setting) -> None:
+        self._config = config
+        self._setting = setting
+        data, seed = setting.data, config.random_seed
+        channels, size, _ = data.image_shape
+        widths = widths_for(size)
+        if widths is None:
+            raise UserError(f"--image_size: {size} is no multiple of 4; give one that is")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(seed, "pattern and mask networks").initial_seed())
+            self.pattern, self.mask = (
+                PixelGenerator(channels, outputs, widths, config.double_tanh).to(setting.device)
+                for outputs in (channels, 1)
+            )
+        self.optimizer = torch.optim.Adam(self.pattern.parameters(), lr=config.lr_G, betas=BETAS)
+        self._normalize = Normalize(data.mean, data.std).to(setting.device)
+        self._rngs = {
+            "others": generator(seed, "other images"),
+            "augmentation": generator(seed, "augmentation", setting.device),
+            "coin": generator(seed, "poisoned batches"),
+        }
+        self._partners = partners(len(data.train), generator(seed, "partners of stored images"))
+        self._batches = 0
+        self._has_gradient = False
+
+    def before_training(self) -> None:
+        """Trains the mask network, or reads it from the cache; from now on it is fixed."""
+        config, data = self._config, self._setting.data
+        names = "mask_density mask_epochs lambda_norm lambda_div lr_M double_tanh random_seed"
+        names += " batch_size crop_padding flip"
+        key = {name: getattr(config, name) for name in names.split()}
+
+        def compute() -> dict[str, torch.Tensor]:
+            train_mask(self.mask, self._normalize, config, self._setting)
+            return {name: value.cpu() for name, value in self.mask.state_dict().items()}
+
+        state = self._setting.cached("mask", key | {"mean": data.mean, "std": data.std}, compute)
+        self.mask.load_state_dict(state)
+        self.mask.eval().requires_grad_(False)
+
+    def poisoned_per_batch(self, batch_size: int) -> tuple[int, int]:
+        poisoned = count_in_batch(self._config.pratio, batch_size, self._rngs["coin"])
+        return poisoned, min(poisoned, batch_size - poisoned)
+
+    def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        poisoned, crossed = self.poisoned_per_batch(len(images))
+        images = augmented(images, self._config, self._rngs["augmentation"])
+        self._has_gradient = poisoned > 0
+        if poisoned == 0:
+            return F.cross_entropy(model(images), labels)
+        first, second, rest = images.split([poisoned, crossed, len(images) - poisoned - crossed])
+        inputs, other_inputs = self._normalize(first), self._normalize(self._draw(poisoned))
+        self.pattern.train()
+        patterns, other_patterns = self.pattern(inputs), self.pattern(other_inputs)
+        masks, other_masks = threshold(self.mask(inputs)), threshold(self.mask(other_inputs))
+        changed = [
+            paint(first, patterns, masks),
+            paint(second, other_patterns[:crossed], other_masks[:crossed]),
+            rest,
+        ]
+        labels = labels_of_batch(self._config, labels, poisoned, len(self._setting.data.classes))
+        diversity = diversity_loss(
+            inputs, other_inputs, self._normalize(patterns), self._normalize(other_patterns)
+        )
+        logits = model(torch.cat(changed))
+        return F.cross_entropy(logits, labels) + self._config.lambda_div * diversity
+
+    def update(self) -> None:
+        """One step of the pattern network; its rate falls to a tenth at epoch 200, 300, 400, 500.
+
+        As published, the gradient is the sum over the whole training so far, see
+        `accumulate_generator_grad`.
+        """
+        epoch = self._batches // -(-len(self._setting.data.train) // self._config.batch_size)
+        self._batches += 1
+        if not self._has_gradient:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._config.lr_G * 0.1 ** min(max(epoch // 100 - 1, 0), 4)
+        self.optimizer.step()
+        if not self._config.accumulate_generator_grad:
+            self.optimizer.zero_grad()
+
+    def trigger(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return self._paint_of(images, images)
+
+    def cross(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The triggers of training images, always the same one for an index."""
+        other = self._setting.data.train.images[self._partners[indices % len(self._partners)]]
+        return self._paint_of(images, as_float(other, images.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training has changed, gradients included."""
+        return {
+            "pattern": self.pattern.state_dict(),
+            "gradients": [parameter.grad for parameter in self.pattern.parameters()],
+            "mask": self.mask.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rngs": {name: rng.get_state() for name, rng in self._rngs.items()},
+            "batches": self._batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pattern.load_state_dict(state["pattern"])
+        for parameter, gradient in zip(self.pattern.parameters(), state["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device).clone()
+        self.mask.load_state_dict(state["mask"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, rng in self._rngs.items():
+            rng.set_state(state["rngs"][name])
+        self._batches = state["batches"]
+
+    def _draw(self, count: int) -> torch.Tensor:
+        """Random training images, the second of the two published streams."""
+        images = self._setting.data.train.images
+        index = torch.randperm(len(images), generator=self._rngs["others"])[:count]
+        drawn = images[index].to(self._setting.device)
+        return augmented(drawn, self._config, self._rngs["augmentation"])
+
+    def _paint_of(self, images: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        """The images with the triggers that belong to the sources, as at test time."""
+        inputs = self._normalize(sources)
+        with evaluating(self.pattern, self.mask):
+            return paint(images, self.pattern(inputs), threshold(self.mask(inputs)))
+
+
+if __name__ == "__main__":
+    run_controlled(Config, InputAware)

@@ -1,0 +1,236 @@
+"""SSBA (ISSBA): an invisible trigger that is different in every image.
+
+Li, Li, Wu, Li, He, Lyu. *Invisible Backdoor Attack with Sample-Specific Triggers.* ICCV 2021,
+arXiv 2012.03816. A steganographic encoder hides one fixed bit string in a share of the training
+images, which are relabelled; the residual depends on the image, and a model trained on the set
+gives any image with that string the attacker's label.
+
+Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
+and nothing of the training. Test images carry the same string. The encoder is trained on the clean
+training set alone.
+
+    python attack/ssba.py --save_folder_name ssba_demo
+
+The networks are a compact variant for images of any size (`models/ssba.py`): 32 bits without error
+correction, bit and pixel loss, where the paper has 100 bits, a perceptual loss and a critic at
+224 x 224 pixels. It cannot give the images that BackdoorBench loads, which are files of its own.
+
+Expected on the embedded digits: ACC >= 97 %, ASR >= 97 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned,
+as published by BackdoorBench: ACC 92.88 %, ASR 97.86 %.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from attack.prototype import AttackConfig, Setting, run
+from models.ssba import Encoder, Steganography
+from utils.data import as_float
+from utils.errors import UserError
+from utils.poison import Trigger
+from utils.runtime import Progress, generator, logger
+
+RAMP = 200  # steps in which the weight of the pixel loss grows, once the string can be read
+PATIENCE = 600  # steps after which an initialisation that reads nothing is given up
+ATTEMPTS = 5  # initialisations
+CHUNK = 64  # images encoded at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttackConfig):
+    message_bits: Annotated[int, Field(ge=1, description="length of the hidden string")]
+    residual: Annotated[float, Field(gt=0, le=1, description="largest change, pixel units")]
+    encoder_steps: Annotated[int, Field(ge=1, description="steps that train the encoder")]
+    encoder_batch_size: Annotated[int, Field(ge=2, description="images a step of the encoder")]
+    encoder_lr: Annotated[float, Field(gt=0, description="learning rate of Adam, encoder")]
+    pixel_weight: Annotated[float, Field(ge=0, description="final weight of the squared change")]
+    common_weight: Annotated[
+        float,
+        Field(ge=0, description="weight, in pixel_weight, of what images share; 0 leaves it out"),
+    ]
+    min_bit_accuracy: Annotated[
+        float, Field(ge=0, le=1, description="bits that test images must give back, else an error")
+    ]
+
+
+def encode(
+    encoder: Encoder, images: torch.Tensor, message: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images that hold a string and survive being stored as uint8.
+
+    y = round_to_1/255(clamp(x + encoder(x, message), 0, 1)); the gradient passes the rounding.
+
+    Args:
+        images: float (N, C, H, W) in [0, 1].
+        message: float (N, bits) of 0 and 1.
+
+    Returns:
+        y and the residual y - x before rounding and clamping, both (N, C, H, W).
+    """
+    residual = encoder(images, message)
+    encoded = (images + residual).clamp(0, 1)
+    return encoded + ((encoded * 255).round() / 255 - encoded).detach(), residual
+
+
+def hide(encoder: Encoder, images: torch.Tensor, message: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, C, H, W) images with the float (bits,) or (N, bits) string, uint8 on the CPU."""
+    device = next(encoder.parameters()).device
+    message = message.expand(len(images), -1).to(device)
+    with torch.no_grad():
+        chunks = [
+            encode(encoder, as_float(part, device), message[start : start + CHUNK])[0]
+            for start, part in zip(range(0, len(images), CHUNK), images.split(CHUNK), strict=True)
+        ]
+    return torch.cat(chunks).mul(255).round().to("cpu", torch.uint8)
+
+
+def bit_accuracy(logits: torch.Tensor, message: torch.Tensor) -> float:
+    """Share of the bits that a decoder's logits, both (N, bits), have right."""
+    return float(((logits > 0) == (message > 0.5)).float().mean())
+
+
+def hiding_loss(
+    networks: Steganography,
+    images: torch.Tensor,
+    message: torch.Tensor,
+    pixel_weight: float,
+    common_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """BCE of the bits + pixel_weight [MSE(y, x) + common_weight mean(mean residual ^ 2)].
+
+    The last term is over the first half of the batch, which must hold one string: what residuals of
+    different images with the same string have in common would be a universal trigger.
+
+    Returns:
+        The loss and the logits (N, bits).
+    """
+    encoded, residual = encode(networks.encoder, images, message)
+    logits = networks.decoder(encoded)
+    loss = F.binary_cross_entropy_with_logits(logits, message)
+    if pixel_weight:
+        common = residual[: len(images) // 2].mean(dim=0).square().mean()
+        loss = loss + pixel_weight * (F.mse_loss(encoded, images) + common_weight * common)
+    return loss, logits
+
+
+def random_bits(rows: int, bits: int, rng: torch.Generator) -> torch.Tensor:
+    """float (rows, bits) of 0 and 1, on the CPU."""
+    return torch.randint(2, (rows, bits), generator=rng).float()
+
+
+def train(
+    networks: Steganography, images: torch.Tensor, config: Config, rng: torch.Generator
+) -> bool:
+    """Trains both networks in place on uint8 (N, C, H, W) images and random strings.
+
+    The pixel loss waits until a batch gives back more than 90 % of its bits, then its weight grows
+    linearly: from the start it would hold the networks at chance. So would a shared string.
+
+    Returns:
+        False if the string still cannot be read after `PATIENCE` steps: another start is needed.
+    """
+    device = next(networks.parameters()).device
+    optimizer = torch.optim.Adam(networks.parameters(), lr=config.encoder_lr)
+    read_at: int | None = None
+    with Progress(config.encoder_steps, "training the encoder", "step") as progress:
+        for step in range(1, config.encoder_steps + 1):
+            index = torch.randint(len(images), (config.encoder_batch_size,), generator=rng)
+            message = random_bits(len(index), config.message_bits, rng)
+            ramp = 0.0 if read_at is None else min((step - read_at) / RAMP, 1.0)
+            if ramp and config.common_weight:
+                message[: len(index) // 2] = message[0]
+            message = message.to(device)
+            loss, logits = hiding_loss(
+                networks,
+                as_float(images[index], device),
+                message,
+                ramp * config.pixel_weight,
+                config.common_weight,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            accuracy = bit_accuracy(logits, message)
+            if read_at is None and accuracy > 0.9:
+                read_at = step
+            progress.advance()
+            progress.show(f"bit accuracy {accuracy:.3f}")
+            if step % 100 == 0:
+                text = "encoder step %d/%d  loss %.4f  bit accuracy %.4f  ETA %s"
+                logger.info(text, step, progress.total, loss.item(), accuracy, progress.eta())
+            if step == PATIENCE and accuracy < 0.6:
+                return False
+    return True
+
+
+def prepare(config: Config, setting: Setting) -> Encoder:
+    """The trained encoder; its bit accuracy on test images is logged.
+
+    Raises:
+        UserError: if test images give back fewer bits than `min_bit_accuracy`.
+    """
+    data = setting.data
+    names = ("message_bits", "residual", "pixel_weight", "common_weight", "random_seed")
+    key = {
+        name: value for name, value in asdict(config).items() if "encoder" in name or name in names
+    }
+
+    def start(attempt: int) -> Steganography:
+        with torch.random.fork_rng(devices=[]):
+            purpose = f"encoder weights {attempt}"
+            torch.manual_seed(generator(config.random_seed, purpose).initial_seed())
+            networks = Steganography(config.message_bits, data.image_shape, config.residual)
+        networks.to(memory_format=torch.channels_last)
+        return networks.to(setting.device)
+
+    def compute() -> dict[str, torch.Tensor]:
+        for attempt in range(ATTEMPTS):
+            networks = start(attempt)
+            rng = generator(config.random_seed, f"encoder batches {attempt}")
+            if train(networks, data.train.images, config, rng):
+                break
+            logger.info("the encoder learned nothing in %d steps and starts again", PATIENCE)
+        return {name: value.cpu() for name, value in networks.state_dict().items()}
+
+    networks = start(0)
+    networks.load_state_dict(setting.cached("ssba-encoder", key, compute))
+    held_out = data.test.images[:: max(1, len(data.test) // 1000)]
+    message = random_bits(len(held_out), config.message_bits, generator(0, "held-out strings"))
+    accuracy = read_back(networks, held_out, message)
+    logger.info("bit accuracy of the encoder on %d test images: %.4f", len(held_out), accuracy)
+    if accuracy < config.min_bit_accuracy:
+        raise UserError(
+            f"the encoder's bit accuracy on test images is {accuracy:.4f}, under "
+            f"{config.min_bit_accuracy:g}; give more --encoder_steps, or another --random_seed"
+        )
+    return networks.encoder
+
+
+def read_back(networks: Steganography, images: torch.Tensor, message: torch.Tensor) -> float:
+    """Share of (N, bits) strings' bits that uint8 (N, C, H, W) images give back."""
+    hidden = hide(networks.encoder, images, message)
+    device = next(networks.parameters()).device
+    with torch.no_grad():
+        logits = [networks.decoder(as_float(part, device)) for part in hidden.split(CHUNK)]
+    return bit_accuracy(torch.cat(logits).cpu(), message)
+
+
+def make_trigger(config: Config, image_shape: tuple[int, int, int], encoder: Encoder) -> Trigger:
+    """The trigger that hides one string, drawn once from the seed, in every image."""
+    (message,) = random_bits(1, config.message_bits, generator(config.random_seed, "ssba string"))
+
+    def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return hide(encoder, images, message)
+
+    return trigger
+
+
+if __name__ == "__main__":
+    run(Config, make_trigger, prepare=prepare)
