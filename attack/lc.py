@@ -39,9 +39,8 @@ from utils.poison import Triggers
 from utils.runtime import Progress, evaluating, generator, logger
 from utils.train import Supervised
 
-CORNER = torch.tensor(
-    [[1, -1, -1], [-1, 1, -1], [1, -1, 1]]
-)  # both left ones; mirrored on the right
+# Both left corners, rows from the top; the right ones mirror them.
+CORNER = torch.tensor([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])
 
 
 @dataclass(frozen=True, kw_only=True)
