@@ -32,8 +32,8 @@ from utils.metrics import Scores, rate_label
 from utils.runtime import (
     ROOT,
     Precision,
+    file_log,
     generator,
-    log_to,
     logger,
     pick_device,
     pick_precision,
@@ -213,18 +213,19 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
     """
     started = time.monotonic()
     folder = _free_folder(config)
-    device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
-    data = load_dataset(config.dataset, _path(config.dataset_path), config.image_size)
-    _check_fit(config, data)
-    check_model(config.model, len(data.classes), config.image_size)
-    plan = make_plan(config, Setting(data, device, precision))
-    seed_everything(config.random_seed)
-    model = build_model(config.model, len(data.classes), data.mean, data.std)
-    prepare_model(model, device, precision)
+    with file_log() as open_log:
+        device = pick_device(config.device)
+        precision = pick_precision(config.precision, device)
+        data = load_dataset(config.dataset, _path(config.dataset_path), config.image_size)
+        _check_fit(config, data)
+        check_model(config.model, len(data.classes), config.image_size)
+        plan = make_plan(config, Setting(data, device, precision))
+        seed_everything(config.random_seed)
+        model = build_model(config.model, len(data.classes), data.mean, data.std)
+        prepare_model(model, device, precision)
 
-    folder.start(config.dump())
-    with log_to(folder.log):
+        folder.start(config.dump())
+        open_log(folder.log)
         logger.info("%s on %s: %s, %s, %s", name, data.name, config.model, device, precision)
         if len(plan.training.index):
             logger.info(

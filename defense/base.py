@@ -25,8 +25,8 @@ from utils.evaluate import predict
 from utils.metrics import Scores, defense_effectiveness_rating
 from utils.runtime import (
     Precision,
+    file_log,
     generator,
-    log_to,
     logger,
     pick_device,
     pick_precision,
@@ -124,7 +124,8 @@ def defend(
 
     folder.start(config.dump())
     folder.write_text("clean_index.txt", "".join(f"{number}\n" for number in index.tolist()))
-    with log_to(folder.log):
+    with file_log() as open_log:
+        open_log(folder.log)
         logger.info(
             "%s against %s on %s: %s, %s, %s",
             name,

@@ -17,8 +17,8 @@ from utils.runtime import (
     Progress,
     environment,
     evaluating,
+    file_log,
     generator,
-    log_to,
     logger,
     peak_memory_mib,
     pick_device,
@@ -201,18 +201,30 @@ def test_a_log_file_holds_the_lines_of_its_time(bare_logger: None, tmp_path: Pat
     path = tmp_path / "log.txt"
     path.write_text("of an earlier run\n")
     logger.info("before")
-    with log_to(path):
+    with file_log() as open_file:
+        logger.info("before its folder is there")
+        open_file(path)
         logger.info("inside, 猫")
+        assert "inside" in path.read_text(encoding="utf-8")  # at once, for whoever watches
         logger.warning("careful")
     logger.info("after")
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["INFO inside, 猫", "WARNING careful"]
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "INFO before its folder is there",
+        "INFO inside, 猫",
+        "WARNING careful",
+    ]
     assert logger.handlers == []
 
 
 def test_a_log_file_is_closed_after_an_error(bare_logger: None, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="inside"), log_to(tmp_path / "log.txt"):
-        raise RuntimeError("inside")
+    def fail() -> NoReturn:
+        with file_log() as open_file:
+            open_file(tmp_path / "log.txt")
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert logger.handlers == []
 
 

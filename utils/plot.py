@@ -1,4 +1,4 @@
-"""Every figure. Functions return a matplotlib Figure; nothing here touches the disk."""
+"""Every figure. Functions return matplotlib figures or images; nothing here touches the disk."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 # Distinguishable in grey by line style and marker, and for colour-blind readers by hue.
 _RATES = {
@@ -94,3 +95,16 @@ def amplified(difference: torch.Tensor) -> tuple[torch.Tensor, float]:
     """
     scale = 1 / max(float(difference.abs().max()), 1e-8)
     return 0.5 + 0.5 * scale * difference, scale
+
+
+def strip(images: torch.Tensor, height: int = 96) -> Image.Image:
+    """Images side by side on white, enlarged without smoothing to about `height` pixels.
+
+    Shape:
+        (N, C, H, W) float; values outside [0, 1] are clipped.
+    """
+    scale = max(1, round(height / images.shape[2]))
+    pixels = images.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    gap = torch.ones(*pixels.shape[1:3], scale)
+    parts = [part for image in pixels for part in (image, gap)][:-1]
+    return Image.fromarray(torch.cat(parts, dim=2).mul(255).round().byte().permute(1, 2, 0).numpy())

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,16 +56,28 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Also writes the log's lines, with their time, to a file."""
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
+def file_log() -> Iterator[Callable[[Path], None]]:
+    """Keeps the log's lines; the function that it gives opens the file that gets them all.
+
+    So that a log also tells what came before its folder was made. Each line has its own time.
+    """
+    kept = MemoryHandler(capacity=1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    files: list[logging.FileHandler] = []
+
+    def open_file(path: Path) -> None:
+        files.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        files[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        kept.setTarget(files[0])
+        kept.flushLevel = logging.NOTSET  # from now on each line is passed on at once
+        kept.flush()
+
+    logger.addHandler(kept)
     try:
-        yield
+        yield open_file
     finally:
-        logger.removeHandler(handler)
-        handler.close()
+        logger.removeHandler(kept)
+        for handler in (kept, *files):
+            handler.close()
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,116 @@
+"""Pictures of triggers, from finished records of one dataset.
+
+    python benchmark/gallery.py badnet_demo wanet_demo --to pictures
+
+Writes `attacks.png`, a row for each record: triggered test images and what the trigger changed;
+and `attacks/<attack>.png` for each: one image clean, triggered, and the difference. Differences are
+around mid-grey and amplified; the factor stands beside a row.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import pipeline, plot, record
+from utils.data import as_float, load_dataset
+from utils.errors import UserError
+from utils.runtime import logger, run_script
+
+COUNT = 6  # images of a row
+
+
+def load_rows(
+    folders: list[Path], count: int = COUNT
+) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]]:
+    """The same test images of every record, clean and with each record's trigger.
+
+    Args:
+        folders: of the records.
+        count: how many images, evenly spaced among those that all records have triggered.
+
+    Returns:
+        The dataset's name, the clean images, and by attack the triggered images; float
+        (count, C, H, W) in [0, 1].
+
+    Raises:
+        UserError: if a record has no trigger, two are of one attack, or of different datasets.
+    """
+    data, shared = None, None
+    found: dict[str, record.AttackRecord] = {}
+    for folder in folders:
+        attack = record.load_attack(folder)
+        if attack.triggered is None:
+            raise UserError(f"{folder}: is a clean model; give records of attacks")
+        name = _row_name(attack)
+        if name in found:
+            raise UserError(f"{folder}: is a second record of {name}; give one of each attack")
+        if data is None:
+            path = Path(attack.dataset_path) if attack.dataset_path else None
+            data = load_dataset(attack.dataset, path, attack.image_shape[1])
+        attack.check_dataset(data)
+        found[name] = attack
+        index = set(attack.triggered.index.tolist())
+        shared = index if shared is None else shared & index
+    if data is None or not shared:
+        raise UserError("the records have no triggered test image in common; give others")
+    common = sorted(shared)
+    chosen = [common[i * len(common) // count] for i in range(min(count, len(common)))]
+    clean = as_float(data.test.images[chosen])
+    return data.name, clean, {name: _triggered(attack, chosen) for name, attack in found.items()}
+
+
+def gallery_rows(
+    clean: torch.Tensor, triggered: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Rows for `plot.image_grid`: the images, then their amplified differences to the clean."""
+    rows = {"clean": torch.cat([clean, torch.full_like(clean, 0.5)])}
+    for name, images in triggered.items():
+        difference, scale = plot.amplified(images - clean)
+        rows[f"{name}\nx {scale:.3g}"] = torch.cat([images, difference])
+    return rows
+
+
+def write(records: list[Path], to: Path) -> None:
+    """Writes the gallery and the strips into a folder, which is made."""
+    dataset, clean, triggered = load_rows(records)
+    folder = record.RunFolder(to)
+    strips = record.RunFolder(to / "attacks")
+    strips.path.mkdir(parents=True, exist_ok=True)
+    title = f"Triggers on {dataset}: test images, and the amplified change"
+    figure = plot.image_grid(gallery_rows(clean, triggered), {}, title)
+    logger.info("picture: %s", pipeline.save_figure(folder, "attacks.png", figure))
+    for name, images in triggered.items():
+        difference, _ = plot.amplified(images - clean)
+        strip = plot.strip(torch.stack([clean[-1], images[-1], difference[-1]]))
+        logger.info("picture: %s", strips.write(f"{name}.png", strip.save))
+
+
+def _row_name(attack: record.AttackRecord) -> str:
+    return attack.attack + ("_all2all" if attack.attack_label_trans == "all2all" else "")
+
+
+def _triggered(attack: record.AttackRecord, chosen: list[int]) -> torch.Tensor:
+    assert attack.triggered is not None  # checked when it was read
+    rows = torch.searchsorted(attack.triggered.index, torch.tensor(chosen))
+    return as_float(attack.triggered.images[rows])
+
+
+def main() -> None:
+    """Parses the flags and writes the pictures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("records", nargs="+", help="names under record/, or folders")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--record_path", type=Path, help="folder of all records")
+    flags = parser.parse_args()
+    write([record.find_record(name, flags.record_path) for name in flags.records], flags.to)
+
+
+if __name__ == "__main__":
+    run_script(main)

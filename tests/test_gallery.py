@@ -1,0 +1,74 @@
+"""The pictures of triggers show what the records hold."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.test_end_to_end import attack_flags, badnet, cache, run_script, workplace
+from utils import plot
+from utils.data import load_dataset
+from utils.runtime import ROOT
+
+__all__ = ["badnet", "cache", "workplace"]  # fixtures
+
+
+def gallery(workplace: Path, *records: str) -> int:
+    flags = ["--record_path", workplace / "record", "--to", workplace / "pictures"]
+    return run_script(ROOT / "benchmark/gallery.py", *records, *flags)
+
+
+def test_rows_are_the_same_test_images_with_each_trigger(workplace: Path, badnet: Path) -> None:
+    """All-to-all triggers every test image, all-to-one 12 of 18; both rows show the latter's."""
+    from benchmark.gallery import gallery_rows, load_rows
+
+    flags = attack_flags(workplace, "all2all", attack_label_trans="all2all", epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    dataset, clean, rows = load_rows([badnet, workplace / "record/all2all"], count=4)
+    assert dataset == "folder"
+    assert list(rows) == ["badnet", "badnet_all2all"]
+    assert torch.equal(rows["badnet"], rows["badnet_all2all"])
+    test = load_dataset("folder", workplace / "images", 16).test.images.float() / 255
+    for image in clean:
+        assert (test[6:] == image).flatten(1).all(1).any()  # the first six are of the target
+    expected = clean.clone()
+    expected[:, :, -2:, -2:] = 1
+    assert torch.equal(rows["badnet"], expected)
+
+    drawn = gallery_rows(clean, {"badnet": rows["badnet"]})
+    name, images = list(drawn.items())[1]
+    assert name.startswith("badnet\nx 1")
+    assert torch.equal(images[:4], expected)
+    assert (images[4:, :, :-2] == 0.5).all()  # nothing changes outside the square
+    assert (drawn["clean"][4:] == 0.5).all()
+
+
+def test_it_writes_a_gallery_and_a_strip_for_each_attack(workplace: Path, badnet: Path) -> None:
+    assert gallery(workplace, badnet.name) == 0
+    assert Image.open(workplace / "pictures/attacks.png").width > 500
+    assert Image.open(workplace / "pictures/attacks/badnet.png").size == (3 * 96 + 2 * 6, 96)
+
+
+def test_strip_by_hand() -> None:
+    """Two 2x2 images at twice their size, with a white gap of two pixels."""
+    images = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    picture = plot.strip(images, height=4)
+    assert picture.size == (10, 4)
+    assert [picture.getpixel((x, 0)) for x in (0, 3, 4, 9)] == [(0,) * 3, (0,) * 3] + [
+        (255,) * 3
+    ] * 2
+
+
+def test_what_has_no_trigger_or_comes_twice_is_refused(
+    workplace: Path, badnet: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert gallery(workplace, badnet.name, badnet.name) == 2
+    assert "is a second record of badnet" in caplog.text
+    flags = attack_flags(workplace, "clean")
+    at = flags.index("--pratio")
+    assert run_script(ROOT / "attack/prototype.py", *flags[:at], *flags[at + 2 :]) == 0
+    assert gallery(workplace, "clean") == 2
+    assert "is a clean model" in caplog.text
+    assert gallery(workplace, "nothing") == 2
+    assert "is no record" in caplog.text
