@@ -36,7 +36,7 @@ from attack.prototype import AttackConfig, Setting, clean_label, clean_model, re
 from utils.data import Labelled, as_float, augment
 from utils.evaluate import predict
 from utils.poison import Triggers
-from utils.runtime import Progress, evaluating, generator, logger
+from utils.runtime import Progress, evaluating, frozen, generator, logger
 from utils.train import Supervised
 
 # Both left corners, rows from the top; the right ones mirror them.
@@ -137,7 +137,7 @@ class AdversarialTraining(Supervised):
         noise = torch.rand(images.shape, device=images.device, generator=self.augmentation)
         start = images + self.bound * (2 * noise - 1)
         step = 2.5 * self.bound / self.steps
-        with evaluating(model):
+        with evaluating(model), frozen(model):
             hard = adversarial(model, images, labels, self.bound, step, self.steps, start)
         return F.cross_entropy(model(hard), labels)
 

@@ -289,7 +289,8 @@ def clean_model(
 ) -> Classifier:
     """A model of the configured architecture and recipe on clean data, trained once, then cached.
 
-    Some attacks need one before they can make their trigger.
+    Some attacks need one before they can make their trigger. It is in eval mode, and its weights
+    need no gradient.
 
     Args:
         step: how a batch's loss is made; None for ordinary training.
@@ -314,7 +315,7 @@ def clean_model(
     state = setting.cached("clean-model", key, compute)
     model = build_model(config.model, len(data.classes), data.mean, data.std)
     model.network.load_state_dict(state)
-    return prepare_model(model, setting.device, setting.precision).eval()
+    return prepare_model(model, setting.device, setting.precision).eval().requires_grad_(False)
 
 
 def recipe(config: TrainingConfig, setting: Setting) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def invert(
 
 def prepare(config: Config, setting: Setting) -> torch.Tensor:
     """The patch, uint8 (C, H, W), 0 outside the disc; its features before and after are logged."""
-    model = clean_model(config, setting, config.clean_epochs).requires_grad_(False)
+    model = clean_model(config, setting, config.clean_epochs)
     weight = last_linear(model.network).weight
     if config.neuron_choice == "random":
         rng = generator(config.random_seed, "trojan head")

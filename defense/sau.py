@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import DefenseConfig, run
 from utils.data import as_float
 from utils.perturb import Norm, Start, initial_perturbation, project
-from utils.runtime import evaluating, generator
+from utils.runtime import evaluating, frozen, generator
 from utils.train import Loop
 
 
@@ -80,8 +80,9 @@ def shared_perturbation(
 ) -> torch.Tensor:
     """Perturbations that make images shared adversarial examples (inner problem, PGD).
 
-    Both models are used in eval mode and get their own mode back. A shared image has no gradient,
-    so it stays shared: it leaves the later steps, which changes nothing.
+    Both models are used in eval mode, without gradients of their weights, and are given back as
+    they were. A shared image has no gradient, so it stays shared: it leaves the later steps, which
+    changes nothing.
 
     Args:
         model: h, from (N, C, H, W) float in [0, 1] to (N, K) logits.
@@ -97,7 +98,7 @@ def shared_perturbation(
     delta = initial_perturbation(
         config.pgd_init, config.trigger_norm, config.norm_type, images, generator
     )
-    with evaluating(model, reference):
+    with evaluating(model, reference), frozen(model, reference):
         with torch.no_grad():
             predictions = model(images).argmax(1)
             if ref_predictions is None:

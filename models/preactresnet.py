@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.convolution import Conv3x3
+
 
 class PreActBlock(nn.Module):
     """BatchNorm-ReLU-convolution twice, plus a shortcut.
@@ -21,9 +23,9 @@ class PreActBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = Conv3x3(in_channels, channels, stride)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = Conv3x3(channels, channels)
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
@@ -48,7 +50,7 @@ class PreActResNet(nn.Module):
 
     def __init__(self, blocks: tuple[int, int, int, int], num_classes: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.conv1 = Conv3x3(3, 64)
         self.layer1 = _stage(64, 64, blocks[0], stride=1)
         self.layer2 = _stage(64, 128, blocks[1], stride=2)
         self.layer3 = _stage(128, 256, blocks[2], stride=2)

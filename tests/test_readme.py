@@ -108,12 +108,15 @@ def test_pictures_links_and_make_targets_exist() -> None:
         assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.M)
 
 
-def test_the_scripts_of_the_methods_table_are_all_there_are() -> None:
+def test_the_scripts_of_the_methods_tables_are_all_there_are() -> None:
     scripts = {
         f"{folder}/{path.name}"
         for folder in ("attack", "defense")
         for path in (ROOT / folder).glob("*.py")
         if path.stem not in ("__init__", "controlled", "base")
     }
-    assert set(re.findall(r"^\| `((?:attack|defense)/\w+\.py)`", README, flags=re.M)) == scripts
+    commands = re.findall(r"`python (attack/(\w+)\.py)(?: --save_folder_name (\w+)_demo)?`", README)
+    assert all(record in (name, "") for _, name, record in commands)
+    listed = {path for path, _, _ in commands}
+    assert listed | set(re.findall(r"^\| `(defense/\w+\.py)`", README, flags=re.M)) == scripts
     assert utils.data.ROOT  # the cache of these tests is the workplace's

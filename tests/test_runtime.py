@@ -18,6 +18,7 @@ from utils.runtime import (
     environment,
     evaluating,
     file_log,
+    frozen,
     generator,
     logger,
     peak_memory_mib,
@@ -97,6 +98,17 @@ def test_evaluating_leaves_a_model_in_eval_mode_there() -> None:
     with evaluating(model):
         pass
     assert not any(module.training for module in model.modules())
+
+
+def test_frozen_weights_need_no_gradient_and_get_their_own_state_back() -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    images = torch.ones(1, 2, requires_grad=True)
+    with frozen(model):
+        model(images).sum().backward()
+    assert images.grad is not None
+    assert model.weight.grad is None
+    assert [weight.requires_grad for weight in model.parameters()] == [True, False]
 
 
 # --- device and precision -----------------------------------------------------------------------

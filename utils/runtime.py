@@ -112,6 +112,19 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """No weight needs a gradient inside; each gets its own `requires_grad` back after."""
+    weights = [w for model in models for w in model.parameters() if w.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
 def pick_device(name: str) -> torch.device:
     """The device of a `--device` value; `auto` is the GPU where there is one.
 
