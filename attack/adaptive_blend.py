@@ -13,6 +13,8 @@ labels, and nothing of the training.
 The published picture is not shipped: the emblem of `utils/emblem.py` has its statistics, and
 `--trigger_image` takes any. The authors' first release has `--alpha 0.2`.
 
+The counts are rounded; the authors cut them down (one image less on the digits, none on CIFAR-10).
+
 Limits: square images with one or three channels and a side that is a multiple of 4 pixels.
 
 Expected on CIFAR-10 at 0.3 % poisoned and 0.3 % cover: ASR well below 100 %, and different from

@@ -9,6 +9,9 @@ and nothing of the training. The trigger is the same at test time.
 
     python attack/badnet.py --save_folder_name badnet_demo
 
+At 64 pixels BackdoorBench enlarges its picture of 32 and replaces whatever is not black: 7 x 7
+pixels, with dark upper and left rims. `--rim true` does so; it changes nothing at 32 pixels.
+
 Expected on the embedded digits: ACC >= 98 %, ASR >= 98 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned,
 as published by BackdoorBench: ACC 91.32 %, ASR 95.03 %.
 """
@@ -18,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +39,16 @@ class Config(AttackConfig):
         int | None,
         Field(ge=1, description="side of the square, pixels; null for 3/32 of the image"),
     ]
+    rim: Annotated[
+        bool, Field(description="the square of a picture of 32 pixels, resized as published")
+    ]
+
+
+def resized_square(height: int, width: int) -> torch.Tensor:
+    """A white 3x3 corner of a black 32x32 picture, resized (bilinear): uint8 (H, W)."""
+    picture = Image.new("L", (32, 32))
+    picture.paste(255, (29, 29, 32, 32))
+    return torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.BILINEAR)))
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
@@ -45,9 +60,14 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
         image_shape: (C, H, W).
 
     Raises:
-        UserError: if the square is larger than the image.
+        UserError: if the square is larger than the image, or has a size and a rim.
     """
     _, height, width = image_shape
+    if config.rim:
+        if config.patch_size is not None:
+            raise UserError("--rim: the published square has its own size; leave out --patch_size")
+        square = resized_square(height, width)
+        return lambda images, indices: torch.where(square > 0, square, images)
     side = config.patch_size or max(2, round(3 * height / 32))
     if side > min(height, width):
         raise UserError(

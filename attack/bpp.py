@@ -12,9 +12,10 @@ trigger is quantization, nothing is drawn, and it is the same at test time.
 
 Limits: images of few grey levels (line drawings, digits) hardly change; give fewer levels.
 
-Expected on CIFAR-10, PreAct-ResNet18, 10 % poisoned: ACC about 91 %, ASR > 98 % (BackdoorBench has
-no CIFAR-10 row; GTSRB 97.43 %, 99.90 %). Published runs move all images of a batch alike
-(`--augment_per_batch`) and truncate test images (`--truncate`); here neither is the default.
+Expected on the embedded digits: ACC >= 98 %, ASR >= 98 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned:
+ASR > 98 % (BackdoorBench has no CIFAR-10 row; GTSRB: ACC 97.43 %, ASR 99.90 %). Published runs move
+all images of a batch alike (`--augment_per_batch`) and truncate what they store, negatives in
+training included (`--truncate`); here neither is the default.
 """
 
 import sys

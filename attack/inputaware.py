@@ -121,7 +121,7 @@ def train_mask(
             left = "" if epoch == total else f"ETA {progress.eta()}"
             logger.info("mask epoch %d/%d  %s  %s", epoch, total, text, left)
 
-        loop = Loop(after_round=say, after_batch=lambda _: progress.advance())
+        loop = Loop(say, lambda _: progress.advance(), rate="--lr_M")
         for _ in loop.rounds(config.mask_epochs):
             others = torch.randperm(len(images), generator=second_order).split(batch_size)
             batches = loop.batches(len(images), batch_size, first_order)
@@ -261,7 +261,7 @@ class InputAware:
         self._batches = state["batches"]
 
     def _draw(self, count: int) -> torch.Tensor:
-        """Random training images, the second of the two published streams."""
+        """Random training images, anew for each batch; published is a second shuffled loader."""
         images = self._setting.data.train.images
         index = torch.randperm(len(images), generator=self._rngs["others"])[:count]
         drawn = images[index].to(self._setting.device)

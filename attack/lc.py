@@ -163,17 +163,20 @@ def prepare(config: Config, setting: Setting) -> Hard:
         ]
         return {"images": hard, "recognised": torch.tensor(counts)}
 
-    made = setting.cached("lc-images", key, compute)
+    made = setting.cached("lc-hard-images", key, compute)
+    easy, hard = made["recognised"].tolist()
     logger.info(
         "of %d images of the target class the surrogate recognises %d, and %d when made hard",
         len(members),
-        *made["recognised"].tolist(),
+        easy,
+        hard,
     )
+    setting.facts["surrogate_recognises"] = {"images": len(members), "clean": easy, "hard": hard}
     return Hard(index, made["images"])
 
 
 def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.device) -> torch.Tensor:
-    """The images made adversarial, rounded: uint8 (N, C, H, W), within `adv_bound` of the clean."""
+    """Hard images, truncated as published: uint8 (N, C, H, W), `adv_bound` + 1 away at most."""
     made = []
     with Progress(len(clean), "making images hard", "image") as progress:
         for index in torch.arange(len(clean)).split(config.batch_size):
@@ -186,7 +189,8 @@ def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.devi
                 config.adv_step / 255,
                 config.adv_steps,
             )
-            made.append(changed.mul(255).round().to("cpu", torch.uint8))
+            # The little more is for k / 255 * 255, which may be below k.
+            made.append((changed * 255 + 1e-3).to("cpu", torch.uint8))
             progress.advance(len(index))
     return torch.cat(made)
 

@@ -48,7 +48,10 @@ class Config(AttackConfig):
         tuple[Annotated[float, Field(ge=0, le=255)], ...],
         Field(min_length=1, description="grey levels at the peak: one, or one a channel"),
     ]
-    search: Annotated[bool, Field(description="search the pattern, as strong as the largest")]
+    search: Annotated[
+        bool,
+        Field(description="search the pattern on a clean model; its peak is the largest strength"),
+    ]
     search_images: Annotated[int, Field(ge=1, description="training images of the search")]
     search_passes: Annotated[int, Field(ge=1, description="most passes over them")]
     search_steps: Annotated[int, Field(ge=1, description="most DeepFool steps for an image")]
@@ -210,7 +213,7 @@ def make_trigger(
     if searched is None:
         pattern = closed_form(config.strength, image_shape)
     else:
-        pattern = (searched * 255).floor()
+        pattern = (searched * 255 + 1e-3).floor()  # 0.2 * 255 is 51, also in float32
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return (images.float() + pattern).clamp(0, 255).to(torch.uint8)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -91,11 +91,16 @@ class AttackConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class Setting:
-    """What an attack may use beside its configuration to prepare its trigger."""
+    """What an attack may use beside its configuration to prepare its trigger.
+
+    Attributes:
+        facts: plain data that the attack wants in `summary.json`, under `preparation`.
+    """
 
     data: Dataset
     device: torch.device
     precision: str
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def cached(
         self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, torch.Tensor]]
@@ -219,7 +224,8 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         data = load_dataset(config.dataset, _path(config.dataset_path), config.image_size)
         _check_fit(config, data)
         check_model(config.model, len(data.classes), config.image_size)
-        plan = make_plan(config, Setting(data, device, precision))
+        setting = Setting(data, device, precision)
+        plan = make_plan(config, setting)
         seed_everything(config.random_seed)
         model = build_model(config.model, len(data.classes), data.mean, data.std)
         prepare_model(model, device, precision)
@@ -267,6 +273,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
                 "pratio": config.pratio if isinstance(config, AttackConfig) else None,
                 "train_images": len(data.train),
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
+                **({"preparation": setting.facts} if setting.facts else {}),
                 "warnings": warnings,
                 **pipeline.run_facts(started, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),

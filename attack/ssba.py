@@ -205,6 +205,7 @@ def prepare(config: Config, setting: Setting) -> Encoder:
     message = random_bits(len(held_out), config.message_bits, generator(0, "held-out strings"))
     accuracy = read_back(networks, held_out, message)
     logger.info("bit accuracy of the encoder on %d test images: %.4f", len(held_out), accuracy)
+    setting.facts["bit_accuracy"] = accuracy
     if accuracy < config.min_bit_accuracy:
         raise UserError(
             f"the encoder's bit accuracy on test images is {accuracy:.4f}, under "

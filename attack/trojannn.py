@@ -13,7 +13,8 @@ time.
     python attack/trojannn.py --save_folder_name trojannn_demo
 
 The defaults are the paper's idea: the neurons of a trained last layer, normalised images, the disc
-replaces what is under it. What BackdoorBench does, except for its mask, which is a picture file:
+replaces what is under it. What BackdoorBench does, but for its mask, which is a picture file, and
+its patch, which is that of the last iteration (here the best one's):
 
     --neuron_choice random --normalize false --start 1 --reach 0.3 --apply wrap --clean_epochs 100
 
@@ -152,6 +153,7 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor:
     patch, before, after = invert(model, neurons, mask, config)
     for number, old, new in zip(neurons.tolist(), before.tolist(), after.tolist(), strict=True):
         logger.info("feature %d: %.3f -> %.3f", number, old, new)
+    setting.facts["features"] = {"before": before.tolist(), "after": after.tolist()}
     # As published: cast by truncation. 0.7 * 255 is 178; 0.8 * 255 is 204, also in float32.
     return (patch * 255 + 1e-3).to("cpu", torch.uint8)
 

@@ -171,6 +171,31 @@ def test_without_probabilities_nothing_moves(tiny_data: Dataset) -> None:
     torch.testing.assert_close(still, images)
 
 
+def test_crops_shift_by_whole_pixels_up_to_the_padding(tiny_data: Dataset) -> None:
+    """A white point on black: each of 5 x 5 places within two pixels comes up, and no other."""
+    images = torch.tensor(tiny_data.mean).view(1, 3, 1, 1).repeat(500, 1, 8, 8)
+    images[:, :, 4, 3] = 1
+    draws = {"crop_probability": 1.0, "rotation_probability": 0.0, "flip": False}
+    moved = augmented(tiny_data, images, crop_padding=2, **draws)
+    places = {tuple(place) for place in torch.nonzero(moved[:, 0] > 0.9)[:, 1:].tolist()}
+    assert places == {(row, column) for row in range(2, 7) for column in range(1, 6)}
+
+
+def test_rotations_reach_ten_degrees_to_either_side(tiny_data: Dataset) -> None:
+    """A point 20 pixels right of the middle of 65 goes up or down by up to 20 sin 10 = 3.5."""
+    images = torch.tensor(tiny_data.mean).view(1, 3, 1, 1).repeat(300, 1, 65, 65)
+    images[:, :, 31:34, 51:54] = 1
+    draws = {"crop_probability": 0.0, "rotation_probability": 1.0, "flip": False}
+    moved = augmented(tiny_data, images, random_rotation=10.0, **draws)[:, 0]
+    weight = (moved - tiny_data.mean[0]).clamp(min=0)
+    rows = torch.arange(65.0).view(1, -1, 1)
+    height = (weight * rows).sum((1, 2)) / weight.sum((1, 2)) - 32
+    assert 3.0 < height.max() < 4.2
+    assert -4.2 < height.min() < -3.0
+    assert abs(float(height.mean())) < 0.5
+    assert 1.5 < height.std() < 2.5  # uniform: 3.5 / sqrt(3) = 2.0
+
+
 @pytest.mark.parametrize("per_batch", [False, True])
 def test_the_mean_comes_in_from_outside(tiny_data: Dataset, per_batch: bool) -> None:
     """0 in normalized space is the dataset's mean (0.5, 0.4, 0.3), so even such images stay."""

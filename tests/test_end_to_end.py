@@ -31,6 +31,11 @@ SHORT: dict[str, dict[str, object]] = {
 }
 
 
+# Attacks whose trigger must not fire on some images, and what stands in their training sets.
+CROSS = {"wanet", "inputaware", "bpp"}
+OTHER_KINDS = {**dict.fromkeys(CROSS, ("cross",)), "adaptive_blend": ("cover",)}
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images of three classes (a bright, a dark and a striped one) and no records."""
@@ -133,6 +138,15 @@ def test_every_attack_leaves_a_complete_record_that_sau_purifies(
     assert next(iter(result["model"])) == "conv1.weight"  # the network's plain key names
     poison = torch.load(record / "poison.pt", weights_only=True)
     assert poison["train_images"].dtype == poison["test_images"].dtype == torch.uint8
+    kinds = {poison["kinds"][kind] for kind in poison["train_kinds"].tolist()}
+    assert kinds == {"poison", *OTHER_KINDS.get(attack, ())}
+    assert ("cross_images" in poison) == ("cross_acc" in summary) == (attack in CROSS)
+    if attack in CROSS:
+        assert summary["cross_acc_total"] == 18  # all test images, with their true labels
+        assert summary["cross_acc"] == summary["cross_acc_hits"] / 18
+        assert metrics["cross_acc"].iloc[-1] == summary["cross_acc"]
+        assert poison["cross_images"].shape == (18, 3, 16, 16)
+        assert poison["cross_images"].dtype == torch.uint8
 
     assert run_script(ROOT / "defense/sau.py", *defense_flags(workplace, name)) == 0
     after = json.loads((record / "defense/sau/summary.json").read_text())
@@ -189,19 +203,37 @@ def test_the_same_seed_gives_the_same_files(workplace: Path, badnet: Path) -> No
     assert rows[0].equals(rows[1])
 
 
-def test_poison_depends_on_the_seed_and_the_data_alone(workplace: Path, badnet: Path) -> None:
-    flags = attack_flags(workplace, "other", model="resnet18", batch_size=6, epochs=1)
-    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
-    assert run_script(
-        ROOT / "attack/badnet.py", *attack_flags(workplace, "seeded", random_seed=1, epochs=1)
-    ) in (0,)
-    poison = {
-        name: torch.load(workplace / f"record/{name}/poison.pt", weights_only=True)
-        for name in ("shared", "other", "seeded")
-    }
-    assert torch.equal(poison["shared"]["train_index"], poison["other"]["train_index"])
-    assert torch.equal(poison["shared"]["train_images"], poison["other"]["train_images"])
+@pytest.mark.parametrize("attack", ["badnet", "blended", "sig", "lf", "ssba", "adaptive_blend"])
+def test_poison_depends_on_the_seed_and_the_data_alone(workplace: Path, attack: str) -> None:
+    """Not on the network, the batch size or the number of epochs."""
+    poison = {}
+    for name, changes in (
+        ("shared", {}),
+        ("other", {"model": "resnet18", "batch_size": 6}),
+        ("seeded", {"random_seed": 1}),
+    ):
+        changes = {"epochs": 1, "pratio": 0.2, **SHORT.get(attack, {}), **changes}
+        flags = attack_flags(workplace, f"poison_{attack}_{name}", **changes)
+        assert run_script(ROOT / f"attack/{attack}.py", *flags) == 0
+        path = workplace / f"record/poison_{attack}_{name}/poison.pt"
+        poison[name] = torch.load(path, weights_only=True)
+    for key in ("train_index", "train_images", "train_labels", "test_images"):
+        assert torch.equal(poison["shared"][key], poison["other"][key])
     assert not torch.equal(poison["shared"]["train_index"], poison["seeded"]["train_index"])
+
+
+def test_lf_searches_its_pattern(workplace: Path) -> None:
+    """The searched pattern is at hand the second time, smooth, and as strong as it may be."""
+    changes = {"search": "true", "clean_epochs": 1, "search_passes": 1, "search_images": 12}
+    changes |= {"search_steps": 5, "epochs": 1, "attack_target": 1}
+    flags = attack_flags(workplace, "searched", **changes)
+    assert run_script(ROOT / "attack/lf.py", *flags) == 0
+    assert run_script(ROOT / "attack/lf.py", *flags, "--overwrite") == 0
+    assert "lf-pattern: read from" in (workplace / "record/searched/log.txt").read_text()
+    poison = torch.load(workplace / "record/searched/poison.pt", weights_only=True)
+    data = utils.data.load_dataset("folder", workplace / "images", 16)
+    clean = data.test.images[poison["test_index"]].int()
+    assert 0 < int((poison["test_images"].int() - clean).max()) <= 51
 
 
 def test_an_existing_record_is_refused_unless_overwritten(

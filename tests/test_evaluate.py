@@ -91,6 +91,15 @@ def test_all_to_all_counts_every_image(data: Dataset) -> None:
     )
 
 
+def test_cross_images_count_with_their_true_labels(data: Dataset) -> None:
+    """They name 0 1 1 1 2 2 where 0 0 1 1 2 2 is true: five of six."""
+    triggered = triggered_test_set(data, name_zero_except_image_3, "all2one", 0)
+    cross = Labelled(images_naming(0, 1, 1, 1, 2, 2), data.test.labels)
+    scores = evaluate(Reader(), data.test, triggered, CPU, cross=cross)
+    assert scores.cross_acc == Rate(5, 6)
+    assert scores.asr == Rate(3, 4)
+
+
 @pytest.mark.parametrize("label_map", ["all2one", "all2all"])
 def test_scores_do_not_depend_on_the_batch_size(data: Dataset, label_map: LabelMap) -> None:
     triggered = triggered_test_set(data, name_zero_except_image_3, label_map, 0)

@@ -173,6 +173,24 @@ def test_the_mask_phase_says_every_epoch_and_leaves_a_fixed_network(
     assert not any(parameter.requires_grad for parameter in attack.mask.parameters())
 
 
+def test_the_mask_phase_has_the_published_optimizer(
+    tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam 0.01 with betas 0.5 and 0.9; a tenth after 10 epochs, a hundredth after 20."""
+    rates: list[float] = []
+    step = torch.optim.Adam.step
+
+    def watched(self: torch.optim.Adam, *arguments: object) -> object:
+        (group,) = self.param_groups
+        assert group["betas"] == (0.5, 0.9)
+        rates.append(group["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    control(tiny_data, mask_epochs=22, batch_size=12)
+    assert rates == pytest.approx([1e-2] * 10 + [1e-3] * 10 + [1e-4] * 2)
+
+
 def test_the_mask_phase_makes_masks_small(tiny_data: Dataset) -> None:
     """Masks begin at about a half, and without diversity nothing keeps them from shrinking."""
     images = as_float(tiny_data.train.images)

@@ -84,7 +84,8 @@ class RunFolder:
             UserError: if the disk is full or the folder is not writable; earlier files stay intact.
         """
         path = self.path / name
-        partial = path.with_name(f".{path.stem}.tmp{path.suffix}")
+        # Two processes may write the same file of a cache.
+        partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         try:
             writer(partial)
             with partial.open("rb") as written:

@@ -12,7 +12,7 @@ from utils.data import as_float, augment, keep_on
 from utils.errors import UserError
 from utils.poison import PoisonedSet
 
-Schedule = Literal["constant", "cosine", "one_cycle", "multi_step"]
+Schedule = Literal["constant", "cosine", "cosine_100", "one_cycle", "multi_step"]
 
 
 class Step(Protocol):
@@ -55,13 +55,16 @@ class Loop:
     Args:
         after_round: called with (round from 1, total rounds, mean losses, state) after each round.
         after_batch: called with (number of batches in the round) after each batch.
+        rate: the flag of the learning rate, for the message when a loss is not finite.
     """
 
     def __init__(
         self,
         after_round: Callable[[int, int, dict[str, float], dict[str, Any]], None] | None = None,
         after_batch: Callable[[int], None] | None = None,
+        rate: str = "--lr",
     ) -> None:
+        self._rate = rate
         self._after_round = after_round
         self._after_batch = after_batch
         self._sums: dict[str, torch.Tensor] = {}
@@ -86,7 +89,7 @@ class Loop:
             if broken:
                 raise UserError(
                     f"the loss '{broken[0]}' is not finite in round {number} of {total}; give a "
-                    "smaller --lr"
+                    f"smaller {self._rate}"
                 )
             if self._after_round:
                 self._after_round(number, total, losses, state)
@@ -168,10 +171,11 @@ def train_classifier(
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate's factor by optimizer step.
 
-    `cosine` falls from 1 to 0 epoch by epoch, constant within one, as published. `one_cycle`
-    changes at every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0.
-    `multi_step` falls to a tenth after 100, 200, 300 and 400 epochs, as WaNet, Input-Aware and BPP
-    were published: with 100 epochs or fewer it is constant.
+    `cosine` falls from 1 to 0 over the epochs, constant within one. `cosine_100` does so over 100
+    epochs, however many there are, as published: after 50 it is at a half. `one_cycle` changes at
+    every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0. `multi_step`
+    falls to a tenth after 100, 200, 300 and 400 epochs, as WaNet, Input-Aware and BPP were
+    published: with 100 epochs or fewer it is constant.
     """
     total = max(epochs * steps_per_epoch, 1)
 
@@ -184,6 +188,7 @@ def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Call
         "cosine": lambda step: (
             0.5 * (1 + math.cos(math.pi * min(step // steps_per_epoch, epochs) / epochs))
         ),
+        "cosine_100": lambda step: 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / 100)),
         "one_cycle": one_cycle,
         "multi_step": lambda step: 0.1 ** min(step // steps_per_epoch // 100, 4),
     }[schedule]
