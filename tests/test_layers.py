@@ -22,6 +22,7 @@ LAYERS = (
     ("interop", 0),
     ("benchmark", 0),
     ("utils.errors", 0),
+    ("models.convolution", 0),
     ("models", 1),
     ("models.*", 1),
     ("utils.config", 1),
@@ -40,10 +41,11 @@ LAYERS = (
     ("attack.prototype", 6),
     ("defense.base", 6),
     ("interop.*", 6),
-    ("benchmark.*", 6),
     ("attack.controlled", 7),
     ("attack.*", 8),
     ("defense.*", 8),
+    ("benchmark.literal", 9),
+    ("benchmark.*", 10),
 )
 
 

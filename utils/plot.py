@@ -87,6 +87,24 @@ def image_grid(
     return figure
 
 
+def bars(values: Mapping[str, float], label: str, title: str) -> Figure:
+    """Horizontal bars from the top down, each with its value.
+
+    Args:
+        values: name -> length of its bar.
+        label: of the axis.
+    """
+    figure = Figure(figsize=(7.5, 0.9 + 0.38 * len(values)), layout="constrained")
+    axis = figure.subplots()
+    drawn = axis.barh(list(values), list(values.values()), color="#0072B2", height=0.65)
+    axis.bar_label(drawn, fmt="%.2f", padding=3)
+    axis.invert_yaxis()
+    axis.set(xlabel=label, xlim=(0, 1.12 * max(values.values())))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=8)
+    return figure
+
+
 def amplified(difference: torch.Tensor) -> tuple[torch.Tensor, float]:
     """A signed difference around mid-grey, scaled so that its largest value is fully visible.
 

@@ -1,0 +1,426 @@
+"""Speed of SAU and of attack training beside what everyone would write, in one run.
+
+    python benchmark/speed.py --to record/speed
+
+Repeats are interleaved, so that a busy machine slows both sides; medians and their ratios count,
+not the seconds. Writes `speed.csv` and `speed.png` and prints the table.
+
+round    a round of SAU with its evaluation: the literal procedure (`benchmark/literal.py`), ours in
+         fp32 and at the default precision, on a really backdoored PreAct-ResNet18
+epoch    an epoch of attack training with its evaluation: PIL, DataLoader and PNG files, and ours
+share    where the time of our epoch and of our round goes, and the ratio to the floor: the
+         operations that are needed, at the matrix rate of this machine measured in the same run
+growth   seconds of a round against clean images, steps, classes and image size
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark import literal
+from defense import sau
+from models import Classifier, build_model, prepare
+from utils import pipeline, plot, record
+from utils.data import Dataset, Labelled, Triggered, as_float, augment, load_dataset
+from utils.errors import UserError
+from utils.evaluate import evaluate
+from utils.poison import PoisonedSet
+from utils.runtime import (
+    environment,
+    generator,
+    logger,
+    pick_device,
+    pick_precision,
+    run_script,
+)
+from utils.train import Loop, Supervised, train_classifier
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `ratio` is to the first line of its part, > 1 is faster."""
+
+    part: str
+    what: str
+    seconds: float
+    ratio: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every part measures on."""
+
+    model: Classifier
+    data: Dataset
+    triggered: Triggered
+    poisoned: PoisonedSet
+    clean: Labelled
+    config: sau.Config
+    device: torch.device
+    precision: str
+    repeats: int
+
+
+class Counting(nn.Module):
+    """A network that counts what it is asked for; its copies count together.
+
+    Args:
+        units: its only entry grows by 1 for the forward pass of an image, by 1 for a backward pass
+            to the image, and by 1 for one to the weights.
+    """
+
+    def __init__(self, network: nn.Module, units: list[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.units = units
+
+    def __deepcopy__(self, memo: dict) -> "Counting":
+        return Counting(copy.deepcopy(self.network, memo), self.units)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        learns = next(self.network.parameters()).requires_grad
+        backward = 2 if learns else int(images.requires_grad)
+        self.units[0] += len(images) * (1 + backward * torch.is_grad_enabled())
+        return self.network(images)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, the device's own work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each, the variants taking turns; a first turn warms up and does not count.
+
+    Each call must start from the same state.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeats + 1):
+        for name, call in variants.items():
+            took = timed(call, device)
+            if turn:
+                seconds[name].append(took)
+            logger.info("%d/%d  %-40s %8.2f s", turn, repeats, name, took)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def rows_of(part: str, seconds: Mapping[str, float], notes: Mapping[str, str]) -> list[Row]:
+    """A row a variant, with the ratio to the first."""
+    first = next(iter(seconds.values()))
+    return [Row(part, name, s, first / s, notes.get(name, "")) for name, s in seconds.items()]
+
+
+def at_precision(model: Classifier, precision: str, device: torch.device) -> Classifier:
+    """A copy that computes at a precision."""
+    return prepare(copy.deepcopy(model), device, precision)
+
+
+def measure_round(bench: Bench) -> list[Row]:
+    """A round of SAU from the same backdoored model, and its evaluation."""
+    images, labels = as_float(bench.clean.images, bench.device), bench.clean.labels
+
+    def plain() -> None:
+        model = copy.deepcopy(bench.model).to(memory_format=torch.contiguous_format).eval()
+        reference = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=bench.config.lr, amsgrad=True)
+        literal.round_of_sau(
+            model, reference, optimizer, images, labels.to(bench.device), bench.config
+        )
+        literal.three_passes(model, bench.data, bench.triggered)
+
+    def ours(precision: str) -> Callable[[], None]:
+        model = at_precision(bench.model, precision, bench.device)
+
+        def call() -> None:
+            purified = sau.purify(model, bench.clean.images, labels, bench.config)
+            evaluate(purified, bench.data.test, bench.triggered, bench.device)
+
+        return call
+
+    variants = {"literal, fp32": plain, "ours, fp32": ours("fp32")}
+    if bench.precision != "fp32":
+        variants[f"ours, {bench.precision}"] = ours(bench.precision)
+    x, y = images[: bench.config.batch_size], labels[: bench.config.batch_size].to(bench.device)
+    reference = copy.deepcopy(bench.model)
+    deltas = [
+        function(bench.model, reference, x, y, bench.config)
+        for function in (literal.perturbation, sau.shared_perturbation)
+    ]
+    same = float((deltas[0] == deltas[1]).float().mean())
+    return rows_of(
+        "round",
+        interleaved(variants, bench.repeats, bench.device),
+        {"ours, fp32": f"{100 * same:.3f} % of delta's values identical"},
+    )
+
+
+def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
+    """An epoch on the first `count` training images, and its evaluation."""
+    data = bench.data
+    first = bench.poisoned.index < count
+    part = PoisonedSet(
+        Labelled(data.train.images[:count], data.train.labels[:count]),
+        *(getattr(bench.poisoned, name)[first] for name in ("index", "images", "labels", "kinds")),
+    )
+
+    def fresh(precision: str) -> Classifier:
+        torch.manual_seed(0)
+        model = build_model("preactresnet18", len(data.classes), data.mean, data.std)
+        return prepare(model, bench.device, precision)
+
+    def ours(precision: str) -> Callable[[], None]:
+        def call() -> None:
+            model = fresh(precision)
+            step = Supervised(4, True, generator(0, "augmentation", bench.device))
+            train_classifier(
+                model,
+                part,
+                step,
+                epochs=1,
+                batch_size=batch_size,
+                lr=0.01,
+                momentum=0.9,
+                weight_decay=5e-4,
+                schedule="cosine",
+                order=generator(0, "order"),
+                loop=Loop(),
+            )
+            evaluate(model, data.test, bench.triggered, bench.device)
+
+        return call
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain_epoch = literal.PlainEpoch(
+            data, bench.poisoned, bench.triggered, Path(folder), batch_size, count
+        )
+
+        def plain() -> None:
+            network = fresh("fp32").network.to(memory_format=torch.contiguous_format)
+            optimizer = torch.optim.SGD(
+                network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4
+            )
+            plain_epoch.train(network, optimizer)
+            plain_epoch.evaluate(network)
+
+        variants = {"plain recipe, fp32": plain, "ours, fp32": ours("fp32")}
+        if bench.precision != "fp32":
+            variants[f"ours, {bench.precision}"] = ours(bench.precision)
+        seconds = interleaved(variants, bench.repeats, bench.device)
+    rate = {
+        name: f"{count // batch_size * batch_size / s:.0f} images/s" for name, s in seconds.items()
+    }
+    return rows_of("epoch", seconds, rate)
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Operations a second of a large matrix product at a precision, the best of ten."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.rand(size, size, device=device).to(kind) for _ in range(2))
+    a @ b
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
+
+
+def forward_operations(model: Classifier, shape: tuple[int, int, int]) -> int:
+    """Operations of one image's forward pass, two for each multiplication with its addition."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.rand(1, *shape, device=next(model.parameters()).device))
+    return counter.get_total_flops()
+
+
+def measure_share(bench: Bench, batch_size: int, steps: int = 6) -> list[Row]:
+    """Where an epoch's time goes, and how far a step and a round are from the floor."""
+    device, shape = bench.device, bench.data.image_shape
+    model = at_precision(bench.model, bench.precision, device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    rng = generator(0, "augmentation", device)
+    seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+
+    @contextmanager
+    def measured(name: str) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[name] += time.perf_counter() - started
+
+    for step in range(steps + 1):
+        if step == 1:  # the first one warms up
+            seconds = dict.fromkeys(seconds, 0.0)
+        with measured("data"):
+            index = torch.randperm(len(bench.data.train))[:batch_size]
+            images = augment(bench.data.train.images[index].to(device), 4, True, rng)
+            x, y = as_float(images), bench.data.train.labels[index].to(device)
+        with measured("forward"):
+            loss = F.cross_entropy(model(x), y)
+        with measured("backward"):
+            optimizer.zero_grad()
+            loss.backward()
+        with measured("optimizer"):
+            optimizer.step()
+    total = sum(seconds.values())
+    rows = [
+        Row("share", f"epoch: {n}", s, note=f"{100 * s / total:.1f} %") for n, s in seconds.items()
+    ]
+
+    rate, one = matrix_rate(device, bench.precision), forward_operations(model, shape)
+    floor = 3 * one * batch_size * steps / rate
+    rows.append(Row("share", "epoch: floor", floor, note=f"{total / floor:.2f} times the floor"))
+    counter = [0]
+    counted = Counting(at_precision(bench.model, bench.precision, device), counter)
+    took = timed(
+        lambda: sau.purify(counted, bench.clean.images, bench.clean.labels, bench.config), device
+    )
+    (units,) = counter
+    floor = units * one / rate
+    rows.append(
+        Row("share", "round of SAU", took, note=f"{units / len(bench.clean):.1f} units an image")
+    )
+    rows.append(
+        Row("share", "round of SAU: floor", floor, note=f"{took / floor:.2f} times the floor")
+    )
+    rows.append(Row("share", "matrix product", one / rate, note=f"{rate / 1e9:.0f} GFLOP/s"))
+    return rows
+
+
+def measure_growth(bench: Bench) -> list[Row]:
+    """Seconds of a round, without evaluation, as one thing grows at a time."""
+    shape, classes = bench.data.image_shape, len(bench.data.classes)
+
+    def seconds(images: int, steps: int, classes: int, size: int) -> float:
+        torch.manual_seed(0)
+        model = build_model("preactresnet18", classes, bench.data.mean, bench.data.std)
+        model = prepare(model, bench.device, bench.precision)
+        source = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (images, 3, size, size), generator=source).to(torch.uint8)
+        labels = torch.randint(0, classes, (images,), generator=source)
+        # A bound of 0 leaves every image unshared, so that each step works on all of them.
+        config = replace(bench.config, adv_steps=steps, trigger_norm=0.0, batch_size=64)
+        call = lambda: sau.purify(model, pixels, labels, config)  # noqa: E731
+        call()
+        return statistics.median(timed(call, bench.device) for _ in range(bench.repeats))
+
+    plans: dict[str, list[tuple[int, int, int, int]]] = {
+        "clean images": [(n, 2, classes, shape[1]) for n in (64, 128, 256)],
+        "steps": [(64, n, classes, shape[1]) for n in (1, 3, 5)],
+        "classes": [(64, 2, n, shape[1]) for n in (10, 100, 1000)],
+        "image side": [(64, 2, classes, n) for n in (16, 32, 64)],
+    }
+    rows = []
+    for name, plan in plans.items():
+        axis = next(i for i in range(4) if len({line[i] for line in plan}) > 1)
+        for line in plan:
+            took = seconds(*line)
+            logger.info("%s %d: %.2f s", name, line[axis], took)
+            rows.append(Row("growth", f"{name} {line[axis]}", took))
+    return rows
+
+
+def load(folder: Path, images: int, batch_size: int, device: torch.device, repeats: int) -> Bench:
+    """The bench of an attack's record.
+
+    Raises:
+        UserError: if the record has no triggered images.
+    """
+    attack = record.load_attack(folder)
+    if attack.triggered is None:
+        raise UserError(f"{folder}: is a clean model; give the record of an attack")
+    path = Path(attack.dataset_path) if attack.dataset_path else None
+    data = load_dataset(attack.dataset, path, attack.image_shape[1])
+    attack.check_dataset(data)
+    content = record.load_tensors(folder / "poison.pt")
+    names = ("train_index", "train_images", "train_labels", "train_kinds")
+    poisoned = PoisonedSet(data.train, *(content[name] for name in names))
+    chosen = torch.randperm(len(data.train), generator=generator(0, "speed"))[:images]
+    config = sau.Config.load(attack.dataset, n_rounds=1, batch_size=batch_size)
+    return Bench(
+        model=prepare(attack.build(), device, "fp32"),
+        data=data,
+        triggered=attack.triggered,
+        poisoned=poisoned,
+        clean=data.train.at(chosen),
+        config=config,
+        device=device,
+        precision=pick_precision("auto", device),
+        repeats=repeats,
+    )
+
+
+def main() -> None:
+    """Parses the flags, measures, and writes table and chart."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("round", "epoch", "share", "growth")
+    parser.add_argument(
+        "--result_file", required=True, help="record of a BadNets attack at 32 pixels"
+    )
+    parser.add_argument("--record_path", type=Path, help="folder of all records")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
+    parser.add_argument("--images", type=int, default=256, help="clean images of a round of SAU")
+    parser.add_argument("--epoch_images", type=int, default=1024, help="images of an epoch")
+    parser.add_argument("--batch_size", type=int, default=128, help="images a step")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    flags = parser.parse_args()
+    device = pick_device(flags.device)
+    folder = record.find_record(flags.result_file, flags.record_path)
+    bench = load(folder, flags.images, flags.batch_size, device, flags.repeats)
+    measures: dict[str, Callable[[], list[Row]]] = {
+        "round": lambda: measure_round(bench),
+        "epoch": lambda: measure_epoch(bench, flags.epoch_images, flags.batch_size),
+        "share": lambda: measure_share(bench, flags.batch_size),
+        "growth": lambda: measure_growth(bench),
+    }
+    rows = [row for part in flags.parts for row in measures[part]()]
+    write(rows, flags.to, environment(device, bench.precision))
+
+
+def write(rows: list[Row], to: Path, machine: Mapping[str, object]) -> None:
+    """`speed.csv`, `speed.png` and the table on the log."""
+    to.mkdir(parents=True, exist_ok=True)
+    folder = record.RunFolder(to)
+    versions = " ".join(f"{key} {value}" for key, value in dict(machine["versions"]).items())  # type: ignore[call-overload]
+    title = f"{machine['device_name']}, {machine['threads']} threads, {versions}"
+    table = pd.DataFrame([asdict(row) for row in rows]).assign(machine=title)
+    folder.write("speed.csv", lambda path: table.to_csv(path, index=False))
+    ratios = {f"{row.part}: {row.what}": row.ratio for row in rows if row.ratio is not None}
+    if ratios:
+        figure = plot.bars(ratios, "times as fast as the first of its part", title)
+        pipeline.save_figure(folder, "speed.png", figure)
+    logger.info("%s", title)
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f} x"
+        logger.info("%-7s %-34s %9.3f s %9s  %s", row.part, row.what, row.seconds, ratio, row.note)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,79 @@
+"""The yardstick does the work that it says, and leaves a table."""
+
+import copy
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from benchmark import literal
+from benchmark.speed import Counting, forward_operations, interleaved, rows_of
+from defense import sau
+from models import Classifier, build_model
+from tests.oracle import perturbation
+from tests.test_end_to_end import badnet, cache, run_script, workplace
+from utils.data import Dataset, as_float
+from utils.runtime import ROOT
+
+__all__ = ["badnet", "cache", "workplace"]  # fixtures
+
+CPU = torch.device("cpu")
+
+
+def test_the_literal_inner_loop_is_the_oracles(tiny_model: Classifier, tiny_data: Dataset) -> None:
+    """Which treats one image at a time, in float64."""
+    model = tiny_model.double()
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.network.linear.weight.add_(0.5)  # type: ignore[union-attr, operator]
+    images, labels = as_float(tiny_data.train.images).double(), tiny_data.train.labels
+    config = sau.Config.load("cifar10", adv_steps=3)
+    values = {"norm": "L_inf", "start": "max", "bound": 0.2, "step": 0.2, "steps": 3}
+    expected = perturbation(
+        model, reference, images, labels, beta_1=0.01, beta_2=1.0, generator=None, **values
+    )  # type: ignore[arg-type]
+    found = literal.perturbation(model.eval(), reference.eval(), images, labels, config)
+    assert torch.equal(found, expected)
+
+
+def test_units_by_hand(tiny_model: Classifier, tiny_data: Dataset) -> None:
+    """Of 12 images with a bound of 0, so that none is ever shared, and two steps.
+
+    12 reference passes of the clean images, 12 of the model; 2 steps x 2 networks x 2 units; 12
+    reference passes of the perturbed images; and 3 units for each of 24 images of the outer step.
+    """
+    units = [0]
+    config = sau.Config.load("cifar10", adv_steps=2, trigger_norm=0.0, n_rounds=1, batch_size=12)
+    sau.purify(Counting(tiny_model, units), tiny_data.train.images, tiny_data.train.labels, config)
+    assert units == [12 * (1 + 1 + 2 * 2 * 2 + 1 + 2 * 3)]
+
+
+def test_operations_of_a_forward_pass() -> None:
+    """PreAct-ResNet18 at 32 pixels: 0.56 G multiplications with an addition each."""
+    count = forward_operations(build_model("preactresnet18", 10).eval(), (3, 32, 32))
+    assert count == pytest.approx(2 * 0.5557e9, rel=0.01)
+
+
+def test_variants_take_turns_and_the_first_turn_does_not_count() -> None:
+    turns: list[str] = []
+    seconds = interleaved({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 2, CPU)
+    assert turns == ["a", "b"] * 3
+    assert list(seconds) == ["a", "b"]
+    rows = rows_of("round", {"a": 6.0, "b": 2.0}, {"b": "note"})
+    assert [(row.what, row.ratio, row.note) for row in rows] == [("a", 1, ""), ("b", 3, "note")]
+
+
+def test_it_leaves_a_table_and_a_chart(workplace: Path, badnet: Path) -> None:
+    flags = ["--result_file", badnet, "--to", workplace / "speed", "--repeats", 1, "--images", 8]
+    flags += ["--epoch_images", 24, "--batch_size", 8, "--device", "cpu"]
+    flags += ["--parts", "round", "epoch", "share"]
+    assert run_script(ROOT / "benchmark/speed.py", *flags) == 0
+    table = pd.read_csv(workplace / "speed/speed.csv")
+    assert set(table["part"]) == {"round", "epoch", "share"}
+    assert (table["seconds"] > 0).all()
+    assert table.loc[table["part"] == "round", "what"].tolist()[:2] == [
+        "literal, fp32",
+        "ours, fp32",
+    ]
+    assert (workplace / "speed/speed.png").exists()
