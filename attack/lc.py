@@ -33,7 +33,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack.prototype import AttackConfig, Setting, clean_label, clean_model, recipe, run
-from utils.data import Labelled, as_float, augment
+from utils.data import Labelled, as_float, augment, truncated
 from utils.evaluate import predict
 from utils.poison import Triggers
 from utils.runtime import Progress, evaluating, frozen, generator, logger
@@ -176,7 +176,7 @@ def prepare(config: Config, setting: Setting) -> Hard:
 
 
 def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.device) -> torch.Tensor:
-    """Hard images, truncated as published: uint8 (N, C, H, W), `adv_bound` + 1 away at most."""
+    """Hard images, truncated as published: uint8 (N, C, H, W), `adv_bound` away at most."""
     made = []
     with Progress(len(clean), "making images hard", "image") as progress:
         for index in torch.arange(len(clean)).split(config.batch_size):
@@ -189,8 +189,7 @@ def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.devi
                 config.adv_step / 255,
                 config.adv_steps,
             )
-            # The little more is for k / 255 * 255, which may be below k.
-            made.append((changed * 255 + 1e-3).to("cpu", torch.uint8))
+            made.append(truncated(changed).cpu())
             progress.advance(len(index))
     return torch.cat(made)
 

@@ -34,7 +34,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack.prototype import AttackConfig, Setting, clean_model, recipe, run
-from utils.data import as_float
+from utils.data import as_float, truncated
 from utils.errors import UserError
 from utils.poison import Trigger
 from utils.runtime import Progress, generator
@@ -213,7 +213,7 @@ def make_trigger(
     if searched is None:
         pattern = closed_form(config.strength, image_shape)
     else:
-        pattern = (searched * 255 + 1e-3).floor()  # 0.2 * 255 is 51, also in float32
+        pattern = truncated(searched).float()
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return (images.float() + pattern).clamp(0, 255).to(torch.uint8)

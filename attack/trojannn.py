@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack.prototype import AttackConfig, Setting, clean_model, run
 from models import Classifier
+from utils.data import truncated
 from utils.errors import UserError
 from utils.poison import Trigger
 from utils.runtime import Progress, generator, logger
@@ -154,8 +155,7 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor:
     for number, old, new in zip(neurons.tolist(), before.tolist(), after.tolist(), strict=True):
         logger.info("feature %d: %.3f -> %.3f", number, old, new)
     setting.facts["features"] = {"before": before.tolist(), "after": after.tolist()}
-    # As published: cast by truncation. 0.7 * 255 is 178; 0.8 * 255 is 204, also in float32.
-    return (patch * 255 + 1e-3).to("cpu", torch.uint8)
+    return truncated(patch).cpu()
 
 
 def place(

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import pipeline, plot, record
-from utils.data import as_float, load_dataset
+from utils.data import as_float
 from utils.errors import UserError
 from utils.runtime import logger, run_script
 
@@ -50,8 +50,7 @@ def load_rows(
         if name in found:
             raise UserError(f"{folder}: is a second record of {name}; give one of each attack")
         if data is None:
-            path = Path(attack.dataset_path) if attack.dataset_path else None
-            data = load_dataset(attack.dataset, path, attack.image_shape[1])
+            data = attack.load_dataset()
         attack.check_dataset(data)
         found[name] = attack
         index = set(attack.triggered.index.tolist())

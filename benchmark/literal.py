@@ -6,6 +6,7 @@ all weights, all images in every step, three passes for ACC, ASR and RA. `PlainE
 of most repositories: poisoned images as PNG files, PIL and torchvision transforms in a DataLoader.
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset as Files
 from torchvision import transforms
 
 from defense.sau import Config, jensen_shannon, unlearning_loss
+from models.convolution import Conv3x3
 from utils.data import Dataset, Triggered
 from utils.perturb import initial_perturbation, project
 from utils.poison import PoisonedSet
@@ -39,6 +41,8 @@ def perturbation(
         logits, ref_logits = model(images + delta), reference(images + delta)
         fooled, ref_fooled = logits.argmax(1) != clean, ref_logits.argmax(1) != ref_clean
         shared = fooled & ref_fooled & (logits.argmax(1) == ref_logits.argmax(1))
+        if bool(shared.all()):
+            break
         adversarial = F.cross_entropy(logits, labels, reduction="none")[~fooled].sum()
         adversarial += F.cross_entropy(ref_logits, labels, reduction="none")[~ref_fooled].sum()
         divergence = jensen_shannon(logits, ref_logits)[~shared].sum() / len(images)
@@ -47,8 +51,6 @@ def perturbation(
         assert delta.grad is not None
         moved = delta.detach() - config.adv_lr * delta.grad.sign()
         delta = project(moved, config.trigger_norm, config.norm_type)
-        if bool(shared.all()):
-            break
     return delta.detach()
 
 
@@ -78,9 +80,22 @@ def round_of_sau(
         optimizer.step()
 
 
+def plain_network(network: nn.Module) -> nn.Module:
+    """A copy with the library's convolutions and memory order."""
+    network = copy.deepcopy(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Conv3x3):
+            stride = module.stride[0]
+            own = nn.Conv2d(module.in_channels, module.out_channels, 3, stride, 1, bias=False)
+            own.weight = module.weight
+            network.set_submodule(name, own)
+    return network.to(memory_format=torch.contiguous_format)
+
+
 @torch.no_grad()
 def three_passes(model: nn.Module, data: Dataset, triggered: Triggered, batch: int = 256) -> None:
     """ACC, ASR and RA, each with a pass of its own."""
+    device = next(model.parameters()).device
     model.eval()
     for images, labels in (
         (data.test.images, data.test.labels),
@@ -89,7 +104,8 @@ def three_passes(model: nn.Module, data: Dataset, triggered: Triggered, batch: i
     ):
         hits = 0
         for part, wanted in zip(images.split(batch), labels.split(batch), strict=True):
-            hits += int((model(part.float() / 255).argmax(1) == wanted).sum())
+            predictions = model(part.to(device).float() / 255).argmax(1)
+            hits += int((predictions == wanted.to(device)).sum())
 
 
 class PngFiles(Files[tuple[torch.Tensor, int]]):
@@ -169,20 +185,22 @@ class PlainEpoch:
 
     def train(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """One epoch; the bare network takes normalized images."""
+        device = next(network.parameters()).device
         network.train()
         for images, labels in self._train:
             optimizer.zero_grad()
-            F.cross_entropy(network(images), labels).backward()
+            F.cross_entropy(network(images.to(device)), labels.to(device)).backward()
             optimizer.step()
 
     @torch.no_grad()
     def evaluate(self, network: nn.Module) -> list[int]:
         """Hits of ACC, ASR and RA."""
+        device = next(network.parameters()).device
         network.eval()
         hits = [0, 0, 0]
         for i, loader in enumerate(self._tests):
             for images, labels in loader:
-                hits[i] += int((network(images).argmax(1) == labels).sum())
+                hits[i] += int((network(images.to(device)).argmax(1).cpu() == labels).sum())
         return hits
 
 

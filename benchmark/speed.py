@@ -1,13 +1,15 @@
 """Speed of SAU and of attack training beside what everyone would write, in one run.
 
-    python benchmark/speed.py --to record/speed
+    python attack/badnet.py --image_size 32 --save_folder_name badnet_32
+    python benchmark/speed.py --result_file badnet_32 --to record/speed
 
 Repeats are interleaved, so that a busy machine slows both sides; medians and their ratios count,
 not the seconds. Writes `speed.csv` and `speed.png` and prints the table.
 
-round    a round of SAU with its evaluation: the literal procedure (`benchmark/literal.py`), ours in
-         fp32 and at the default precision, on a really backdoored PreAct-ResNet18
-epoch    an epoch of attack training with its evaluation: PIL, DataLoader and PNG files, and ours
+round    rounds of SAU on a really backdoored model: literal (`benchmark/literal.py`), ours in fp32 and
+         at the default precision; and the evaluation after a round
+epoch    an epoch of attack training: PIL images, DataLoader and PNG files, and ours; and the
+         evaluation after an epoch
 share    where the time of our epoch and of our round goes, and the ratio to the floor: the
          operations that are needed, at the matrix rate of this machine measured in the same run
 growth   seconds of a round against clean images, steps, classes and image size
@@ -36,7 +38,7 @@ from benchmark import literal
 from defense import sau
 from models import Classifier, build_model, prepare
 from utils import pipeline, plot, record
-from utils.data import Dataset, Labelled, Triggered, as_float, augment, load_dataset
+from utils.data import Dataset, Labelled, Triggered, as_float, augment
 from utils.errors import UserError
 from utils.evaluate import evaluate
 from utils.poison import PoisonedSet
@@ -112,16 +114,17 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    variants: Mapping[str, Callable[[], Callable[[], object]]], repeats: int, device: torch.device
 ) -> dict[str, float]:
     """Median seconds of each, the variants taking turns; a first turn warms up and does not count.
 
-    Each call must start from the same state.
+    Args:
+        variants: each makes, untimed, the call that is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
-        for name, call in variants.items():
-            took = timed(call, device)
+        for name, prepared in variants.items():
+            took = timed(prepared(), device)
             if turn:
                 seconds[name].append(took)
             logger.info("%d/%d  %-40s %8.2f s", turn, repeats, name, took)
@@ -139,47 +142,61 @@ def at_precision(model: Classifier, precision: str, device: torch.device) -> Cla
     return prepare(copy.deepcopy(model), device, precision)
 
 
-def measure_round(bench: Bench) -> list[Row]:
-    """A round of SAU from the same backdoored model, and its evaluation."""
+def ours_at(bench: Bench, make: Callable[[str], Callable[[], Callable]]) -> dict[str, Callable]:
+    """Our variants: in fp32, and at the default precision where that is another."""
+    return {f"ours, {name}": make(name) for name in dict.fromkeys(("fp32", bench.precision))}
+
+
+def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
+    """Some rounds of SAU: in the first one the model is its reference, later ones differ."""
     images, labels = as_float(bench.clean.images, bench.device), bench.clean.labels
+    config = replace(bench.config, n_rounds=rounds)
 
-    def plain() -> None:
-        model = copy.deepcopy(bench.model).to(memory_format=torch.contiguous_format).eval()
+    def plain() -> Callable[[], object]:
+        model = literal.plain_network(bench.model).eval()
         reference = copy.deepcopy(model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=bench.config.lr, amsgrad=True)
-        literal.round_of_sau(
-            model, reference, optimizer, images, labels.to(bench.device), bench.config
-        )
-        literal.three_passes(model, bench.data, bench.triggered)
-
-    def ours(precision: str) -> Callable[[], None]:
-        model = at_precision(bench.model, precision, bench.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True)
+        y = labels.to(bench.device)
 
         def call() -> None:
-            purified = sau.purify(model, bench.clean.images, labels, bench.config)
-            evaluate(purified, bench.data.test, bench.triggered, bench.device)
+            for _ in range(rounds):
+                literal.round_of_sau(model, reference, optimizer, images, y, config)
 
         return call
 
-    variants = {"literal, fp32": plain, "ours, fp32": ours("fp32")}
-    if bench.precision != "fp32":
-        variants[f"ours, {bench.precision}"] = ours(bench.precision)
-    x, y = images[: bench.config.batch_size], labels[: bench.config.batch_size].to(bench.device)
-    reference = copy.deepcopy(bench.model)
+    def ours(precision: str) -> Callable[[], Callable[[], object]]:
+        model = at_precision(bench.model, precision, bench.device)
+        return lambda: lambda: sau.purify(model, bench.clean.images, labels, config)
+
+    def three_passes() -> Callable[[], object]:
+        model = literal.plain_network(bench.model)
+        return lambda: literal.three_passes(model, bench.data, bench.triggered)
+
+    def two_passes(precision: str) -> Callable[[], Callable[[], object]]:
+        model = at_precision(bench.model, precision, bench.device)
+        return lambda: lambda: evaluate(model, bench.data.test, bench.triggered, bench.device)
+
+    seconds = interleaved(
+        {"literal, fp32": plain, **ours_at(bench, ours)}, bench.repeats, bench.device
+    )
+    x, y = images[: config.batch_size], labels[: config.batch_size].to(bench.device)
+    purified = sau.purify(bench.model, bench.clean.images, labels, config)
     deltas = [
-        function(bench.model, reference, x, y, bench.config)
+        function(purified, bench.model.eval(), x, y, config)
         for function in (literal.perturbation, sau.shared_perturbation)
     ]
-    same = float((deltas[0] == deltas[1]).float().mean())
-    return rows_of(
+    same = 100 * float((deltas[0] == deltas[1]).float().mean())
+    rows = rows_of(
         "round",
-        interleaved(variants, bench.repeats, bench.device),
-        {"ours, fp32": f"{100 * same:.3f} % of delta's values identical"},
+        {name: s / rounds for name, s in seconds.items()},
+        {"ours, fp32": f"{same:.3f} % of delta's values identical"},
     )
+    evaluations = {"three passes, fp32": three_passes, **ours_at(bench, two_passes)}
+    return rows + rows_of("scoring", interleaved(evaluations, bench.repeats, bench.device), {})
 
 
 def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
-    """An epoch on the first `count` training images, and its evaluation."""
+    """An epoch on the first `count` training images, and the evaluation after it."""
     data = bench.data
     first = bench.poisoned.index < count
     part = PoisonedSet(
@@ -192,11 +209,11 @@ def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
         model = build_model("preactresnet18", len(data.classes), data.mean, data.std)
         return prepare(model, bench.device, precision)
 
-    def ours(precision: str) -> Callable[[], None]:
-        def call() -> None:
+    def ours(precision: str) -> Callable[[], Callable[[], object]]:
+        def prepared() -> Callable[[], object]:
             model = fresh(precision)
             step = Supervised(4, True, generator(0, "augmentation", bench.device))
-            train_classifier(
+            return lambda: train_classifier(
                 model,
                 part,
                 step,
@@ -209,31 +226,37 @@ def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
                 order=generator(0, "order"),
                 loop=Loop(),
             )
-            evaluate(model, data.test, bench.triggered, bench.device)
 
-        return call
+        return prepared
+
+    def scored(precision: str) -> Callable[[], Callable[[], object]]:
+        model = at_precision(bench.model, precision, bench.device)
+        return lambda: lambda: evaluate(model, data.test, bench.triggered, bench.device)
 
     with tempfile.TemporaryDirectory() as folder:
         plain_epoch = literal.PlainEpoch(
             data, bench.poisoned, bench.triggered, Path(folder), batch_size, count
         )
+        trained = literal.plain_network(bench.model.network)
 
-        def plain() -> None:
-            network = fresh("fp32").network.to(memory_format=torch.contiguous_format)
+        def plain() -> Callable[[], object]:
+            network = literal.plain_network(fresh("fp32").network)
             optimizer = torch.optim.SGD(
                 network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4
             )
-            plain_epoch.train(network, optimizer)
-            plain_epoch.evaluate(network)
+            return lambda: plain_epoch.train(network, optimizer)
 
-        variants = {"plain recipe, fp32": plain, "ours, fp32": ours("fp32")}
-        if bench.precision != "fp32":
-            variants[f"ours, {bench.precision}"] = ours(bench.precision)
-        seconds = interleaved(variants, bench.repeats, bench.device)
-    rate = {
-        name: f"{count // batch_size * batch_size / s:.0f} images/s" for name, s in seconds.items()
-    }
-    return rows_of("epoch", seconds, rate)
+        seconds = interleaved(
+            {"plain recipe, fp32": plain, **ours_at(bench, ours)}, bench.repeats, bench.device
+        )
+        evaluations = {
+            "plain recipe, fp32": lambda: lambda: plain_epoch.evaluate(trained),
+            **ours_at(bench, scored),
+        }
+        scoring = interleaved(evaluations, bench.repeats, bench.device)
+    images = count // batch_size * batch_size
+    rate = {name: f"{images / s:.0f} images/s" for name, s in seconds.items()}
+    return rows_of("epoch", seconds, rate) + rows_of("scoring", scoring, {})
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
@@ -271,11 +294,12 @@ def measure_share(bench: Bench, batch_size: int, steps: int = 6) -> list[Row]:
             torch.cuda.synchronize(device)
         seconds[name] += time.perf_counter() - started
 
+    order = torch.randperm(len(bench.data.train))
     for step in range(steps + 1):
         if step == 1:  # the first one warms up
             seconds = dict.fromkeys(seconds, 0.0)
         with measured("data"):
-            index = torch.randperm(len(bench.data.train))[:batch_size]
+            index = order.roll(step * batch_size)[:batch_size]
             images = augment(bench.data.train.images[index].to(device), 4, True, rng)
             x, y = as_float(images), bench.data.train.labels[index].to(device)
         with measured("forward"):
@@ -295,10 +319,11 @@ def measure_share(bench: Bench, batch_size: int, steps: int = 6) -> list[Row]:
     rows.append(Row("share", "epoch: floor", floor, note=f"{total / floor:.2f} times the floor"))
     counter = [0]
     counted = Counting(at_precision(bench.model, bench.precision, device), counter)
+    rounds = replace(bench.config, n_rounds=3)
     took = timed(
-        lambda: sau.purify(counted, bench.clean.images, bench.clean.labels, bench.config), device
+        lambda: sau.purify(counted, bench.clean.images, bench.clean.labels, rounds), device
     )
-    (units,) = counter
+    took, units = took / rounds.n_rounds, counter[0] / rounds.n_rounds
     floor = units * one / rate
     rows.append(
         Row("share", "round of SAU", took, note=f"{units / len(bench.clean):.1f} units an image")
@@ -352,19 +377,14 @@ def load(folder: Path, images: int, batch_size: int, device: torch.device, repea
     attack = record.load_attack(folder)
     if attack.triggered is None:
         raise UserError(f"{folder}: is a clean model; give the record of an attack")
-    path = Path(attack.dataset_path) if attack.dataset_path else None
-    data = load_dataset(attack.dataset, path, attack.image_shape[1])
-    attack.check_dataset(data)
-    content = record.load_tensors(folder / "poison.pt")
-    names = ("train_index", "train_images", "train_labels", "train_kinds")
-    poisoned = PoisonedSet(data.train, *(content[name] for name in names))
+    data = attack.load_dataset()
     chosen = torch.randperm(len(data.train), generator=generator(0, "speed"))[:images]
     config = sau.Config.load(attack.dataset, n_rounds=1, batch_size=batch_size)
     return Bench(
         model=prepare(attack.build(), device, "fp32"),
         data=data,
         triggered=attack.triggered,
-        poisoned=poisoned,
+        poisoned=attack.poisoned_set(data),
         clean=data.train.at(chosen),
         config=config,
         device=device,
@@ -385,12 +405,16 @@ def main() -> None:
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
-    parser.add_argument("--images", type=int, default=256, help="clean images of a round of SAU")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that count, >= 1")
+    parser.add_argument("--images", type=int, default=128, help="clean images of a round of SAU")
     parser.add_argument("--epoch_images", type=int, default=1024, help="images of an epoch")
     parser.add_argument("--batch_size", type=int, default=128, help="images a step")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
+    for name in ("repeats", "images", "epoch_images", "batch_size"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name}: {getattr(flags, name)} is not allowed; give 1 or more")
+    flags.to.mkdir(parents=True, exist_ok=True)
     device = pick_device(flags.device)
     folder = record.find_record(flags.result_file, flags.record_path)
     bench = load(folder, flags.images, flags.batch_size, device, flags.repeats)
@@ -406,7 +430,6 @@ def main() -> None:
 
 def write(rows: list[Row], to: Path, machine: Mapping[str, object]) -> None:
     """`speed.csv`, `speed.png` and the table on the log."""
-    to.mkdir(parents=True, exist_ok=True)
     folder = record.RunFolder(to)
     versions = " ".join(f"{key} {value}" for key, value in dict(machine["versions"]).items())  # type: ignore[call-overload]
     title = f"{machine['device_name']}, {machine['threads']} threads, {versions}"

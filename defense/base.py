@@ -19,7 +19,7 @@ from torch import nn
 from models import Classifier, prepare
 from utils import config as configuration
 from utils import pipeline, plot, record
-from utils.data import Dataset, Labelled, Triggered, as_float, keep_on, load_dataset
+from utils.data import Dataset, Labelled, Triggered, as_float, keep_on
 from utils.errors import UserError
 from utils.evaluate import predict
 from utils.metrics import Scores, defense_effectiveness_rating
@@ -114,9 +114,7 @@ def defend(
             )
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
-    path = config.dataset_path or attack.dataset_path
-    data = load_dataset(attack.dataset, Path(path) if path else None, attack.image_shape[1])
-    attack.check_dataset(data)
+    data = attack.load_dataset(config.dataset_path)
     index = clean_subset(len(data.train), config)
     clean = data.train.at(index)
     seed_everything(config.random_seed)

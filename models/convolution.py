@@ -50,7 +50,6 @@ class _ByMatrices(torch.autograd.Function):
         return F.conv2d(images, weight, stride=stride, padding=1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, None]:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from benchmark.literal import plain_network
 from models import convolution
 from models.convolution import Conv3x3, weight_gradient
 from models.preactresnet import preactresnet18
@@ -51,6 +51,20 @@ def test_gradients_equal_the_librarys_in_float64(
     assert torch.allclose(layer.weight.grad, weight.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_second_derivatives_exist() -> None:
+    torch.manual_seed(0)
+    layer = Conv3x3(128, 1).double()
+    images = torch.rand(1, 128, 1, 1, requires_grad=True, dtype=torch.float64)
+    output = layer(images).square().sum()
+    (gradient,) = torch.autograd.grad(output, layer.weight, create_graph=True)
+    gradient.square().sum().backward()
+    plain = F.conv2d(images, layer.weight, padding=1).square().sum()
+    (expected,) = torch.autograd.grad(plain, layer.weight, create_graph=True)
+    (of_images,) = torch.autograd.grad(expected.square().sum(), images)
+    assert images.grad is not None
+    assert torch.allclose(images.grad, of_images, rtol=1e-10)
+
+
 def test_by_hand() -> None:
     """One 2x2 image of ones and an output gradient of ones: tap (i, j) meets the image at
     (2 - |i - 1|)(2 - |j - 1|) of the four places, e.g. the middle one at all, a corner's at one."""
@@ -76,7 +90,9 @@ def test_it_is_used_for_small_maps_of_many_channels_when_a_weight_learns(
     layer(images).sum().backward()
     layer.requires_grad_(True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(images).dtype == torch.bfloat16
+        output = layer(images)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
     assert calls == []
 
 
@@ -84,15 +100,7 @@ def test_a_network_keeps_its_state_dict_and_its_gradients() -> None:
     """Against the same network whose convolutions are the library's own."""
     torch.manual_seed(0)
     network = preactresnet18(4).double().train()
-    plain = preactresnet18(4).double().train()
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, Conv3x3):
-            own = nn.Conv2d(
-                module.in_channels, module.out_channels, 3, module.stride, 1, bias=False
-            )
-            plain.set_submodule(name, own.double())
-    assert not any(isinstance(module, Conv3x3) for module in plain.modules())
-    plain.load_state_dict(network.state_dict())
+    plain = plain_network(network)
     images = torch.rand(3, 3, 16, 16).double()
     for model in (network, plain):
         F.cross_entropy(model(images), torch.tensor([0, 1, 3])).backward()

@@ -1,9 +1,8 @@
-"""What each trigger changes on photographs: the published size, and no other than before.
+"""What each trigger changes on photographs.
 
 The published statistics were taken on 2,000 CIFAR-10 test images, which are not at hand here. The
-two photographs that come with scikit-learn are a little darker and more contrasted: statistics on
-their tiles lie within a fifth of the published ones, and are held to their own values besides.
-WaNet's depend on the fine texture of the images and are held to their own values only.
+two photographs that come with scikit-learn are more contrasted and have less texture: the values on
+their tiles, which the tests hold, lie within a fifth of the published ones, but for WaNet's.
 """
 
 from functools import cache
@@ -38,10 +37,10 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
     return images.mul(255).round().to(torch.uint8)
 
 
-def warped(noise: bool) -> torch.Tensor:
-    grid = wanet.warping_grid(wanet.flow_field(4, 32, generator(0, "warp")), 0.5)
+def warped(noise: bool, seed: int = 0) -> torch.Tensor:
+    grid = wanet.warping_grid(wanet.flow_field(4, 32, generator(seed, "warp")), 0.5)
     if noise:
-        drawn = torch.rand(len(tiles()), 32, 32, 2, generator=generator(0, "test noise"))
+        drawn = torch.rand(len(tiles()), 32, 32, 2, generator=generator(seed, "test noise"))
         grid = wanet.add_noise(grid, drawn * 2 - 1)
     return pixels(wanet.warp(tiles() / 255, grid))
 
@@ -72,39 +71,36 @@ def triggered(name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "largest", "published", "own"),
+    ("name", "largest", "expected"),
     [
-        ("badnet", 255, 2.80, 3.248),
-        ("blended", 51, 5.07, 5.868),
-        ("sig", 40, 5.97, 5.649),
-        ("lf", 51, 3.90, 3.616),
-        ("bpp", 18, 2.27, 2.208),
-        ("bpp of 32 levels", 4, 0.52, 0.503),
-        ("lc", 255, 5.87, 6.186),
-        ("adaptive_blend in training", 38, 2.68, 3.132),
-        ("adaptive_blend at test", 51, 5.04, 5.918),
-        ("wanet", None, None, 0.661),
-        ("wanet, cross", None, None, 1.10),
+        ("badnet", 255, 3.248),  # 2.80
+        ("blended", 51, 5.868),  # 5.07
+        ("sig", 40, 5.649),  # 5.97
+        ("lf", 51, 3.616),  # 3.90
+        ("bpp", 18, 2.208),  # 2.27
+        ("bpp of 32 levels", 4, 0.503),  # 0.52
+        ("lc", 255, 6.186),  # 5.87
+        ("adaptive_blend in training", 38, 3.132),  # 2.68
+        ("adaptive_blend at test", 51, 5.918),  # 5.04
+        ("wanet", None, 0.661),  # 1.50
+        ("wanet, cross", None, 1.10),  # 2.48
     ],
 )
-def test_the_change_has_the_published_size(
-    name: str, largest: int | None, published: float | None, own: float
-) -> None:
-    """Mean L2 norm of the difference, on the scale of 0 to 1, and its largest value."""
+def test_the_change_is_as_large_as_ever(name: str, largest: int | None, expected: float) -> None:
+    """Mean L2 norm of the difference, on the scale of 0 to 1 (beside it the published one), and its
+    largest value."""
     difference = triggered(name).int() - tiles().int()
     if largest is not None:
         assert int(difference.abs().max()) == largest
     norm = float((difference.float() / 255).flatten(1).norm(dim=1).mean())
-    assert norm == pytest.approx(own, rel=0.01)
-    if published is not None:
-        assert norm == pytest.approx(published, rel=0.2)
+    assert norm == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_cross_images_of_wanet_change_more_than_triggered_ones(seed: int) -> None:
     """On CIFAR-10 1.50 and 2.48: noise of half a pixel beside a warp of a sixth."""
-    ratio = [
-        (warped(noise).float() - tiles().float()).flatten(1).norm(dim=1).mean()
+    triggered_by, cross_by = (
+        (warped(noise, seed).float() - tiles().float()).flatten(1).norm(dim=1).mean()
         for noise in (False, True)
-    ]
-    assert float(ratio[1] / ratio[0]) == pytest.approx(2.48 / 1.50, rel=0.1)
+    )
+    assert float(cross_by / triggered_by) == pytest.approx(2.48 / 1.50, rel=0.1)

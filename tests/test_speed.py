@@ -11,6 +11,7 @@ from benchmark import literal
 from benchmark.speed import Counting, forward_operations, interleaved, rows_of
 from defense import sau
 from models import Classifier, build_model
+from models.convolution import Conv3x3
 from tests.oracle import perturbation
 from tests.test_end_to_end import badnet, cache, run_script, workplace
 from utils.data import Dataset, as_float
@@ -37,6 +38,24 @@ def test_the_literal_inner_loop_is_the_oracles(tiny_model: Classifier, tiny_data
     assert torch.equal(found, expected)
 
 
+def test_a_plain_network_is_the_same_function_without_our_convolutions() -> None:
+    network = build_model("preactresnet18", 4).network.eval()
+    plain = literal.plain_network(network)
+    assert not any(isinstance(module, Conv3x3) for module in plain.modules())
+    assert any(isinstance(module, Conv3x3) for module in network.modules())
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.allclose(network(images), plain(images), atol=1e-5)
+    assert list(plain.state_dict()) == list(network.state_dict())
+
+
+def test_numbers_that_measure_nothing_are_refused(
+    workplace: Path, badnet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--result_file", badnet, "--to", workplace / "none", "--repeats", 0]
+    assert run_script(ROOT / "benchmark/speed.py", *flags) == 2
+    assert "--repeats: 0 is not allowed; give 1 or more" in capsys.readouterr().err
+
+
 def test_units_by_hand(tiny_model: Classifier, tiny_data: Dataset) -> None:
     """Of 12 images with a bound of 0, so that none is ever shared, and two steps.
 
@@ -57,7 +76,8 @@ def test_operations_of_a_forward_pass() -> None:
 
 def test_variants_take_turns_and_the_first_turn_does_not_count() -> None:
     turns: list[str] = []
-    seconds = interleaved({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 2, CPU)
+    variants = {name: lambda name=name: lambda: turns.append(name) for name in "ab"}
+    seconds = interleaved(variants, 2, CPU)
     assert turns == ["a", "b"] * 3
     assert list(seconds) == ["a", "b"]
     rows = rows_of("round", {"a": 6.0, "b": 2.0}, {"b": "note"})
@@ -65,12 +85,12 @@ def test_variants_take_turns_and_the_first_turn_does_not_count() -> None:
 
 
 def test_it_leaves_a_table_and_a_chart(workplace: Path, badnet: Path) -> None:
-    flags = ["--result_file", badnet, "--to", workplace / "speed", "--repeats", 1, "--images", 8]
-    flags += ["--epoch_images", 24, "--batch_size", 8, "--device", "cpu"]
+    flags = ["--result_file", badnet, "--to", workplace / "speed", "--repeats", 1, "--images", 4]
+    flags += ["--epoch_images", 8, "--batch_size", 4, "--device", "cpu"]
     flags += ["--parts", "round", "epoch", "share"]
     assert run_script(ROOT / "benchmark/speed.py", *flags) == 0
     table = pd.read_csv(workplace / "speed/speed.csv")
-    assert set(table["part"]) == {"round", "epoch", "share"}
+    assert set(table["part"]) == {"round", "scoring", "epoch", "share"}
     assert (table["seconds"] > 0).all()
     assert table.loc[table["part"] == "round", "what"].tolist()[:2] == [
         "literal, fp32",

@@ -138,6 +138,14 @@ def as_float(images: torch.Tensor, device: torch.device | None = None) -> torch.
     return images
 
 
+def truncated(images: torch.Tensor) -> torch.Tensor:
+    """Float images in [0, 1] as uint8, fractions of a level cut off, as published triggers are.
+
+    The little more is for whole levels: k / 255 * 255 may be below k in float32.
+    """
+    return (images * 255 + 1e-3).to(torch.uint8)
+
+
 def augment(
     images: torch.Tensor, padding: int, flip: bool, generator: torch.Generator | None = None
 ) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from models import Classifier, build_model
 from utils.config import read_yaml
-from utils.data import Dataset, Labelled, Triggered
+from utils.data import Dataset, Labelled, Triggered, load_dataset
 from utils.errors import UserError
 from utils.poison import KINDS, PoisonedSet
 from utils.runtime import ROOT, logger
@@ -242,6 +242,23 @@ class AttackRecord:
                 f"{self.folder}: its weights do not fit {self.model_name} ({reason})"
             ) from None
         return model.eval()
+
+    def load_dataset(self, path: str | None = None) -> Dataset:
+        """The dataset that the model was trained on, checked.
+
+        Args:
+            path: where it is now; None for where it was.
+        """
+        path = path or self.dataset_path
+        data = load_dataset(self.dataset, Path(path) if path else None, self.image_shape[1])
+        self.check_dataset(data)
+        return data
+
+    def poisoned_set(self, data: Dataset) -> PoisonedSet:
+        """The training set with the images that the attack replaced; not for a clean model."""
+        content = load_tensors(self.folder / "poison.pt")
+        names = ("train_index", "train_images", "train_labels", "train_kinds")
+        return PoisonedSet(data.train, *(content[name] for name in names))
 
     def check_dataset(self, data: Dataset) -> None:
         """Raises UserError unless the dataset is the one that the model was trained on."""

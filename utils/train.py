@@ -172,7 +172,8 @@ def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Call
     """The learning rate's factor by optimizer step.
 
     `cosine` falls from 1 to 0 over the epochs, constant within one. `cosine_100` does so over 100
-    epochs, however many there are, as published: after 50 it is at a half. `one_cycle` changes at
+    epochs, however many there are, as published: after 50 it is at a half, and after more than 100
+    it rises again. `one_cycle` changes at
     every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0. `multi_step`
     falls to a tenth after 100, 200, 300 and 400 epochs, as WaNet, Input-Aware and BPP were
     published: with 100 epochs or fewer it is constant.
