@@ -6,8 +6,8 @@
 Repeats are interleaved, so that a busy machine slows both sides; medians and their ratios count,
 not the seconds. Writes `speed.csv` and `speed.png` and prints the table.
 
-round    rounds of SAU on a really backdoored model: literal (`benchmark/literal.py`), ours in fp32 and
-         at the default precision; and the evaluation after a round
+round    rounds of SAU on a really backdoored model: literal (`benchmark/literal.py`), ours in fp32
+         and at the default precision; and the evaluation after a round
 epoch    an epoch of attack training: PIL images, DataLoader and PNG files, and ours; and the
          evaluation after an epoch
 share    where the time of our epoch and of our round goes, and the ratio to the floor: the
