@@ -82,20 +82,15 @@ class Decoder(nn.Module):
 class Steganography(nn.Module):
     """An encoder and the decoder that it is trained with.
 
-    At 3 x 32 x 32 and 32 bits they have 254,051 and 662,944 parameters. Weights are initialised
-    after He et al. (2015): with torch's own scale the string's part shrinks to a sixth of its
-    variance from layer to layer, and training needs hundreds of steps to find it.
+    At 3 x 32 x 32 and 32 bits they have 254,051 and 662,944 parameters. The initialisation is
+    torch's own. With He's (2015), training on photographs stayed at chance for 600 steps and from
+    another seed for 300, where torch's reads 8 of 10 bits after 200.
     """
 
     def __init__(self, bits: int, image_shape: tuple[int, int, int], reach: float) -> None:
         super().__init__()
         self.encoder = Encoder(bits, image_shape, reach)
         self.decoder = Decoder(bits, image_shape[0])
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
