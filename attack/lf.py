@@ -18,8 +18,8 @@ single image), and the pattern is added as it is (not un-scaled, nor 127 grey le
 
 Limits: under 28 pixels the kernel shrinks with the image, and the published heights are less apt.
 
-Expected on CIFAR-10, PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 93.19 %,
-ASR 99.28 %; 1 % poisoned: 93.56 %, 86.46 %.
+Expected on the embedded digits: ACC >= 98 %, ASR >= 98 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned,
+as published by BackdoorBench: ACC 93.19 %, ASR 99.28 %; 1 % poisoned: 93.56 %, 86.46 %.
 """
 
 import sys
