@@ -18,7 +18,8 @@ The counts are rounded; the authors cut them down (one image less on the digits,
 Limits: square images with one or three channels and a side that is a multiple of 4 pixels.
 
 Expected on the embedded digits at 5 % each: ACC >= 98 %, ASR >= 98 %. CIFAR-10 at 0.3 % poisoned
-and 0.3 % cover: ASR well below 100 %, and different from seed to seed. The published numbers are for a ResNet-20; BackdoorBench has none.
+and 0.3 % cover: ASR well below 100 %, and different from seed to seed. The published numbers are
+for a ResNet-20; BackdoorBench has none.
 """
 
 import sys
