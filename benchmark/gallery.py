@@ -51,7 +51,8 @@ def load_rows(
             raise UserError(f"{folder}: is a second record of {name}; give one of each attack")
         if data is None:
             data = attack.load_dataset()
-        attack.check_dataset(data)
+        else:
+            attack.check_dataset(data)
         found[name] = attack
         index = set(attack.triggered.index.tolist())
         shared = index if shared is None else shared & index

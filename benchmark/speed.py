@@ -147,6 +147,16 @@ def ours_at(bench: Bench, make: Callable[[str], Callable[[], Callable]]) -> dict
     return {f"ours, {name}": make(name) for name in dict.fromkeys(("fp32", bench.precision))}
 
 
+def our_scoring(bench: Bench) -> dict[str, Callable]:
+    """Our evaluation: one pass over the clean and one over the triggered test images."""
+
+    def make(precision: str) -> Callable[[], Callable[[], object]]:
+        model = at_precision(bench.model, precision, bench.device)
+        return lambda: lambda: evaluate(model, bench.data.test, bench.triggered, bench.device)
+
+    return ours_at(bench, make)
+
+
 def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
     """Some rounds of SAU: in the first one the model is its reference, later ones differ."""
     images, labels = as_float(bench.clean.images, bench.device), bench.clean.labels
@@ -172,10 +182,6 @@ def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
         model = literal.plain_network(bench.model)
         return lambda: literal.three_passes(model, bench.data, bench.triggered)
 
-    def two_passes(precision: str) -> Callable[[], Callable[[], object]]:
-        model = at_precision(bench.model, precision, bench.device)
-        return lambda: lambda: evaluate(model, bench.data.test, bench.triggered, bench.device)
-
     seconds = interleaved(
         {"literal, fp32": plain, **ours_at(bench, ours)}, bench.repeats, bench.device
     )
@@ -191,7 +197,7 @@ def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
         {name: s / rounds for name, s in seconds.items()},
         {"ours, fp32": f"{same:.3f} % of delta's values identical"},
     )
-    evaluations = {"three passes, fp32": three_passes, **ours_at(bench, two_passes)}
+    evaluations = {"three passes, fp32": three_passes, **our_scoring(bench)}
     return rows + rows_of("scoring", interleaved(evaluations, bench.repeats, bench.device), {})
 
 
@@ -229,10 +235,6 @@ def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
 
         return prepared
 
-    def scored(precision: str) -> Callable[[], Callable[[], object]]:
-        model = at_precision(bench.model, precision, bench.device)
-        return lambda: lambda: evaluate(model, data.test, bench.triggered, bench.device)
-
     with tempfile.TemporaryDirectory() as folder:
         plain_epoch = literal.PlainEpoch(
             data, bench.poisoned, bench.triggered, Path(folder), batch_size, count
@@ -251,7 +253,7 @@ def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
         )
         evaluations = {
             "plain recipe, fp32": lambda: lambda: plain_epoch.evaluate(trained),
-            **ours_at(bench, scored),
+            **our_scoring(bench),
         }
         scoring = interleaved(evaluations, bench.repeats, bench.device)
     images = count // batch_size * batch_size
