@@ -62,6 +62,7 @@ def purify(
     loop = loop or Loop()
     device = next(model.parameters()).device
     model = copy.deepcopy(model)
+    learner = loop.parallel(model)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.wd
     )
@@ -82,10 +83,10 @@ def purify(
     ):
         model.train()
         for index in loop.batches(len(images), config.batch_size, order):
-            batch = augment(images[index], config.crop_padding, config.flip, crops)
-            loss = F.cross_entropy(model(as_float(batch, device)), labels[index].to(device))
+            batch = augment(images[index], config.crop_padding, config.flip, crops, is_part=True)
+            loss = F.cross_entropy(learner(as_float(batch, device)), labels[index].to(device))
             optimizer.zero_grad()
-            loss.backward()
+            loop.backward(loss)
             optimizer.step()
             scheduler.step()
             loop.log(len(index), loss=loss)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from utils import distributed
 from utils.errors import UserError, suggestion
 from utils.runtime import ROOT, Progress, logger
 
@@ -147,7 +148,11 @@ def truncated(images: torch.Tensor) -> torch.Tensor:
 
 
 def augment(
-    images: torch.Tensor, padding: int, flip: bool, generator: torch.Generator | None = None
+    images: torch.Tensor,
+    padding: int,
+    flip: bool,
+    generator: torch.Generator | None = None,
+    is_part: bool = False,
 ) -> torch.Tensor:
     """Random crop after zero padding, and a horizontal flip with probability 1/2; per image.
 
@@ -156,6 +161,8 @@ def augment(
         padding: pixels on every side, >= 0.
         flip: whether to flip.
         generator: on the device of the images.
+        is_part: whether the images are this process's part of a batch, whose images then move as
+            they would in a single process.
 
     Returns:
         (N, C, H, W), channels-last in memory.
@@ -164,7 +171,9 @@ def augment(
     device = images.device
 
     def draw(high: int) -> torch.Tensor:
-        return torch.randint(high, (count, 1), device=device, generator=generator)
+        rows = count * distributed.processes() if is_part else count
+        drawn = torch.randint(high, (rows, 1), device=device, generator=generator)
+        return distributed.own_rows(drawn) if is_part else drawn
 
     rows = draw(2 * padding + 1) + torch.arange(height, device=device)
     columns = draw(2 * padding + 1) + torch.arange(width, device=device)

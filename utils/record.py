@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from models import Classifier, build_model
+from utils import distributed
 from utils.config import read_yaml
 from utils.data import Dataset, Labelled, Triggered, load_dataset
 from utils.errors import UserError
@@ -30,7 +31,8 @@ class RunFolder:
     """The folder that a run writes; every file appears whole or not at all.
 
     `summary.json` is written last, so its presence means that the run is done. A folder without it
-    is what a failed run left, and may be written again.
+    is what a failed run left, and may be written again. Of several processes the first one alone
+    writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,6 +61,8 @@ class RunFolder:
         Raises:
             UserError: if the folder cannot be written.
         """
+        if not distributed.is_main():
+            return
         try:
             if self.path.is_symlink():
                 raise UserError(f"{self.path}: is a link; give another name, or remove it")
@@ -84,6 +88,8 @@ class RunFolder:
             UserError: if the disk is full or the folder is not writable; earlier files stay intact.
         """
         path = self.path / name
+        if not distributed.is_main():
+            return path
         # Two processes may write the same file of a cache.
         partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         try:

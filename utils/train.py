@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils import distributed
 from utils.data import as_float, augment, keep_on
 from utils.errors import UserError
 from utils.poison import PoisonedSet
@@ -39,7 +40,7 @@ class Supervised:
 
     def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.crop_padding or self.flip:
-            images = augment(images, self.crop_padding, self.flip, self.augmentation)
+            images = augment(images, self.crop_padding, self.flip, self.augmentation, is_part=True)
         return F.cross_entropy(model(as_float(images)), labels)
 
     def update(self) -> None:
@@ -51,6 +52,9 @@ class Loop:
 
     A method writes its two `for` statements with it and reports its losses; a pipeline watches
     through the two callbacks. Without callbacks it only counts.
+
+    With several processes (`utils.distributed`) it gives each its own part of every batch. A method
+    trains data-parallel if it trains through `parallel(model)` and calls `backward(loss)`.
 
     Args:
         after_round: called with (round from 1, total rounds, mean losses, state) after each round.
@@ -69,6 +73,15 @@ class Loop:
         self._after_batch = after_batch
         self._sums: dict[str, torch.Tensor] = {}
         self._images = 0
+        self._weight = 1.0
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The module to train a model through; it shares the model's weights."""
+        return distributed.parallel(model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward pass of a mean over this process's images, as part of the whole batch."""
+        (loss * self._weight if self._weight != 1 else loss).backward()
 
     def rounds(self, total: int, **state: Any) -> Iterator[int]:
         """1 to total.
@@ -82,9 +95,9 @@ class Loop:
         for number in range(1, total + 1):
             self._sums, self._images = {}, 0
             yield number
-            losses = {
-                name: float(value) / max(self._images, 1) for name, value in self._sums.items()
-            }
+            losses = self._mean_losses()
+            if "model" in state:
+                distributed.require_equal(state["model"])
             broken = [name for name, value in losses.items() if not math.isfinite(value)]
             if broken:
                 raise UserError(
@@ -95,19 +108,35 @@ class Loop:
                 self._after_round(number, total, losses, state)
 
     def batches(
-        self, count: int, batch_size: int, generator: torch.Generator, drop_last: bool = False
+        self,
+        count: int,
+        batch_size: int,
+        generator: torch.Generator,
+        drop_last: bool = False,
+        whole: bool = False,
     ) -> Iterator[torch.Tensor]:
         """A fresh permutation of range(count) in batches of int64 indices.
+
+        Each of several processes gets its own part of a batch, at least one image.
 
         Args:
             generator: on the CPU, so that the order is the same on every device.
             drop_last: whether to leave out a last batch that is not full.
+            whole: give every process the whole batch; for `distributed.Gathered`.
         """
         batches = torch.randperm(count, generator=generator).split(batch_size)
         if drop_last and len(batches[-1]) < batch_size:
             batches = batches[:-1]
+        if len(batches[-1]) < distributed.processes():
+            raise UserError(
+                f"--batch_size: with {batch_size} the last batch has {len(batches[-1])} of {count} "
+                f"images, fewer than the {distributed.processes()} processes; give another"
+            )
         for batch in batches:
-            yield batch
+            own = batch if whole else batch[distributed.part(len(batch))]
+            share = len(own) * (1 if whole else distributed.processes())
+            self._weight = share / len(batch)
+            yield own
             if self._after_batch:
                 self._after_batch(len(batches))
 
@@ -116,6 +145,15 @@ class Loop:
         self._images += count
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Over the round's images of all processes."""
+        if not self._sums:
+            return {}
+        sums = torch.stack([value.double() for value in self._sums.values()])
+        everything = torch.cat([sums, sums.new_tensor([self._images])])
+        *values, images = distributed.total(everything).tolist()
+        return {name: value / images for name, value in zip(self._sums, values, strict=True)}
 
 
 def train_classifier(
@@ -132,6 +170,7 @@ def train_classifier(
     order: torch.Generator,
     loop: Loop,
     drop_last: bool = True,
+    whole: bool = False,
 ) -> None:
     """Trains a model in place with SGD.
 
@@ -140,6 +179,7 @@ def train_classifier(
         order: draws the order of the images; on the CPU.
         loop: counts epochs and batches.
         drop_last: whether an epoch leaves out a last batch that is not full.
+        whole: whether the step needs the batch as a whole, also with several processes.
 
     Raises:
         UserError: if a batch is larger than the set, or a loss is not finite.
@@ -149,6 +189,9 @@ def train_classifier(
             f"--batch_size: {batch_size} is more than the {len(data)} training images; give fewer"
         )
     batches = _Batches(data, next(model.parameters()).device)
+    learner = loop.parallel(model)
+    if whole and learner is not model:
+        learner = distributed.Gathered(learner)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
@@ -158,10 +201,10 @@ def train_classifier(
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": order}
     for _ in loop.rounds(epochs, **state, step=step):
         model.train()
-        for index in loop.batches(len(data), batch_size, order, drop_last):
-            loss = step.loss(model, *batches.take(index))
+        for index in loop.batches(len(data), batch_size, order, drop_last, whole):
+            loss = step.loss(learner, *batches.take(index))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loop.backward(loss)
             optimizer.step()
             step.update()
             scheduler.step()
