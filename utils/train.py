@@ -12,7 +12,9 @@ from utils.data import as_float, augment, keep_on
 from utils.errors import UserError
 from utils.poison import PoisonedSet
 
-Schedule = Literal["constant", "cosine", "cosine_100", "one_cycle", "multi_step"]
+Schedule = Literal[
+    "constant", "cosine", "cosine_100", "one_cycle", "multi_step", "reduce_on_plateau"
+]
 
 
 class Step(Protocol):
@@ -82,9 +84,7 @@ class Loop:
         for number in range(1, total + 1):
             self._sums, self._images = {}, 0
             yield number
-            losses = {
-                name: float(value) / max(self._images, 1) for name, value in self._sums.items()
-            }
+            losses = self.losses()
             broken = [name for name, value in losses.items() if not math.isfinite(value)]
             if broken:
                 raise UserError(
@@ -110,6 +110,10 @@ class Loop:
             yield batch
             if self._after_batch:
                 self._after_batch(len(batches))
+
+    def losses(self) -> dict[str, float]:
+        """The mean losses of the round so far, by name; waits for the device."""
+        return {name: float(value) / max(self._images, 1) for name, value in self._sums.items()}
 
     def log(self, count: int, **losses: torch.Tensor) -> None:
         """Adds a batch's mean losses, weighted by its images; does not wait for the device."""
@@ -153,8 +157,7 @@ def train_classifier(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
     steps_per_epoch = len(data) // batch_size if drop_last else -(-len(data) // batch_size)
-    multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+    scheduler = Scheduler(optimizer, schedule, epochs, steps_per_epoch)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": order}
     for _ in loop.rounds(epochs, **state, step=step):
         model.train()
@@ -164,12 +167,48 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             step.update()
-            scheduler.step()
+            scheduler.after_step()
             loop.log(len(index), loss=loss)
+        scheduler.after_epoch(loop.losses()["loss"])
+
+
+class Scheduler:
+    """The learning rate over a run: moved after each step, or after each epoch by its loss.
+
+    `reduce_on_plateau` is torch's with its own values, as published: a tenth once the mean training
+    loss of an epoch has not fallen by a ten-thousandth of itself for more than 10 epochs. The other
+    schedules are functions of the step, see `lr_multiplier`.
+
+    Args:
+        optimizer: whose learning rate, as it is now, is the peak.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        epochs: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self._by_step: torch.optim.lr_scheduler.LambdaLR | None = None
+        self._by_loss: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        if schedule == "reduce_on_plateau":
+            self._by_loss = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        else:
+            multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
+            self._by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+
+    def after_step(self) -> None:
+        if self._by_step:
+            self._by_step.step()
+
+    def after_epoch(self, loss: float) -> None:
+        if self._by_loss:
+            self._by_loss.step(loss)
 
 
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate's factor by optimizer step.
+    """The learning rate's factor by optimizer step; not for `reduce_on_plateau`.
 
     `cosine` falls from 1 to 0 over the epochs, constant within one. `cosine_100` does so over 100
     epochs, however many there are, as published: after 50 it is at a half, and after more than 100
