@@ -25,7 +25,8 @@ from models import Classifier, build_model, check_model
 from models import prepare as prepare_model
 from utils import config as configuration
 from utils import distributed, pipeline, plot, poison, record
-from utils.data import Dataset, DatasetName, Labelled, Triggered, as_float, load_dataset
+from utils.data import Dataset, Labelled, Triggered, as_float
+from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
 from utils.evaluate import predict
 from utils.metrics import Scores, rate_label

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import DefenseConfig, run
 from utils.data import as_float, augment
 from utils.runtime import generator
-from utils.train import Loop, Schedule, lr_multiplier
+from utils.train import Loop, Schedule, Scheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,7 @@ def purify(
         model.parameters(), lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.wd
     )
     steps = -(-len(images) // config.batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lr_multiplier(config.lr_scheduler, config.n_rounds, steps)
-    )
+    scheduler = Scheduler(optimizer, config.lr_scheduler, config.n_rounds, steps)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation", images.device)
 
@@ -88,8 +86,9 @@ def purify(
             optimizer.zero_grad()
             loop.backward(loss)
             optimizer.step()
-            scheduler.step()
+            scheduler.after_step()
             loop.log(len(index), loss=loss)
+        scheduler.after_epoch(loop.losses()["loss"])
     return model.eval()
 
 

@@ -96,6 +96,14 @@ def main_alone() -> Iterator[bool]:
     barrier()
 
 
+def from_main(value: Any) -> Any:
+    """The first process's value, in all processes."""
+    box = [value]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def part(count: int) -> slice:
     """This process's part of `count` things in a row; parts differ by one at most."""
     return slice(count * rank() // processes(), count * (rank() + 1) // processes())

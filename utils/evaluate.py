@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from utils import distributed
-from utils.data import Labelled, Triggered, as_float
+from utils.data import Labelled, Triggered, as_float, release
 from utils.metrics import Rate, Scores
 from utils.runtime import evaluating
 
@@ -24,9 +24,10 @@ def predict(
     if len(images) == 0:
         return torch.zeros(0, dtype=torch.int64)
     with evaluating(model), torch.inference_mode():
-        predictions = [
-            model(as_float(batch, device)).argmax(1) for batch in images.split(batch_size)
-        ]
+        predictions = []
+        for batch in images.split(batch_size):
+            predictions.append(model(as_float(batch, device)).argmax(1))
+            release(images)
     return torch.cat(predictions).cpu()
 
 

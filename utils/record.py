@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 from models import Classifier, build_model
 from utils import distributed
 from utils.config import read_yaml
-from utils.data import Dataset, Labelled, Triggered, load_dataset
+from utils.data import Dataset, Labelled, Triggered
+from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.poison import KINDS, PoisonedSet
 from utils.runtime import ROOT, logger

@@ -9,11 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils import distributed
-from utils.data import as_float, augment, keep_on
+from utils.data import as_float, augment, keep_on, release
 from utils.errors import UserError
 from utils.poison import PoisonedSet
 
-Schedule = Literal["constant", "cosine", "cosine_100", "one_cycle", "multi_step"]
+Schedule = Literal[
+    "constant", "cosine", "cosine_100", "one_cycle", "multi_step", "reduce_on_plateau"
+]
 
 
 class Step(Protocol):
@@ -95,7 +97,7 @@ class Loop:
         for number in range(1, total + 1):
             self._sums, self._images = {}, 0
             yield number
-            losses = self._mean_losses()
+            losses = self.losses()
             if "model" in state:
                 distributed.require_equal(state["model"])
             broken = [name for name, value in losses.items() if not math.isfinite(value)]
@@ -127,7 +129,7 @@ class Loop:
         batches = torch.randperm(count, generator=generator).split(batch_size)
         if drop_last and len(batches[-1]) < batch_size:
             batches = batches[:-1]
-        if len(batches[-1]) < distributed.processes():
+        if batches and len(batches[-1]) < distributed.processes():
             raise UserError(
                 f"--batch_size: with {batch_size} the last batch has {len(batches[-1])} of {count} "
                 f"images, fewer than the {distributed.processes()} processes; give another"
@@ -140,20 +142,20 @@ class Loop:
             if self._after_batch:
                 self._after_batch(len(batches))
 
-    def log(self, count: int, **losses: torch.Tensor) -> None:
-        """Adds a batch's mean losses, weighted by its images; does not wait for the device."""
-        self._images += count
-        for name, loss in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
-
-    def _mean_losses(self) -> dict[str, float]:
-        """Over the round's images of all processes."""
+    def losses(self) -> dict[str, float]:
+        """The mean losses of the round so far, over all processes; waits for the device."""
         if not self._sums:
             return {}
         sums = torch.stack([value.double() for value in self._sums.values()])
         everything = torch.cat([sums, sums.new_tensor([self._images])])
         *values, images = distributed.total(everything).tolist()
         return {name: value / images for name, value in zip(self._sums, values, strict=True)}
+
+    def log(self, count: int, **losses: torch.Tensor) -> None:
+        """Adds a batch's mean losses, weighted by its images; does not wait for the device."""
+        self._images += count
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
 
 
 def train_classifier(
@@ -196,8 +198,7 @@ def train_classifier(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
     steps_per_epoch = len(data) // batch_size if drop_last else -(-len(data) // batch_size)
-    multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+    scheduler = Scheduler(optimizer, schedule, epochs, steps_per_epoch)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": order}
     for _ in loop.rounds(epochs, **state, step=step):
         model.train()
@@ -207,12 +208,48 @@ def train_classifier(
             loop.backward(loss)
             optimizer.step()
             step.update()
-            scheduler.step()
+            scheduler.after_step()
             loop.log(len(index), loss=loss)
+        scheduler.after_epoch(loop.losses()["loss"])
+
+
+class Scheduler:
+    """The learning rate over a run: moved after each step, or after each epoch by its loss.
+
+    `reduce_on_plateau` is torch's with its own values, as published: a tenth once the mean training
+    loss of an epoch has not fallen by a ten-thousandth of itself for more than 10 epochs. The other
+    schedules are functions of the step, see `lr_multiplier`.
+
+    Args:
+        optimizer: whose learning rate, as it is now, is the peak.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        epochs: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self._by_step: torch.optim.lr_scheduler.LambdaLR | None = None
+        self._by_loss: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        if schedule == "reduce_on_plateau":
+            self._by_loss = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        else:
+            multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
+            self._by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+
+    def after_step(self) -> None:
+        if self._by_step:
+            self._by_step.step()
+
+    def after_epoch(self, loss: float) -> None:
+        if self._by_loss:
+            self._by_loss.step(loss)
 
 
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate's factor by optimizer step.
+    """The learning rate's factor by optimizer step; not for `reduce_on_plateau`.
 
     `cosine` falls from 1 to 0 over the epochs, constant within one. `cosine_100` does so over 100
     epochs, however many there are, as published: after 50 it is at a half, and after more than 100
@@ -257,6 +294,7 @@ class _Batches:
         """uint8 (B, C, H, W) and int64 (B,) at int64 CPU indices, on the device."""
         place = index.to(self._images.device)
         images = self._images[place]
+        release(self._images)
         slot = self._slot[index]
         replaced = torch.nonzero(slot >= 0).flatten()
         images[replaced.to(images.device)] = self._replaced[
