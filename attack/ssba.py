@@ -40,6 +40,7 @@ from utils.runtime import Progress, generator, logger
 RAMP = 200  # steps in which the weight of the pixel loss grows, once the string can be read
 PATIENCE = 600  # steps after which an initialisation that reads nothing is given up
 ATTEMPTS = 5  # initialisations
+DECAY_FROM = 0.6  # share of the steps after which the learning rate falls
 CHUNK = 64  # images encoded at once
 
 
@@ -130,7 +131,8 @@ def train(
 ) -> bool:
     """Trains both networks in place on uint8 (N, C, H, W) images and random strings.
 
-    The pixel loss waits until a batch gives back more than 90 % of its bits, then its weight grows
+    The learning rate falls to 0 over the last part of the steps, which makes the last bits
+    readable. The pixel loss waits until a batch gives back more than 90 % of its bits, then its weight grows
     linearly: from the start it would hold the networks at chance. So would a shared string.
 
     Returns:
@@ -138,6 +140,9 @@ def train(
     """
     device = next(networks.parameters()).device
     optimizer = torch.optim.Adam(networks.parameters(), lr=config.encoder_lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (1 - step / config.encoder_steps) / (1 - DECAY_FROM))
+    )
     read_at: int | None = None
     with Progress(config.encoder_steps, "training the encoder", "step") as progress:
         for step in range(1, config.encoder_steps + 1):
@@ -157,6 +162,7 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
             accuracy = bit_accuracy(logits, message)
             if read_at is None and accuracy > 0.9:
                 read_at = step
@@ -181,6 +187,7 @@ def prepare(config: Config, setting: Setting) -> Encoder:
     key = {
         name: value for name, value in asdict(config).items() if "encoder" in name or name in names
     }
+    key["decay_from"] = DECAY_FROM
 
     def start(attempt: int) -> Steganography:
         with torch.random.fork_rng(devices=[]):
