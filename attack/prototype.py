@@ -21,7 +21,14 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import Classifier, build_model, check_model
+from models import (
+    Classifier,
+    build_model,
+    check_model,
+    load_pretrained,
+    model_identity,
+    pretrained_size,
+)
 from models import prepare as prepare_model
 from utils import config as configuration
 from utils import distributed, pipeline, plot, poison, record
@@ -60,7 +67,11 @@ class TrainingConfig(configuration.Config):
         str | None, Field(description="folder of the images or downloads; null for data/")
     ]
     image_size: Annotated[int, Field(ge=8, le=1024, description="side of the images in pixels")]
-    model: Annotated[str, Field(description="preactresnet18 or a torchvision classifier")]
+    model: Annotated[
+        str,
+        Field(description="preactresnet18, a torchvision classifier, or your own file.py:function"),
+    ]
+    pretrained: Annotated[bool, Field(description="start from torchvision's weights")]
     epochs: Annotated[int, Field(ge=1, description="passes over the training set")]
     batch_size: Annotated[int, Field(ge=2, description="images a step")]
     lr: Annotated[float, Field(gt=0, description="peak learning rate of SGD")]
@@ -226,11 +237,12 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         precision = pick_precision(config.precision, device)
         data = load_dataset(config.dataset, _path(config.dataset_path), config.image_size)
         _check_fit(config, data)
-        check_model(config.model, len(data.classes), config.image_size)
+        network_size = _network_size(config)
+        check_model(config.model, len(data.classes), config.image_size, network_size)
         setting = Setting(data, device, precision)
         plan = make_plan(config, setting)
         seed_everything(config.random_seed)
-        model = build_model(config.model, len(data.classes), data.mean, data.std)
+        model = _new_model(config, data)
         prepare_model(model, device, precision)
 
         distributed.barrier()  # all have found the folder free before one writes into it
@@ -248,9 +260,12 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         if not distributed.is_main():
             return folder
         triggered, exported = plan.triggered(), plan.exported()
+        model_name, model_sha256 = model_identity(config.model)
         facts = {
             "attack": name,
-            "model_name": config.model,
+            "model_name": model_name,
+            "model_sha256": model_sha256,
+            "network_size": network_size,
             "dataset_path": None
             if config.dataset_path is None
             else os.path.abspath(config.dataset_path),
@@ -273,7 +288,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
                 **watch.scores.counts(),
                 "seed": config.random_seed,
                 "dataset": data.name,
-                "model": config.model,
+                "model": model_name,
                 "epochs": config.epochs,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
                 "pratio": config.pratio if isinstance(config, AttackConfig) else None,
@@ -313,7 +328,7 @@ def clean_model(
 
     def compute() -> dict[str, torch.Tensor]:
         seed_everything(config.random_seed)
-        model = build_model(config.model, len(data.classes), data.mean, data.std)
+        model = _new_model(config, data)
         prepare_model(model, setting.device, setting.precision)
         logger.info("training a clean %s for the trigger, %d epochs", config.model, epochs)
         watch = pipeline.Watch(
@@ -326,7 +341,7 @@ def clean_model(
 
     key = recipe(config, setting) | dict(variant or {}) | {"epochs": epochs}
     state = setting.cached("clean-model", key, compute)
-    model = build_model(config.model, len(data.classes), data.mean, data.std)
+    model = _bare_model(config, data)
     model.network.load_state_dict(state)
     return prepare_model(model, setting.device, setting.precision).eval().requires_grad_(False)
 
@@ -334,7 +349,7 @@ def clean_model(
 def recipe(config: TrainingConfig, setting: Setting) -> dict[str, Any]:
     """What a model trained on given data depends on, epochs aside; for `Setting.cached`."""
     names = (
-        "model",
+        "pretrained",
         "batch_size",
         "lr",
         "lr_scheduler",
@@ -344,7 +359,8 @@ def recipe(config: TrainingConfig, setting: Setting) -> dict[str, Any]:
         "flip",
         "random_seed",
     )
-    return {name: getattr(config, name) for name in names} | {"precision": setting.precision}
+    model = {"model": model_identity(config.model), "precision": setting.precision}
+    return model | {name: getattr(config, name) for name in names}
 
 
 def run_plan(config_class: type[Any], make_plan: MakePlan) -> None:
@@ -361,6 +377,30 @@ def run_plan(config_class: type[Any], make_plan: MakePlan) -> None:
         train(config, Path(str(module.__file__)).stem, make_plan)
 
     run_script(main)
+
+
+def _network_size(config: TrainingConfig) -> int | None:
+    """The side to which the network itself resizes; None where it takes images as they are."""
+    return pretrained_size(config.model, config.image_size) if config.pretrained else None
+
+
+def _bare_model(config: TrainingConfig, data: Dataset) -> Classifier:
+    return build_model(
+        config.model,
+        len(data.classes),
+        data.mean,
+        data.std,
+        image_size=config.image_size,
+        network_size=_network_size(config),
+    )
+
+
+def _new_model(config: TrainingConfig, data: Dataset) -> Classifier:
+    """A model as training starts with it; its new weights are from the global generator."""
+    model = _bare_model(config, data)
+    if config.pretrained:
+        logger.info("starting from %s", load_pretrained(model.network, config.model))
+    return model
 
 
 def _train(config: TrainingConfig, model: Classifier, plan: Plan, loop: Loop) -> None:

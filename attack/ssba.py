@@ -132,8 +132,9 @@ def train(
     """Trains both networks in place on uint8 (N, C, H, W) images and random strings.
 
     The learning rate falls to 0 over the last part of the steps, which makes the last bits
-    readable. The pixel loss waits until a batch gives back more than 90 % of its bits, then its weight grows
-    linearly: from the start it would hold the networks at chance. So would a shared string.
+    readable. The pixel loss waits until a batch gives back more than 90 % of its bits, then its
+    weight grows linearly: from the start it would hold the networks at chance. So would a shared
+    string.
 
     Returns:
         False if the string still cannot be read after `PATIENCE` steps: another start is needed.

@@ -47,7 +47,10 @@ class DefenseConfig(configuration.Config):
     ]
     overwrite: Annotated[bool, Field(description="replace this defense's earlier result")]
     dataset: Annotated[str | None, Field(description="must be the record's, from which it is read")]
-    model: Annotated[str | None, Field(description="must be the record's, from which it is read")]
+    model: Annotated[
+        str | None,
+        Field(description="must be the record's, from which it is read; needed for your own file"),
+    ]
     dataset_path: Annotated[
         str | None, Field(description="where the images are now; null for the record's path")
     ]
@@ -104,21 +107,18 @@ def defend(
     attack = record.load_attack(_record_folder(config.result_file, config.record_path))
     folder = record.defense_folder(attack.folder, name)
     folder.refuse_existing(config.overwrite)
-    for flag, given, recorded in (
-        ("dataset", config.dataset, attack.dataset),
-        ("model", config.model, attack.model_name),
-    ):
-        if given not in (None, recorded):
-            raise UserError(
-                f"--{flag}: {given}, but the record says {recorded}; leave the flag out"
-            )
+    if config.dataset not in (None, attack.dataset):
+        raise UserError(
+            f"--dataset: {config.dataset}, but the record says {attack.dataset}; leave the flag out"
+        )
+    attack.check_model(config.model)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     data = attack.load_dataset(config.dataset_path)
     index = clean_subset(len(data.train), config)
     clean = data.train.at(index)
     seed_everything(config.random_seed)
-    backdoored = prepare(attack.build(), device, precision)
+    backdoored = prepare(attack.build(config.model), device, precision)
 
     distributed.barrier()  # all have found the folder free before one writes into it
     folder.start(config.dump())
@@ -152,6 +152,8 @@ def defend(
             {
                 "model": record.model_state(model),
                 "model_name": attack.model_name,
+                "model_sha256": attack.model_sha256,
+                "network_size": attack.network_size,
                 "num_classes": attack.num_classes,
                 "image_shape": list(attack.image_shape),
                 "mean": list(attack.mean),

@@ -1,11 +1,30 @@
 """The classifiers, and the layout in which weights are exchanged."""
 
+import copy
+import hashlib
+import urllib.error
+from pathlib import Path
+from typing import NoReturn
+
 import pytest
 import torch
+import torchvision.models._api as torchvision_api
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import resnet18
 
-from models import Classifier, Normalize, build_model, model_names, prepare
+from models import (
+    Classifier,
+    Normalize,
+    Resize,
+    build_model,
+    check_model,
+    load_pretrained,
+    model_identity,
+    model_names,
+    prepare,
+    pretrained_size,
+)
 from models.preactresnet import PreActBlock, PreActResNet, preactresnet18
 from utils.errors import UserError
 
@@ -207,3 +226,192 @@ def test_model_names_are_ours_and_torchvisions() -> None:
     assert names == sorted(set(names))
     assert {"preactresnet18", "vgg16", "densenet121", "vit_b_16"} <= set(names)
     assert not any(name.startswith(("fcn", "fasterrcnn", "raft", "quantized")) for name in names)
+
+
+# --- image sizes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "able"),
+    [("vgg19_bn", 16, "32 or 48"), ("vit_b_16", 28, "16 or 32 or 48 or 64"), ("alexnet", 32, "64")],
+)
+def test_a_size_that_a_network_cannot_take_is_said_with_those_that_it_can(
+    name: str, size: int, able: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_model(name, 10, size)
+    assert f"{name} cannot take images of {size} x {size}" in str(caught.value)
+    assert f"give --image_size {able}" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_vit_has_a_position_for_each_patch_of_the_image(size: int) -> None:
+    """Patches of 16 pixels: 2 x 2 of 32, 4 x 4 of 64, and the class token."""
+    check_model("vit_b_16", 10, size)
+    with torch.device("meta"):
+        network = build_model("vit_b_16", 10, image_size=size).network
+    assert network.state_dict()["encoder.pos_embedding"].shape == (1, (size // 16) ** 2 + 1, 768)
+
+
+def test_a_network_may_resize_first_and_holds_nothing_for_it() -> None:
+    """The keys are those in which pre-trained ViTs are exchanged: all begin with 1."""
+    with torch.device("meta"):
+        model = build_model("vit_b_16", 10, image_size=32, network_size=224)
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+    assert all(key.startswith("1.") for key in model.network.state_dict())
+    images = torch.rand(2, 3, 8, 8)
+    assert Resize(16)(images).shape == (2, 3, 16, 16)
+    assert torch.equal(Resize(8)(images), images)
+
+
+# --- torchvision's weights ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> State:
+    """In the place of the download: a ResNet-18 for 1,000 classes whose numbers are all 0.25."""
+    state = resnet18().state_dict()
+    for value in state.values():
+        value.fill_(0.25)
+    monkeypatch.setattr(torchvision_api, "load_state_dict_from_url", lambda *_, **__: state)
+    return state
+
+
+def test_pretrained_weights_fill_all_but_the_head(trained: State) -> None:
+    torch.manual_seed(0)
+    model = build_model("resnet18", 10)
+    assert "IMAGENET1K_V1" in load_pretrained(model.network, "resnet18")
+    for key, value in model.network.state_dict().items():
+        if key.startswith("fc."):
+            assert not (value == 0.25).any()
+        else:
+            assert torch.equal(value, trained[key]), key
+
+
+def test_pretrained_weights_go_behind_the_layer_that_resizes(trained: State) -> None:
+    model = build_model("resnet18", 10, network_size=64)
+    load_pretrained(model.network, "resnet18")
+    assert (model.network.state_dict()["1.conv1.weight"] == 0.25).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "size"),
+    [
+        ("resnet18", 32, None),
+        ("vgg19_bn", 16, 224),  # takes 32 pixels or more
+        ("vgg19_bn", 32, None),
+        ("vit_b_16", 32, 224),
+        ("vit_b_16", 224, None),
+        ("vit_b_16", 256, 224),  # exactly the size that it was trained at
+    ],
+)
+def test_pretrained_networks_resize_where_they_need_to(
+    name: str, image_size: int, size: int | None
+) -> None:
+    assert pretrained_size(name, image_size) == size
+
+
+def test_a_network_without_trained_weights_is_said() -> None:
+    for name in ("preactresnet18", "my_net.py:build"):
+        with pytest.raises(UserError, match=f"no trained weights of {name}; leave the flag out"):
+            pretrained_size(name, 32)
+
+
+def test_without_a_network_the_weights_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> NoReturn:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        load_pretrained(build_model("resnet18", 10).network, "resnet18")
+    text = str(caught.value)
+    assert "no route to host" in text
+    assert "resnet18-f37072fd.pth" in text
+    assert str(tmp_path / "checkpoints") in text
+    assert len(text.splitlines()) == 1
+
+
+# --- the user's own file ------------------------------------------------------------------------
+
+OWN = """
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass
+class Sizes:
+    classes: int
+
+
+def build(num_classes, image_size):
+    sizes = Sizes(num_classes)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, sizes.classes))
+
+
+def wrong(num_classes, image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8**2, 5))
+
+
+def text(num_classes, image_size):
+    return "a network"
+
+
+def broken(num_classes):
+    return None
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "my net.py"
+    path.write_text(OWN, encoding="utf-8")
+    return path
+
+
+def test_a_user_s_constructor_is_called(own: Path) -> None:
+    check_model(f"{own}:build", 4, 12)
+    model = build_model(f"{own}:build", 4, image_size=12)
+    assert model(torch.rand(2, 3, 12, 12)).shape == (2, 4)
+    assert list(model.network.state_dict()) == ["1.weight", "1.bias"]
+    assert copy.deepcopy(model)(torch.rand(2, 3, 12, 12)).shape == (2, 4)
+
+
+def test_a_user_s_file_is_known_by_its_name_and_content(own: Path) -> None:
+    name, sha256 = model_identity(f"{own}:build")
+    assert name == "my net.py:build"
+    assert sha256 == hashlib.sha256(own.read_bytes()).hexdigest()
+    assert model_identity("resnet18") == ("resnet18", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("{own}:wrong", r"gives \(2, 5\) for a batch of two .*; logits of \(2, 4\) are needed"),
+        ("{own}:text", "gave str; it has to return an nn.Module"),
+        ("{own}:broken", "failed with num_classes=4, image_size=8 .TypeError: "),
+        ("{own}:missing", "has no function missing"),
+        ("{own}:number", "has no function number"),
+        ("nowhere.py:build", "nowhere.py cannot be read"),
+        ("{own}", "is unknown.*give file.py:function, or one of"),
+    ],
+)
+def test_a_user_s_file_that_does_not_fit_is_told_in_one_line(
+    own: Path, name: str, problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem) as caught:
+        check_model(name.format(own=own), 4, 8)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_user_s_file_with_an_error_in_it_is_told_in_one_line(own: Path) -> None:
+    own.write_text("def build(:\n", encoding="utf-8")
+    with pytest.raises(UserError, match="SyntaxError") as caught:
+        check_model(f"{own}:build", 4, 8)
+    assert len(str(caught.value).splitlines()) == 1

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 from pydantic import Field, TypeAdapter
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
-from models import Classifier, build_model
+from models import Classifier, build_model, is_user_file, model_identity
 from utils import distributed
 from utils.config import read_yaml
 from utils.data import Dataset, Labelled, Triggered
@@ -157,7 +157,8 @@ def save_attack(
 
     Args:
         cross: all test images with a trigger that must not fire, where the attack has one.
-        facts: `attack`, `model_name`, `dataset_path` (text or None), `attack_target`,
+        facts: `attack`, `model_name`, `model_sha256` (of a user's file, or None), `network_size`
+            (as for `build_model`), `dataset_path` (text or None), `attack_target`,
             `attack_label_trans` (both None for a clean model).
     """
     if triggered is not None:
@@ -233,14 +234,58 @@ class AttackRecord:
     attack_label_trans: str | None
     triggered: Triggered | None
     poison_index: torch.Tensor | None
+    model_sha256: str | None = None
+    network_size: int | None = None
 
-    def build(self) -> Classifier:
-        """The record's model, in eval mode, on the CPU.
+    def check_model(self, given: str | None) -> str:
+        """The name to build the model by.
+
+        Args:
+            given: the user's `--model`; a file is run only if it is given here.
 
         Raises:
-            UserError: if the weights do not fit the architecture.
+            UserError: if that is not the record's, or has to be given and is not.
         """
-        model = build_model(self.model_name, self.num_classes, self.mean, self.std)
+        if not is_user_file(self.model_name):
+            if given not in (None, self.model_name):
+                raise UserError(
+                    f"--model: {given}, but the record says {self.model_name}; leave the flag out"
+                )
+            return self.model_name
+        if given is None:
+            raise UserError(
+                f"--model: the record's network is made by a file of yours, {self.model_name}, "
+                "which is run only if you name it; give --model and its path"
+            )
+        name, sha256 = model_identity(given)
+        if sha256 is None or name.rpartition(":")[2] != self.model_name.rpartition(":")[2]:
+            raise UserError(
+                f"--model: {given}, but the record says {self.model_name}; give that file"
+            )
+        if sha256 != self.model_sha256:
+            raise UserError(
+                f"--model: {given} is not the file that the record was made with, whose sha256 is "
+                f"{self.model_sha256}; give that file"
+            )
+        return given
+
+    def build(self, given: str | None = None) -> Classifier:
+        """The record's model, in eval mode, on the CPU.
+
+        Args:
+            given: as for `check_model`.
+
+        Raises:
+            UserError: if the weights do not fit the architecture, or as `check_model` says.
+        """
+        model = build_model(
+            self.check_model(given),
+            self.num_classes,
+            self.mean,
+            self.std,
+            image_size=self.image_shape[1],
+            network_size=self.network_size,
+        )
         try:
             model.network.load_state_dict(self.state)
         except RuntimeError as error:
@@ -356,6 +401,8 @@ class _Plain(TypedDict):
 
     attack: str
     model_name: str
+    model_sha256: NotRequired[str | None]
+    network_size: NotRequired[Annotated[int | None, Field(ge=1)]]
     num_classes: Annotated[int, Field(ge=1, strict=True)]
     image_shape: tuple[int, int, int]
     mean: tuple[float, float, float]

@@ -1,0 +1,74 @@
+"""torchvision's trained weights, and the image size that they need."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+
+def pretrained_size(name: str, image_size: int) -> int | None:
+    """The side to which the network itself has to resize images, or None where it need not.
+
+    Most networks take every size from a smallest one on; a ViT takes only the size that its
+    positions were learned at.
+
+    Raises:
+        UserError: if torchvision has no weights of that name.
+    """
+    weights = _weights(name)
+    own_size = int(weights.transforms().crop_size[0])
+    fits = own_size == image_size if name.startswith("vit_") else image_size >= _smallest(weights)
+    return None if fits else own_size
+
+
+def load_pretrained(network: nn.Module, name: str) -> str:
+    """Fills a network with torchvision's weights, all but the head of other classes; in place.
+
+    Args:
+        network: as `build_model` makes it, perhaps behind a layer that resizes.
+
+    Returns:
+        What torchvision calls these weights.
+
+    Raises:
+        UserError: if the weights cannot be downloaded or read.
+    """
+    from torchvision.models import get_model
+
+    weights = _weights(name)
+    kept = Path(torch.hub.get_dir()) / "checkpoints"
+    file = weights.url.rpartition("/")[2]
+    try:
+        trained = get_model(name, weights=weights).state_dict()
+    except Exception as error:  # what urllib, torch.hub and torch.load raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--pretrained: the weights of {name} cannot be downloaded or read ({reason}); put "
+            f"{weights.url} into {kept} as {file}, or leave the flag out"
+        ) from None
+    target = network[1] if isinstance(network, nn.Sequential) and len(network) == 2 else network
+    own = target.state_dict()
+    own |= {
+        key: value for key, value in trained.items() if key in own and own[key].shape == value.shape
+    }
+    target.load_state_dict(own)
+    return str(weights)
+
+
+def _weights(name: str) -> Any:
+    from torchvision.models import get_model_weights
+
+    try:
+        return get_model_weights(name).DEFAULT
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"--pretrained: torchvision has no trained weights of {name}; leave the flag out, or "
+            "give --model one of its classifiers, e.g. resnet18"
+        ) from None
+
+
+def _smallest(weights: Any) -> int:
+    return max(weights.meta["min_size"])
