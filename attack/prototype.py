@@ -40,6 +40,7 @@ from utils.runtime import (
     run_script,
     seed_everything,
 )
+from utils.tensors import load_tensors
 from utils.train import Loop, Schedule, Step, Supervised, train_classifier
 
 
@@ -117,7 +118,7 @@ class Setting:
         name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
         if (cache.path / name).exists():
             logger.info("%s: read from %s", kind, cache.path / name)
-            return record.load_tensors(cache.path / name)
+            return load_tensors(cache.path / name)
         tensors = compute()
         cache.write_tensors(name, tensors)
         return tensors
