@@ -16,6 +16,7 @@ from PIL import Image
 
 import models
 from tests import backdoorbench_writer as writer
+from tests import test_fingerprints
 from tests.conftest import TinyNet
 from tests.test_end_to_end import run_script
 from utils import backdoorbench, record
@@ -370,6 +371,13 @@ def path_change(path: str) -> Callable[[dict], object]:
     [
         (lambda content: content.pop("img_size"), "it has no img_size"),
         (lambda content: content.update(num_classes="10"), "num_classes is no positive integer"),
+        (lambda content: content.update(num_classes=10**12), "are for 1000000000000 classes"),
+        (lambda content: content.update(num_classes=-1), "num_classes is no positive integer"),
+        (
+            lambda content: content.update(img_size=(10**6, 10**6, 3)),
+            "no 8-bit RGB PNG of 1000000 x 1000000",
+        ),
+        (lambda content: content.update(img_size=(10**12, 10**12, 3)), "img_size is"),
         (lambda content: content.update(img_size=(28, 28, 1)), "img_size is (28, 28, 1)"),
         (lambda content: content.update(img_size=32), "img_size is no"),
         (lambda content: content.update(clean_data="svhn"), "svhn is no dataset of BackdoorBench"),
@@ -519,6 +527,21 @@ def test_a_trigger_that_leaves_nothing_of_an_image_passes(tmp_path: Path, data: 
         for index, (pixels, *labels) in rows.images.items():
             rows.images[index] = (np.full_like(pixels, 255), *labels)
     record.load_attack(writer.write(tmp_path / "r", source)).load_dataset()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("badnet", "blended", "sig", "lf", "bpp", "bpp of 32 levels", "lc", "wanet"),
+        *("adaptive_blend in training", "adaptive_blend at test", "wanet, cross"),
+    ],
+)
+def test_triggered_photographs_are_like_their_own(name: str) -> None:
+    """Half must be; in another order hardly any is. Neighbouring tiles overlap by half."""
+    rows = torch.linspace(0, len(test_fingerprints.tiles()) - 1, 64).long()
+    clean, changed = test_fingerprints.tiles()[rows], test_fingerprints.triggered(name)[rows]
+    assert backdoorbench._finds_its_own(changed, clean).float().mean() > 0.85
+    assert backdoorbench._finds_its_own(changed, clean.roll(1, 0)).float().mean() < 0.15
 
 
 # --- defenses -----------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def read(folder: Path) -> AttackResult:
             train = _replaced(folder, "bd_train", train, num_classes, shape)
         test = _replaced(folder, "bd_test", content["bd_test"], num_classes, shape)
         test = _without_target_class(test)
-        state = _state(content["model"])
+        state = _state(content["model"], num_classes)
     is_poison, is_poison_only = _told_apart(folder, train)
     return AttackResult(
         folder=folder,
@@ -261,12 +261,13 @@ def check_dataset(result: AttackResult, data: Dataset) -> None:
     for up to 64 of them, whether a replaced image is more like the clean image of its index than
     like those of the other 63. "Like" is the correlation of pixels after the mean over all 64 is
     taken off, which removes whatever a trigger adds to every image. In another order each of them
-    passes with probability 1/64; three quarters must pass.
+    passes with probability 1/64; half must pass. (On photographs, nine of ten do with any of our
+    triggers.)
 
-    It finds another number of images, another order and other labels of replaced images, and images
-    that are not the same. It cannot find a change of a few images, a change of pixels that leaves
-    images alike (another way to resize), or a change of images that the record never replaced. It
-    says nothing on triggers that leave nothing of an image.
+    It finds another number of images, other labels of replaced images, another order, and other
+    images. It cannot find a change of fewer than half of the images that keeps labels, a change of
+    pixels that leaves images alike (another way to resize), or a change of images that the record
+    never replaced. Of triggers that leave nothing of an image only labels are compared.
 
     Raises:
         UserError: saying what differs.
@@ -460,16 +461,18 @@ def _image_shape(size: Any) -> tuple[int, int, int]:
     """(C, H, W) of a stored (H, W, C)."""
     if not isinstance(size, (tuple, list)) or not all(type(side) is int for side in size):
         raise ValueError("img_size is no (height, width, channels)")
-    if len(size) != 3 or size[0] != size[1] or size[0] < 1 or size[2] != 3:
-        raise ValueError(
-            f"img_size is {tuple(size)}; only square images of three channels are read"
-        )
+    # A PNG has no side above 2**31.
+    if len(size) != 3 or size[0] != size[1] or not 1 <= size[0] < 2**31 or size[2] != 3:
+        raise ValueError(f"img_size is {size}; only square images of three channels are read")
     return 3, size[0], size[1]
 
 
-def _state(weights: Any) -> dict[str, torch.Tensor]:
+def _state(weights: Any, num_classes: int) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ValueError("model is no state dict")
+    # Whoever builds a network of that many classes takes no more memory than the file did.
+    if not any(getattr(value, "shape", ())[:1] == (num_classes,) for value in weights.values()):
+        raise ValueError(f"no weights of its model are for {num_classes} classes")
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
@@ -608,12 +611,14 @@ def _attack_name(folder: Path) -> str:
 def _read_images(
     root: Path, files: Sequence[str], image_shape: tuple[int, int, int]
 ) -> torch.Tensor:
-    images = torch.empty(len(files), *image_shape, dtype=torch.uint8)
     inside = root.resolve()
 
     def read_one(file: str) -> torch.Tensor:
         return _read_png(root / file, inside, image_shape)
 
+    for file in files[:1]:
+        read_one(file)  # of another size than stated, it is refused before memory for all is taken
+    images = torch.empty(len(files), *image_shape, dtype=torch.uint8)
     with (
         ThreadPoolExecutor() as pool,
         Progress(len(files), "reading images", "image") as progress,
@@ -666,7 +671,7 @@ def _check_split(
     size = min(_SAMPLE, len(replaced.index))
     rows = torch.linspace(0, len(replaced.index) - 1, size).long()
     alike = _finds_its_own(replaced.images(rows.tolist()), images[replaced.index[rows]])
-    if int(alike.sum()) * 4 < len(alike) * 3:
+    if int(alike.sum()) * 2 < len(alike):
         number = int(replaced.index[rows[torch.nonzero(~alike)[0, 0]]])
         raise UserError(
             f"{replaced.root}: its {what} are not those of {name} here: {int((~alike).sum())} of "
