@@ -108,6 +108,7 @@ def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], C
             cross=cross,
             exported=exported,
             drop_last=False,
+            whole=True,
         )
 
     run_plan(config_class, plan)

@@ -124,7 +124,7 @@ def train_mask(
         loop = Loop(say, lambda _: progress.advance(), rate="--lr_M")
         for _ in loop.rounds(config.mask_epochs):
             others = torch.randperm(len(images), generator=second_order).split(batch_size)
-            batches = loop.batches(len(images), batch_size, first_order)
+            batches = loop.batches(len(images), batch_size, first_order, whole=True)
             for pair in zip(batches, others, strict=True):
                 x1, x2 = (
                     normalize(augmented(images[i].to(setting.device), config, augmentation))

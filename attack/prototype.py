@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import Classifier, build_model, check_model
 from models import prepare as prepare_model
 from utils import config as configuration
-from utils import pipeline, plot, poison, record
-from utils.data import Dataset, DatasetName, Labelled, Triggered, as_float, load_dataset
+from utils import distributed, pipeline, plot, poison, record
+from utils.data import Dataset, Labelled, Triggered, as_float
+from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
 from utils.evaluate import predict
 from utils.metrics import Scores, rate_label
@@ -116,12 +117,12 @@ class Setting:
         cache = record.RunFolder(ROOT / "data" / "cache")
         cache.path.mkdir(parents=True, exist_ok=True)
         name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
-        if (cache.path / name).exists():
-            logger.info("%s: read from %s", kind, cache.path / name)
-            return load_tensors(cache.path / name)
-        tensors = compute()
-        cache.write_tensors(name, tensors)
-        return tensors
+        with distributed.main_alone() as is_mine:
+            if is_mine and (cache.path / name).exists():
+                logger.info("%s: read from %s", kind, cache.path / name)
+            elif is_mine:
+                cache.write_tensors(name, compute())
+        return load_tensors(cache.path / name)
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Plan:
         cross: images whose trigger must not fire, with their true labels; or None.
         exported: the poisoned training images for the record.
         drop_last: whether an epoch leaves out a last batch that is not full.
+        whole: whether the step needs the batch as a whole, also with several processes.
     """
 
     training: poison.PoisonedSet
@@ -143,6 +145,7 @@ class Plan:
     cross: Callable[[], Labelled | None]
     exported: Callable[[], poison.PoisonedSet]
     drop_last: bool = True
+    whole: bool = False
 
 
 C = TypeVar("C", bound=AttackConfig)
@@ -231,6 +234,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         model = build_model(config.model, len(data.classes), data.mean, data.std)
         prepare_model(model, device, precision)
 
+        distributed.barrier()  # all have found the folder free before one writes into it
         folder.start(config.dump())
         open_log(folder.log)
         logger.info("%s on %s: %s, %s, %s", name, data.name, config.model, device, precision)
@@ -242,6 +246,8 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         watch = pipeline.Watch(folder, "epoch", score, config.eval_every)
         _train(config, model, plan, watch.start(config.epochs))
         assert watch.scores is not None  # the last epoch is always scored
+        if not distributed.is_main():
+            return folder
         triggered, exported = plan.triggered(), plan.exported()
         facts = {
             "attack": name,
@@ -372,6 +378,7 @@ def _train(config: TrainingConfig, model: Classifier, plan: Plan, loop: Loop) ->
         order=generator(config.random_seed, "order"),
         loop=loop,
         drop_last=plan.drop_last,
+        whole=plan.whole,
     )
 
 

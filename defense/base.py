@@ -18,7 +18,7 @@ from torch import nn
 
 from models import Classifier, prepare
 from utils import config as configuration
-from utils import pipeline, plot, record
+from utils import distributed, pipeline, plot, record
 from utils.data import Dataset, Labelled, Triggered, as_float, keep_on
 from utils.errors import UserError
 from utils.evaluate import predict
@@ -120,6 +120,7 @@ def defend(
     seed_everything(config.random_seed)
     backdoored = prepare(attack.build(), device, precision)
 
+    distributed.barrier()  # all have found the folder free before one writes into it
     folder.start(config.dump())
     folder.write_text("clean_index.txt", "".join(f"{number}\n" for number in index.tolist()))
     with file_log() as open_log:
@@ -144,6 +145,8 @@ def defend(
         after = watch.scores
         assert after is not None  # the last round is always scored
         assert isinstance(model, Classifier)  # a copy of the model that was given
+        if not distributed.is_main():
+            return folder
         folder.write_tensors(
             "defense_result.pt",
             {

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import DefenseConfig, run
 from utils.data import as_float, augment
 from utils.runtime import generator
-from utils.train import Loop, Schedule, lr_multiplier
+from utils.train import Loop, Schedule, Scheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,12 @@ def purify(
     loop = loop or Loop()
     device = next(model.parameters()).device
     model = copy.deepcopy(model)
+    learner = loop.parallel(model)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.wd
     )
     steps = -(-len(images) // config.batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lr_multiplier(config.lr_scheduler, config.n_rounds, steps)
-    )
+    scheduler = Scheduler(optimizer, config.lr_scheduler, config.n_rounds, steps)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation", images.device)
 
@@ -82,13 +81,14 @@ def purify(
     ):
         model.train()
         for index in loop.batches(len(images), config.batch_size, order):
-            batch = augment(images[index], config.crop_padding, config.flip, crops)
-            loss = F.cross_entropy(model(as_float(batch, device)), labels[index].to(device))
+            batch = augment(images[index], config.crop_padding, config.flip, crops, is_part=True)
+            loss = F.cross_entropy(learner(as_float(batch, device)), labels[index].to(device))
             optimizer.zero_grad()
-            loss.backward()
+            loop.backward(loss)
             optimizer.step()
-            scheduler.step()
+            scheduler.after_step()
             loop.log(len(index), loss=loss)
+        scheduler.after_epoch(loop.losses()["loss"])
     return model.eval()
 
 

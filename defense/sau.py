@@ -210,6 +210,7 @@ def purify(
     device = next(model.parameters()).device
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     model = copy.deepcopy(model).eval()
+    learner = loop.parallel(model)
     optimizer = torch.optim.Adam(
         [weight for weight in model.parameters() if weight.requires_grad],
         lr=config.lr,
@@ -237,11 +238,11 @@ def purify(
                 ref_adv = reference(x + delta)
             for _ in range(config.outer_steps):
                 model.train(config.train_mode)
-                logits, adv_logits = model(torch.cat([x, x + delta])).chunk(2)
+                logits, adv_logits = learner(torch.cat([x, x + delta])).chunk(2)
                 model.eval()
                 losses = unlearning_loss(logits, adv_logits, ref_clean, ref_adv, y, config)
                 optimizer.zero_grad()
-                losses["total"].backward()
+                loop.backward(losses["total"])
                 optimizer.step()
                 loop.log(len(index), **losses)
     return model

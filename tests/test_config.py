@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from utils.config import Config, allowed_values, read_yaml
-from utils.data import DatasetName
+from utils.datasets import DatasetName
 from utils.errors import UserError, suggestion
 from utils.runtime import ROOT
 
@@ -533,6 +533,29 @@ def test_every_method_has_a_configuration() -> None:
 @pytest.mark.parametrize("script", CONFIGS)
 def test_shipped_values_are_valid_for_every_dataset(script: str, dataset: str) -> None:
     assert isinstance(CONFIGS[script].load(dataset), CONFIGS[script])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "epochs", "schedule", "size", "flip", "rounds"),
+    [
+        ("cifar10", 100, "cosine", 32, True, 100),
+        ("cifar100", 100, "cosine", 32, False, 100),
+        ("gtsrb", 50, "cosine_100", 32, False, 100),
+        ("tiny", 200, "reduce_on_plateau", 64, False, 20),
+    ],
+)
+def test_published_recipes(
+    dataset: str, epochs: int, schedule: str, size: int, flip: bool, rounds: int
+) -> None:
+    """BackdoorBench's training, SAU's rounds; SGD with 0.01, 0.9, 5e-4, batches of 128."""
+    recipe = CONFIGS["attack/badnet"].load(dataset)
+    assert (recipe.epochs, recipe.lr_scheduler, recipe.image_size) == (epochs, schedule, size)
+    assert (recipe.flip, recipe.crop_padding, recipe.batch_size) == (flip, 4, 128)
+    assert (recipe.lr, recipe.sgd_momentum, recipe.wd) == (0.01, 0.9, 5e-4)
+    sau = CONFIGS["defense/sau"].load(dataset)
+    assert (sau.n_rounds, sau.ratio, sau.batch_size, sau.lr) == (rounds, 0.05, 256, 1e-4)
+    assert CONFIGS["defense/ft"].load(dataset).flip == flip
+    assert CONFIGS["attack/inputaware"].load(dataset).epochs == epochs - 25
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import attack.prototype as prototype
-import utils.data
+import utils.datasets
+import utils.images
 from utils.runtime import ROOT
 
 PIPELINES = {"__init__", "prototype", "controlled", "base"}
@@ -55,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (utils.data, prototype):
+    for module in (utils.images, prototype):
         monkeypatch.setattr(module, "ROOT", workplace)
 
 
@@ -105,7 +106,7 @@ def defense_flags(workplace: Path, name: str, **changes: object) -> list[object]
 def badnet(workplace: Path) -> Path:
     """The record of one BadNets run, for tests that only read it."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (utils.data, prototype):
+        for module in (utils.images, prototype):
             patch.setattr(module, "ROOT", workplace)
         assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "shared")) == 0
     return workplace / "record/shared"
@@ -231,7 +232,7 @@ def test_lf_searches_its_pattern(workplace: Path) -> None:
     assert run_script(ROOT / "attack/lf.py", *flags, "--overwrite") == 0
     assert "lf-pattern: read from" in (workplace / "record/searched/log.txt").read_text()
     poison = torch.load(workplace / "record/searched/poison.pt", weights_only=True)
-    data = utils.data.load_dataset("folder", workplace / "images", 16)
+    data = utils.datasets.load_dataset("folder", workplace / "images", 16)
     is_dark = poison["test_labels"] == 1
     clean = data.test.images[poison["test_index"]].int()
     pattern = (poison["test_images"].int() - clean)[is_dark][0]

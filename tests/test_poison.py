@@ -154,13 +154,19 @@ def test_a_test_set_of_the_target_alone_is_refused(tiny_data: Dataset) -> None:
 
 def test_a_trigger_gets_every_image_of_a_large_set_once() -> None:
     """2,500 one-pixel images are more than two portions; each carries its own index modulo 251."""
-    images = torch.full((2500, 1, 1, 1), 255, dtype=torch.uint8)
+    images = torch.full((2507, 1, 1, 1), 255, dtype=torch.uint8)
     index = torch.arange(2500) + 7
     found = apply_trigger(
         lambda part, places: (places % 251).to(torch.uint8).view(-1, 1, 1, 1), images, index
     )
     assert found.flatten().tolist() == [(i + 7) % 251 for i in range(2500)]
     assert (images == 255).all()
+
+
+def test_a_trigger_gets_the_images_at_the_indices() -> None:
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    found = apply_trigger(lambda part, _: part + 100, images, torch.tensor([3, 7]))
+    assert found.flatten().tolist() == [103, 107]
 
 
 def test_a_trigger_that_changes_nothing_is_refused() -> None:

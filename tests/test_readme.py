@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import utils.data
+import utils.images
 from tests.test_end_to_end import cache, run_script, workplace
 from utils.runtime import ROOT
 
@@ -125,4 +125,4 @@ def test_the_scripts_of_the_methods_tables_are_all_there_are() -> None:
     assert all(record in (name, "") for _, name, record in commands)
     listed = {path for path, _, _ in commands}
     assert listed | set(re.findall(r"^\| `(defense/\w+\.py)`", README, flags=re.M)) == scripts
-    assert utils.data.ROOT  # the cache of these tests is the workplace's
+    assert utils.images.ROOT  # the cache of these tests is the workplace's

@@ -12,7 +12,7 @@ from models import Classifier
 from utils.data import Dataset, Labelled, as_float
 from utils.errors import UserError
 from utils.poison import PoisonedSet, unpoisoned
-from utils.train import Loop, Schedule, Supervised, lr_multiplier, train_classifier
+from utils.train import Loop, Schedule, Scheduler, Supervised, lr_multiplier, train_classifier
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -190,6 +190,35 @@ def test_learning_rate_factors(schedule: Schedule, factors: list[float]) -> None
     """Four epochs of two steps; the ninth value is the one after the last step."""
     multiplier = lr_multiplier(schedule, epochs=4, steps_per_epoch=2)
     assert [multiplier(step) for step in range(9)] == pytest.approx(factors, abs=1e-6)
+
+
+def test_a_plateau_of_the_training_loss_lowers_the_rate_to_a_tenth() -> None:
+    """The first loss is the best; after ten epochs that are no better, the eleventh lowers it.
+
+    So the twelfth call changes the rate, which steps never do, and eleven more change it again.
+    """
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = Scheduler(optimizer, "reduce_on_plateau", epochs=30, steps_per_epoch=2)
+    rates = []
+    for _ in range(23):
+        optimizer.step()
+        scheduler.after_step()
+        scheduler.after_epoch(2.0)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1.0] * 11 + [0.1] * 11 + [0.01])
+
+
+def test_training_gives_the_plateau_the_mean_loss_of_the_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gradient of the loss w is 1: at rate 1 two steps an epoch see 0 and -1, then -2, -3."""
+    seen: list[float] = []
+    monkeypatch.setattr(Scheduler, "after_epoch", lambda self, loss: seen.append(loss))
+    data = unpoisoned(Labelled(torch.zeros(8, 3, 2, 2, dtype=torch.uint8), torch.zeros(8).long()))
+    steps = recipe(epochs=2, lr=1.0, schedule="reduce_on_plateau")
+    train_classifier(Scalar(), data, step=Mean(), **steps)
+    assert seen == [-0.5, -2.5]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from utils.data import read_image
 from utils.errors import UserError
+from utils.images import read_image
 
 _CANVAS = 256  # side in pixels that the emblem is drawn at
 _GROUND = (245, 245, 245)

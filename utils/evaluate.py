@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from utils.data import Labelled, Triggered, as_float
+from utils import distributed
+from utils.data import Labelled, Triggered, as_float, release
 from utils.metrics import Rate, Scores
 from utils.runtime import evaluating
 
@@ -20,10 +21,13 @@ def predict(
     Returns:
         int64 (N,), on the CPU.
     """
+    if len(images) == 0:
+        return torch.zeros(0, dtype=torch.int64)
     with evaluating(model), torch.inference_mode():
-        predictions = [
-            model(as_float(batch, device)).argmax(1) for batch in images.split(batch_size)
-        ]
+        predictions = []
+        for batch in images.split(batch_size):
+            predictions.append(model(as_float(batch, device)).argmax(1))
+            release(images)
     return torch.cat(predictions).cpu()
 
 
@@ -35,20 +39,20 @@ def evaluate(
     batch_size: int = 256,
     cross: Labelled | None = None,
 ) -> Scores:
-    """Scores with their counts; without triggered images ACC alone."""
-    acc = _share(predict(model, clean.images, device, batch_size), clean.labels)
+    """Scores with their counts; without triggered images ACC alone.
+
+    Several processes share the images out among them; each gets the scores of all.
+    """
+
+    def rates(images: torch.Tensor, *labels: torch.Tensor) -> list[Rate]:
+        own = distributed.part(len(images))
+        predictions = predict(model, images[own], device, batch_size)
+        hits = torch.stack([(predictions == wanted[own]).sum() for wanted in labels])
+        return [Rate(int(sum_), len(images)) for sum_ in distributed.total(hits)]
+
+    (acc,) = rates(clean.images, clean.labels)
     if triggered is None:
         return Scores(acc)
-    predictions = predict(model, triggered.images, device, batch_size)
-    return Scores(
-        acc,
-        asr=_share(predictions, triggered.targets),
-        ra=_share(predictions, triggered.labels),
-        cross_acc=None
-        if cross is None
-        else _share(predict(model, cross.images, device, batch_size), cross.labels),
-    )
-
-
-def _share(predictions: torch.Tensor, labels: torch.Tensor) -> Rate:
-    return Rate(int((predictions == labels).sum()), len(labels))
+    asr, ra = rates(triggered.images, triggered.targets, triggered.labels)
+    cross_acc = None if cross is None else rates(cross.images, cross.labels)[0]
+    return Scores(acc, asr=asr, ra=ra, cross_acc=cross_acc)

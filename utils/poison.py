@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from utils.data import Dataset, Labelled, Triggered
+from utils.data import Dataset, Labelled, Triggered, release
 from utils.errors import UserError
 from utils.runtime import Progress, logger
 
@@ -135,7 +135,7 @@ def clean_label(labels: torch.Tensor, pratio: float, target: int, rng: torch.Gen
 
 def replace_images(clean: Labelled, choice: Choice, trigger: Trigger) -> PoisonedSet:
     """The training set whose chosen images carry the trigger."""
-    images = apply_trigger(trigger, clean.images[choice.index], choice.index)
+    images = apply_trigger(trigger, clean.images, choice.index)
     return PoisonedSet(clean, choice.index, images, choice.labels, choice.kinds)
 
 
@@ -157,31 +157,34 @@ def triggered_test_set(
             f"--attack_target: every test image has label {target}; give another target or more "
             "classes"
         )
-    images = apply_trigger(trigger, data.test.images[index], index)
+    images = apply_trigger(trigger, data.test.images, index)
     return Triggered(images, targets[index], labels[index], index)
 
 
 def apply_trigger(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The trigger on many images, chunk by chunk.
+    """The trigger on many images of a split, chunk by chunk.
 
     Args:
-        images: uint8 (N, C, H, W).
-        index: int64 (N,), their positions in the dataset.
+        images: uint8 (N, C, H, W), the whole split.
+        index: int64 (M,), which of them get it.
 
     Returns:
-        uint8 (N, C, H, W), a copy.
+        uint8 (M, C, H, W), a copy.
 
     Raises:
         UserError: if the trigger changes not a single pixel (a silent failure that would look like
             label noise).
     """
-    result = torch.empty_like(images)
-    with Progress(len(images), "placing the trigger", "image") as progress:
-        for start in range(0, len(images), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            result[part] = trigger(images[part].clone(), index[part])
-            progress.advance(len(images[part]))
-    if torch.equal(result, images):
+    result = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8)
+    is_changed = False
+    with Progress(len(index), "placing the trigger", "image") as progress:
+        for rows, part in zip(result.split(_CHUNK), index.split(_CHUNK), strict=True):
+            clean = images[part]
+            release(images)
+            rows.copy_(trigger(clean.clone(), part))
+            is_changed = is_changed or not torch.equal(rows, clean)
+            progress.advance(len(part))
+    if not is_changed:
         raise UserError("the trigger changes no pixel of any image; make it stronger or larger")
     return result
 
@@ -262,6 +265,6 @@ def first_of_batches(
     images, labels = chosen.images.clone(), chosen.labels.clone()
     for mask, apply in ((is_poison, trigger), (~is_poison, cross)):
         if mask.any():
-            images[mask] = apply_trigger(apply, chosen.images[mask], index[mask])
+            images[mask] = apply_trigger(apply, data.train.images, index[mask])
     labels[is_poison] = map_labels(labels[is_poison], label_map, target, len(data.classes))
     return PoisonedSet(data.train, index, images, labels, kinds)

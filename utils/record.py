@@ -17,9 +17,10 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from models import Classifier, build_model, check_model
-from utils import backdoorbench
+from utils import backdoorbench, distributed
 from utils.config import read_yaml
-from utils.data import Dataset, DatasetName, Labelled, Triggered, load_dataset
+from utils.data import Dataset, Labelled, Triggered
+from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
 from utils.poison import KINDS, PoisonedSet, unpoisoned
 from utils.runtime import ROOT
@@ -33,7 +34,8 @@ class RunFolder:
     """The folder that a run writes; every file appears whole or not at all.
 
     `summary.json` is written last, so its presence means that the run is done. A folder without it
-    is what a failed run left, and may be written again.
+    is what a failed run left, and may be written again. Of several processes the first one alone
+    writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,6 +66,8 @@ class RunFolder:
         Raises:
             UserError: if the folder cannot be written.
         """
+        if not distributed.is_main():
+            return
         try:
             if self.path.is_symlink():
                 raise UserError(f"{self.path}: is a link; give another name, or remove it")
@@ -89,6 +93,8 @@ class RunFolder:
             UserError: if the disk is full or the folder is not writable; earlier files stay intact.
         """
         path = self.path / name
+        if not distributed.is_main():
+            return path
         # Two processes may write the same file of a cache.
         partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         try:

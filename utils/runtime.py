@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from utils import distributed
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,15 +34,22 @@ logger = logging.getLogger("sau")
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
-    A `UserError` is printed, one line a problem, and exits with 2; Ctrl-C exits with 130.
+    A `UserError` is printed, one line a problem, and exits with 2; Ctrl-C exits with 130. Of
+    several processes the first one speaks for all; another one only of what it alone has met.
     """
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        logger.setLevel(logging.ERROR)
     try:
-        main()
+        with distributed.joined():
+            main()
     except UserError as error:
+        if not is_first:
+            time.sleep(3)  # torchrun ends this process if the first one has failed as well
         for line in str(error).splitlines():
             logger.error("error: %s", line)
         raise SystemExit(2) from None
@@ -65,6 +73,8 @@ def file_log() -> Iterator[Callable[[Path], None]]:
     files: list[logging.FileHandler] = []
 
     def open_file(path: Path) -> None:
+        if not distributed.is_main():
+            return
         files.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
         files[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         kept.setTarget(files[0])
@@ -132,7 +142,9 @@ def pick_device(name: str) -> torch.device:
         UserError: for a name that torch does not know or a device that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.processes() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -170,6 +182,7 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "device_name": name,
         "precision": precision,
         "threads": torch.get_num_threads(),
+        "processes": distributed.processes(),
         "versions": {"python": platform.python_version(), **versions},
         "commit": _git_commit(),
     }
@@ -202,7 +215,7 @@ class Progress:
             total=total,
             desc=description,
             unit=unit,
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or not distributed.is_main(),
             dynamic_ncols=True,
             leave=False,
         )

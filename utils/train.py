@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.data import as_float, augment, keep_on
+from utils import distributed
+from utils.data import as_float, augment, keep_on, release
 from utils.errors import UserError
 from utils.poison import PoisonedSet
 
-Schedule = Literal["constant", "cosine", "cosine_100", "one_cycle", "multi_step"]
+Schedule = Literal[
+    "constant", "cosine", "cosine_100", "one_cycle", "multi_step", "reduce_on_plateau"
+]
 
 
 class Step(Protocol):
@@ -39,7 +42,7 @@ class Supervised:
 
     def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.crop_padding or self.flip:
-            images = augment(images, self.crop_padding, self.flip, self.augmentation)
+            images = augment(images, self.crop_padding, self.flip, self.augmentation, is_part=True)
         return F.cross_entropy(model(as_float(images)), labels)
 
     def update(self) -> None:
@@ -51,6 +54,9 @@ class Loop:
 
     A method writes its two `for` statements with it and reports its losses; a pipeline watches
     through the two callbacks. Without callbacks it only counts.
+
+    With several processes (`utils.distributed`) it gives each its own part of every batch. A method
+    trains data-parallel if it trains through `parallel(model)` and calls `backward(loss)`.
 
     Args:
         after_round: called with (round from 1, total rounds, mean losses, state) after each round.
@@ -69,6 +75,15 @@ class Loop:
         self._after_batch = after_batch
         self._sums: dict[str, torch.Tensor] = {}
         self._images = 0
+        self._weight = 1.0
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The module to train a model through; it shares the model's weights."""
+        return distributed.parallel(model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward pass of a mean over this process's images, as part of the whole batch."""
+        (loss * self._weight if self._weight != 1 else loss).backward()
 
     def rounds(self, total: int, **state: Any) -> Iterator[int]:
         """1 to total.
@@ -82,9 +97,9 @@ class Loop:
         for number in range(1, total + 1):
             self._sums, self._images = {}, 0
             yield number
-            losses = {
-                name: float(value) / max(self._images, 1) for name, value in self._sums.items()
-            }
+            losses = self.losses()
+            if "model" in state:
+                distributed.require_equal(state["model"])
             broken = [name for name, value in losses.items() if not math.isfinite(value)]
             if broken:
                 raise UserError(
@@ -95,21 +110,46 @@ class Loop:
                 self._after_round(number, total, losses, state)
 
     def batches(
-        self, count: int, batch_size: int, generator: torch.Generator, drop_last: bool = False
+        self,
+        count: int,
+        batch_size: int,
+        generator: torch.Generator,
+        drop_last: bool = False,
+        whole: bool = False,
     ) -> Iterator[torch.Tensor]:
         """A fresh permutation of range(count) in batches of int64 indices.
+
+        Each of several processes gets its own part of a batch, at least one image.
 
         Args:
             generator: on the CPU, so that the order is the same on every device.
             drop_last: whether to leave out a last batch that is not full.
+            whole: give every process the whole batch; for `distributed.Gathered`.
         """
         batches = torch.randperm(count, generator=generator).split(batch_size)
         if drop_last and len(batches[-1]) < batch_size:
             batches = batches[:-1]
+        if batches and len(batches[-1]) < distributed.processes():
+            raise UserError(
+                f"--batch_size: with {batch_size} the last batch has {len(batches[-1])} of {count} "
+                f"images, fewer than the {distributed.processes()} processes; give another"
+            )
         for batch in batches:
-            yield batch
+            own = batch if whole else batch[distributed.part(len(batch))]
+            share = len(own) * (1 if whole else distributed.processes())
+            self._weight = share / len(batch)
+            yield own
             if self._after_batch:
                 self._after_batch(len(batches))
+
+    def losses(self) -> dict[str, float]:
+        """The mean losses of the round so far, over all processes; waits for the device."""
+        if not self._sums:
+            return {}
+        sums = torch.stack([value.double() for value in self._sums.values()])
+        everything = torch.cat([sums, sums.new_tensor([self._images])])
+        *values, images = distributed.total(everything).tolist()
+        return {name: value / images for name, value in zip(self._sums, values, strict=True)}
 
     def log(self, count: int, **losses: torch.Tensor) -> None:
         """Adds a batch's mean losses, weighted by its images; does not wait for the device."""
@@ -132,6 +172,7 @@ def train_classifier(
     order: torch.Generator,
     loop: Loop,
     drop_last: bool = True,
+    whole: bool = False,
 ) -> None:
     """Trains a model in place with SGD.
 
@@ -140,6 +181,7 @@ def train_classifier(
         order: draws the order of the images; on the CPU.
         loop: counts epochs and batches.
         drop_last: whether an epoch leaves out a last batch that is not full.
+        whole: whether the step needs the batch as a whole, also with several processes.
 
     Raises:
         UserError: if a batch is larger than the set, or a loss is not finite.
@@ -149,27 +191,65 @@ def train_classifier(
             f"--batch_size: {batch_size} is more than the {len(data)} training images; give fewer"
         )
     batches = _Batches(data, next(model.parameters()).device)
+    learner = loop.parallel(model)
+    if whole and learner is not model:
+        learner = distributed.Gathered(learner)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
     steps_per_epoch = len(data) // batch_size if drop_last else -(-len(data) // batch_size)
-    multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+    scheduler = Scheduler(optimizer, schedule, epochs, steps_per_epoch)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": order}
     for _ in loop.rounds(epochs, **state, step=step):
         model.train()
-        for index in loop.batches(len(data), batch_size, order, drop_last):
-            loss = step.loss(model, *batches.take(index))
+        for index in loop.batches(len(data), batch_size, order, drop_last, whole):
+            loss = step.loss(learner, *batches.take(index))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loop.backward(loss)
             optimizer.step()
             step.update()
-            scheduler.step()
+            scheduler.after_step()
             loop.log(len(index), loss=loss)
+        scheduler.after_epoch(loop.losses()["loss"])
+
+
+class Scheduler:
+    """The learning rate over a run: moved after each step, or after each epoch by its loss.
+
+    `reduce_on_plateau` is torch's with its own values, as published: a tenth once the mean training
+    loss of an epoch has not fallen by a ten-thousandth of itself for more than 10 epochs. The other
+    schedules are functions of the step, see `lr_multiplier`.
+
+    Args:
+        optimizer: whose learning rate, as it is now, is the peak.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        epochs: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self._by_step: torch.optim.lr_scheduler.LambdaLR | None = None
+        self._by_loss: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        if schedule == "reduce_on_plateau":
+            self._by_loss = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        else:
+            multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
+            self._by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+
+    def after_step(self) -> None:
+        if self._by_step:
+            self._by_step.step()
+
+    def after_epoch(self, loss: float) -> None:
+        if self._by_loss:
+            self._by_loss.step(loss)
 
 
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate's factor by optimizer step.
+    """The learning rate's factor by optimizer step; not for `reduce_on_plateau`.
 
     `cosine` falls from 1 to 0 over the epochs, constant within one. `cosine_100` does so over 100
     epochs, however many there are, as published: after 50 it is at a half, and after more than 100
@@ -214,6 +294,7 @@ class _Batches:
         """uint8 (B, C, H, W) and int64 (B,) at int64 CPU indices, on the device."""
         place = index.to(self._images.device)
         images = self._images[place]
+        release(self._images)
         slot = self._slot[index]
         replaced = torch.nonzero(slot >= 0).flatten()
         images[replaced.to(images.device)] = self._replaced[

@@ -1,0 +1,225 @@
+"""What `test_distributed.py` runs once alone and once in two processes; prints what came out.
+
+python tests/processes.py FILE
+python -m torch.distributed.run --nproc_per_node 2 tests/processes.py FILE
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from attack import bpp, inputaware, prototype, wanet
+from defense import ft, sau
+from models import Classifier, prepare
+from utils import distributed, poison
+from utils.data import Dataset, Labelled, Triggered
+from utils.errors import UserError
+from utils.evaluate import evaluate
+from utils.runtime import generator
+from utils.train import Loop, Supervised, train_classifier
+
+
+class Recorder(Loop):
+    """A loop that remembers the losses of each step, as those of all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[list[float]] = []
+
+    def log(self, count: int, **losses: torch.Tensor) -> None:
+        super().log(count, **losses)
+        values = torch.stack([loss.detach().double() * count for loss in losses.values()])
+        *sums, images = distributed.total(torch.cat([values, torch.tensor([count]).double()]))
+        self.steps.append([float(value / images) for value in sums])
+
+
+def random_data() -> Dataset:
+    """37 training and 21 test images of four classes, 16 pixels; neither can be halved."""
+    source = torch.Generator().manual_seed(5)
+    train, test = (
+        Labelled(
+            torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=source),
+            torch.arange(count) % 4,
+        )
+        for count in (37, 21)
+    )
+    return Dataset("random", train, test, ("a", "b", "c", "d"), (0.5, 0.4, 0.6), (0.2, 0.3, 0.25))
+
+
+class Small(nn.Sequential):
+    """Two convolutions with BatchNorm; in float64, so that equal is equal to 1e-9."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3, stride=2, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(8 * 3 * 3, num_classes),
+        )
+
+
+def network(data: Dataset) -> Classifier:
+    torch.manual_seed(3)
+    model = Classifier(Small(4), data.mean, data.std).double()
+    return prepare(model, torch.device("cpu"), "fp32")
+
+
+def weights(model: nn.Module) -> list[float]:
+    """A number for each weight and each statistic of BatchNorm."""
+    return [float(value.double().norm()) for value in model.state_dict().values()]
+
+
+def supervised(data: Dataset) -> dict[str, Any]:
+    loop, model = Recorder(), network(data)
+    step = Supervised(2, True, generator(0, "augmentation"))
+    train(model, data, step, loop, 12, drop_last=True)
+    return {"steps": loop.steps, "weights": weights(model)}
+
+
+def train(
+    model: nn.Module, data: Dataset, step: Any, loop: Loop, batch_size: int, **how: bool
+) -> None:
+    train_classifier(
+        model,
+        poison.unpoisoned(data.train),
+        step,
+        epochs=2,
+        batch_size=batch_size,
+        lr=0.01,
+        momentum=0.9,
+        weight_decay=5e-4,
+        schedule="cosine",
+        order=generator(0, "order"),
+        loop=loop,
+        **how,
+    )
+
+
+def controlled(module: Any, control: Any, **changes: Any) -> Callable[[Dataset], dict[str, Any]]:
+    """An attack that controls training; its last batch is not full."""
+
+    def run(data: Dataset) -> dict[str, Any]:
+        config = module.Config.load("digits", batch_size=16, pratio=0.25, **changes)
+        setting = prototype.Setting(data, torch.device("cpu"), "fp32")
+        step = control(config, setting)
+        loop, model = Recorder(), network(data)
+        train(model, data, step, loop, 16, drop_last=False, whole=True)
+        own = [] if not hasattr(step, "pattern") else weights(step.pattern)
+        return {"steps": loop.steps, "weights": weights(model), "own": own}
+
+    return run
+
+
+def unlearning(train_mode: bool) -> Callable[[Dataset], dict[str, Any]]:
+    """SAU on all training images; the last batch has 5, which two processes share unevenly."""
+
+    def run(data: Dataset) -> dict[str, Any]:
+        config = sau.Config.load("digits", batch_size=16, n_rounds=2, train_mode=train_mode)
+        loop = Recorder()
+        model = sau.purify(network(data), data.train.images, data.train.labels, config, loop)
+        return {"steps": loop.steps, "weights": weights(model)}
+
+    return run
+
+
+def fine_tuning(data: Dataset) -> dict[str, Any]:
+    config = ft.Config.load("digits", batch_size=16, n_rounds=2, crop_padding=0, flip=False)
+    loop = Recorder()
+    model = ft.purify(network(data), data.train.images, data.train.labels, config, loop)
+    return {"steps": loop.steps, "weights": weights(model)}
+
+
+def scores(data: Dataset) -> dict[str, Any]:
+    index = torch.arange(7)
+    test = data.test.at(index)
+    triggered = Triggered(test.images, torch.zeros(7, dtype=torch.int64), test.labels, index)
+    model = network(data).eval()
+    found = evaluate(model, data.test, triggered, torch.device("cpu"), cross=data.test)
+    one = evaluate(model, data.test.at(index[:1]), None, torch.device("cpu"))
+    return {"counts": found.counts(), "one": one.counts()}
+
+
+def careless(data: Dataset) -> dict[str, Any]:
+    """A method that forgets the other processes is found out."""
+    loop, model = Loop(), network(data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        for _ in loop.rounds(1, model=model):
+            for index in loop.batches(37, 37, generator(0, "order")):
+                batch = data.train.at(index)
+                loss = F.cross_entropy(model(batch.images / 255), batch.labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    except UserError as error:
+        return {"refused": str(error)}
+    return {"refused": None}
+
+
+def small_batch(data: Dataset) -> dict[str, Any]:
+    """A last batch of one image cannot be shared."""
+    try:
+        list(Loop().batches(37, 12, generator(0, "order")))
+    except UserError as error:
+        return {"refused": str(error)}
+    return {"refused": None}
+
+
+def preparation(data: Dataset) -> dict[str, Any]:
+    """What is cached is computed by one process, which trains alone, and read by all."""
+    computed: list[int] = []
+
+    def compute() -> dict[str, torch.Tensor]:
+        computed.append(distributed.processes())
+        model = network(data)
+        train(model, data, Supervised(2, True, generator(0, "x")), Loop(), 12)
+        return {"linear": model.network[-1].weight.detach()}
+
+    with mock.patch.object(prototype, "ROOT", Path(sys.argv[1]).parent):
+        setting = prototype.Setting(data, torch.device("cpu"), "fp32")
+        read = setting.cached("test", {}, compute)
+    return {
+        "times": int(distributed.total(torch.tensor(len(computed)))),
+        "alone": computed in ([1], []),
+        "weights": weights(nn.ParameterDict(read)),
+    }
+
+
+SCENES: dict[str, Callable[[Dataset], dict[str, Any]]] = {
+    "supervised": supervised,
+    "wanet": controlled(wanet, wanet.WaNet),
+    "bpp": controlled(bpp, bpp.Bpp),
+    "inputaware": controlled(inputaware, inputaware.InputAware),
+    "sau": unlearning(train_mode=False),
+    "sau, train mode": unlearning(train_mode=True),
+    "ft": fine_tuning,
+    "scores": scores,
+    "preparation": preparation,
+    "careless": careless,
+    "small batch": small_batch,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with distributed.joined():
+        found = {name: scene(random_data()) for name, scene in SCENES.items()}
+        if distributed.is_main():
+            Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

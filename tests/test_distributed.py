@@ -1,0 +1,130 @@
+"""Several processes give what one gives."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from utils import distributed
+from utils.runtime import ROOT
+
+SCENES = (
+    "supervised",
+    "wanet",
+    "bpp",
+    "inputaware",
+    "sau",
+    "sau, train mode",
+    "ft",
+    "scores",
+    "preparation",
+)
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a script of the checkout, on a port of their own."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `processes.py` printed alone and in two processes."""
+    script, one, two = "tests/processes.py", *(tmp_path_factory.mktemp(n) for n in ("one", "two"))
+    subprocess.run([sys.executable, script, str(one / "found")], cwd=ROOT, check=True)
+    done = torchrun(script, str(two / "found"))
+    assert done.returncode == 0, done.stderr
+    return {path.name[:3]: json.loads((path / "found").read_text()) for path in (one, two)}
+
+
+def flat(value: Any) -> list[Any]:
+    """The leaves of nested lists and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for inner in value for leaf in flat(inner)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_two_processes_are_one(found: dict[str, Any], scene: str) -> None:
+    """Losses of each step, weights and statistics after training, and counts, in float64."""
+    one, two = (flat(found[name][scene]) for name in ("one", "two"))
+    assert len(one) == len(two)
+    assert len(one) >= 3
+    assert all(
+        math.isclose(a, b, rel_tol=1e-8, abs_tol=1e-9) for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_the_scenes_train(found: dict[str, Any]) -> None:
+    """Equal would also be what stands still."""
+    for name in ("supervised", "wanet", "bpp", "inputaware", "sau", "ft"):
+        steps = [step[0] for step in found["two"][name]["steps"]]
+        assert len(set(steps)) == len(steps)
+
+
+def test_what_is_cached_is_computed_once(found: dict[str, Any]) -> None:
+    assert found["two"]["preparation"]["times"] == 1
+    assert found["two"]["preparation"]["alone"]
+
+
+@pytest.mark.parametrize(
+    ("scene", "message"),
+    [
+        ("careless", "does not train data-parallel; start it without torchrun"),
+        ("small batch", "the last batch has 1 of 37 images, fewer than the 2 processes"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(found: dict[str, Any], scene: str, message: str) -> None:
+    assert message in found["two"][scene]["refused"]
+    assert found["one"][scene]["refused"] is None
+
+
+def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 things of 3 processes: 2, 2 and 3 of them."""
+    monkeypatch.setattr(distributed, "processes", lambda: 3)
+    parts = []
+    for number in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        parts.append(list(range(7))[distributed.part(7)])
+        assert distributed.own_rows(torch.arange(6)).tolist() == [2 * number, 2 * number + 1]
+    assert parts == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+def test_scripts_under_torchrun(tmp_path: Path) -> None:
+    """An attack and SAU in two processes; one of them writes and speaks."""
+    common = ("--record_path", str(tmp_path), "--random_seed", "3")
+    attack = torchrun(
+        "attack/badnet.py",
+        "--save_folder_name",
+        "two",
+        "--image_size",
+        "8",
+        "--epochs",
+        "1",
+        *common,
+    )
+    assert attack.returncode == 0, attack.stderr
+    assert attack.stderr.count("epoch 1/1") == 1
+    flags = ("--result_file", "two", "--n_rounds", "1", "--ratio", "0.03", *common)
+    defense = torchrun("defense/sau.py", *flags)
+    assert defense.returncode == 0, defense.stderr
+    assert defense.stderr.count("round 1/1") == 1
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["processes"] == 2
+    assert summary["acc_total"] == 360
+    again = torchrun("defense/sau.py", *flags)
+    assert again.returncode != 0
+    assert again.stderr.count("exists; give --overwrite") == 1

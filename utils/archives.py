@@ -1,0 +1,155 @@
+"""Archives of datasets: found or downloaded, checked against their checksum, extracted whole."""
+
+import hashlib
+import os
+import shutil
+import tarfile
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.runtime import Progress, logger
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published archive.
+
+    Attributes:
+        url: where it is downloaded from; ends with its file name.
+        md5: checksum as published, hexadecimal.
+        content: the file or folder inside that is wanted.
+    """
+
+    url: str
+    md5: str
+    content: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def extract_all(dataset: str, folder: Path, archives: Sequence[Archive]) -> None:
+    """Makes the content of each archive stand in a folder; what is there already stays.
+
+    An archive in the folder is used; one that is not is downloaded into it.
+
+    Raises:
+        UserError: if an archive is damaged, cannot be downloaded, or the folder not be written.
+    """
+    missing = [archive for archive in archives if not (folder / archive.content).exists()]
+    for archive in missing:
+        with _writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        file = folder / archive.name
+        if not file.exists():
+            try:
+                _download(archive, file)
+            except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
+                reason = " ".join(str(error).split())[:200]
+                wanted = [each.name for each in missing if not (folder / each.name).exists()]
+                raise UserError(
+                    f"--dataset {dataset}: not found and the download failed ({reason}); put "
+                    f"{', '.join(wanted)} into {folder}, or name the folder that has the data with "
+                    "--dataset_path"
+                ) from None
+        elif _md5(file) != archive.md5:
+            raise UserError(
+                f"{file}: is damaged or incomplete (its md5 is not {archive.md5}); remove it and "
+                "run again to download it, or put a whole one there"
+            )
+        with _writable(folder):
+            _extract(file, folder, archive.content)
+
+
+def _download(archive: Archive, file: Path) -> None:
+    """Downloads to a temporary name first, so that a file of the right name is whole.
+
+    Raises:
+        OSError: if the connection fails or the file cannot be written.
+        ValueError: if the checksum differs.
+    """
+    logger.info("downloading %s to %s", archive.url, file)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with (
+            urllib.request.urlopen(archive.url, timeout=60) as response,
+            partial.open("wb") as out,
+            Progress(
+                int(response.headers.get("Content-Length") or 0) // _MIB, archive.name, "MiB"
+            ) as progress,
+        ):
+            while chunk := response.read(_MIB):
+                out.write(chunk)
+                digest.update(chunk)
+                progress.advance()
+        if digest.hexdigest() != archive.md5:
+            raise ValueError(f"what came is damaged or incomplete: its md5 is not {archive.md5}")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _extract(file: Path, folder: Path, content: str) -> None:
+    """Extracts beside the place, then moves: what stands in the place is always whole."""
+    logger.info("extracting %s", file)
+    partial = folder / f".{file.name}.{os.getpid()}.extracting"
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                with Progress(len(members), "extracting", "file") as progress:
+                    for member in members:
+                        archive.extract(member, partial)  # never leaves the folder
+                        progress.advance()
+        else:
+            with tarfile.open(file) as archive_tar:
+                archive_tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                with Progress(len(archive_tar.getmembers()), "extracting", "file") as progress:
+                    for entry in archive_tar.getmembers():
+                        archive_tar.extract(entry, partial)
+                        progress.advance()
+        (folder / content).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / content, folder / content)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _md5(file: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with (
+        _readable(file),
+        file.open("rb") as content,
+        Progress(file.stat().st_size // _MIB, f"checking {file.name}", "MiB") as progress,
+    ):
+        while chunk := content.read(_MIB):
+            digest.update(chunk)
+            progress.advance()
+    return digest.hexdigest()
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); make space or make it writable"
+        ) from None
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None

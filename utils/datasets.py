@@ -1,0 +1,336 @@
+"""The table of datasets, and how each is found, downloaded and read."""
+
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from utils.archives import Archive, extract_all
+from utils.data import Dataset, Labelled, release
+from utils.errors import UserError, suggestion
+from utils.images import IMAGE_SUFFIXES, data_folder, decoded
+
+DatasetName = Literal["digits", "cifar10", "cifar100", "gtsrb", "tiny", "folder"]
+
+# All 39,209 training images; GTSRB-Training_fixed.zip, which torchvision reads, has 26,640 of them.
+_GTSRB_URL = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
+_GTSRB_ARCHIVES = (
+    Archive(
+        f"{_GTSRB_URL}GTSRB_Final_Training_Images.zip",
+        "f33fd80ac59bff73c82d25ab499e03a3",
+        "GTSRB/Final_Training",
+    ),
+    Archive(
+        f"{_GTSRB_URL}GTSRB_Final_Test_Images.zip",
+        "c7e4e6327067d32654124b0fe9e82185",
+        "GTSRB/Final_Test",
+    ),
+    Archive(
+        f"{_GTSRB_URL}GTSRB_Final_Test_GT.zip",
+        "fe31e9c9270bbcd7b84b7f21a9d9d9e5",
+        "GT-final_test.csv",
+    ),
+)
+_TINY_ARCHIVE = Archive(
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "90528d7ca1a48142e341f4ef8d21d0de",
+    "tiny-imagenet-200",
+)
+
+
+class _Listing(NamedTuple):
+    """Picture files of one split with their labels."""
+
+    files: list[Path]
+    labels: list[int]
+
+
+def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
+    """Loads a dataset at image_size x image_size pixels, three channels.
+
+    Args:
+        name: one of `DatasetName`.
+        path: the folder of images for `folder`; where downloads are kept for the others, None for
+            `data/` of this checkout.
+        image_size: side of the images in pixels; other sizes are resized (bilinear, antialiased).
+
+    Raises:
+        UserError: if files are missing, unreadable, or cannot be downloaded.
+    """
+    if name not in _LOADERS:
+        raise UserError(
+            f"--dataset: {name} is unknown{suggestion(name, _LOADERS)}; give one of "
+            f"{', '.join(_LOADERS)}"
+        )
+    dataset = _LOADERS[name](path, image_size)
+    for split, kind in ((dataset.train, "training"), (dataset.test, "test")):
+        if len(split) == 0:
+            raise UserError(
+                f"--dataset {name}: the {kind} set has no image; give at least one a class"
+            )
+    return dataset
+
+
+def _digits(path: Path | None, image_size: int) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels), 80/20 stratified split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
+    images = _resize(images.unsqueeze(1).expand(-1, 3, -1, -1), image_size)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
+    )
+    splits = [
+        Labelled(images[index], labels[index])
+        for index in (torch.from_numpy(train), torch.from_numpy(test))
+    ]
+    return _measured("digits", splits[0], splits[1], tuple(str(digit) for digit in range(10)))
+
+
+def _cifar(
+    source: str, name: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Path | None, int], Dataset]:
+    """CIFAR from its official pickles, whose checksums torchvision's class `source` checks."""
+
+    def load(path: Path | None, image_size: int) -> Dataset:
+        from torchvision import datasets  # here, because it takes seconds to import
+
+        reader = getattr(datasets, source)
+        folder = path or data_folder()
+        extract_all(name, folder, [Archive(reader.url, reader.tgz_md5, reader.base_folder)])
+        splits = []
+        for train in (True, False):
+            try:
+                data = reader(root=str(folder), train=train)
+            except Exception:  # torchvision raises what os, pickle and its own checks raise
+                raise UserError(
+                    f"{folder / reader.base_folder}: is damaged or incomplete (a file is missing "
+                    "or its md5 differs); remove that folder and run again"
+                ) from None
+            images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+            splits.append(Labelled(_resize(images, image_size), torch.tensor(data.targets)))
+        return Dataset(name, splits[0], splits[1], tuple(data.classes), mean, std)
+
+    return load
+
+
+def _gtsrb(path: Path | None, image_size: int) -> Dataset:
+    """German traffic signs, 43 classes, 39,209 / 12,630 images of many sizes.
+
+    Read from `gtsrb/` in the folder of downloads, or from that folder itself, in the layout of the
+    official archives or in BackdoorBench's, in the order of the csv files.
+    """
+    root = path or data_folder()
+    homes = [root / "gtsrb", root]
+    known = ["GTSRB", "Train", *(archive.name for archive in _GTSRB_ARCHIVES)]
+    home = next((h for h in homes if any((h / name).exists() for name in known)), homes[0])
+    if (home / "Train").is_dir():
+        train_root, test_root = home / "Train", home / "Test"
+        truth = test_root / "GT-final_test.csv"
+    else:
+        extract_all("gtsrb", home, _GTSRB_ARCHIVES)
+        train_root = home / "GTSRB" / "Final_Training" / "Images"
+        test_root = home / "GTSRB" / "Final_Test" / "Images"
+        truth = home / "GT-final_test.csv"
+    train = _Listing([], [])
+    for label in range(43):
+        found = _gtsrb_csv(train_root / f"{label:05}" / f"GT-{label:05}.csv")
+        train.files.extend(found.files)
+        train.labels.extend(found.labels)
+    listed = _gtsrb_csv(truth)
+    test = _Listing([test_root / file.name for file in listed.files], listed.labels)
+    classes = tuple(str(label) for label in range(43))
+    return _from_files("gtsrb", home, train, test, image_size, classes, ((0.0,) * 3, (1.0,) * 3))
+
+
+def _gtsrb_csv(file: Path) -> _Listing:
+    """The pictures beside a csv file, in its order, with their labels."""
+    lines = _lines(file)
+    try:
+        rows = list(csv.DictReader(lines, delimiter=";"))
+        labels = [int(row["ClassId"]) for row in rows]
+        names = [row["Filename"] for row in rows]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(
+            f"{file}: has no columns Filename and ClassId; extract the archive again"
+        ) from None
+    outside = [label for label in labels if not 0 <= label < 43]
+    if outside:
+        raise UserError(f"{file}: names class {outside[0]}; GTSRB has 0 to 42")
+    return _Listing([file.parent / name for name in names], labels)
+
+
+def _tiny(path: Path | None, image_size: int) -> Dataset:
+    """Tiny ImageNet: 200 classes in the order of their WordNet ids, 100,000 / 10,000 images.
+
+    The official validation images are the test set, in the order of val_annotations.txt; the
+    official test images have no published labels.
+    """
+    root = path or data_folder()
+    if (root / "wnids.txt").exists():
+        home = root
+    else:
+        extract_all("tiny", root, [_TINY_ARCHIVE])
+        home = root / _TINY_ARCHIVE.content
+    ids = sorted(" ".join(_lines(home / "wnids.txt")).split())
+    names = dict(line.split("\t", 1) for line in _lines(home / "words.txt") if "\t" in line)
+    train = _Listing([], [])
+    counts = []
+    for label, wordnet_id in enumerate(ids):
+        folder = home / "train" / wordnet_id / "images"
+        found = _pictures(folder) if folder.is_dir() else []
+        train.files.extend(found)
+        train.labels.extend([label] * len(found))
+        counts.append(len(found))
+    if min(counts, default=0) < max(counts, default=1):
+        fewest = counts.index(min(counts)) if counts else 0
+        raise UserError(
+            f"{home}: is incomplete (class {ids[fewest] if ids else 'list'} has fewer training "
+            "images than others); remove that folder and run again"
+        )
+    rows = [line.split("\t") for line in _lines(home / "val" / "val_annotations.txt") if line]
+    unknown = [row for row in rows if len(row) < 2 or row[1] not in ids]
+    if unknown:
+        raise UserError(
+            f"{home / 'val' / 'val_annotations.txt'}: {' '.join(unknown[0])} names no class of "
+            "wnids.txt; extract the archive again"
+        )
+    label_of = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
+    test = _Listing(
+        [home / "val" / "images" / row[0] for row in rows], [label_of[row[1]] for row in rows]
+    )
+    classes = tuple(names.get(wordnet_id, wordnet_id).split(",")[0] for wordnet_id in ids)
+    constants = ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
+    return _from_files("tiny", home, train, test, image_size, classes, constants)
+
+
+def _folder(path: Path | None, image_size: int) -> Dataset:
+    """The user's images, `train/<class>/*` and `test/<class>/*`."""
+    if path is None:
+        raise UserError(
+            "--dataset_path: a value is needed with --dataset folder; give the folder that holds "
+            "train/ and test/"
+        )
+    classes = _class_names(path / "train")
+    test_classes = _class_names(path / "test")
+    if classes != test_classes:
+        raise UserError(
+            f"--dataset_path: classes differ: {path / 'train'} has {', '.join(classes)}; "
+            f"{path / 'test'} has {', '.join(test_classes)}; give both the same folders"
+        )
+    splits = []
+    for split in ("train", "test"):
+        listing = _Listing([], [])
+        for label, name in enumerate(classes):
+            found = _pictures(path / split / name)
+            listing.files.extend(found)
+            listing.labels.extend([label] * len(found))
+        splits.append(listing)
+    for label, name in enumerate(classes):
+        if label not in splits[0].labels:
+            raise UserError(
+                f"--dataset_path: {path / 'train' / name} has no image file; put images into it or "
+                "remove the folder"
+            )
+    return _from_files("folder", path, splits[0], splits[1], image_size, classes)
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise UserError(f"--dataset_path: {folder} is not a folder; put one folder a class into it")
+    names = tuple(
+        sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    )
+    if not names:
+        raise UserError(
+            f"--dataset_path: {folder} has no class folders; put one folder a class into it"
+        )
+    return names
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder by name; hidden ones are other programs' notes."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    )
+
+
+def _lines(file: Path) -> Iterable[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UserError(
+            f"{file}: cannot be read ({reason}); remove the extracted folder and run again, or "
+            "name the right folder with --dataset_path"
+        ) from None
+
+
+def _from_files(
+    name: str,
+    root: Path,
+    train: _Listing,
+    test: _Listing,
+    image_size: int,
+    classes: tuple[str, ...],
+    constants: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> Dataset:
+    """A dataset of picture files below a folder.
+
+    Args:
+        constants: mean and standard deviation; None measures them.
+    """
+    pixels = decoded(root, train.files + test.files, image_size)
+    count = len(train.files)
+    splits = [
+        Labelled(part, torch.tensor(labels, dtype=torch.int64))
+        for part, labels in ((pixels[:count], train.labels), (pixels[count:], test.labels))
+    ]
+    if constants is None:
+        return _measured(name, splits[0], splits[1], classes)
+    return Dataset(name, splits[0], splits[1], classes, *constants)
+
+
+def _resize(images: torch.Tensor, image_size: int) -> torch.Tensor:
+    """uint8 (N, C, H, W) -> uint8 (N, C, S, S)."""
+    if images.shape[2:] != (image_size, image_size):
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
+    return images.contiguous()
+
+
+def _measured(name: str, train: Labelled, test: Labelled, classes: tuple[str, ...]) -> Dataset:
+    """The dataset with the mean and standard deviation of its training pixels."""
+    total = torch.zeros(2, 3, dtype=torch.float64)
+    for chunk in train.images.split(256):
+        pixels = chunk.double().div(255)
+        release(chunk)
+        total += torch.stack([pixels.sum(dim=(0, 2, 3)), pixels.square().sum(dim=(0, 2, 3))])
+    mean, square = total / (train.images.numel() / 3)
+    std = (
+        (square - mean.square()).clamp(min=1e-4).sqrt()
+    )  # an even-coloured set must not divide by 0
+    as_tuple = [tuple(round(value, 4) for value in values.tolist()) for values in (mean, std)]
+    return Dataset(name, train, test, classes, as_tuple[0], as_tuple[1])
+
+
+_LOADERS: dict[str, Callable[[Path | None, int], Dataset]] = {
+    "digits": _digits,
+    "cifar10": _cifar(
+        "CIFAR10", "cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.261)
+    ),
+    "cifar100": _cifar(
+        "CIFAR100", "cifar100", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
+    ),
+    "gtsrb": _gtsrb,
+    "tiny": _tiny,
+    "folder": _folder,
+}

@@ -1,0 +1,266 @@
+"""Several processes that train one model, as torchrun starts them; in a single one nothing changes.
+
+All processes hold the same weights and draw the same numbers. Each computes its own part of every
+batch and of every test set; gradients, BatchNorm statistics, losses and scores are those of the
+whole. The first process alone writes files and speaks.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import UserError
+
+# While the first process prepares something alone, e.g. decodes images, the others wait so long.
+_PATIENCE = timedelta(hours=12)
+
+_alone = False
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, this process is one of those that torchrun started; without torchrun nothing happens.
+
+    Raises:
+        UserError: if a machine has fewer GPUs than processes.
+    """
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        yield
+        return
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node: process {local_rank()} has no GPU, there are "
+                f"{torch.cuda.device_count()}; start one process a GPU"
+            )
+        torch.cuda.set_device(local_rank())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many work together here."""
+    return 1 if _alone or not dist.is_initialized() else dist.get_world_size()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return 0 if _alone or not dist.is_initialized() else dist.get_rank()
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks."""
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if processes() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def main_alone() -> Iterator[bool]:
+    """The first process works as if there were no other, which wait for it.
+
+    Gives whether this is the first process:
+
+        with main_alone() as is_mine:
+            if is_mine:
+                ...
+    """
+    global _alone
+    is_mine, outer = is_main(), _alone
+    _alone = True
+    try:
+        yield is_mine
+    finally:
+        _alone = outer
+    barrier()
+
+
+def from_main(value: Any) -> Any:
+    """The first process's value, in all processes."""
+    box = [value]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def part(count: int) -> slice:
+    """This process's part of `count` things in a row; parts differ by one at most."""
+    return slice(count * rank() // processes(), count * (rank() + 1) // processes())
+
+
+def own_rows(rows: torch.Tensor) -> torch.Tensor:
+    """This process's rows of what was drawn for all of them, equally many each."""
+    return rows.chunk(processes())[rank()] if processes() > 1 else rows
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes; no gradient."""
+    if processes() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The module to train a model through; it shares the model's weights.
+
+    A backward pass through it leaves the mean of all processes' gradients. In train mode BatchNorm
+    then uses the statistics of all processes; the model's own modules are changed for that.
+    """
+    if processes() == 1:
+        return model
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        _synchronise(model)
+    # Statistics are equal already. torch 2.14 has another name for the flag.
+    known = inspect.signature(DistributedDataParallel).parameters
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{flag: False},  # type: ignore[arg-type]
+    )
+
+
+def require_equal(model: nn.Module) -> None:
+    """Raises UserError if the processes no longer hold the same weights.
+
+    That is what happens if a method trains without `Loop.parallel` and `Loop.backward`.
+    """
+    if processes() == 1:
+        return
+    with torch.no_grad():
+        sums = torch.stack([w.double().sum() for w in model.parameters()])
+        mean = total(sums) / processes()
+        apart = total((sums - mean).abs() > 1e-3 * (1 + mean.abs()))
+    if apart.any():
+        raise UserError(
+            "the processes no longer train the same model: this method does not train "
+            "data-parallel; start it without torchrun"
+        )
+
+
+class Gathered(nn.Module):
+    """A module that takes the whole batch, computes this process's part, and gives all outputs.
+
+    For steps that need the batch as a whole, such as those of attacks that control training: every
+    process runs the same step, and only the model's work is shared out. The loss, and the gradient
+    of the images, are those of one process.
+
+    Args:
+        model: through which to train, from `parallel`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        own = part(len(images))
+        return _Gather.apply(self.model(_Scatter.apply(images, own)), own, len(images))
+
+
+class _Scatter(torch.autograd.Function):
+    """Own rows of a batch; the gradient comes back for all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, images: torch.Tensor, own: slice) -> torch.Tensor:
+        ctx.own, ctx.count = own, len(images)
+        return images[own].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # Undoes the factor of _Gather, which is there for the weights.
+        return _padded(gradient, ctx.own, ctx.count) / processes(), None
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all processes; the gradient goes to own rows.
+
+    It grows by the number of processes, because the weights' gradients are averaged afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, own: slice, count: int) -> torch.Tensor:
+        ctx.own = own
+        return _padded(logits, own, count)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient[ctx.own] * processes(), None, None
+
+
+def _padded(rows: torch.Tensor, own: slice, count: int) -> torch.Tensor:
+    """All rows, of which every process has its own: a sum, as gloo gathers equal shares only."""
+    everything = rows.new_zeros(count, *rows.shape[1:])
+    everything[own] = rows
+    dist.all_reduce(everything)
+    return everything
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all processes, and of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return total(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return total(gradient)
+
+
+class _SynchronisedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm with the statistics of all processes' images; torch's own is for GPUs only."""
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if not self.training or processes() == 1:
+            return super().forward(features)
+        shape = (1, -1, 1, 1)
+        size = torch.tensor([features.numel() / self.num_features])
+        sums = _Total.apply(torch.cat([features.sum((0, 2, 3)), size]))
+        mean, count = sums[:-1] / sums[-1].detach(), sums[-1].item()
+        centered = features - mean.view(shape)
+        variance = _Total.apply(centered.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        scale = self.weight / (variance + self.eps).sqrt()
+        return centered * scale.view(shape) + self.bias.view(shape)
+
+
+def _synchronise(model: nn.Module) -> None:
+    for module in model.modules():
+        is_ordinary = type(module) is nn.BatchNorm2d and module.affine and module.momentum
+        if is_ordinary and module.track_running_stats:
+            module.__class__ = _SynchronisedBatchNorm  # same weights, statistics and keys

@@ -1,0 +1,134 @@
+"""Picture files as uint8 pixels, decoded once into a cache file."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils import distributed
+from utils.data import mapped
+from utils.errors import UserError
+from utils.runtime import ROOT, Progress, logger
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
+)
+_MOST_PIXELS = 89_000_000  # where Pillow, too, begins to suspect a decompression bomb
+
+
+def data_folder() -> Path:
+    """Where downloads and caches are kept: `data/` of this checkout."""
+    return ROOT / "data"
+
+
+def read_image(file: Path, image_size: int) -> np.ndarray:
+    """One picture file as uint8 (3, S, S), squashed where it is not square.
+
+    Grey, palette and CMYK become RGB, transparency is dropped, 16-bit grey is scaled.
+
+    Raises:
+        UserError: if the file is missing, no picture, cut short, of floats, or huge.
+    """
+    try:
+        with Image.open(file) as opened:
+            if opened.width * opened.height > _MOST_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
+            image = _eight_bits(opened)
+            # A palette goes by way of RGBA, or Pillow warns of its transparency.
+            image = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+            return np.asarray(image).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: not a readable image ({reason}); repair or remove it") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, which Pillow's own conversion would clip; others as they are.
+
+    Raises:
+        ValueError: if the range of the values is not known.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    levels = np.asarray(image).astype(np.float64)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("values beyond 16 bits, or floats, have no known range")
+    return Image.fromarray((levels / 257).astype(np.uint8))
+
+
+def decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
+    """uint8 (N, 3, S, S), mapped from `data/cache/<key>.bin`, keyed by the files' content.
+
+    Args:
+        root: a folder that holds all files; their paths below it are part of the key.
+
+    Raises:
+        UserError: if a file is no readable image, or the cache cannot be written.
+    """
+    shape = (len(files), 3, image_size, image_size)
+    with distributed.main_alone() as is_mine:
+        cache = _cache_of(root, files, image_size, shape) if is_mine else None
+    return mapped(distributed.from_main(cache), shape)
+
+
+def _cache_of(root: Path, files: list[Path], image_size: int, shape: tuple[int, ...]) -> Path:
+    """The file that holds the pixels, written if it is not there."""
+    digest = hashlib.sha256(f"pixels 1, {image_size}".encode())
+    with ThreadPoolExecutor() as pool:
+        with Progress(len(files), "looking for changes", "file") as progress:
+            for file, content in zip(files, _ahead(pool, _file_digest, files), strict=True):
+                digest.update(os.fsencode(file.relative_to(root)) + b"\0" + content)
+                progress.advance()
+        cache = data_folder() / "cache" / f"{digest.hexdigest()[:32]}.bin"
+        if not cache.exists() or cache.stat().st_size != int(np.prod(shape)):
+            logger.info("decoding %d images of %s; kept in %s", len(files), root, cache)
+            partial = cache.with_suffix(f".{os.getpid()}.tmp")
+            try:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                with (
+                    partial.open("wb") as out,
+                    Progress(len(files), "decoding", "image") as progress,
+                    warnings.catch_warnings(),
+                ):
+                    # Huge images get our own line, and no second one.
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    for pixels in _ahead(pool, lambda file: read_image(file, image_size), files):
+                        out.write(pixels.tobytes())
+                        progress.advance()
+                os.replace(partial, cache)
+            except OSError as error:
+                raise UserError(
+                    f"{cache.parent}: cannot be written ({error.strerror}); make space or make it "
+                    "writable"
+                ) from None
+            finally:
+                partial.unlink(missing_ok=True)
+    return cache
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable, items: list, window: int = 512
+) -> Iterator:
+    """pool.map in order, with at most `window` results waiting."""
+    pending = [pool.submit(function, item) for item in items[:window]]
+    pending.reverse()
+    rest = iter(items[window:])
+    while pending:
+        yield pending.pop().result()
+        for item in rest:
+            pending.insert(0, pool.submit(function, item))
+            break
+
+
+def _file_digest(file: Path) -> bytes:
+    try:
+        return hashlib.sha256(file.read_bytes()).digest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); repair or remove it") from None
