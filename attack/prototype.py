@@ -48,6 +48,7 @@ from utils.runtime import (
     run_script,
     seed_everything,
 )
+from utils.tensors import load_tensors
 from utils.train import Loop, Schedule, Step, Supervised, train_classifier
 
 
@@ -132,7 +133,7 @@ class Setting:
                 logger.info("%s: read from %s", kind, cache.path / name)
             elif is_mine:
                 cache.write_tensors(name, compute())
-        return record.load_tensors(cache.path / name)
+        return load_tensors(cache.path / name)
 
 
 @dataclass(frozen=True)

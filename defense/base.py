@@ -40,7 +40,7 @@ class DefenseConfig(configuration.Config):
     """What all defenses have in common."""
 
     result_file: Annotated[
-        str | None, Field(description="record of the attack: its name, or its folder")
+        str | None, Field(description="record, ours or BackdoorBench's: its name, or its folder")
     ]
     record_path: Annotated[
         str | None, Field(description="folder of all records; null for record/ of the checkout")

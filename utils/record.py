@@ -5,27 +5,29 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pandas as pd
 import torch
 from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from models import Classifier, build_model, is_user_file, model_identity
-from utils import distributed
+from models import Classifier, build_model, check_model, is_user_file, model_identity
+from utils import backdoorbench, distributed
 from utils.config import read_yaml
 from utils.data import Dataset, Labelled, Triggered
-from utils.datasets import load_dataset
+from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
-from utils.poison import KINDS, PoisonedSet
-from utils.runtime import ROOT, logger
+from utils.poison import KINDS, PoisonedSet, unpoisoned
+from utils.runtime import ROOT
+from utils.tensors import explained, load_tensors
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_EXPECTED = "a record of this program"
 
 
 class RunFolder:
@@ -49,7 +51,9 @@ class RunFolder:
         A finished run needs `overwrite`; a folder that no run wrote is never touched.
         """
         if self.path.exists() and not (self.path / "config.yaml").exists() and self._holds_files():
-            raise UserError(f"{self.path} exists and is no record; give another name")
+            raise UserError(
+                f"{self.path} exists and is no record; give another name, or move it away"
+            )
         if self.is_done and not overwrite:
             raise UserError(f"{self.path} exists; give --overwrite to replace it, or another name")
 
@@ -208,14 +212,15 @@ def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class AttackRecord:
-    """An attack's record, checked against itself.
+class AttackRecord(ABC):
+    """An attack's record of any format, checked against itself.
 
     Attributes:
         folder: where it is.
         sha256: of `attack_result.pt`.
         attack: name of the attack; "prototype" for a clean model.
         triggered: the triggered test images; None for a clean model.
+        poison_index: which training images are poison; None where the record has none.
     """
 
     folder: Path
@@ -229,7 +234,6 @@ class AttackRecord:
     std: tuple[float, ...]
     dataset: str
     dataset_path: str | None
-    dataset_fingerprint: str
     attack_target: int | None
     attack_label_trans: str | None
     triggered: Triggered | None
@@ -306,12 +310,6 @@ class AttackRecord:
         self.check_dataset(data)
         return data
 
-    def poisoned_set(self, data: Dataset) -> PoisonedSet:
-        """The training set with the images that the attack replaced; not for a clean model."""
-        content = load_tensors(self.folder / "poison.pt")
-        names = ("train_index", "train_images", "train_labels", "train_kinds")
-        return PoisonedSet(data.train, *(content[name] for name in names))
-
     def check_dataset(self, data: Dataset) -> None:
         """Raises UserError unless the dataset is the one that the model was trained on."""
         if data.image_shape != self.image_shape or len(data.classes) != self.num_classes:
@@ -320,12 +318,64 @@ class AttackRecord:
                 "images, but the dataset "
                 f"has {len(data.classes)} of {data.image_shape}; give its own with --dataset_path"
             )
+        self.check_content(data)
+
+    @abstractmethod
+    def check_content(self, data: Dataset) -> None:
+        """Raises UserError unless images and labels are those that the record was made with."""
+
+    @abstractmethod
+    def poisoned_set(self, data: Dataset) -> PoisonedSet:
+        """The training set with the images that the attack replaced; not for a clean model."""
+
+    @abstractmethod
+    def cross_images(self, data: Dataset) -> torch.Tensor | None:
+        """uint8: all test images with a trigger that must not fire; None where there are none."""
+
+
+@dataclass(frozen=True)
+class _Own(AttackRecord):
+    """A record that an attack script wrote."""
+
+    dataset_fingerprint: str
+
+    def check_content(self, data: Dataset) -> None:
         if data.fingerprint() != self.dataset_fingerprint:
             raise UserError(
                 f"{self.folder}: the images or labels of {self.dataset} are not those that it "
                 "was made with; "
                 "give the same files with --dataset_path, or run the attack again"
             )
+
+    def poisoned_set(self, data: Dataset) -> PoisonedSet:
+        content = load_tensors(self.folder / "poison.pt")
+        names = ("train_index", "train_images", "train_labels", "train_kinds")
+        return PoisonedSet(data.train, *(content[name] for name in names))
+
+    def cross_images(self, data: Dataset) -> torch.Tensor | None:
+        return load_tensors(self.folder / "poison.pt").get("cross_images")
+
+
+@dataclass(frozen=True)
+class _BackdoorBench(AttackRecord):
+    """A record of BackdoorBench."""
+
+    source: backdoorbench.AttackResult
+
+    def check_content(self, data: Dataset) -> None:
+        backdoorbench.check_dataset(self.source, data)
+
+    def poisoned_set(self, data: Dataset) -> PoisonedSet:
+        train = self.source.train
+        if train is None:
+            return unpoisoned(data.train)
+        other = "cover" if self.source.is_poison_only else "cross"
+        kinds = torch.full((len(train.index),), KINDS.index(other), dtype=torch.uint8)
+        kinds[self.source.is_poison] = KINDS.index("poison")
+        return PoisonedSet(data.train, train.index, train.images(), train.labels, kinds)
+
+    def cross_images(self, data: Dataset) -> torch.Tensor | None:
+        return backdoorbench.read_cross(self.source, data.test.labels)
 
 
 def find_record(name: str, root: Path | None) -> Path:
@@ -351,11 +401,60 @@ def find_record(name: str, root: Path | None) -> Path:
 
 
 def load_attack(folder: Path) -> AttackRecord:
-    """Reads a finished attack's record.
+    """Reads a finished attack's record, ours or BackdoorBench's.
 
     Raises:
         UserError: if the run is not finished, or a file was changed or damaged.
     """
+    return _load_backdoorbench(folder) if is_backdoorbench(folder) else _load_own(folder)
+
+
+def is_backdoorbench(folder: Path) -> bool:
+    """Whether a folder is to be read as BackdoorBench's: a result without our own files."""
+    own = ("config.yaml", "summary.json")
+    return (folder / "attack_result.pt").exists() and not any((folder / f).exists() for f in own)
+
+
+def _load_backdoorbench(folder: Path) -> AttackRecord:
+    source = backdoorbench.read(folder)
+    if source.dataset not in get_args(DatasetName):
+        raise UserError(
+            f"{folder}: made with {source.dataset}, which is not among the datasets here "
+            f"({', '.join(get_args(DatasetName))})"
+        )
+    try:
+        check_model(source.model_name, source.num_classes, source.image_shape[1])
+        network = build_model(source.model_name, source.num_classes).network
+    except UserError as error:
+        raise UserError(f"{folder}: {str(error).removeprefix('--model: ')}") from None
+    try:
+        _check_state(source.state)
+        state = backdoorbench.fit_state(source.state, network.state_dict())
+    except ValueError as error:
+        raise UserError(f"{folder}: its weights do not fit {source.model_name} ({error})") from None
+    test = source.test
+    target, label_map = source.label_map()
+    return _BackdoorBench(
+        folder=folder,
+        sha256=_sha256(folder / backdoorbench.RESULT),
+        attack=source.attack,
+        model_name=source.model_name,
+        state=state,
+        num_classes=source.num_classes,
+        image_shape=source.image_shape,
+        mean=source.mean,
+        std=source.std,
+        dataset=source.dataset,
+        dataset_path=None,
+        attack_target=target,
+        attack_label_trans=label_map,
+        triggered=Triggered(test.images(), test.labels, test.originals, test.index),
+        poison_index=None if source.train is None else source.train.index[source.is_poison],
+        source=source,
+    )
+
+
+def _load_own(folder: Path) -> AttackRecord:
     result, poison = folder / "attack_result.pt", folder / "poison.pt"
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -375,9 +474,9 @@ def load_attack(folder: Path) -> AttackRecord:
                 f"{folder / name}: is not the file that summary.json describes; run the attack "
                 "again"
             )
-    with _explained(result):
+    with explained(result, _EXPECTED):
         content = load_tensors(result)
-        record = AttackRecord(
+        record = _Own(
             folder=folder,
             sha256=hashes[result.name],
             state=content["model"],
@@ -385,15 +484,20 @@ def load_attack(folder: Path) -> AttackRecord:
             poison_index=None,
             **_PLAIN.validate_python(content),
         )
-        for name, value in record.state.items():
-            if not isinstance(value, torch.Tensor):
-                raise ValueError(f"the weights {name} are no tensor")
-            if value.is_floating_point() and not value.isfinite().all():
-                raise ValueError(f"the weights {name} are not finite")
+        _check_state(record.state)
     if not poison.exists():
         return record
-    with _explained(poison):
+    with explained(poison, _EXPECTED):
         return _with_poison(record, load_tensors(poison))
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless all weights are finite tensors."""
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"the weights {name} are no tensor")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"the weights {name} are not finite")
 
 
 class _Plain(TypedDict):
@@ -444,7 +548,9 @@ def _with_poison(record: AttackRecord, content: Mapping[str, Any]) -> AttackReco
 
 
 def recorded_dataset(folder: Path) -> str | None:
-    """The dataset that a record's configuration names, read before the record itself."""
+    """The dataset that a record names, read before all else; None where it names none."""
+    if is_backdoorbench(folder):
+        return backdoorbench.read_dataset_name(folder)
     path = folder / "config.yaml"
     return read_yaml(path).get("dataset") if path.exists() else None
 
@@ -474,29 +580,6 @@ def read_index(path: Path, count: int) -> torch.Tensor:
     if len(set(numbers)) != len(numbers):
         raise UserError(f"--index: {path} names an image twice; name each once")
     return torch.tensor(sorted(numbers), dtype=torch.int64)
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """A dictionary of plain data and tensors, on the CPU. The only place that calls torch.load."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict):
-        raise ValueError("it holds no dictionary")
-    return content
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Any failure to read a file as a UserError that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as error:  # a damaged file can raise anything from zipfile to unpickling errors
-        logger.debug("reading %s", path, exc_info=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path}: is not a record of this program ({reason})") from None
 
 
 def _sha256(path: Path) -> str:

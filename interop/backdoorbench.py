@@ -1,0 +1,289 @@
+"""Records from and to BackdoorBench.
+
+    python interop/backdoorbench.py import --result_file ~/bdb/record/theirs --save_folder_name x
+    python interop/backdoorbench.py export --result_file ours --to ~/bdb/record/ours
+
+Defenses read a record of BackdoorBench as it is; `import` makes one of ours, for everything else.
+`export` writes what BackdoorBench's own loader reads, with the results of defenses. What it cannot
+read is refused: other datasets and networks than its own, and clean models.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import backdoorbench, record
+from utils.config import read_yaml
+from utils.data import Labelled
+from utils.errors import UserError
+from utils.poison import KINDS, PoisonedSet
+from utils.runtime import logger, run_script
+from utils.tensors import explained, load_tensors
+
+# Their columns of attack_df.csv that metrics.csv has, and our names of them.
+_COLUMNS = {
+    "epoch": "epoch",
+    "train_epoch_loss_avg_over_batch": "loss",
+    "test_acc": "acc",
+    "test_asr": "asr",
+    "test_ra": "ra",
+}
+
+
+def export_record(source: Path, to: Path, dataset_path: str | None = None) -> None:
+    """Writes a record as one of BackdoorBench; `attack_result.pt` comes last.
+
+    Args:
+        source: folder of the record, of either format.
+        to: folder to make; its name becomes the record's.
+        dataset_path: where the dataset is now; None for the record's path.
+
+    Raises:
+        UserError: if BackdoorBench could not read it, or the folder exists.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to: {to} exists; give a new folder")
+    attack = record.load_attack(source)
+    _refuse_unknown(attack)
+    triggered = attack.triggered
+    if triggered is None:
+        raise UserError(
+            f"{source}: has no triggered images, which BackdoorBench needs; give an attack's record"
+        )
+    data = attack.load_dataset(dataset_path)
+    state = record.model_state(attack.build())
+    poisoned, cross = attack.poisoned_set(data), attack.cross_images(data)
+    true_labels = data.train.labels[poisoned.index]
+    name = to.resolve().name
+    folder = _made(to)
+    train = None
+    if len(poisoned.index):
+        rows = (poisoned.index, poisoned.labels, true_labels)
+        train_folder = f"{name}/{backdoorbench.TRAIN}"
+        train = backdoorbench.split_state(train_folder, len(data.train), *rows)
+        backdoorbench.write_images(
+            to / backdoorbench.TRAIN, poisoned.images, poisoned.index, true_labels
+        )
+    rows = (triggered.index, triggered.targets, triggered.labels)
+    test = backdoorbench.split_state(f"{name}/{backdoorbench.TEST}", len(data.test), *rows)
+    backdoorbench.write_images(
+        to / backdoorbench.TEST, triggered.images, triggered.index, triggered.labels
+    )
+    if cross is not None:
+        everything = torch.arange(len(data.test))
+        backdoorbench.write_images(to / backdoorbench.CROSS, cross, everything, data.test.labels)
+    _write_notes(folder, attack, poisoned, name)
+    for finished in sorted((attack.folder / "defense").glob("*/summary.json")):
+        _export_defense(finished.parent, to)
+    content = backdoorbench.attack_result(
+        backdoorbench.model_result(attack.model_name, attack.num_classes, state),
+        attack.dataset,
+        attack.image_shape,
+        train,
+        test,
+    )
+    folder.write_tensors(backdoorbench.RESULT, content)
+    logger.info("record: %s", to)
+    if not backdoorbench.is_in_place(to):
+        logger.warning(
+            "warning: BackdoorBench finds its data beside the first 'record' of a path; move %s "
+            "to its record/%s",
+            to,
+            name,
+        )
+
+
+def import_record(
+    source: Path,
+    name: str,
+    dataset_path: str | None = None,
+    record_path: Path | None = None,
+    overwrite: bool = False,
+) -> record.RunFolder:
+    """Makes a record of ours out of one of BackdoorBench.
+
+    Args:
+        source: folder of BackdoorBench's record.
+        name: of the record to make.
+        dataset_path: folder of the dataset; None for `data/` of the checkout.
+        record_path: folder of all records; None for `record/` of the checkout.
+        overwrite: replace a record of that name.
+
+    Returns:
+        The new record's folder.
+
+    Raises:
+        UserError: if the source cannot be read, or the record exists.
+    """
+    folder = record.attack_folder(name, record_path)
+    folder.refuse_existing(overwrite)
+    if not record.is_backdoorbench(source):
+        raise UserError(f"--result_file: {source} is no record of BackdoorBench; give one of its")
+    attack = record.load_attack(source)
+    data = attack.load_dataset(dataset_path)
+    model = attack.build()
+    poisoned, cross = attack.poisoned_set(data), attack.cross_images(data)
+    facts = {
+        "attack": attack.attack,
+        "model_name": attack.model_name,
+        "dataset_path": None if dataset_path is None else str(Path(dataset_path).absolute()),
+        "attack_target": attack.attack_target,
+        "attack_label_trans": attack.attack_label_trans,
+    }
+    config = {"result_file": str(source.absolute()), "dataset": attack.dataset, **facts}
+    folder.start(yaml.safe_dump(config, sort_keys=False))
+    record.save_attack(
+        folder,
+        model,
+        data,
+        poisoned,
+        attack.triggered,
+        None if cross is None else Labelled(cross, data.test.labels),
+        facts,
+    )
+    poison = int((poisoned.kinds == KINDS.index("poison")).sum())
+    folder.write_summary(
+        {
+            **facts,
+            "dataset": attack.dataset,
+            "pratio": poison / len(data.train) if len(poisoned.index) else None,
+            "train_images": len(data.train),
+            "poisoned_images": poison,
+            "imported_from": "BackdoorBench",
+            "imported_sha256": attack.sha256,
+            "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
+        }
+    )
+    logger.info("record: %s", folder.path)
+    return folder
+
+
+def _refuse_unknown(attack: record.AttackRecord) -> None:
+    """Refuses what BackdoorBench has no name for, or would normalize in another way."""
+    for what, name, known in (
+        ("dataset", attack.dataset, backdoorbench.NORMALIZATION),
+        ("network", attack.model_name, backdoorbench.MODELS),
+    ):
+        if name not in known:
+            raise UserError(
+                f"{attack.folder}: BackdoorBench has no {what} {name}, so it could not read this; "
+                f"give a record with one of {', '.join(known)}"
+            )
+    mean, std = backdoorbench.NORMALIZATION[attack.dataset]
+    if not np.allclose([*attack.mean, *attack.std], [*mean, *std], atol=1e-6):
+        raise UserError(
+            f"{attack.folder}: its network normalizes with {attack.mean} and {attack.std}, but "
+            f"BackdoorBench with {mean} and {std} on {attack.dataset}; train it with those"
+        )
+
+
+def _made(to: Path) -> record.RunFolder:
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--to: {to} cannot be made ({error.strerror}); give a folder that can be written"
+        ) from None
+    return record.RunFolder(to)
+
+
+def _write_notes(
+    folder: record.RunFolder,
+    attack: record.AttackRecord,
+    poisoned: PoisonedSet,
+    name: str,
+) -> None:
+    """The files that BackdoorBench's loader does not need: arguments, poison list, metrics."""
+    config = attack.folder / "config.yaml"
+    arguments = {
+        **(read_yaml(config) if config.exists() else {}),
+        "attack": attack.attack,
+        "dataset": attack.dataset,
+        "model": attack.model_name,
+        "num_classes": attack.num_classes,
+        "attack_target": attack.attack_target,
+        "attack_label_trans": attack.attack_label_trans,
+        "save_path": f"./record/{name}",
+    }
+    folder.write_tensors(backdoorbench.INFO, arguments)
+    # Attacks that control training have cross samples, and no such list.
+    if len(poisoned.index) and not (poisoned.kinds == KINDS.index("cross")).any():
+        listed = np.zeros(len(poisoned), dtype=np.float64)
+        listed[poisoned.index[poisoned.kinds == KINDS.index("poison")].numpy()] = 1
+        folder.write(backdoorbench.POISON_LIST, lambda path: torch.save(listed, path))
+    metrics = attack.folder / "metrics.csv"
+    if metrics.exists():
+        with explained(metrics, "a table of metrics"):
+            ours = pd.read_csv(metrics)
+            known = {theirs: ours[name] for theirs, name in _COLUMNS.items() if name in ours}
+        table = pd.DataFrame(known, columns=list(backdoorbench.METRICS))
+        folder.write("attack_df.csv", lambda path: table.to_csv(path, index=False))
+
+
+def _export_defense(source: Path, to: Path) -> None:
+    """A defense's finished result, in BackdoorBench's form."""
+    path = source / "defense_result.pt"
+    with explained(path, "a defense's result"):
+        content = load_tensors(path)
+        result = backdoorbench.model_result(
+            content["model_name"], content["num_classes"], content["model"]
+        )
+    _made(to / "defense" / source.name).write_tensors("defense_result.pt", result)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong command line, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def _parsed() -> Any:
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    theirs = commands.add_parser(
+        "import", allow_abbrev=False, help="a record of BackdoorBench becomes one of ours"
+    )
+    ours = commands.add_parser(
+        "export", allow_abbrev=False, help="a record becomes one of BackdoorBench"
+    )
+    for command, source in ((theirs, "BackdoorBench's record: its folder"), (ours, "record")):
+        command.add_argument("--result_file", required=True, help=f"{source}, or its name")
+        command.add_argument("--record_path", type=Path, help="folder of all records")
+        command.add_argument("--dataset_path", help="where the dataset is; data/ if not given")
+    theirs.add_argument("--save_folder_name", required=True, help="name of the record to make")
+    theirs.add_argument("--overwrite", action="store_true", help="replace a record of that name")
+    ours.add_argument("--to", type=Path, required=True, help="folder to make, e.g. record/NAME")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parses the flags and converts."""
+    flags = _parsed()
+    source = record.find_record(flags.result_file, flags.record_path)
+    if flags.command == "export":
+        export_record(source, flags.to, flags.dataset_path)
+    else:
+        import_record(
+            source,
+            flags.save_folder_name,
+            flags.dataset_path,
+            flags.record_path,
+            flags.overwrite,
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)
