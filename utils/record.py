@@ -211,7 +211,7 @@ def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
     return {path.name: _sha256(path) for path in found if path.exists()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttackRecord(ABC):
     """An attack's record of any format, checked against itself.
 
@@ -333,7 +333,7 @@ class AttackRecord(ABC):
         """uint8: all test images with a trigger that must not fire; None where there are none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Own(AttackRecord):
     """A record that an attack script wrote."""
 
@@ -356,7 +356,7 @@ class _Own(AttackRecord):
         return load_tensors(self.folder / "poison.pt").get("cross_images")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _BackdoorBench(AttackRecord):
     """A record of BackdoorBench."""
 
