@@ -14,13 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from interop.backdoorbench import export_record, import_record
+from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
 from tests import backdoorbench_writer as writer
 from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, tiny, wanet
 from tests.test_end_to_end import run_script
 from utils import record
-from utils.backdoorbench import fit_state, model_result
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
 from utils.poison import KINDS, Choice, dirty_label, replace_images, triggered_test_set, unpoisoned
@@ -248,11 +247,12 @@ def test_a_record_without_poisoned_training_images_is_exported_without(
     assert record.load_attack(tmp_path / "record/again").poison_index is None
 
 
-def test_a_transformer_s_names_are_those_of_a_second_part() -> None:
-    state = {"head.weight": torch.zeros(2)}
-    written = model_result("vit_b_16", 10, state)["model"]
-    assert list(written) == ["1.head.weight"]
-    assert list(fit_state(written, state)) == ["head.weight"]
+def test_a_transformer_that_does_not_resize_is_not_exported(tmp_path: Path, data: Dataset) -> None:
+    attack = record.load_attack(writer.write(tmp_path / "r", badnet(data)))
+    vit = dataclasses.replace(attack, model_name="vit_b_16", network_size=224)
+    _refuse_unknown(vit)
+    with pytest.raises(UserError, match="resizes them to 224; train it with --pretrained"):
+        _refuse_unknown(dataclasses.replace(vit, network_size=None))
 
 
 def test_what_backdoorbench_cannot_read_is_not_exported(

@@ -423,8 +423,11 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
             f"({', '.join(get_args(DatasetName))})"
         )
     try:
-        check_model(source.model_name, source.num_classes, source.image_shape[1])
-        network = build_model(source.model_name, source.num_classes).network
+        size, network_size = source.image_shape[1], backdoorbench.network_size(source)
+        check_model(source.model_name, source.num_classes, size, network_size)
+        network = build_model(
+            source.model_name, source.num_classes, image_size=size, network_size=network_size
+        ).network
     except UserError as error:
         raise UserError(f"{folder}: {str(error).removeprefix('--model: ')}") from None
     try:
@@ -440,6 +443,7 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
         attack=source.attack,
         model_name=source.model_name,
         state=state,
+        network_size=network_size,
         num_classes=source.num_classes,
         image_shape=source.image_shape,
         mean=source.mean,
