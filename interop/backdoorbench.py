@@ -134,7 +134,7 @@ def import_record(
     facts = {
         "attack": attack.attack,
         "model_name": attack.model_name,
-        "network_size": attack.network_size,
+        **({} if attack.network_size is None else {"network_size": attack.network_size}),
         "dataset_path": None if dataset_path is None else str(Path(dataset_path).absolute()),
         "attack_target": attack.attack_target,
         "attack_label_trans": attack.attack_label_trans,
@@ -180,7 +180,7 @@ def _refuse_unknown(attack: record.AttackRecord) -> None:
             )
     if attack.model_name.startswith("vit_") and attack.network_size != 224:
         raise UserError(
-            f"{attack.folder}: its {attack.model_name} takes images as they are, but BackdoorBench's "
+            f"{attack.folder}: its {attack.model_name} takes images as they are; BackdoorBench's "
             "resizes them to 224; train it with --pretrained"
         )
     mean, std = backdoorbench.NORMALIZATION[attack.dataset]

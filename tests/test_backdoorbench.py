@@ -239,12 +239,11 @@ def test_the_dataset_is_known_before_the_record_is_read(tmp_path: Path, data: Da
 
 
 def test_weights_fit_by_name_by_position_or_not_at_all() -> None:
-    """Names in another order; other names of the same shapes; the second part of a sequence."""
+    """Names in another order; other names of the same shapes."""
     expected = TinyNet(10).state_dict()
     for state in (
         dict(reversed(expected.items())),
         {f"part.{name}": value for name, value in expected.items()},
-        {f"1.{name}": value for name, value in reversed(expected.items())},
     ):
         fitted = backdoorbench.fit_state(state, expected)
         assert list(fitted) == list(expected)
