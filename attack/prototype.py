@@ -232,11 +232,11 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         UserError: if the configuration does not fit the data or the record exists.
     """
     started = time.monotonic()
-    folder = _free_folder(config)
+    folder = free_folder(config.save_folder_name, config.record_path, config.overwrite)
     with file_log() as open_log:
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
-        data = load_dataset(config.dataset, _path(config.dataset_path), config.image_size)
+        data = load_dataset(config.dataset, as_path(config.dataset_path), config.image_size)
         _check_fit(config, data)
         network_size = _network_size(config)
         check_model(config.model, len(data.classes), config.image_size, network_size)
@@ -267,9 +267,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
             "model_name": model_name,
             "model_sha256": model_sha256,
             "network_size": network_size,
-            "dataset_path": None
-            if config.dataset_path is None
-            else os.path.abspath(config.dataset_path),
+            "dataset_path": absolute(config.dataset_path),
             "attack_target": config.attack_target if isinstance(config, AttackConfig) else None,
             "attack_label_trans": config.attack_label_trans
             if isinstance(config, AttackConfig)
@@ -281,7 +279,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
             pipeline.save_figure(folder, "curves.png", plot.curves(watch.metrics, "epoch", title))
         ]
         if triggered is not None:
-            pictures.append(_draw_trigger(folder, model, data, triggered, name, device))
+            pictures.append(draw_trigger(folder, model, data, triggered, name, device))
         warnings = _warnings(watch.scores, len(data.classes))
         folder.write_summary(
             {
@@ -432,20 +430,31 @@ def _clean_plan(config: TrainingConfig, setting: Setting) -> Plan:
     return Plan(clean, _supervised(config, setting), lambda: None, lambda: None, lambda: clean)
 
 
-def _free_folder(config: TrainingConfig) -> record.RunFolder:
-    if config.save_folder_name is None:
+def free_folder(name: str | None, root: str | None, overwrite: bool) -> record.RunFolder:
+    """The folder of a new record.
+
+    Raises:
+        UserError: if there is no name, or what stands there may not be replaced.
+    """
+    if name is None:
         raise UserError("--save_folder_name: a value is needed; give the record a name")
-    folder = record.attack_folder(config.save_folder_name, _path(config.record_path))
-    folder.refuse_existing(config.overwrite)
+    folder = record.attack_folder(name, as_path(root))
+    folder.refuse_existing(overwrite)
     return folder
 
 
-def _check_fit(config: TrainingConfig, data: Dataset) -> None:
-    if isinstance(config, AttackConfig) and config.attack_target >= len(data.classes):
+def check_target(target: int, data: Dataset) -> None:
+    """Raises UserError if the target is no class of the dataset."""
+    if target >= len(data.classes):
         raise UserError(
-            f"--attack_target: {config.attack_target} is no class of {data.name}; give 0 to "
+            f"--attack_target: {target} is no class of {data.name}; give 0 to "
             f"{len(data.classes) - 1}"
         )
+
+
+def _check_fit(config: TrainingConfig, data: Dataset) -> None:
+    if isinstance(config, AttackConfig):
+        check_target(config.attack_target, data)
     if config.batch_size > len(data.train):
         raise UserError(
             f"--batch_size: {config.batch_size} is more than the {len(data.train)} training "
@@ -453,7 +462,7 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
         )
 
 
-def _draw_trigger(
+def draw_trigger(
     folder: record.RunFolder,
     model: Classifier,
     data: Dataset,
@@ -494,8 +503,14 @@ def _warnings(scores: Scores, num_classes: int) -> list[str]:
     return found
 
 
-def _path(text: str | None) -> Path | None:
+def as_path(text: str | None) -> Path | None:
+    """A flag's path."""
     return None if text is None else Path(text)
+
+
+def absolute(text: str | None) -> str | None:
+    """A flag's path as a record keeps it."""
+    return None if text is None else os.path.abspath(text)
 
 
 def main() -> None:

@@ -136,6 +136,8 @@ def defend(
         )
         logger.info("%d clean images of %d", len(index), len(data.train))
         warnings = _subset_warnings(clean, data)
+        if attack.triggered is None:
+            logger.info("the record has no triggered images: ACC alone is reported, no ASR or DER")
         score = pipeline.scorer(data.test, lambda: attack.triggered, device)
         before = score(backdoored)
         logger.info("before  %s", before)

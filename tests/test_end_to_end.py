@@ -17,7 +17,7 @@ import utils.datasets
 import utils.images
 from utils.runtime import ROOT
 
-PIPELINES = {"__init__", "prototype", "controlled", "base"}
+PIPELINES = {"__init__", "prototype", "controlled", "external", "base"}
 ATTACKS = sorted(path.stem for path in (ROOT / "attack").glob("*.py") if path.stem not in PIPELINES)
 DEFENSES = sorted(
     path.stem for path in (ROOT / "defense").glob("*.py") if path.stem not in PIPELINES

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.models import VGG, VisionTransformer
+from torchvision.models import VisionTransformer
 
 from defense.sau import Config, purify, shared_perturbation
 from models import Classifier, build_model
@@ -72,20 +72,26 @@ def settle(model: Classifier, images: torch.Tensor) -> None:
         model(as_float(images))
 
 
-def shorten(model: Classifier) -> None:
-    """For the time that they take: VGG's hidden layers of 4,096, and ten of ViT's twelve blocks.
+class Narrow(nn.Linear):
+    """VGG's hidden layers of 4,096 are of 64."""
 
-    Weights of more than 100,000 numbers stay as they are.
-    """
-    network = model.network
-    if isinstance(network, VGG):
-        network.classifier = nn.Sequential(
-            nn.Dropout(), nn.Linear(25088, network.classifier[-1].out_features)
-        )
-    if isinstance(network, VisionTransformer):
-        network.encoder.layers = network.encoder.layers[:2]
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        sizes = [64 if size == 4096 else size for size in (in_features, out_features)]
+        super().__init__(*sizes, bias)
+
+
+def short_model(family: str, num_classes: int, *constants: tuple[float, ...]) -> Classifier:
+    """A network cut short for the time that it takes, and large weights that need no gradient."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        if family == "vgg19_bn":
+            patch.setattr(nn, "Linear", Narrow)
+        model = build_model(family, num_classes, *constants, image_size=32)
+    if isinstance(model.network, VisionTransformer):
+        model.network.encoder.layers = model.network.encoder.layers[:2]
     for weight in model.parameters():
         weight.requires_grad_(weight.numel() <= 100_000)
+    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,9 +100,7 @@ def test_every_dataset_trains_and_purifies_every_family(
     datasets: dict[str, Dataset], name: str, family: str
 ) -> None:
     data = datasets[name]
-    torch.manual_seed(0)
-    model = build_model(family, len(data.classes), data.mean, data.std, image_size=32)
-    shorten(model)
+    model = short_model(family, len(data.classes), data.mean, data.std)
     before = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
     train_classifier(
         model,
@@ -136,9 +140,7 @@ def test_the_inner_loop_runs_in_eval_mode_whatever_the_layers(
     family: str, kind: type[nn.Module], is_there: bool
 ) -> None:
     """Given models in train mode, dropout and all, it repeats itself and gives their modes back."""
-    torch.manual_seed(0)
-    model = build_model(family, 3, image_size=32)
-    shorten(model)
+    model = short_model(family, 3)
     assert any(isinstance(module, kind) for module in model.modules()) == is_there
     settle(model, torch.rand(4, 3, 32, 32))
     reference = copy.deepcopy(model)

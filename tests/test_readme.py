@@ -2,9 +2,12 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import utils.images
 from tests.test_end_to_end import cache, run_script, workplace
@@ -35,21 +38,43 @@ def shortened(flags: list[str], workplace: Path) -> list[object]:
     """The same flags with tiny images in the place of the user's, and one epoch or round."""
     is_attack = "--save_folder_name" in flags
     found: list[object] = list(flags)
-    for name, value in (("--dataset", "folder"), ("--dataset_path", workplace / "images")):
+    for name, value in (
+        ("--dataset", "folder"),
+        ("--dataset_path", workplace / "images"),
+        ("--model", f"{workplace / 'my_net.py'}:build"),
+        ("--state_dict", workplace / "my_model.pt"),
+        ("--bd_test_dir", workplace / "triggered"),
+    ):
         if name in found:
             found[found.index(name) + 1] = value
-        elif is_attack:
+        elif is_attack and name.startswith("--dataset"):
             found += [name, value]
     found += ["--record_path", workplace / "record", "--precision", "fp32"]
     if is_attack:
-        return [*found, "--epochs", 1, "--batch_size", 12, "--image_size", 16]
+        training = [] if "--state_dict" in found else ["--epochs", 1, "--batch_size", 12]
+        return [*found, *training, "--image_size", 16]
     return [*found, "--n_rounds", 1, "--ratio", 0.5]
+
+
+def users_files(workplace: Path) -> None:
+    """my_net.py as it stands on the page, its weights, and a triggered test image of each class."""
+    source = blocks("python")[0]
+    assert source.startswith("# my_net.py\n")
+    (workplace / "my_net.py").write_text(source, encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(compile(source, "my_net.py", "exec"), names)
+    torch.save(names["build"](3, 16).state_dict(), workplace / "my_model.pt")
+    for position, name in ((0, "bright"), (6, "dark"), (12, "striped")):
+        folder = workplace / "triggered" / name
+        folder.mkdir(parents=True)
+        shutil.copy(workplace / "images/test" / name / "0.png", folder / f"{position}.png")
 
 
 def test_the_commands_run_in_the_order_of_the_page(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(COMMANDS) >= 9
+    users_files(workplace)
     for command in COMMANDS:
         _, script, *flags = shlex.split(command, comments=True)
         if flags == ["--help"]:
@@ -97,7 +122,7 @@ def test_the_python_examples_run(
     monkeypatch.chdir(workplace)
     run = shortened(["--save_folder_name", "badnet_demo", "--overwrite"], workplace)
     assert run_script(ROOT / "attack/badnet.py", *run) == 0
-    api, record = blocks("python")
+    _, api, record = blocks("python")
     names: dict[str, object] = {}
     exec(compile(api, "README.md", "exec"), names)
     assert names["purified"] is not names["model"]
@@ -119,7 +144,7 @@ def test_the_scripts_of_the_methods_tables_are_all_there_are() -> None:
         f"{folder}/{path.name}"
         for folder in ("attack", "defense")
         for path in (ROOT / folder).glob("*.py")
-        if path.stem not in ("__init__", "controlled", "base")
+        if path.stem not in ("__init__", "controlled", "external", "base")
     }
     commands = re.findall(r"`python (attack/(\w+)\.py)(?: --save_folder_name (\w+)_demo)?`", README)
     assert all(record in (name, "") for _, name, record in commands)

@@ -1,0 +1,301 @@
+"""A record from a model that was trained elsewhere, so that defenses can purify it.
+
+    python attack/external.py --state_dict my_model.pt --model resnet18 --save_folder_name theirs
+
+The checkpoint is a state dict, `.pt`/`.pth` (read with weights_only=True) or `.safetensors`, bare
+or under `state_dict`, `model`, `model_state_dict` or `net`; `module.` before names is stripped, and
+all names and shapes have to be the network's. Nothing is trained.
+
+ASR needs triggered test images, as picture files named after the test image that they come from:
+
+    <bd_test_dir>/<true class>/<position in the test set>.png
+
+with --attack_target (or --attack_label_trans all2all). The class is the dataset's name of it.
+Without them the record has no ASR, and defenses report ACC alone. Where the model was trained with
+another normalization than the dataset's usual one, give its --mean and --std.
+"""
+
+import pickle
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from attack import prototype
+from models import Classifier, build_model, check_model, model_identity, prepare
+from utils import config as configuration
+from utils import pipeline, poison, record
+from utils.data import Dataset, Triggered
+from utils.datasets import DatasetName, load_dataset
+from utils.errors import UserError
+from utils.evaluate import evaluate
+from utils.images import IMAGE_SUFFIXES, decoded
+from utils.metrics import Scores, rate_label
+from utils.runtime import Precision, file_log, logger, pick_device, pick_precision, run_script
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(configuration.Config):
+    save_folder_name: Annotated[str | None, Field(description="name of the record to write")]
+    record_path: Annotated[
+        str | None, Field(description="folder of all records; null for record/ of the checkout")
+    ]
+    overwrite: Annotated[bool, Field(description="replace a record of that name")]
+    dataset: Annotated[DatasetName, Field(description="what the model was trained on")]
+    dataset_path: Annotated[
+        str | None, Field(description="folder of the images or downloads; null for data/")
+    ]
+    image_size: Annotated[
+        int | None,
+        Field(ge=8, le=1024, description="side of its images in pixels; null for the dataset's"),
+    ]
+    model: Annotated[
+        str,
+        Field(description="preactresnet18, a torchvision classifier, or your own file.py:function"),
+    ]
+    state_dict: Annotated[
+        str | None, Field(description="checkpoint of the model: .pt, .pth or .safetensors")
+    ]
+    mean: Annotated[
+        tuple[Annotated[float, Field(ge=0)], ...],
+        Field(description="red,green,blue that its normalization subtracts; none: the dataset's"),
+    ]
+    std: Annotated[
+        tuple[Annotated[float, Field(gt=0)], ...],
+        Field(description="red,green,blue that it divides by, pixels in [0, 1]; none: likewise"),
+    ]
+    bd_test_dir: Annotated[
+        str | None, Field(description="folder of triggered test images; null for none")
+    ]
+    attack_target: Annotated[
+        int | None, Field(ge=0, description="label that triggered images get (all2one)")
+    ]
+    attack_label_trans: Annotated[
+        poison.LabelMap, Field(description="target for all images, or y -> (y + 1) mod classes")
+    ]
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
+    precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, unwrapped, `module.` stripped.
+
+    Raises:
+        UserError: if the file is no checkpoint, or holds anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Mapping[str, Any] = load_file(path)
+        else:
+            content = record.load_tensors(path)
+    except Exception as error:  # a file of another kind raises anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own advice is to load it anyway
+            reason = "it holds Python objects, whose loading could run code"
+        raise UserError(
+            f"--state_dict: {path} cannot be read as plain tensors ({reason}); give a file of "
+            "torch.save(model.state_dict(), path), or .safetensors"
+        ) from None
+    wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
+    state = content if wrapper is None else content[wrapper]
+    others = [
+        str(key)
+        for key, value in state.items()
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+    ]
+    if others or not state:
+        raise UserError(
+            f"--state_dict: {path} holds no state dict ({', '.join(others) or 'nothing'} is no "
+            f"tensor); give one, bare or under {', '.join(_WRAPPERS)}"
+        )
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"--state_dict: {path}: not finite: {', '.join(broken)}; give another file")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Puts weights into the bare network; names and shapes have to be the same.
+
+    Raises:
+        UserError: listing every name that is missing, not the network's, or of another shape.
+    """
+    own = model.network.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in state]
+    problems += [f"{key} is not in the network" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        raise UserError(
+            f"--state_dict: does not fit --model {name}: {'; '.join(problems)}; give its own "
+            "network, dataset and image size"
+        )
+    model.network.load_state_dict(state)
+
+
+def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
+    """The triggered test images of `<true class>/<position in the test set>.png`.
+
+    Images of the target class are left out (all2one).
+
+    Raises:
+        UserError: if a name is no position, or its test image is not of that class.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--bd_test_dir: {folder} is not a folder; put one folder a class into it")
+    found: dict[int, Path] = {}
+    for file in sorted(folder.glob("*/*")):
+        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
+            continue
+        position = int(file.stem) if file.stem.isdecimal() else -1
+        if not 0 <= position < len(data.test):
+            raise UserError(
+                f"--bd_test_dir: {file} is not named after a test image; name it 0 to "
+                f"{len(data.test) - 1}"
+            )
+        true_class = data.classes[int(data.test.labels[position])]
+        if file.parent.name != true_class:
+            raise UserError(
+                f"--bd_test_dir: {file} stands in class {file.parent.name}, but test image "
+                f"{position} is of class {true_class}; move or rename it"
+            )
+        if position in found:
+            raise UserError(f"--bd_test_dir: {file} and {found[position]} are the same test image")
+        found[position] = file
+    index = torch.tensor(sorted(found), dtype=torch.int64)
+    if config.attack_label_trans == "all2one":
+        index = index[data.test.labels[index] != config.attack_target]
+    if len(index) == 0:
+        raise UserError(
+            f"--bd_test_dir: {folder} has no image of another class than the target; put "
+            "<true class>/<position in the test set>.png into it"
+        )
+    labels = data.test.labels[index]
+    images = decoded(folder, [found[position] for position in index.tolist()], data.image_shape[1])
+    targets = poison.map_labels(
+        labels, config.attack_label_trans, config.attack_target or 0, len(data.classes)
+    )
+    return Triggered(images, targets, labels, index)
+
+
+def import_model(config: Config) -> record.RunFolder:
+    """Writes the record of a model that was trained elsewhere.
+
+    Returns:
+        The record's folder.
+
+    Raises:
+        UserError: if checkpoint, network, data and flags do not fit together.
+    """
+    started = time.monotonic()
+    folder = prototype.free_folder(config.save_folder_name, config.record_path, config.overwrite)
+    if config.state_dict is None:
+        raise UserError("--state_dict: a value is needed; give the model's checkpoint")
+    maps_all = config.attack_label_trans == "all2all"
+    if config.bd_test_dir is not None and config.attack_target is None and not maps_all:
+        raise UserError("--attack_target: a value is needed with --bd_test_dir; give the label")
+    for flag, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) not in (0, 3):
+            raise UserError(f"--{flag}: has {len(values)} numbers; give three, e.g. 0.5,0.5,0.5")
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    # The size has its home in the recipe of the dataset.
+    size = config.image_size or prototype.TrainingConfig.load(config.dataset).image_size
+    with file_log() as open_log:
+        data = load_dataset(config.dataset, prototype.as_path(config.dataset_path), size)
+        data = replace(
+            data,
+            mean=config.mean or data.mean,
+            std=config.std or data.std,
+        )
+        if config.attack_target is not None:
+            prototype.check_target(config.attack_target, data)
+        check_model(config.model, len(data.classes), size)
+        model = build_model(config.model, len(data.classes), data.mean, data.std, image_size=size)
+        fill(model, read_checkpoint(Path(config.state_dict)), config.model)
+        triggered = None
+        if config.bd_test_dir is not None:
+            triggered = read_triggered(Path(config.bd_test_dir), data, config)
+        prepare(model, device, precision)
+
+        folder.start(config.dump())
+        open_log(folder.log)
+        model_name, model_sha256 = model_identity(config.model)
+        logger.info("external model on %s: %s, %s, %s", data.name, model_name, device, precision)
+        scores = evaluate(model, data.test, triggered, device)
+        is_backdoored = triggered is not None or config.attack_target is not None
+        facts = {
+            "attack": "external",
+            "model_name": model_name,
+            "model_sha256": model_sha256,
+            "network_size": None,
+            "dataset_path": prototype.absolute(config.dataset_path),
+            "attack_target": config.attack_target,
+            "attack_label_trans": config.attack_label_trans if is_backdoored else None,
+        }
+        unknown = poison.unpoisoned(data.train)  # what the model was trained on stays its owner's
+        record.save_attack(folder, model, data, unknown, triggered, None, facts)
+        pictures = []
+        if triggered is not None:
+            pictures.append(
+                prototype.draw_trigger(folder, model, data, triggered, "external", device)
+            )
+        warnings = _warnings(scores, len(data.classes))
+        folder.write_summary(
+            {
+                "attack": "external",
+                **scores.counts(),
+                "dataset": data.name,
+                "model": model_name,
+                **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
+                "train_images": len(data.train),
+                "warnings": warnings,
+                **pipeline.run_facts(started, device, precision),
+                "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
+            }
+        )
+        for warning in warnings:
+            logger.warning("warning: %s", warning)
+        for rate_name, rate in scores.rates().items():
+            logger.info("%-9s %8s  (%d of %d)", rate_label(rate_name), rate, rate.hits, rate.total)
+        if triggered is None:
+            logger.info("no triggered images, so no ASR; give --bd_test_dir to have one")
+        pipeline.log_paths(folder, pictures)
+    return folder
+
+
+def _warnings(scores: Scores, num_classes: int) -> list[str]:
+    found = []
+    if scores.acc.value < 1.5 / num_classes:
+        found.append(
+            f"ACC is only {scores.acc} with {num_classes} classes; check --mean, --std, "
+            "--image_size, and that the classes are in the dataset's order"
+        )
+    if scores.asr is not None and scores.asr.value < 0.5:
+        found.append(
+            f"ASR is only {scores.asr}; check --attack_target and the images of --bd_test_dir"
+        )
+    return found
+
+
+def main() -> None:
+    """Makes the record."""
+    import_model(Config.from_command_line(sys.argv[1:], __doc__))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,332 @@
+"""Records of models trained elsewhere, and of networks from a user's own file."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import attack.prototype as prototype
+from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from utils.datasets import load_dataset
+from utils.record import load_attack
+from utils.runtime import ROOT
+
+__all__ = ["cache", "workplace"]  # fixtures
+
+OWN = """
+from torch import nn
+
+
+def build(num_classes, image_size):
+    open({touched!r}, "a").write("run ")
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
+        nn.Linear(4 * (image_size - 2) ** 2, num_classes),
+    )
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A file with `build`, which leaves a word in touched.txt whenever it is called."""
+    path = tmp_path / "my_net.py"
+    path.write_text(OWN.format(touched=str(tmp_path / "touched.txt")), encoding="utf-8")
+    return path
+
+
+def network() -> nn.Module:
+    """What `build` makes, with numbers of its own."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 14**2, 3)
+    )
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.pt"
+    torch.save(network().state_dict(), path)
+    return path
+
+
+def flags(workplace: Path, own: Path, state: Path, name: str, **changes: object) -> list[object]:
+    values: dict[str, object] = {
+        "save_folder_name": name,
+        "record_path": workplace / "record",
+        "dataset": "folder",
+        "dataset_path": workplace / "images",
+        "image_size": 16,
+        "model": f"{own}:build",
+        "state_dict": state,
+        "precision": "fp32",
+    }
+    values |= changes
+    return [part for key, value in values.items() for part in (f"--{key}", value)]
+
+
+def run(*args: object) -> int:
+    return run_script(ROOT / "attack/external.py", *args)
+
+
+def triggered_images(workplace: Path, folder: Path) -> Path:
+    """Every test image with a white corner, under its class and position."""
+    data = load_dataset("folder", workplace / "images", 16)
+    for position, (image, label) in enumerate(
+        zip(data.test.images, data.test.labels.tolist(), strict=True)
+    ):
+        pixels = image.permute(1, 2, 0).numpy().copy()
+        pixels[-2:, -2:] = 255
+        path = folder / data.classes[label] / f"{position:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def wrapped(path: Path, state: dict[str, torch.Tensor], way: str) -> Path:
+    """The state as other programs save it."""
+    if way == "safetensors":
+        path = path.with_suffix(".safetensors")
+        save_file(state, path)
+    elif way == "module":
+        torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    elif way == "half":
+        torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, path)
+    else:
+        torch.save({way: state, "epoch": 3}, path)
+    return path
+
+
+@pytest.mark.parametrize("way", ["state_dict", "model", "net", "module", "safetensors", "half"])
+def test_checkpoints_are_read_as_they_come(
+    workplace: Path, own: Path, tmp_path: Path, way: str
+) -> None:
+    expected = network().state_dict()
+    path = wrapped(tmp_path / "other.pth", expected, way)
+    assert run(*flags(workplace, own, path, f"way_{way}")) == 0
+    record = load_attack(workplace / "record" / f"way_{way}")
+    assert list(record.state) == list(expected)
+    tolerance = 1e-3 if way == "half" else 0
+    for key, value in expected.items():
+        torch.testing.assert_close(record.state[key], value, rtol=tolerance, atol=tolerance)
+
+
+def test_without_triggered_images_there_is_no_asr_and_defenses_say_so(
+    workplace: Path, own: Path, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*flags(workplace, own, state, "bare", mean="0.5,0.4,0.3", std="0.2,0.2,0.1")) == 0
+    assert "no triggered images, so no ASR" in capsys.readouterr().err
+    folder = workplace / "record/bare"
+    record = load_attack(folder)
+    assert (record.attack, record.attack_target, record.triggered) == ("external", None, None)
+    assert (record.mean, record.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    assert record.model_name == "my_net.py:build"
+    summary = json.loads((folder / "summary.json").read_text())
+    data = load_dataset("folder", workplace / "images", 16)
+    model = record.build(f"{own}:build")
+    expected = (model(data.test.images.float() / 255).argmax(1) == data.test.labels).sum()
+    assert (summary["acc_hits"], summary["acc_total"]) == (int(expected), 18)
+    assert "asr" not in summary
+
+    purify = [*defense_flags(workplace, "bare"), "--model", f"{own}:build"]
+    assert run_script(ROOT / "defense/sau.py", *purify) == 0
+    assert "ACC alone is reported" in capsys.readouterr().err
+    after = json.loads((folder / "defense/sau/summary.json").read_text())
+    assert after["der"] is None
+    assert "asr" not in after["before"]
+
+
+def test_triggered_images_give_asr(workplace: Path, own: Path, state: Path, tmp_path: Path) -> None:
+    """The target's six test images are left out; pixels and labels are those of the folder."""
+    folder = triggered_images(workplace, tmp_path / "bd")
+    changes: dict[str, object] = {"bd_test_dir": folder, "attack_target": 1}
+    assert run(*flags(workplace, own, state, "triggered", **changes)) == 0
+    record = load_attack(workplace / "record/triggered")
+    data = load_dataset("folder", workplace / "images", 16)
+    assert record.triggered is not None
+    assert len(record.triggered.index) == 12
+    assert 1 not in record.triggered.labels
+    assert record.triggered.targets.tolist() == [1] * 12
+    expected = data.test.images[record.triggered.index].clone()
+    expected[:, :, -2:, -2:] = 255
+    assert torch.equal(record.triggered.images, expected)
+    purify = [*defense_flags(workplace, "triggered"), "--model", f"{own}:build"]
+    assert run_script(ROOT / "defense/ft.py", *purify) == 0
+    after = json.loads((workplace / "record/triggered/defense/ft/summary.json").read_text())
+    assert after["before"]["asr_total"] == 12
+    assert 0 <= after["der"] <= 1
+    assert (workplace / "record/triggered/trigger.png").exists()
+
+
+def test_all_to_all_keeps_every_image(
+    workplace: Path, own: Path, state: Path, tmp_path: Path
+) -> None:
+    folder = triggered_images(workplace, tmp_path / "bd")
+    changes: dict[str, object] = {"bd_test_dir": folder, "attack_label_trans": "all2all"}
+    assert run(*flags(workplace, own, state, "all", **changes)) == 0
+    triggered = load_attack(workplace / "record/all").triggered
+    assert triggered is not None
+    assert torch.equal(triggered.targets, (triggered.labels + 1) % 3)
+    assert len(triggered.labels) == 18
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state_dict": "nowhere.pt"}, "--state_dict: nowhere.pt cannot be read"),
+        (
+            {"model": "resnet18"},
+            "--model resnet18: conv1.weight is missing; .*0.weight is not in",
+        ),
+        ({"image_size": 12}, r"3.weight is \(3, 784\) instead of \(3, 400\)"),
+        ({"mean": "0.5"}, "--mean: has 1 numbers; give three"),
+        ({"std": "0,1,1"}, "--std: 0,1,1 is not allowed"),
+        ({"attack_target": 3}, "--attack_target: 3 is no class of folder; give 0 to 2"),
+        ({"bd_test_dir": "nowhere"}, "--attack_target: a value is needed with --bd_test_dir"),
+        ({"bd_test_dir": "nowhere", "attack_target": 0}, "--bd_test_dir: nowhere is not a folder"),
+        ({"save_folder_name": "../x"}, "--save_folder_name"),
+    ],
+)
+def test_what_does_not_fit_gets_one_line(
+    workplace: Path,
+    own: Path,
+    state: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    assert run(*flags(workplace, own, state, "wrong", **changes)) == 2
+    assert re.search(message, one_error(capsys))
+    assert not (workplace / "record/wrong").exists()
+
+
+def test_a_pickled_model_is_not_loaded(
+    workplace: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(network(), tmp_path / "whole.pt")
+    assert run(*flags(workplace, own, tmp_path / "whole.pt", "whole")) == 2
+    error = one_error(capsys)
+    assert "holds Python objects, whose loading could run code" in error
+    assert "torch.save(model.state_dict(), path)" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3, "lr": 0.1}, r"holds no state dict \(epoch, lr is no tensor\)"),
+        ({"weight": torch.tensor([1.0, float("nan")])}, "not finite: weight"),
+        ({}, "nothing is no tensor"),
+        ([1, 2], "holds no dictionary"),
+    ],
+)
+def test_a_file_of_something_else_is_told(
+    workplace: Path,
+    own: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: object,
+    message: str,
+) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    assert run(*flags(workplace, own, tmp_path / "other.pt", "other")) == 2
+    assert re.search(message, one_error(capsys))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("bright/99.png", "is not named after a test image; name it 0 to 17"),
+        ("bright/cat.png", "is not named after a test image"),
+        ("dark/0.png", "stands in class dark, but test image 0 is of class bright"),
+        ("bright/0.jpg", "are the same test image"),
+    ],
+)
+def test_a_triggered_image_in_the_wrong_place_is_named(
+    workplace: Path,
+    own: Path,
+    state: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    path: str,
+    message: str,
+) -> None:
+    folder = triggered_images(workplace, tmp_path / "bd")
+    Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(folder / path)
+    changes: dict[str, object] = {"bd_test_dir": folder, "attack_target": 1}
+    assert run(*flags(workplace, own, state, "place", **changes)) == 2
+    assert message in one_error(capsys)
+
+
+# --- a network from the user's own file ----------------------------------------------------------
+
+
+def test_a_record_never_runs_the_file_that_it_names(
+    workplace: Path,
+    own: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even where the file lies in the working directory; its user names it, and it is the same."""
+    attack = attack_flags(workplace, "own", model=f"{own}:build", epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *attack) == 0
+    result = torch.load(workplace / "record/own/attack_result.pt", weights_only=True)
+    assert result["model_name"] == "my_net.py:build"
+    assert len(result["model_sha256"]) == 64
+    touched = tmp_path / "touched.txt"
+    touched.unlink()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+
+    for given, message in (
+        (None, "which is run only if you name it; give --model and its path"),
+        ("resnet18", "--model: resnet18, but the record says my_net.py:build; give that file"),
+        (f"{own}:other", "but the record says my_net.py:build"),
+    ):
+        extra = [] if given is None else ["--model", given]
+        assert run_script(ROOT / "defense/sau.py", *defense_flags(workplace, "own"), *extra) == 2
+        assert message in one_error(capsys)
+    assert not touched.exists()
+
+    extra = ["--model", f"{own}:build"]
+    assert run_script(ROOT / "defense/sau.py", *defense_flags(workplace, "own"), *extra) == 0
+    touched.unlink()
+    own.write_text(own.read_text() + "\n# changed\n")
+    capsys.readouterr()
+    again = [*defense_flags(workplace, "own"), *extra, "--overwrite"]
+    assert run_script(ROOT / "defense/sau.py", *again) == 2
+    assert "is not the file that the record was made with" in one_error(capsys)
+    assert not touched.exists()
+
+
+def test_a_pretrained_network_that_resizes_is_rebuilt_from_its_record(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 pixels stand for 224, and no weights for torchvision's."""
+    monkeypatch.setattr(prototype, "pretrained_size", lambda name, image_size: 24)
+    monkeypatch.setattr(prototype, "load_pretrained", lambda network, name: "none")
+    flags = [*attack_flags(workplace, "resized", model="resnet18", epochs=1), "--pretrained"]
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    record = load_attack(workplace / "record/resized")
+    assert record.network_size == 24
+    assert all(key.startswith("1.") for key in record.state)
+    assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, "resized")) == 0
+    result = workplace / "record/resized/defense/ft/defense_result.pt"
+    assert torch.load(result, weights_only=True)["network_size"] == 24
+
+
+def test_pretrained_needs_weights(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*attack_flags(workplace, "pre"), "--pretrained"]
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 2
+    assert "torchvision has no trained weights of preactresnet18" in one_error(capsys)
