@@ -238,12 +238,11 @@ def test_the_dataset_is_known_before_the_record_is_read(tmp_path: Path, data: Da
 
 
 def test_weights_fit_by_name_by_position_or_not_at_all() -> None:
-    """Names in another order; other names of the same shapes; the second part of a sequence."""
+    """Names in another order; other names of the same shapes."""
     expected = TinyNet(10).state_dict()
     for state in (
         dict(reversed(expected.items())),
         {f"part.{name}": value for name, value in expected.items()},
-        {f"1.{name}": value for name, value in reversed(expected.items())},
     ):
         fitted = backdoorbench.fit_state(state, expected)
         assert list(fitted) == list(expected)
@@ -270,11 +269,45 @@ def test_weights_that_do_not_fit_are_refused(
     assert reason in problem
 
 
-def test_a_transformer_that_cannot_take_the_images_is_refused(
-    tmp_path: Path, data: Dataset
+def test_a_transformer_is_the_second_part_of_a_sequence(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = writer.write(tmp_path / "r", badnet(data, model_name="vit_b_16"))
-    assert "vit_b_16 cannot take images of 32 x 32" in problem_of(folder)
+    """The first part, without weights, makes the images 224 x 224."""
+    monkeypatch.setitem(models.CONSTRUCTORS, "vit_tiny", TinyNet)
+    state = {f"1.{name}": value for name, value in badnet(data).model.items()}
+    source = badnet(data, model=state, model_name="vit_tiny")
+    found = record.load_attack(writer.write(tmp_path / "r", source))
+    assert list(found.state) == list(state)
+    assert found.network_size == 224
+    images = torch.rand(2, 3, 32, 32)
+    model = found.build()
+    large = torch.nn.functional.interpolate(model.normalize(images), (224, 224), mode="bilinear")
+    plain = TinyNet(10).eval()
+    plain.load_state_dict(source_state(state))
+    torch.testing.assert_close(model(images), plain(large))
+
+
+def source_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("1."): value for name, value in state.items()}
+
+
+def test_a_network_that_cannot_take_the_images_is_refused(tmp_path: Path, data: Dataset) -> None:
+    folder = writer.write(tmp_path / "r", badnet(data, model_name="alexnet"))
+    assert "alexnet cannot take images of 32 x 32" in problem_of(folder)
+
+
+def test_a_record_cannot_make_us_run_a_file(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends a record could send one beside it."""
+    mark = tmp_path / "run"
+    (tmp_path / "net.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("net.py:build", f"{tmp_path}/net.py:build")):
+        folder = writer.write(tmp_path / str(number), badnet(data, model_name=name))
+        assert f"its network is a file, {name}" in problem_of(folder)
+        assert run_script(ROOT / "defense/ft.py", "--result_file", folder, "--model", name) == 2
+    assert not mark.exists()
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -224,19 +224,25 @@ def read_cross(result: AttackResult, labels: torch.Tensor) -> torch.Tensor | Non
     return _read_images(result.folder, files, result.image_shape)
 
 
+def network_size(model_name: str) -> int | None:
+    """The side to which a network resizes its images first; None for those that take any.
+
+    Vision transformers do, as the second part of a sequence: their names begin with "1.".
+    """
+    return 224 if model_name.startswith("vit_") else None
+
+
 def fit_state(
     state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """A state dict with the names and in the order of a network's own.
 
     Entries are matched by name; where names differ by position, as BackdoorBench does, if all
-    shapes agree. Names of a network that is the second part of a sequence begin with "1.".
+    shapes agree.
 
     Raises:
         ValueError: naming what is missing, unexpected or of another shape.
     """
-    if state and not set(state) & set(expected) and all(name.startswith("1.") for name in state):
-        state = {name.removeprefix("1."): value for name, value in state.items()}
     shapes = [tuple(value.shape) for value in expected.values()]
     if set(state) != set(expected) and [tuple(v.shape) for v in state.values()] == shapes:
         state = dict(zip(expected, state.values(), strict=True))
@@ -382,10 +388,7 @@ def model_result(
     Args:
         state: of the bare network, on the CPU, in its own order.
     """
-    # Vision transformers are the second part of a sequence that resizes first.
-    prefix = "1." if model_name.startswith("vit_") else ""
-    weights = OrderedDict((prefix + name, value) for name, value in state.items())
-    return {"model_name": model_name, "num_classes": num_classes, "model": weights}
+    return {"model_name": model_name, "num_classes": num_classes, "model": OrderedDict(state)}
 
 
 def is_in_place(folder: Path) -> bool:

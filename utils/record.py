@@ -211,7 +211,7 @@ def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
     return {path.name: _sha256(path) for path in found if path.exists()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttackRecord(ABC):
     """An attack's record of any format, checked against itself.
 
@@ -333,7 +333,7 @@ class AttackRecord(ABC):
         """uint8: all test images with a trigger that must not fire; None where there are none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Own(AttackRecord):
     """A record that an attack script wrote."""
 
@@ -356,7 +356,7 @@ class _Own(AttackRecord):
         return load_tensors(self.folder / "poison.pt").get("cross_images")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _BackdoorBench(AttackRecord):
     """A record of BackdoorBench."""
 
@@ -422,25 +422,32 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
             f"{folder}: made with {source.dataset}, which is not among the datasets here "
             f"({', '.join(get_args(DatasetName))})"
         )
+    name, num_classes, image_size = source.model_name, source.num_classes, source.image_shape[1]
+    if is_user_file(name):
+        raise UserError(f"{folder}: its network is a file, {name}, and no record makes us run one")
+    network_size = backdoorbench.network_size(name)
     try:
-        check_model(source.model_name, source.num_classes, source.image_shape[1])
-        network = build_model(source.model_name, source.num_classes).network
+        check_model(name, num_classes, image_size, network_size)
+        network = build_model(
+            name, num_classes, image_size=image_size, network_size=network_size
+        ).network
     except UserError as error:
         raise UserError(f"{folder}: {str(error).removeprefix('--model: ')}") from None
     try:
         _check_state(source.state)
         state = backdoorbench.fit_state(source.state, network.state_dict())
     except ValueError as error:
-        raise UserError(f"{folder}: its weights do not fit {source.model_name} ({error})") from None
+        raise UserError(f"{folder}: its weights do not fit {name} ({error})") from None
     test = source.test
     target, label_map = source.label_map()
     return _BackdoorBench(
         folder=folder,
         sha256=_sha256(folder / backdoorbench.RESULT),
         attack=source.attack,
-        model_name=source.model_name,
+        model_name=name,
+        network_size=network_size,
         state=state,
-        num_classes=source.num_classes,
+        num_classes=num_classes,
         image_shape=source.image_shape,
         mean=source.mean,
         std=source.std,
