@@ -1,0 +1,169 @@
+"""What each way of making SAU and training faster is worth, one at a time.
+
+    python attack/badnet.py --image_size 32 --save_folder_name badnet_32
+    python benchmark/variants.py --result_file badnet_32
+
+Each group has what the program does, and what it would be without one thing or with another;
+repeats are interleaved. The figures and what was decided are in `benchmark/README.md`.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark.speed import Bench, at_precision, interleaved, load
+from defense import sau
+from models import preactresnet
+from utils import record
+from utils.data import as_float
+from utils.runtime import logger, pick_device, run_script
+
+Group = dict[str, Callable[[], Callable[[], object]]]
+
+
+def training(bench: Bench) -> Group:
+    """A training step: layout, optimizer, compilation, precision, convolution."""
+    images, labels = as_float(bench.clean.images, bench.device), bench.clean.labels.to(bench.device)
+
+    def step(
+        layout: torch.memory_format = torch.channels_last,
+        fused: bool = True,
+        compiled: bool = False,
+        precision: str = bench.precision,
+        plain: bool = False,
+    ) -> Callable[[], Callable[[], object]]:
+        model = at_precision(bench.model, precision, bench.device).train()
+        model.to(memory_format=layout)
+        batch = images.contiguous(memory_format=layout)
+        if compiled:
+            model.network.compile()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused)
+
+        patch = mock.patch.object(preactresnet.Conv3x3, "forward", nn.Conv2d.forward)
+
+        def call() -> None:
+            with patch if plain else nullcontext():
+                optimizer.zero_grad()
+                F.cross_entropy(model(batch), labels).backward()
+            optimizer.step()
+
+        return lambda: call
+
+    group = {
+        "training step": step(),
+        "contiguous instead of channels-last": step(layout=torch.contiguous_format),
+        "optimizer not fused": step(fused=False),
+        "torch.compile": step(compiled=True),
+        "the library's weight gradients": step(plain=True),
+    }
+    other = "fp32" if bench.precision == "bf16" else "bf16"
+    return group | {f"{other} instead of {bench.precision}": step(precision=other)}
+
+
+def inference(bench: Bench) -> Group:
+    """Scoring: batch size, inference mode, folded BatchNorm, compilation."""
+    images = bench.data.test.images[:512]
+
+    def passes(
+        batch_size: int = 256,
+        mode: Callable[[], Any] = torch.inference_mode,
+        change: Callable[[nn.Module], object] = lambda network: None,
+    ) -> Callable[[], Callable[[], object]]:
+        model = at_precision(bench.model, bench.precision, bench.device).eval()
+        change(model.network)
+
+        def call() -> None:
+            with mode():
+                for batch in images.split(batch_size):
+                    model(as_float(batch, bench.device)).argmax(1)
+
+        return lambda: call
+
+    return {
+        "512 images scored": passes(),
+        "batches of 64": passes(64),
+        "batches of 512": passes(512),
+        "no_grad instead of inference_mode": passes(mode=torch.no_grad),
+        "BatchNorm folded where it can be": passes(change=fold),
+        "torch.compile": passes(change=lambda network: network.compile()),
+    }
+
+
+def fold(network: nn.Module) -> None:
+    """Folds the second BatchNorm of each block into the convolution before it; in place."""
+    for block in network.modules():
+        if isinstance(block, preactresnet.PreActBlock):
+            block.conv1 = fuse_conv_bn_eval(block.conv1, block.bn2)  # type: ignore[assignment]
+            block.bn2 = nn.Identity()  # type: ignore[assignment]
+
+
+def inner_loop(bench: Bench) -> Group:
+    """The inner loop of SAU on a model that has changed: what each saving is worth."""
+    images, labels = as_float(bench.clean.images, bench.device), bench.clean.labels.to(bench.device)
+    reference = at_precision(bench.model, bench.precision, bench.device).eval()
+    model = sau.purify(reference, bench.clean.images, bench.clean.labels, bench.config).eval()
+    with torch.no_grad():
+        known = reference(images).argmax(1)
+
+    def loop(
+        patch: Callable[[], Any] = nullcontext,
+        ref_predictions: torch.Tensor | None = known,
+        ref: nn.Module = reference,
+    ) -> Callable[[], Callable[[], object]]:
+        def call() -> None:
+            with patch():
+                sau.shared_perturbation(
+                    model, ref, images, labels, bench.config, ref_predictions=ref_predictions
+                )
+
+        return lambda: call
+
+    folded = copy.deepcopy(reference)
+    fold(folded.network)
+    return {
+        "inner loop": loop(),
+        "reference's predictions each time": loop(ref_predictions=None),
+        "weights want gradients": loop(lambda: mock.patch.object(sau, "frozen", nullcontext_of)),
+        "reference's BatchNorm folded": loop(ref=folded),
+    }
+
+
+def nullcontext_of(*_: nn.Module) -> Any:
+    return nullcontext()
+
+
+def main() -> None:
+    """Measures the groups and prints seconds and ratios."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--result_file", required=True, help="record of a BadNets attack at 32 pixels"
+    )
+    parser.add_argument("--record_path", type=Path, help="folder of all records")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    flags = parser.parse_args()
+    folder = record.find_record(flags.result_file, flags.record_path)
+    bench = load(folder, 64, 64, pick_device(flags.device), flags.repeats)
+    for group in (training, inference, inner_loop):
+        seconds = interleaved(group(bench), bench.repeats, bench.device)
+        ours = next(iter(seconds.values()))
+        for name, took in seconds.items():
+            logger.info("%-40s %8.3f s  %.2f times as long", name, took, took / ours)
+
+
+if __name__ == "__main__":
+    run_script(main)
