@@ -17,6 +17,7 @@ from PIL import Image
 from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
 from tests import backdoorbench_writer as writer
+from tests.conftest import TinyNet
 from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, tiny, wanet
 from tests.test_end_to_end import run_script
 from utils import record
@@ -30,6 +31,8 @@ SCRIPT = ROOT / "interop/backdoorbench.py"
 FACTS = {
     "attack": "badnet",
     "model_name": "preactresnet18",
+    "model_sha256": None,
+    "network_size": None,
     "dataset_path": None,
     "attack_target": TARGET,
     "attack_label_trans": "all2one",
