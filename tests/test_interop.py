@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from interop.backdoorbench import _refuse_unknown, export_record, import_record
+import models
+from interop.backdoorbench import export_record, import_record
 from models import Classifier, build_model, preactresnet18
 from tests import backdoorbench_writer as writer
 from tests.conftest import TinyNet
@@ -250,12 +251,27 @@ def test_a_record_without_poisoned_training_images_is_exported_without(
     assert record.load_attack(tmp_path / "record/again").poison_index is None
 
 
-def test_a_transformer_that_does_not_resize_is_not_exported(tmp_path: Path, data: Dataset) -> None:
-    attack = record.load_attack(writer.write(tmp_path / "r", badnet(data)))
-    vit = dataclasses.replace(attack, model_name="vit_b_16", network_size=224)
-    _refuse_unknown(vit)
-    with pytest.raises(UserError, match="resizes them to 224; train it with --pretrained"):
-        _refuse_unknown(dataclasses.replace(vit, network_size=None))
+def test_a_transformer_is_exported_if_it_resizes_as_theirs(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights keep the names that the second part of a sequence has, there and back."""
+    monkeypatch.setitem(models.CONSTRUCTORS, "vit_b_16", TinyNet)
+    for size in (None, 224):
+        model = build_model("vit_b_16", 10, MEAN, STD, image_size=32, network_size=size)
+        folder = tmp_path / f"ours{size}"
+        ours = save_ours(folder, data, model, model_name="vit_b_16", network_size=size)
+        to = tmp_path / f"record/{size}"
+        if size is None:
+            with pytest.raises(UserError, match="resizes images to None, but BackdoorBench's to"):
+                export_record(ours.path, to)
+            continue
+        export_record(ours.path, to)
+        written = torch.load(to / "attack_result.pt", weights_only=False)["model"]
+        assert list(written) == [f"1.{name}" for name in TinyNet(10).state_dict()]
+        back = record.load_attack(import_record(to, "back", record_path=tmp_path).path)
+        assert back.network_size == 224
+        images = torch.rand(2, 3, 32, 32)
+        assert torch.equal(back.build()(images), model.eval()(images))
 
 
 def test_what_backdoorbench_cannot_read_is_not_exported(

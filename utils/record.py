@@ -427,10 +427,9 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
         raise UserError(f"{folder}: its network is a file, {name}, and no record makes us run one")
     network_size = backdoorbench.network_size(name)
     try:
-        size, network_size = source.image_shape[1], backdoorbench.network_size(source)
-        check_model(source.model_name, source.num_classes, size, network_size)
+        check_model(name, num_classes, image_size, network_size)
         network = build_model(
-            source.model_name, source.num_classes, image_size=size, network_size=network_size
+            name, num_classes, image_size=image_size, network_size=network_size
         ).network
     except UserError as error:
         raise UserError(f"{folder}: {str(error).removeprefix('--model: ')}") from None
@@ -448,8 +447,7 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
         model_name=name,
         network_size=network_size,
         state=state,
-        network_size=network_size,
-        num_classes=source.num_classes,
+        num_classes=num_classes,
         image_shape=source.image_shape,
         mean=source.mean,
         std=source.std,
