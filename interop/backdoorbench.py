@@ -178,10 +178,16 @@ def _refuse_unknown(attack: record.AttackRecord) -> None:
                 f"{attack.folder}: BackdoorBench has no {what} {name}, so it could not read this; "
                 f"give a record with one of {', '.join(known)}"
             )
-    if attack.model_name.startswith("vit_") and attack.network_size != 224:
+    is_transformer = attack.model_name.startswith("vit_")
+    if is_transformer and attack.network_size != 224:
         raise UserError(
-            f"{attack.folder}: its {attack.model_name} takes images as they are; BackdoorBench's "
-            "resizes them to 224; train it with --pretrained"
+            f"{attack.folder}: its {attack.model_name} takes images as they are, but "
+            "BackdoorBench's resizes them to 224; train it with --pretrained"
+        )
+    if not is_transformer and attack.network_size is not None:
+        raise UserError(
+            f"{attack.folder}: its {attack.model_name} resizes images to {attack.network_size}, "
+            "but BackdoorBench's takes them as they are; train it without --pretrained"
         )
     mean, std = backdoorbench.NORMALIZATION[attack.dataset]
     if not np.allclose([*attack.mean, *attack.std], [*mean, *std], atol=1e-6):

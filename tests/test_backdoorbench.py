@@ -287,6 +287,20 @@ def test_a_transformer_resizes_its_images_first(tmp_path: Path, data: Dataset) -
         assert torch.allclose(model(images), network.eval()(large), atol=1e-4)
 
 
+def test_a_record_cannot_make_us_run_a_file(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends a record could send one beside it."""
+    mark = tmp_path / "run"
+    (tmp_path / "net.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("net.py:build", f"{tmp_path}/net.py:build")):
+        folder = writer.write(tmp_path / str(number), badnet(data, model_name=name))
+        assert f"its network is a file, {name}" in problem_of(folder)
+        assert run_script(ROOT / "defense/ft.py", "--result_file", folder, "--model", name) == 2
+    assert not mark.exists()
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 

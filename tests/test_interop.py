@@ -17,7 +17,6 @@ from PIL import Image
 from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
 from tests import backdoorbench_writer as writer
-from tests.conftest import TinyNet
 from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, tiny, wanet
 from tests.test_end_to_end import run_script
 from utils import record
@@ -31,8 +30,6 @@ SCRIPT = ROOT / "interop/backdoorbench.py"
 FACTS = {
     "attack": "badnet",
     "model_name": "preactresnet18",
-    "model_sha256": None,
-    "network_size": None,
     "dataset_path": None,
     "attack_target": TARGET,
     "attack_label_trans": "all2one",
@@ -256,6 +253,8 @@ def test_a_transformer_that_does_not_resize_is_not_exported(tmp_path: Path, data
     _refuse_unknown(vit)
     with pytest.raises(UserError, match="resizes them to 224; train it with --pretrained"):
         _refuse_unknown(dataclasses.replace(vit, network_size=None))
+    with pytest.raises(UserError, match="takes them as they are; train it without --pretrained"):
+        _refuse_unknown(dataclasses.replace(vit, model_name="resnet18"))
 
 
 def test_what_backdoorbench_cannot_read_is_not_exported(
