@@ -15,7 +15,6 @@ Without them the record has no ASR, and defenses report ACC alone. Where the mod
 another normalization than the dataset's usual one, give its --mean and --std.
 """
 
-import pickle
 import sys
 import time
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from utils.evaluate import evaluate
 from utils.images import IMAGE_SUFFIXES, decoded
 from utils.metrics import Scores, rate_label
 from utils.runtime import Precision, file_log, logger, pick_device, pick_precision, run_script
+from utils.tensors import load_tensors
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 
@@ -98,11 +98,9 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
             content: Mapping[str, Any] = load_file(path)
         else:
-            content = record.load_tensors(path)
+            content = load_tensors(path)
     except Exception as error:  # a file of another kind raises anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        if isinstance(error, pickle.UnpicklingError):  # torch's own advice is to load it anyway
-            reason = "it holds Python objects, whose loading could run code"
         raise UserError(
             f"--state_dict: {path} cannot be read as plain tensors ({reason}); give a file of "
             "torch.save(model.state_dict(), path), or .safetensors"

@@ -134,8 +134,7 @@ def import_record(
     facts = {
         "attack": attack.attack,
         "model_name": attack.model_name,
-        "model_sha256": None,
-        "network_size": attack.network_size,
+        **({} if attack.network_size is None else {"network_size": attack.network_size}),
         "dataset_path": None if dataset_path is None else str(Path(dataset_path).absolute()),
         "attack_target": attack.attack_target,
         "attack_label_trans": attack.attack_label_trans,
@@ -179,11 +178,16 @@ def _refuse_unknown(attack: record.AttackRecord) -> None:
                 f"{attack.folder}: BackdoorBench has no {what} {name}, so it could not read this; "
                 f"give a record with one of {', '.join(known)}"
             )
-    size = backdoorbench.network_size(attack.model_name)
-    if attack.network_size != size:
+    is_transformer = attack.model_name.startswith("vit_")
+    if is_transformer and attack.network_size != 224:
+        raise UserError(
+            f"{attack.folder}: its {attack.model_name} takes images as they are, but "
+            "BackdoorBench's resizes them to 224; train it with --pretrained"
+        )
+    if not is_transformer and attack.network_size is not None:
         raise UserError(
             f"{attack.folder}: its {attack.model_name} resizes images to {attack.network_size}, "
-            f"but BackdoorBench's to {size} (None: not at all); it could not read this"
+            "but BackdoorBench's takes them as they are; train it without --pretrained"
         )
     mean, std = backdoorbench.NORMALIZATION[attack.dataset]
     if not np.allclose([*attack.mean, *attack.std], [*mean, *std], atol=1e-6):

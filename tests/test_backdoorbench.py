@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import get_model
 
 import models
 from tests import backdoorbench_writer as writer
@@ -269,31 +270,21 @@ def test_weights_that_do_not_fit_are_refused(
     assert reason in problem
 
 
-def test_a_transformer_is_the_second_part_of_a_sequence(
-    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first part, without weights, makes the images 224 x 224."""
-    monkeypatch.setitem(models.CONSTRUCTORS, "vit_tiny", TinyNet)
-    state = {f"1.{name}": value for name, value in badnet(data).model.items()}
-    source = badnet(data, model=state, model_name="vit_tiny")
-    found = record.load_attack(writer.write(tmp_path / "r", source))
-    assert list(found.state) == list(state)
-    assert found.network_size == 224
-    images = torch.rand(2, 3, 32, 32)
-    model = found.build()
-    large = torch.nn.functional.interpolate(model.normalize(images), (224, 224), mode="bilinear")
-    plain = TinyNet(10).eval()
-    plain.load_state_dict(source_state(state))
-    torch.testing.assert_close(model(images), plain(large))
-
-
-def source_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("1."): value for name, value in state.items()}
-
-
-def test_a_network_that_cannot_take_the_images_is_refused(tmp_path: Path, data: Dataset) -> None:
-    folder = writer.write(tmp_path / "r", badnet(data, model_name="alexnet"))
-    assert "alexnet cannot take images of 32 x 32" in problem_of(folder)
+def test_a_transformer_resizes_its_images_first(tmp_path: Path, data: Dataset) -> None:
+    """Its names begin with 1., as those of the second part of a sequence; the first resizes."""
+    network = get_model("vit_b_32", weights=None, num_classes=10)
+    state = {f"1.{name}": value for name, value in network.state_dict().items()}
+    folder = writer.write(tmp_path / "r", badnet(data, model_name="vit_b_32", model=state))
+    attack = record.load_attack(folder)
+    assert attack.network_size == 224
+    model = attack.build()
+    images = torch.rand(1, 3, 32, 32)
+    normal = (images - torch.tensor(attack.mean).view(3, 1, 1)) / torch.tensor(attack.std).view(
+        3, 1, 1
+    )
+    large = torch.nn.functional.interpolate(normal, (224, 224), mode="bilinear")
+    with torch.no_grad():
+        assert torch.allclose(model(images), network.eval()(large), atol=1e-4)
 
 
 def test_a_record_cannot_make_us_run_a_file(

@@ -14,11 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-import models
-from interop.backdoorbench import export_record, import_record
+from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
 from tests import backdoorbench_writer as writer
-from tests.conftest import TinyNet
 from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, tiny, wanet
 from tests.test_end_to_end import run_script
 from utils import record
@@ -32,8 +30,6 @@ SCRIPT = ROOT / "interop/backdoorbench.py"
 FACTS = {
     "attack": "badnet",
     "model_name": "preactresnet18",
-    "model_sha256": None,
-    "network_size": None,
     "dataset_path": None,
     "attack_target": TARGET,
     "attack_label_trans": "all2one",
@@ -251,27 +247,14 @@ def test_a_record_without_poisoned_training_images_is_exported_without(
     assert record.load_attack(tmp_path / "record/again").poison_index is None
 
 
-def test_a_transformer_is_exported_if_it_resizes_as_theirs(
-    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its weights keep the names that the second part of a sequence has, there and back."""
-    monkeypatch.setitem(models.CONSTRUCTORS, "vit_b_16", TinyNet)
-    for size in (None, 224):
-        model = build_model("vit_b_16", 10, MEAN, STD, image_size=32, network_size=size)
-        folder = tmp_path / f"ours{size}"
-        ours = save_ours(folder, data, model, model_name="vit_b_16", network_size=size)
-        to = tmp_path / f"record/{size}"
-        if size is None:
-            with pytest.raises(UserError, match="resizes images to None, but BackdoorBench's to"):
-                export_record(ours.path, to)
-            continue
-        export_record(ours.path, to)
-        written = torch.load(to / "attack_result.pt", weights_only=False)["model"]
-        assert list(written) == [f"1.{name}" for name in TinyNet(10).state_dict()]
-        back = record.load_attack(import_record(to, "back", record_path=tmp_path).path)
-        assert back.network_size == 224
-        images = torch.rand(2, 3, 32, 32)
-        assert torch.equal(back.build()(images), model.eval()(images))
+def test_a_transformer_that_does_not_resize_is_not_exported(tmp_path: Path, data: Dataset) -> None:
+    attack = record.load_attack(writer.write(tmp_path / "r", badnet(data)))
+    vit = dataclasses.replace(attack, model_name="vit_b_16", network_size=224)
+    _refuse_unknown(vit)
+    with pytest.raises(UserError, match="resizes them to 224; train it with --pretrained"):
+        _refuse_unknown(dataclasses.replace(vit, network_size=None))
+    with pytest.raises(UserError, match="takes them as they are; train it without --pretrained"):
+        _refuse_unknown(dataclasses.replace(vit, model_name="resnet18"))
 
 
 def test_what_backdoorbench_cannot_read_is_not_exported(

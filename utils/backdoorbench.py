@@ -224,12 +224,12 @@ def read_cross(result: AttackResult, labels: torch.Tensor) -> torch.Tensor | Non
     return _read_images(result.folder, files, result.image_shape)
 
 
-def network_size(model_name: str) -> int | None:
-    """The side to which a network resizes its images first; None for those that take any.
+def network_size(result: AttackResult) -> int | None:
+    """The side to which the network resizes its images first; None where it takes them as they are.
 
-    Vision transformers do, as the second part of a sequence: their names begin with "1.".
+    Vision transformers are the second part of a sequence whose first part resizes to 224.
     """
-    return 224 if model_name.startswith("vit_") else None
+    return 224 if result.state and all(name.startswith("1.") for name in result.state) else None
 
 
 def fit_state(

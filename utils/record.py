@@ -422,14 +422,15 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
             f"{folder}: made with {source.dataset}, which is not among the datasets here "
             f"({', '.join(get_args(DatasetName))})"
         )
-    name, num_classes, image_size = source.model_name, source.num_classes, source.image_shape[1]
-    if is_user_file(name):
-        raise UserError(f"{folder}: its network is a file, {name}, and no record makes us run one")
-    network_size = backdoorbench.network_size(name)
+    if is_user_file(source.model_name):
+        raise UserError(
+            f"{folder}: its network is a file, {source.model_name}, and no record makes us run one"
+        )
     try:
-        check_model(name, num_classes, image_size, network_size)
+        size, network_size = source.image_shape[1], backdoorbench.network_size(source)
+        check_model(source.model_name, source.num_classes, size, network_size)
         network = build_model(
-            name, num_classes, image_size=image_size, network_size=network_size
+            source.model_name, source.num_classes, image_size=size, network_size=network_size
         ).network
     except UserError as error:
         raise UserError(f"{folder}: {str(error).removeprefix('--model: ')}") from None
@@ -437,17 +438,17 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
         _check_state(source.state)
         state = backdoorbench.fit_state(source.state, network.state_dict())
     except ValueError as error:
-        raise UserError(f"{folder}: its weights do not fit {name} ({error})") from None
+        raise UserError(f"{folder}: its weights do not fit {source.model_name} ({error})") from None
     test = source.test
     target, label_map = source.label_map()
     return _BackdoorBench(
         folder=folder,
         sha256=_sha256(folder / backdoorbench.RESULT),
         attack=source.attack,
-        model_name=name,
-        network_size=network_size,
+        model_name=source.model_name,
         state=state,
-        num_classes=num_classes,
+        network_size=network_size,
+        num_classes=source.num_classes,
         image_shape=source.image_shape,
         mean=source.mean,
         std=source.std,
