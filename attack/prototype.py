@@ -61,6 +61,10 @@ class TrainingConfig(configuration.Config):
         str | None, Field(description="folder of all records; null for record/ of the checkout")
     ]
     overwrite: Annotated[bool, Field(description="replace a record of that name")]
+    resume: Annotated[bool, Field(description="go on with an interrupted run")]
+    checkpoint_every: Annotated[
+        float, Field(ge=0, description="seconds between two checkpoints to resume from")
+    ]
     dataset: Annotated[
         DatasetName, Field(description="training and test images; picks the recipe of that name")
     ]
@@ -232,7 +236,9 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         UserError: if the configuration does not fit the data or the record exists.
     """
     started = time.monotonic()
-    folder = free_folder(config.save_folder_name, config.record_path, config.overwrite)
+    folder = free_folder(
+        config.save_folder_name, config.record_path, config.overwrite, config.resume
+    )
     with file_log() as open_log:
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
@@ -247,15 +253,17 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         prepare_model(model, device, precision)
 
         distributed.barrier()  # all have found the folder free before one writes into it
-        folder.start(config.dump())
-        open_log(folder.log)
+        checkpoint = folder.start(config.dump(), config.resume)
+        open_log(folder.log, append=checkpoint is not None)
         logger.info("%s on %s: %s, %s, %s", name, data.name, config.model, device, precision)
         if len(plan.training.index):
             logger.info(
                 "%d of %d training images are replaced", len(plan.training.index), len(data.train)
             )
         score = pipeline.scorer(data.test, plan.triggered, device, plan.cross)
-        watch = pipeline.Watch(folder, "epoch", score, config.eval_every)
+        watch = pipeline.Watch(
+            folder, "epoch", score, config.eval_every, config.checkpoint_every, checkpoint
+        )
         _train(config, model, plan, watch.start(config.epochs))
         assert watch.scores is not None  # the last epoch is always scored
         if not distributed.is_main():
@@ -295,7 +303,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
                 **({"preparation": setting.facts} if setting.facts else {}),
                 "warnings": warnings,
-                **pipeline.run_facts(started, device, precision),
+                **pipeline.run_facts(started - watch.earlier, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
             }
         )
@@ -430,8 +438,10 @@ def _clean_plan(config: TrainingConfig, setting: Setting) -> Plan:
     return Plan(clean, _supervised(config, setting), lambda: None, lambda: None, lambda: clean)
 
 
-def free_folder(name: str | None, root: str | None, overwrite: bool) -> record.RunFolder:
-    """The folder of a new record.
+def free_folder(
+    name: str | None, root: str | None, overwrite: bool, resume: bool = False
+) -> record.RunFolder:
+    """The folder of a new record, or of one to go on with; this process alone may write it.
 
     Raises:
         UserError: if there is no name, or what stands there may not be replaced.
@@ -439,7 +449,7 @@ def free_folder(name: str | None, root: str | None, overwrite: bool) -> record.R
     if name is None:
         raise UserError("--save_folder_name: a value is needed; give the record a name")
     folder = record.attack_folder(name, as_path(root))
-    folder.refuse_existing(overwrite)
+    folder.claim(overwrite, resume)
     return folder
 
 

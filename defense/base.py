@@ -46,6 +46,10 @@ class DefenseConfig(configuration.Config):
         str | None, Field(description="folder of all records; null for record/ of the checkout")
     ]
     overwrite: Annotated[bool, Field(description="replace this defense's earlier result")]
+    resume: Annotated[bool, Field(description="go on with an interrupted run")]
+    checkpoint_every: Annotated[
+        float, Field(ge=0, description="seconds between two checkpoints to resume from")
+    ]
     dataset: Annotated[str | None, Field(description="must be the record's, from which it is read")]
     model: Annotated[
         str | None,
@@ -106,7 +110,7 @@ def defend(
     started = time.monotonic()
     attack = record.load_attack(_record_folder(config.result_file, config.record_path))
     folder = record.defense_folder(attack.folder, name)
-    folder.refuse_existing(config.overwrite)
+    folder.claim(config.overwrite, config.resume)
     if config.dataset not in (None, attack.dataset):
         raise UserError(
             f"--dataset: {config.dataset}, but the record says {attack.dataset}; leave the flag out"
@@ -121,10 +125,10 @@ def defend(
     backdoored = prepare(attack.build(config.model), device, precision)
 
     distributed.barrier()  # all have found the folder free before one writes into it
-    folder.start(config.dump())
+    checkpoint = folder.start(config.dump(), config.resume)
     folder.write_text("clean_index.txt", "".join(f"{number}\n" for number in index.tolist()))
     with file_log() as open_log:
-        open_log(folder.log)
+        open_log(folder.log, append=checkpoint is not None)
         logger.info(
             "%s against %s on %s: %s, %s, %s",
             name,
@@ -141,7 +145,9 @@ def defend(
         score = pipeline.scorer(data.test, lambda: attack.triggered, device)
         before = score(backdoored)
         logger.info("before  %s", before)
-        watch = pipeline.Watch(folder, "round", score, config.eval_every)
+        watch = pipeline.Watch(
+            folder, "round", score, config.eval_every, config.checkpoint_every, checkpoint
+        )
         loop = watch.start(config.n_rounds, before)
         model = purify(backdoored, keep_on(device, clean.images), clean.labels, config, loop)
         after = watch.scores
@@ -198,7 +204,7 @@ def defend(
                 "clean_images": len(index),
                 "rounds": config.n_rounds,
                 "warnings": warnings,
-                **pipeline.run_facts(started, device, precision),
+                **pipeline.run_facts(started - watch.earlier, device, precision),
                 "attack_sha256": attack.sha256,
                 "files": record.file_hashes(folder, "defense_result.pt", "clean_index.txt"),
             }

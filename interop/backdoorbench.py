@@ -124,7 +124,7 @@ def import_record(
         UserError: if the source cannot be read, or the record exists.
     """
     folder = record.attack_folder(name, record_path)
-    folder.refuse_existing(overwrite)
+    folder.claim(overwrite)
     if not record.is_backdoorbench(source):
         raise UserError(f"--result_file: {source} is no record of BackdoorBench; give one of its")
     attack = record.load_attack(source)

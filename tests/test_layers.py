@@ -50,6 +50,7 @@ LAYERS = (
     ("attack.*", 10),
     ("defense.*", 10),
     ("benchmark.literal", 11),
+    ("benchmark.variants", 13),
     ("benchmark.*", 12),
 )
 

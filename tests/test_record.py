@@ -191,11 +191,11 @@ def test_a_summary_is_json_and_makes_the_run_done(run: RunFolder) -> None:
 
 
 def test_a_finished_run_is_overwritten_only_if_asked(run: RunFolder) -> None:
-    run.refuse_existing(overwrite=False)  # unfinished: may be written again
+    run.claim(overwrite=False)  # unfinished: may be written again
     finish(run)
     with pytest.raises(UserError, match=r"demo exists; give --overwrite"):
-        run.refuse_existing(overwrite=False)
-    run.refuse_existing(overwrite=True)
+        run.claim(overwrite=False)
+    run.claim(overwrite=True)
 
 
 def test_a_run_starts_in_an_empty_folder(run: RunFolder) -> None:
@@ -217,7 +217,7 @@ def test_a_folder_that_no_run_made_is_not_emptied(tmp_path: Path) -> None:
 
 
 def start_as_a_script_does(folder: RunFolder, overwrite: bool) -> None:
-    folder.refuse_existing(overwrite)
+    folder.claim(overwrite)
     folder.start("lr: 0.1\n")
 
 

@@ -1,5 +1,6 @@
 """What the attack and the defense pipeline share: watching a run, its pictures and facts."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,15 @@ from utils.data import Labelled, Triggered, keep_on
 from utils.evaluate import evaluate
 from utils.metrics import Scores
 from utils.record import RunFolder
-from utils.runtime import Progress, environment, logger, peak_memory_mib
+from utils.runtime import (
+    Progress,
+    Stopped,
+    defer_signals,
+    environment,
+    logger,
+    peak_memory_mib,
+    stop_signal,
+)
 from utils.train import Loop
 
 
@@ -28,6 +37,8 @@ class Watch:
         unit: "epoch" or "round".
         score: from a model to its scores.
         eval_every: rounds between two evaluations, >= 1; the last round is always evaluated.
+        checkpoint_every: seconds between two checkpoints, >= 0; they are made after a batch.
+        checkpoint: from where to go on, from `RunFolder.start`; None for a fresh run.
     """
 
     def __init__(
@@ -36,6 +47,8 @@ class Watch:
         unit: str,
         score: Callable[[nn.Module], Scores],
         eval_every: int,
+        checkpoint_every: float = math.inf,
+        checkpoint: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder = folder
         self._unit = unit
@@ -45,14 +58,26 @@ class Watch:
         self._started = time.monotonic()
         self._progress: Progress | None = None
         self._rounds = 0
+        self._checkpoint = checkpoint
+        self._checkpoint_every = checkpoint_every
+        self._saved = time.monotonic()
+        self._loop = Loop()
         self.scores: Scores | None = None
+        self.earlier = 0.0
+        if checkpoint is not None:
+            self._rows = list(checkpoint["rows"])
+            self.earlier = checkpoint["seconds"]
+            self._started -= self.earlier
 
     def start(self, rounds: int, before: Scores | None = None) -> Loop:
         """The loop that a method counts with; `before` becomes row 0."""
         self._rounds = rounds
-        if before is not None:
+        resume = None if self._checkpoint is None else self._checkpoint["loop"]
+        if before is not None and resume is None:
             self._rows.append({self._unit: 0, **before.values(), "seconds": 0.0})
-        return Loop(self._after_round, self._after_batch)
+        self._loop = Loop(self._after_round, self._after_batch, resume=resume)
+        defer_signals(self._folder is not None)
+        return self._loop
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -60,9 +85,31 @@ class Watch:
         return pd.DataFrame(self._rows)
 
     def _after_batch(self, batches: int) -> None:
+        number, batch = self._loop.position
         if self._progress is None:
-            self._progress = Progress(self._rounds * batches, self._unit).__enter__()
+            done = (number - 1) * batches + batch - 1
+            self._progress = Progress(self._rounds * batches, self._unit, initial=done).__enter__()
         self._progress.advance()
+        stop = stop_signal()
+        if self._folder is None or not (
+            stop or time.monotonic() - self._saved >= self._checkpoint_every
+        ):
+            return
+        self._folder.write_checkpoint(
+            {
+                "loop": self._loop.snapshot(),
+                "rows": self._rows,
+                "seconds": time.monotonic() - self._started,
+            }
+        )
+        self._saved = time.monotonic()
+        if stop:
+            self._progress.__exit__()
+            raise Stopped(
+                stop,
+                f"stopped in {self._unit} {number} after batch {batch} of {batches}; go on with "
+                "the same command and --resume",
+            )
 
     def _after_round(
         self, number: int, total: int, losses: Mapping[str, float], state: Mapping[str, Any]
@@ -87,6 +134,8 @@ class Watch:
             self._progress.show(str(self.scores or ""))
             if is_last:
                 self._progress.__exit__()
+        if is_last:
+            defer_signals(False)
 
 
 def scorer(

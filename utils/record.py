@@ -1,5 +1,7 @@
 """Records, as plain data; the only module that knows file names under `record/`."""
 
+import atexit
+import fcntl
 import hashlib
 import json
 import os
@@ -9,10 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import IO, Annotated, Any, get_args
 
 import pandas as pd
 import torch
+import yaml
 from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
@@ -28,6 +31,8 @@ from utils.tensors import explained, load_tensors
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _EXPECTED = "a record of this program"
+_FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
+_LOCKS: dict[Path, IO[str]] = {}  # open files, for as long as this process lives
 
 
 class RunFolder:
@@ -45,29 +50,78 @@ class RunFolder:
     def is_done(self) -> bool:
         return (self.path / "summary.json").exists()
 
-    def refuse_existing(self, overwrite: bool) -> None:
-        """Raises UserError if what stands here may not be replaced.
+    def claim(self, overwrite: bool, resume: bool = False) -> None:
+        """Keeps the folder for this process until it ends.
 
-        A finished run needs `overwrite`; a folder that no run wrote is never touched.
+        Raises:
+            UserError: if what stands here may not be replaced, or another process has the folder. A
+                finished or interrupted run needs `overwrite`; a folder that no run wrote is never
+                touched.
         """
+        if overwrite and resume:
+            raise UserError("--resume: goes on with a run, which --overwrite deletes; give one")
         if self.path.exists() and not (self.path / "config.yaml").exists() and self._holds_files():
             raise UserError(
                 f"{self.path} exists and is no record; give another name, or move it away"
             )
+        if self.is_done and resume:
+            raise UserError(f"{self.path} is finished; leave out --resume")
         if self.is_done and not overwrite:
             raise UserError(f"{self.path} exists; give --overwrite to replace it, or another name")
+        if self._checkpoint.exists() and not (overwrite or resume):
+            raise UserError(
+                f"{self.path} is an interrupted run; give --resume to go on, or --overwrite to "
+                "start anew"
+            )
+        if distributed.is_main():
+            self._lock()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    def _lock(self) -> None:
+        """Takes the lock beside the folder, which the system takes back when this process ends."""
+        path = self.path.with_name(f".{self.path.name}.lock")
+        if self.path in _LOCKS:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                file = path.open("a")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_nlink:
+                    break  # else the process before has just removed it
+            atexit.register(path.unlink, missing_ok=True)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another process is writing it; wait for it, or give another name"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make it writable"
+            ) from None
+        _LOCKS[self.path] = file
 
     def _holds_files(self) -> bool:
         return not self.path.is_dir() or any(self.path.iterdir())
 
-    def start(self, config: str) -> None:
+    def start(self, config: str, resume: bool = False) -> dict[str, Any] | None:
         """Empties the folder and writes the resolved configuration into it.
 
+        Args:
+            resume: go on where the folder's run was interrupted, if it was.
+
+        Returns:
+            What `write_checkpoint` was given; None for a fresh run.
+
         Raises:
-            UserError: if the folder cannot be written.
+            UserError: if the folder cannot be written, or the run had another configuration.
         """
+        if resume and distributed.from_main(self._checkpoint.exists()):
+            return self._resumed(config)
         if not distributed.is_main():
-            return
+            return None
         try:
             if self.path.is_symlink():
                 raise UserError(f"{self.path}: is a link; give another name, or remove it")
@@ -81,6 +135,33 @@ class RunFolder:
                 f"{self.path}: cannot be written ({error.strerror}); make it writable"
             ) from None
         self.write_text("config.yaml", config)
+        return None
+
+    def _resumed(self, config: str) -> dict[str, Any]:
+        before = read_yaml(self.path / "config.yaml")
+        now = yaml.safe_load(config)
+        differing = [
+            name
+            for name in sorted({*before, *now} - set(_FREE_TO_CHANGE))
+            if before.get(name) != now.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"--resume: {self.path} was run with "
+                + ", ".join(f"--{name} {before.get(name)}" for name in differing)
+                + "; give the same"
+            )
+        for stray in self.path.glob(".*.tmp*"):  # what a killed process was writing
+            stray.unlink(missing_ok=True)
+        with explained(self._checkpoint, "a checkpoint of this program"):
+            content = load_tensors(self._checkpoint)
+            if {"loop", "rows", "seconds"} - set(content):
+                raise ValueError("it lacks its parts")
+        return content
+
+    def write_checkpoint(self, content: Mapping[str, Any]) -> None:
+        """Keeps plain data and tensors from which the run can go on, in place of earlier ones."""
+        self.write_tensors(self._checkpoint.name, content)
 
     @property
     def log(self) -> Path:
@@ -123,6 +204,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Says that the run is done."""
         self.write_text("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        self._checkpoint.unlink(missing_ok=True)
 
 
 def attack_folder(name: str, root: Path | None) -> RunFolder:

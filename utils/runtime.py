@@ -7,10 +7,13 @@ import os
 import platform
 import random
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -34,8 +37,9 @@ logger = logging.getLogger("sau")
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
-    A `UserError` is printed, one line a problem, and exits with 2; Ctrl-C exits with 130. Of
-    several processes the first one speaks for all; another one only of what it alone has met.
+    A `UserError` is printed, one line a problem, and exits with 2; Ctrl-C exits with 130, SIGTERM
+    with 143. Of several processes the first one speaks for all; another one only of what it alone
+    has met.
     """
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
@@ -45,7 +49,7 @@ def run_script(main: Callable[[], None]) -> None:
     if not is_first:
         logger.setLevel(logging.ERROR)
     try:
-        with distributed.joined():
+        with _signals(), distributed.joined():
             main()
     except UserError as error:
         if not is_first:
@@ -53,6 +57,9 @@ def run_script(main: Callable[[], None]) -> None:
         for line in str(error).splitlines():
             logger.error("error: %s", line)
         raise SystemExit(2) from None
+    except Stopped as stopped:
+        logger.error("%s", stopped)
+        raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
         logger.error("interrupted")
         raise SystemExit(130) from None
@@ -63,19 +70,67 @@ def run_script(main: Callable[[], None]) -> None:
         logger.removeHandler(console)
 
 
+class Stopped(KeyboardInterrupt):
+    """The user, or the system, has asked this process to end."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class _Stop:
+    """Whether work that can be resumed is being done, and which signal has come meanwhile."""
+
+    is_deferred = False
+    signal: int | None = None
+
+
+def defer_signals(deferred: bool) -> None:
+    """Between True and False, SIGINT and SIGTERM wait for `stop_signal` to be asked."""
+    _Stop.is_deferred = deferred
+
+
+def stop_signal() -> int | None:
+    """The signal that waits, if any."""
+    return _Stop.signal
+
+
 @contextlib.contextmanager
-def file_log() -> Iterator[Callable[[Path], None]]:
+def _signals() -> Iterator[None]:
+    """A first SIGINT or SIGTERM waits where work can be resumed; any other one ends it at once."""
+
+    def handle(number: int, _: Any) -> None:
+        if not _Stop.is_deferred or _Stop.signal is not None:
+            raise Stopped(number, "interrupted" if number == signal.SIGINT else "terminated")
+        _Stop.signal = number
+        logger.warning("stopping after this step; once more to stop at once")
+
+    _Stop.is_deferred, _Stop.signal = False, None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def file_log() -> Iterator[Callable[..., None]]:
     """Keeps the log's lines; the function that it gives opens the file that gets them all.
 
-    So that a log also tells what came before its folder was made. Each line has its own time.
+    So that a log also tells what came before its folder was made. Each line has its own time. With
+    `append` a resumed run's lines come after those of the run before.
     """
     kept = MemoryHandler(capacity=1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     files: list[logging.FileHandler] = []
 
-    def open_file(path: Path) -> None:
+    def open_file(path: Path, append: bool = False) -> None:
         if not distributed.is_main():
             return
-        files.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        files.append(logging.FileHandler(path, mode="a" if append else "w", encoding="utf-8"))
         files[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         kept.setTarget(files[0])
         kept.flushLevel = logging.NOTSET  # from now on each line is passed on at once
@@ -106,7 +161,43 @@ def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> to
         device: where it draws.
     """
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    made = _Generator(device)
+    made.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    _GENERATORS[purpose] = made
+    return made
+
+
+class _Generator(torch.Generator):
+    """torch's own cannot be referred to weakly."""
+
+
+# Those in use, by purpose, so that a checkpoint has the states of all.
+_GENERATORS: "weakref.WeakValueDictionary[str, _Generator]" = weakref.WeakValueDictionary()
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all sources of randomness, as plain data and tensors."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "generators": {purpose: made.get_state() for purpose, made in _GENERATORS.items()},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Puts `random_states` back; generators that are no longer in use are left out."""
+    for purpose, state in states["generators"].items():
+        if purpose in _GENERATORS:
+            _GENERATORS[purpose].set_state(state)
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    random.setstate(states["python"])
+    keys, *rest = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
 
 
 @contextlib.contextmanager
@@ -204,15 +295,17 @@ class Progress:
         total: number of steps.
         description: what is being done.
         unit: what a step is.
+        initial: steps that were done earlier.
     """
 
-    def __init__(self, total: int, description: str, unit: str = "batch") -> None:
+    def __init__(self, total: int, description: str, unit: str = "batch", initial: int = 0) -> None:
         self.total = total
-        self.done = 0
+        self.done = self._initial = initial
         self._start = time.monotonic()
         self._redirect = logging_redirect_tqdm(loggers=[logger])
         self._bar = tqdm(
             total=total,
+            initial=initial,
             desc=description,
             unit=unit,
             disable=not sys.stderr.isatty() or not distributed.is_main(),
@@ -242,7 +335,7 @@ class Progress:
     def eta(self) -> str:
         """Time left at the rate so far, as h:mm:ss."""
         elapsed = time.monotonic() - self._start
-        left = round(elapsed * (self.total - self.done) / max(self.done, 1))
+        left = round(elapsed * (self.total - self.done) / max(self.done - self._initial, 1))
         return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
 
 

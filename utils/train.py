@@ -1,7 +1,7 @@
 """Ordinary supervised training, and the loop that attacks and defenses count their rounds with."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from utils import distributed
 from utils.data import as_float, augment, keep_on, release
 from utils.errors import UserError
 from utils.poison import PoisonedSet
+from utils.runtime import random_states, restore_random_states
 
 Schedule = Literal[
     "constant", "cosine", "cosine_100", "one_cycle", "multi_step", "reduce_on_plateau"
@@ -62,6 +63,7 @@ class Loop:
         after_round: called with (round from 1, total rounds, mean losses, state) after each round.
         after_batch: called with (number of batches in the round) after each batch.
         rate: the flag of the learning rate, for the message when a loss is not finite.
+        resume: what `snapshot` gave; the loop goes on after that batch.
     """
 
     def __init__(
@@ -69,8 +71,13 @@ class Loop:
         after_round: Callable[[int, int, dict[str, float], dict[str, Any]], None] | None = None,
         after_batch: Callable[[int], None] | None = None,
         rate: str = "--lr",
+        resume: Mapping[str, Any] | None = None,
     ) -> None:
         self._rate = rate
+        self._resume = resume
+        self._state: dict[str, Any] = {}
+        self._round = self._batch = 0
+        self._order: torch.Tensor | None = None
         self._after_round = after_round
         self._after_batch = after_batch
         self._sums: dict[str, torch.Tensor] = {}
@@ -86,16 +93,21 @@ class Loop:
         (loss * self._weight if self._weight != 1 else loss).backward()
 
     def rounds(self, total: int, **state: Any) -> Iterator[int]:
-        """1 to total.
+        """1 to total; a resumed loop begins with the round that it was in.
 
         Args:
-            state: what a round changes: `model`, `optimizer`, `generator`, ...
+            state: what a round changes: `model`, `optimizer`, `generator`, ... All that has a
+                `state_dict`, and all of `utils.runtime.generator`, is part of a snapshot.
 
         Raises:
             UserError: if a round's mean loss is not finite.
         """
-        for number in range(1, total + 1):
-            self._sums, self._images = {}, 0
+        self._state = state
+        first = 1 if self._resume is None else self._restore(self._resume)
+        for number in range(first, total + 1):
+            self._round = number
+            if self._resume is None:
+                self._sums, self._images, self._batch = {}, 0, 0
             yield number
             losses = self.losses()
             if "model" in state:
@@ -119,13 +131,19 @@ class Loop:
     ) -> Iterator[torch.Tensor]:
         """A fresh permutation of range(count) in batches of int64 indices.
 
-        Each of several processes gets its own part of a batch, at least one image.
+        Each of several processes gets its own part of a batch, at least one image. To be called
+        once a round.
 
         Args:
             generator: on the CPU, so that the order is the same on every device.
             drop_last: whether to leave out a last batch that is not full.
             whole: give every process the whole batch; for `distributed.Gathered`.
         """
+        done = 0
+        if self._resume is not None:
+            generator.set_state(self._resume["order"])  # for the same permutation once more
+            done, self._resume = self._batch, None
+        self._order = generator.get_state()
         batches = torch.randperm(count, generator=generator).split(batch_size)
         if drop_last and len(batches[-1]) < batch_size:
             batches = batches[:-1]
@@ -134,13 +152,56 @@ class Loop:
                 f"--batch_size: with {batch_size} the last batch has {len(batches[-1])} of {count} "
                 f"images, fewer than the {distributed.processes()} processes; give another"
             )
-        for batch in batches:
+        for number, batch in enumerate(batches[done:], done + 1):
             own = batch if whole else batch[distributed.part(len(batch))]
             share = len(own) * (1 if whole else distributed.processes())
             self._weight = share / len(batch)
             yield own
+            self._batch = number
             if self._after_batch:
                 self._after_batch(len(batches))
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The round, and how many of its batches are done."""
+        return self._round, self._batch
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain data and tensors from which a loop like this one can go on after this batch."""
+        return {
+            "round": self._round,
+            "batch": self._batch,
+            "order": self._order,
+            "sums": dict(self._sums),
+            "images": self._images,
+            "random": random_states(),
+            "objects": {
+                name: value.state_dict()
+                for name, value in self._state.items()
+                if hasattr(value, "state_dict")
+            },
+        }
+
+    def _restore(self, snapshot: Mapping[str, Any]) -> int:
+        """Puts a snapshot into the objects of the round that it was taken in; returns its number.
+
+        Raises:
+            UserError: if it is of another run.
+        """
+        try:
+            for name, state in snapshot["objects"].items():
+                self._state[name].load_state_dict(state)
+            restore_random_states(snapshot["random"])
+            device = next(self._state["model"].parameters()).device
+            self._sums = {name: value.to(device) for name, value in snapshot["sums"].items()}
+            self._images, self._batch = snapshot["images"], snapshot["batch"]
+            return int(snapshot["round"])
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--resume: the checkpoint is not of this run ({reason}); give --overwrite to "
+                "start anew"
+            ) from None
 
     def losses(self) -> dict[str, float]:
         """The mean losses of the round so far, over all processes; waits for the device."""
@@ -238,6 +299,17 @@ class Scheduler:
         else:
             multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
             self._by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has moved."""
+        scheduler = self._by_loss or self._by_step
+        assert scheduler is not None
+        return scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        scheduler = self._by_loss or self._by_step
+        assert scheduler is not None
+        scheduler.load_state_dict(state)
 
     def after_step(self) -> None:
         if self._by_step:
