@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python defense/sau.py --result_file $(NAME) --overwrite
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

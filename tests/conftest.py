@@ -1,6 +1,7 @@
 """Tiny real things that several test modules share."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,12 @@ from torch import nn
 import models
 from models import Classifier
 from utils.data import Dataset, Labelled
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker a core: threads of their own, and of the scripts that they run, would only wait.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 class TinyNet(nn.Module):
