@@ -12,7 +12,6 @@ import models
 from models import Classifier
 from utils.data import Dataset, Labelled
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker a core: threads of their own, and of the scripts that they run, would only wait.
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -575,3 +575,16 @@ def test_defaults_live_in_yaml_and_meanings_in_the_class(script: str) -> None:
     for name, annotation in get_type_hints(CONFIGS[script], include_extras=True).items():
         infos = [m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, FieldInfo)]
         assert any(info.description for info in infos), name
+
+
+def test_references_and_huge_files_are_refused(tmp_path: Path) -> None:
+    """Nine lines of references to references would unfold to a gigabyte."""
+    bomb = "a: &a [1, 1, 1]\n" + "".join(
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    path = tmp_path / "x.yaml"
+    for text, reason in ((bomb, "references"), ("a: 1\n" * 300_000, "larger than 1048576 bytes")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=reason):
+            read_yaml(path)

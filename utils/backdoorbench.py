@@ -81,7 +81,7 @@ def _spelled(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 # What arrays and keys of int64 and float64 are rebuilt with, by either name; and no more.
 _REBUILD: tuple[Any, ...] = (np.empty(0).__reduce__()[0], np.int64(0).__reduce__()[0])
-_ALLOWED: tuple[Callable[..., Any], ...] = (
+ALLOWED: tuple[Callable[..., Any], ...] = (
     *(_spelled("numpy.core.multiarray", function) for function in _REBUILD),
     *(_spelled("numpy._core.multiarray", function) for function in _REBUILD),
     *(np.ndarray, np.dtype, type(np.dtype(np.int64)), type(np.dtype(np.float64))),
@@ -180,6 +180,7 @@ def read(folder: Path) -> AttackResult:
     with explained(folder / RESULT, _EXPECTED):
         content = _load(folder / RESULT)
         num_classes, name = content["num_classes"], _text(content, "clean_data")
+        model_name = _text(content, "model_name")
         if type(num_classes) is not int or num_classes < 1:
             raise ValueError("num_classes is no positive integer")
         shape = _image_shape(content["img_size"])
@@ -195,7 +196,7 @@ def read(folder: Path) -> AttackResult:
     return AttackResult(
         folder=folder,
         attack=_attack_name(folder),
-        model_name=_text(content, "model_name"),
+        model_name=model_name,
         num_classes=num_classes,
         state=state,
         dataset=name,
@@ -407,7 +408,7 @@ def load_array(path: Path) -> np.ndarray:
         UserError: if the file holds anything else.
     """
     with explained(path, "a row of numbers"):
-        array = load_plain(path, _ALLOWED)
+        array = load_plain(path, ALLOWED)
         if not isinstance(array, np.ndarray) or array.ndim != 1:
             raise ValueError("it holds something else")
         return array
@@ -416,7 +417,7 @@ def load_array(path: Path) -> np.ndarray:
 def _load(path: Path) -> dict[str, Any]:
     """The dictionary, which has all eight keys."""
     try:
-        content = load_tensors(path, _ALLOWED)
+        content = load_tensors(path, ALLOWED)
     except ValueError:
         _refuse_images_inside(path)
         raise

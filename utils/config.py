@@ -25,6 +25,7 @@ USER_FILES = {
     "yaml_path": "YAML file whose values go over the shipped ones",
     "bd_yaml_path": "YAML file whose values go over those of --yaml_path",
 }
+LARGEST = 1 << 20  # bytes of a YAML file
 _NO_VALUE = "\0"  # a flag that was given without its value
 
 
@@ -131,6 +132,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: if the file cannot be read, is not such a mapping, or names a key twice.
     """
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"larger than {LARGEST} bytes")
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(
@@ -176,7 +179,12 @@ def allowed_values(annotation: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and refuses a key that stands twice."""
+    """SafeLoader that reads 1e-4 as a number and refuses references and a key that stands twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them unfold to gigabytes
+            raise yaml.YAMLError("references (*name) are not read")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

@@ -155,9 +155,7 @@ class RunFolder:
             stray.unlink(missing_ok=True)
         with explained(self._checkpoint, "a checkpoint of this program"):
             content = load_tensors(self._checkpoint)
-            if {"loop", "rows", "seconds"} - set(content):
-                raise ValueError("it lacks its parts")
-        return content
+            return dict(_CHECKPOINT.validate_python(content))
 
     def write_checkpoint(self, content: Mapping[str, Any]) -> None:
         """Keeps plain data and tensors from which the run can go on, in place of earlier ones."""
@@ -468,6 +466,10 @@ def find_record(name: str, root: Path | None) -> Path:
     """
     records = root or ROOT / "record"
     if _NAME.fullmatch(name) and (records / name).is_dir():
+        if (records / name).is_symlink():
+            raise UserError(
+                f"--result_file: {records / name} is a link; give the folder that it leads to"
+            )
         return records / name
     if Path(name).is_dir():
         return Path(name)
@@ -553,7 +555,7 @@ def _load_own(folder: Path) -> AttackRecord:
         raise UserError(
             f"{folder}: has no summary.json, so its attack did not finish; run the attack again"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); run the attack again") from None
     files = summary.get("files") if isinstance(summary, dict) else None
     if not isinstance(files, dict):
@@ -609,6 +611,17 @@ class _Plain(TypedDict):
 
 
 _PLAIN = TypeAdapter(_Plain)
+
+
+class _Checkpoint(TypedDict):
+    """What `RunFolder.write_checkpoint` is given."""
+
+    loop: dict[str, Any]
+    rows: list[dict[str, float | int]]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+_CHECKPOINT = TypeAdapter(_Checkpoint)
 
 
 def _with_poison(record: AttackRecord, content: Mapping[str, Any]) -> AttackRecord:

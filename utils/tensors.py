@@ -2,7 +2,8 @@
 
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,53 @@ def load_plain(path: Path, allowed: Sequence[Callable[..., Any]] = ()) -> Any:
             names them by their `__module__` and `__qualname__`.
 
     Raises:
-        ValueError: if the file names anything else. A damaged file can raise anything.
+        ValueError: if the file names anything else, or would take more memory than its own size. A
+            damaged file can raise anything.
     """
+    _refuse_expanding(path)
     try:
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Not torch's own text, which tells how to load the file all the same.
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = named[1] if named else "something"
         raise ValueError(f"it holds {what}, which is no plain data and is not read") from error
+
+    _refuse_hollow(content)
+    return content
+
+
+def _refuse_expanding(path: Path) -> None:
+    """Raises ValueError unless a file is an archive that is as large as what is in it."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no archive of torch.save; torch before 1.6 wrote another format")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it is compressed, which torch.save never does")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("its parts claim to be larger than the file")
+
+
+def _refuse_hollow(content: Any) -> None:
+    """Raises ValueError if a tensor claims more values than are stored, or is not a plain one."""
+    seen: set[int] = set()  # a part may stand in many places
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError("it holds a sparse, quantized or empty-shelled tensor")
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of {tuple(value.shape)} is stored in fewer values")
+        elif isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
 
 
 def load_tensors(path: Path, allowed: Sequence[Callable[..., Any]] = ()) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Loop:
             UserError: if a round's mean loss is not finite.
         """
         self._state = state
-        first = 1 if self._resume is None else self._restore(self._resume)
+        first = 1 if self._resume is None else self._restore(self._resume, total)
         for number in range(first, total + 1):
             self._round = number
             if self._resume is None:
@@ -141,7 +141,10 @@ class Loop:
         """
         done = 0
         if self._resume is not None:
-            generator.set_state(self._resume["order"])  # for the same permutation once more
+            try:
+                generator.set_state(self._resume["order"])  # for the same permutation once more
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise _not_of_this_run(error) from None
             done, self._resume = self._batch, None
         self._order = generator.get_state()
         batches = torch.randperm(count, generator=generator).split(batch_size)
@@ -182,26 +185,27 @@ class Loop:
             },
         }
 
-    def _restore(self, snapshot: Mapping[str, Any]) -> int:
+    def _restore(self, snapshot: Mapping[str, Any], total: int) -> int:
         """Puts a snapshot into the objects of the round that it was taken in; returns its number.
 
         Raises:
             UserError: if it is of another run.
         """
         try:
+            number, self._batch = int(snapshot["round"]), int(snapshot["batch"])
+            self._images = int(snapshot["images"])
+            if not (1 <= number <= total and self._batch >= 0 and self._images >= 0):
+                raise ValueError(f"round {number} of {total}, batch {self._batch}")
             for name, state in snapshot["objects"].items():
                 self._state[name].load_state_dict(state)
             restore_random_states(snapshot["random"])
             device = next(self._state["model"].parameters()).device
-            self._sums = {name: value.to(device) for name, value in snapshot["sums"].items()}
-            self._images, self._batch = snapshot["images"], snapshot["batch"]
-            return int(snapshot["round"])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--resume: the checkpoint is not of this run ({reason}); give --overwrite to "
-                "start anew"
-            ) from None
+            self._sums = {
+                name: value.to(device).reshape(()) for name, value in snapshot["sums"].items()
+            }
+            return number
+        except Exception as error:  # optimizers and generators raise whatever they stumble over
+            raise _not_of_this_run(error) from None
 
     def losses(self) -> dict[str, float]:
         """The mean losses of the round so far, over all processes; waits for the device."""
@@ -217,6 +221,13 @@ class Loop:
         self._images += count
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
+
+
+def _not_of_this_run(error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"--resume: the checkpoint is not of this run ({reason}); give --overwrite to start anew"
+    )
 
 
 def train_classifier(
