@@ -2,10 +2,10 @@
 
     python benchmark/stress.py --kills 30
 
-An attack and a defense on a small set are each run once undisturbed. Then, `--kills` times, they are
-killed with SIGKILL after a random time, and resumed until they are done: weights and metrics (without
-times) have to be the same, by sha256, and no temporary file may be left. At last each is run with a
-limit on the size of a file, as if the disk were full: one line, exit code 2, earlier files intact.
+An attack and a defense on a small set are each run once undisturbed. Then, `--kills` times, they
+are killed with SIGKILL after a random time, and resumed until they are done: weights and metrics
+(without times) have to be the same, by sha256, and no temporary file may be left. At last each is
+run with a limit on the size of a file, as if the disk were full: one line, exit code 2.
 """
 
 import argparse
