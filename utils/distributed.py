@@ -46,6 +46,7 @@ def joined() -> Iterator[None]:
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield
+        barrier()  # none closes its connections while the first one still writes
     finally:
         dist.destroy_process_group()
 
