@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from utils import distributed
 from utils.errors import UserError
 from utils.runtime import Progress, logger
 
@@ -40,11 +41,18 @@ class Archive:
 def extract_all(dataset: str, folder: Path, archives: Sequence[Archive]) -> None:
     """Makes the content of each archive stand in a folder; what is there already stays.
 
-    An archive in the folder is used; one that is not is downloaded into it.
+    An archive in the folder is used; one that is not is downloaded into it. Of several processes
+    the first one does so, and the others wait.
 
     Raises:
         UserError: if an archive is damaged, cannot be downloaded, or the folder not be written.
     """
+    with distributed.main_alone() as is_mine:
+        if is_mine:
+            _extract_missing(dataset, folder, archives)
+
+
+def _extract_missing(dataset: str, folder: Path, archives: Sequence[Archive]) -> None:
     missing = [archive for archive in archives if not (folder / archive.content).exists()]
     for archive in missing:
         with _writable(folder):
