@@ -50,7 +50,6 @@ from utils.runtime import defer_signals, logger, run_script
 from utils.tensors import load_plain
 from utils.train import Loop
 
-SCORE = lambda model: Scores(Rate(1, 2))  # noqa: E731
 SECONDS = 10
 GROWTH_MIB = 1024
 
@@ -177,6 +176,11 @@ def damage_tensors(path: Path, rng: random.Random, allowed: Sequence[Any] = ()) 
     path.write_bytes(buffer.getvalue())
 
 
+def half(model: nn.Module) -> Scores:
+    """The score of any model."""
+    return Scores(Rate(1, 2))
+
+
 def unlearn(loop: Loop) -> None:
     """Two rounds of FT."""
     data = make_data()
@@ -258,7 +262,7 @@ def cases(good: Path) -> dict[str, Case]:
         shutil.copy(good / "checkpoint.pt", folder / "x/checkpoint.pt")
         damage_tensors(folder / "x/checkpoint.pt", rng)
         watch = pipeline.Watch(
-            run, "epoch", SCORE, 1, checkpoint=run.start("lr: 0.1\n", resume=True)
+            run, "epoch", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True)
         )
         unlearn(watch.start(2))
 

@@ -25,7 +25,7 @@ from utils.data import Dataset, Labelled, Triggered
 from utils.errors import UserError
 from utils.evaluate import evaluate
 from utils.runtime import generator
-from utils.train import Loop, Supervised, train_classifier
+from utils.train import Loop, Schedule, Supervised, train_classifier
 
 
 class Recorder(Loop):
@@ -90,18 +90,25 @@ def supervised(data: Dataset) -> dict[str, Any]:
 
 
 def train(
-    model: nn.Module, data: Dataset, step: Any, loop: Loop, batch_size: int, **how: bool
+    model: nn.Module,
+    data: Dataset,
+    step: Any,
+    loop: Loop,
+    batch_size: int,
+    epochs: int = 2,
+    schedule: Schedule = "cosine",
+    **how: bool,
 ) -> None:
     train_classifier(
         model,
         poison.unpoisoned(data.train),
         step,
-        epochs=2,
+        epochs=epochs,
         batch_size=batch_size,
         lr=0.01,
         momentum=0.9,
         weight_decay=5e-4,
-        schedule="cosine",
+        schedule=schedule,
         order=generator(0, "order"),
         loop=loop,
         **how,

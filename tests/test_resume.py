@@ -20,40 +20,22 @@ from attack import bpp, inputaware, prototype, wanet
 from defense import ft, sau
 from tests import processes
 from utils import pipeline
-from utils.data import Dataset
 from utils.errors import UserError
 from utils.record import RunFolder
 from utils.runtime import ROOT, generator
 from utils.tensors import load_tensors
-from utils.train import Loop, Supervised, train_classifier
+from utils.train import Loop, Schedule, Supervised
 
 
 class Interrupted(Exception):
     """The run was cut off."""
 
 
-def supervised(loop: Loop, schedule: str) -> torch.nn.Module:
+def supervised(loop: Loop, schedule: Schedule) -> torch.nn.Module:
     data, model = processes.random_data(), processes.network(processes.random_data())
     step = Supervised(2, True, generator(0, "augmentation"))
-    train(loop, model, data, step, schedule)
+    processes.train(model, data, step, loop, 12, epochs=3, schedule=schedule)
     return model
-
-
-def train(loop: Loop, model: Any, data: Dataset, step: Any, schedule: Any, **how: bool) -> None:
-    train_classifier(
-        model,
-        prototype.poison.unpoisoned(data.train),
-        step,
-        epochs=3,
-        batch_size=12,
-        lr=0.01,
-        momentum=0.9,
-        weight_decay=5e-4,
-        schedule=schedule,
-        order=generator(0, "order"),
-        loop=loop,
-        **how,
-    )
 
 
 def controlled(module: Any, control: Any) -> Callable[[Loop], torch.nn.Module]:
@@ -63,7 +45,7 @@ def controlled(module: Any, control: Any) -> Callable[[Loop], torch.nn.Module]:
         setting = prototype.Setting(data, torch.device("cpu"), "fp32")
         model = processes.network(data)
         step = control(config, setting)
-        train(loop, model, data, step, "cosine", drop_last=False, whole=True)
+        processes.train(model, data, step, loop, 12, epochs=3, drop_last=False, whole=True)
         if hasattr(step, "pattern"):
             model.add_module("pattern", step.pattern)
         return model

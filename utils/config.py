@@ -134,21 +134,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"larger than {LARGEST} bytes")
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give an existing YAML file"
         ) from None
+    except ValueError as error:
+        raise _not_valid(str(path), error) from None
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """One flat YAML mapping from names to values.
+
+    Args:
+        source: what the text is of, for messages.
+
+    Raises:
+        UserError: if it is not such a mapping, or names a key twice.
+    """
+    try:
+        values = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not valid YAML ({reason}); write lines of 'name: value'"
-        ) from None
+        raise _not_valid(source, error) from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: not a mapping of names to values; write lines of 'name: value'")
+        raise UserError(f"{source}: not a mapping of names to values; write lines of 'name: value'")
     return values
+
+
+def _not_valid(source: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{source}: not valid YAML ({reason}); write lines of 'name: value'")
 
 
 def allowed_values(annotation: Any) -> str:

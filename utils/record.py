@@ -15,13 +15,12 @@ from typing import IO, Annotated, Any, get_args
 
 import pandas as pd
 import torch
-import yaml
 from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from models import Classifier, build_model, check_model, is_user_file, model_identity
 from utils import backdoorbench, distributed
-from utils.config import read_yaml
+from utils.config import parse_yaml, read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
@@ -139,7 +138,7 @@ class RunFolder:
 
     def _resumed(self, config: str) -> dict[str, Any]:
         before = read_yaml(self.path / "config.yaml")
-        now = yaml.safe_load(config)
+        now = parse_yaml(config, "the configuration")
         differing = [
             name
             for name in sorted({*before, *now} - set(_FREE_TO_CHANGE))

@@ -303,32 +303,27 @@ class Scheduler:
         epochs: int,
         steps_per_epoch: int,
     ) -> None:
-        self._by_step: torch.optim.lr_scheduler.LambdaLR | None = None
-        self._by_loss: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        self._scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "reduce_on_plateau":
-            self._by_loss = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
         else:
             multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
-            self._by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+            self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
 
     def state_dict(self) -> dict[str, Any]:
         """What has moved."""
-        scheduler = self._by_loss or self._by_step
-        assert scheduler is not None
-        return scheduler.state_dict()
+        return self._scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        scheduler = self._by_loss or self._by_step
-        assert scheduler is not None
-        scheduler.load_state_dict(state)
+        self._scheduler.load_state_dict(state)
 
     def after_step(self) -> None:
-        if self._by_step:
-            self._by_step.step()
+        if not isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self._scheduler.step()
 
     def after_epoch(self, loss: float) -> None:
-        if self._by_loss:
-            self._by_loss.step(loss)
+        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self._scheduler.step(loss)
 
 
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
