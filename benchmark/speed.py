@@ -426,8 +426,10 @@ def main() -> None:
         "share": lambda: measure_share(bench, flags.batch_size),
         "growth": lambda: measure_growth(bench),
     }
-    rows = [row for part in flags.parts for row in measures[part]()]
-    write(rows, flags.to, environment(device, bench.precision))
+    rows: list[Row] = []
+    for part in flags.parts:  # written after each: what is measured is not lost
+        rows += measures[part]()
+        write(rows, flags.to, environment(device, bench.precision))
 
 
 def write(rows: list[Row], to: Path, machine: Mapping[str, object]) -> None:

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import DefenseConfig, run
 from utils.data import as_float
 from utils.perturb import Norm, Start, initial_perturbation, project
-from utils.runtime import evaluating, frozen, generator
+from utils.runtime import evaluating, frozen, generator, images_at_once
 from utils.train import Loop
 
 
@@ -231,8 +231,14 @@ def purify(
         for index in loop.batches(len(images), config.batch_size, order):
             x, y = as_float(images[index], device), labels[index].to(device)
             ref_clean = ref_logits[index.to(device)]
-            delta = shared_perturbation(
-                model, reference, x, y, config, ref_predictions=ref_clean.argmax(1), generator=start
+            parts = (t.split(images_at_once(device)) for t in (x, y, ref_clean.argmax(1)))
+            delta = torch.cat(
+                [
+                    shared_perturbation(
+                        model, reference, *part, config, ref_predictions=known, generator=start
+                    )
+                    for *part, known in zip(*parts, strict=True)
+                ]
             )
             with torch.no_grad():
                 ref_adv = reference(x + delta)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from defense import sau
 from defense.sau import Config, jensen_shannon, purify, shared_perturbation, unlearning_loss
 from models import build_model
 from tests import oracle
@@ -305,6 +306,22 @@ def test_purify_takes_uint8_images_and_repeats_itself() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     as_floats = purify(model, images.float() / 255, labels, config).state_dict()
     assert all(torch.allclose(first[name], as_floats[name], atol=1e-6) for name in first)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_images_of_a_pass_do_not_change_the_result(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten images in one pass, and in passes of three: the same random numbers, in order."""
+    model = small_network(0, batch_norm=True)
+    images, labels = problem(0, count=10)
+    config = Config.load(n_rounds=2, batch_size=10, pgd_init=start)
+    results = []
+    for size in (256, 3):
+        monkeypatch.setattr(sau, "images_at_once", lambda _, size=size: size)
+        results.append(purify(model, images, labels, config).state_dict())
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], atol=1e-6), name
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_its_round() -> None:

@@ -6,17 +6,18 @@ from torch import nn
 from utils import distributed
 from utils.data import Labelled, Triggered, as_float, release
 from utils.metrics import Rate, Scores
-from utils.runtime import evaluating
+from utils.runtime import evaluating, images_at_once
 
 
 def predict(
-    model: nn.Module, images: torch.Tensor, device: torch.device, batch_size: int = 256
+    model: nn.Module, images: torch.Tensor, device: torch.device, batch_size: int | None = None
 ) -> torch.Tensor:
     """Predicted labels, model in eval mode.
 
     Args:
         images: (N, C, H, W), uint8 or float in [0, 1].
         device: where the model is.
+        batch_size: images a pass; what suits the device if None.
 
     Returns:
         int64 (N,), on the CPU.
@@ -25,7 +26,7 @@ def predict(
         return torch.zeros(0, dtype=torch.int64)
     with evaluating(model), torch.inference_mode():
         predictions = []
-        for batch in images.split(batch_size):
+        for batch in images.split(batch_size or images_at_once(device)):
             predictions.append(model(as_float(batch, device)).argmax(1))
             release(images)
     return torch.cat(predictions).cpu()
@@ -36,7 +37,7 @@ def evaluate(
     clean: Labelled,
     triggered: Triggered | None,
     device: torch.device,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     cross: Labelled | None = None,
 ) -> Scores:
     """Scores with their counts; without triggered images ACC alone.

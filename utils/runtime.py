@@ -247,6 +247,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def images_at_once(device: torch.device) -> int:
+    """Images a pass where the result does not depend on it: few stay in the caches of a CPU."""
+    return 32 if device.type == "cpu" else 256
+
+
 def pick_precision(name: Precision, device: torch.device) -> str:
     """`auto` is bf16 where the hardware multiplies it natively, fp32 elsewhere."""
     if name != "auto":
