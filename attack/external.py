@@ -262,7 +262,7 @@ def import_model(config: Config) -> record.RunFolder:
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
                 "train_images": len(data.train),
                 "warnings": warnings,
-                **pipeline.run_facts(started, device, precision),
+                **pipeline.run_facts(config, started, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
             }
         )

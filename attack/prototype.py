@@ -303,7 +303,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
                 **({"preparation": setting.facts} if setting.facts else {}),
                 "warnings": warnings,
-                **pipeline.run_facts(started - watch.earlier, device, precision),
+                **pipeline.run_facts(config, started - watch.earlier, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
             }
         )

@@ -45,6 +45,9 @@ class DefenseConfig(configuration.Config):
     record_path: Annotated[
         str | None, Field(description="folder of all records; null for record/ of the checkout")
     ]
+    save_folder_name: Annotated[
+        str | None, Field(description="name of the result's folder; null for the defense's name")
+    ]
     overwrite: Annotated[bool, Field(description="replace this defense's earlier result")]
     resume: Annotated[bool, Field(description="go on with an interrupted run")]
     checkpoint_every: Annotated[
@@ -109,7 +112,7 @@ def defend(
     """
     started = time.monotonic()
     attack = record.load_attack(_record_folder(config.result_file, config.record_path))
-    folder = record.defense_folder(attack.folder, name)
+    folder = record.defense_folder(attack.folder, config.save_folder_name or name)
     folder.claim(config.overwrite, config.resume)
     if config.dataset not in (None, attack.dataset):
         raise UserError(
@@ -204,7 +207,7 @@ def defend(
                 "clean_images": len(index),
                 "rounds": config.n_rounds,
                 "warnings": warnings,
-                **pipeline.run_facts(started - watch.earlier, device, precision),
+                **pipeline.run_facts(config, started - watch.earlier, device, precision),
                 "attack_sha256": attack.sha256,
                 "files": record.file_hashes(folder, "defense_result.pt", "clean_index.txt"),
             }

@@ -235,9 +235,15 @@ def purify(
             delta = torch.cat(
                 [
                     shared_perturbation(
-                        model, reference, *part, config, ref_predictions=known, generator=start
+                        model,
+                        reference,
+                        x_part,
+                        y_part,
+                        config,
+                        ref_predictions=known,
+                        generator=start,
                     )
-                    for *part, known in zip(*parts, strict=True)
+                    for x_part, y_part, known in zip(*parts, strict=True)
                 ]
             )
             with torch.no_grad():

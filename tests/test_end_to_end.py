@@ -177,6 +177,24 @@ def test_every_defense_leaves_a_complete_result(
     assert not torch.equal(weights["conv1.weight"], original["conv1.weight"])
 
 
+def test_results_of_one_defense_stand_side_by_side_under_names(
+    workplace: Path, badnet: Path
+) -> None:
+    """The recipe's hash tells a seed from a change of the method."""
+    hashes = {}
+    for name, changes in (
+        ("ft-a", {}),
+        ("ft-b", {"random_seed": 1}),
+        ("ft-c", {"lr": 0.5}),
+    ):
+        flags = defense_flags(workplace, "shared", save_folder_name=name, **changes)
+        assert run_script(ROOT / "defense/ft.py", *flags) == 0
+        summary = json.loads((badnet / "defense" / name / "summary.json").read_text())
+        assert summary["defense"] == "ft"
+        hashes[name] = summary["config_sha256"]
+    assert hashes["ft-a"] == hashes["ft-b"] != hashes["ft-c"]
+
+
 def test_a_clean_model_has_no_asr_and_can_be_defended(workplace: Path) -> None:
     flags = attack_flags(workplace, "clean", pratio=None)
     flags = flags[: flags.index("--pratio")] + flags[flags.index("--pratio") + 2 :]

@@ -252,6 +252,8 @@ def test_a_name_that_could_be_a_path_is_refused(tmp_path: Path, name: str) -> No
 
 def test_a_defense_writes_into_the_record_it_read(tmp_path: Path) -> None:
     assert defense_folder(tmp_path, "sau").path == tmp_path / "defense" / "sau"
+    with pytest.raises(UserError, match="--save_folder_name: \\.\\./x is not a name"):
+        defense_folder(tmp_path, "../x")
 
 
 def test_a_record_is_found_by_its_name_or_its_folder(saved: RunFolder) -> None:

@@ -1,5 +1,7 @@
 """What the attack and the defense pipeline share: watching a run, its pictures and facts."""
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +15,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from utils import plot
+from utils.config import Config, parse_yaml
 from utils.data import Labelled, Triggered, keep_on
 from utils.evaluate import evaluate
 from utils.metrics import Scores
-from utils.record import RunFolder
+from utils.record import FREE_TO_CHANGE, RunFolder
 from utils.runtime import (
     Progress,
     Stopped,
@@ -188,10 +191,20 @@ def difference_grid(
     )
 
 
-def run_facts(started: float, device: torch.device, precision: str) -> dict[str, Any]:
-    """Seconds, peak memory and environment for `summary.json`."""
+def run_facts(
+    config: Config, started: float, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """Recipe, seconds, peak memory and environment for `summary.json`."""
     return {
+        "config_sha256": recipe_sha256(parse_yaml(config.dump(), "the configuration")),
         "seconds": round(time.monotonic() - started, 1),
         **peak_memory_mib(device),
         **environment(device, precision),
     }
+
+
+def recipe_sha256(values: Mapping[str, Any]) -> str:
+    """Of a configuration without its seed, and without what says where it runs and writes."""
+    own = {*FREE_TO_CHANGE, "random_seed", "result_file", "dataset_path", "device"}
+    recipe = {name: value for name, value in values.items() if name not in own}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

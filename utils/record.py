@@ -30,7 +30,8 @@ from utils.tensors import explained, load_tensors
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _EXPECTED = "a record of this program"
-_FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
+# Flags that say where a run writes, and when, but not what comes out.
+FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
 _LOCKS: dict[Path, IO[str]] = {}  # open files, for as long as this process lives
 
 
@@ -141,7 +142,7 @@ class RunFolder:
         now = parse_yaml(config, "the configuration")
         differing = [
             name
-            for name in sorted({*before, *now} - set(_FREE_TO_CHANGE))
+            for name in sorted({*before, *now} - set(FREE_TO_CHANGE))
             if before.get(name) != now.get(name)
         ]
         if differing:
@@ -214,17 +215,25 @@ def attack_folder(name: str, root: Path | None) -> RunFolder:
     Raises:
         UserError: if the name could leave the folder of records.
     """
+    return RunFolder((root or ROOT / "record") / _checked_name(name))
+
+
+def defense_folder(record: Path, name: str) -> RunFolder:
+    """The folder of a defense's result, inside the record that it read.
+
+    Raises:
+        UserError: if the name could leave that folder.
+    """
+    return RunFolder(record / "defense" / _checked_name(name))
+
+
+def _checked_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UserError(
             f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no "
             "folders"
         )
-    return RunFolder((root or ROOT / "record") / name)
-
-
-def defense_folder(record: Path, method: str) -> RunFolder:
-    """The folder of a defense's result, inside the record that it read."""
-    return RunFolder(record / "defense" / method)
+    return name
 
 
 def save_attack(
