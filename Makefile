@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NAME ?= badnet_demo
 
-.PHONY: demo test lint
+.PHONY: demo test lint results
 
 demo: .venv/installed
 	$(BIN)/python attack/badnet.py --save_folder_name $(NAME) --overwrite
@@ -16,6 +16,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# From the summaries, metrics and configurations that results/ has.
+results: .venv/installed
+	for grid in results/*/; do $(BIN)/python benchmark/report.py --under $$grid --to $$grid || exit; done
+	$(BIN)/python benchmark/report.py --rebuild RESULTS.md
 
 # The stamps make pip run again when the requirements change.
 .venv/installed: requirements.txt

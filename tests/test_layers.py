@@ -50,6 +50,11 @@ LAYERS = (
     ("attack.*", 10),
     ("defense.*", 10),
     ("benchmark.literal", 11),
+    ("benchmark.summaries", 9),
+    ("benchmark.means", 10),
+    ("benchmark.sources", 10),
+    ("benchmark.tables", 11),
+    ("benchmark.report", 13),
     ("benchmark.variants", 13),
     ("benchmark.*", 12),
 )

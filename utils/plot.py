@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
 # Distinguishable in grey by line style and marker, and for colour-blind readers by hue.
@@ -16,6 +18,13 @@ _RATES = {
     "cross_acc": ("cross ACC", "#CC79A7", ":", "D"),
 }
 _LOSS_STYLES = ("-", "--", "-.", ":")
+_BARS = {
+    **{rate: (label, colour) for rate, (label, colour, *_) in _RATES.items()},
+    "der": ("DER", "#CC79A7"),
+}
+# One for each of many things: hues that colour-blind readers tell apart, markers for grey.
+_HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h")
 
 
 def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
@@ -126,3 +135,169 @@ def strip(images: torch.Tensor, height: int = 96) -> Image.Image:
     gap = torch.ones(*pixels.shape[1:3], scale)
     parts = [part for image in pixels for part in (image, gap)][:-1]
     return Image.fromarray(torch.cat(parts, dim=2).mul(255).round().byte().permute(1, 2, 0).numpy())
+
+
+def before_after(points: pd.DataFrame, title: str) -> Figure:
+    """A panel for each defense: what it does to ASR and ACC, an arrow for each attack.
+
+    Args:
+        points: a row an arrow: `defense`, `attack`, and in [0, 1] `asr_before`, `acc_before`,
+            `asr`, `acc`.
+    """
+    attacks = sorted(set(points["attack"]))
+    panels = list(points.groupby("defense"))
+    count = min(3, len(panels))
+    lines = -(-len(panels) // count)
+    figure = Figure(figsize=(1.9 + 4.0 * count, 0.6 + 3.5 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, count, squeeze=False, sharex=True, sharey=True).flat)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (defense, rows) in zip(axes, panels, strict=False):
+        for row in rows.to_dict("records"):
+            hue, marker = _look(attacks.index(row["attack"]))
+            start = (100 * row["asr_before"], 100 * row["acc_before"])
+            end = (100 * row["asr"], 100 * row["acc"])
+            arrow = {"arrowstyle": "->", "color": hue, "lw": 1.1, "alpha": 0.7, "shrinkB": 5}
+            axis.annotate("", end, start, arrowprops=arrow)
+            axis.plot(*start, marker, mfc="white", mec=hue, ms=7, clip_on=False)
+            axis.plot(*end, marker, color=hue, mec="white", ms=9, mew=0.6, clip_on=False, zorder=3)
+        axis.set(xlabel="ASR, percent", ylabel="ACC, percent", xlim=(-3, 103))
+        axis.set_title(_literal(str(defense)), fontsize=10)
+        axis.label_outer()
+        _plain(axis)
+    shown = 100 * points[["acc", "acc_before"]].stack()
+    axes[0].set_ylim(max(-3, shown.min() - 5), min(102, shown.max() + 5))
+    handles = [
+        Line2D([], [], color="#777777", marker="o", ls="", ms=7, mfc=fill, label=label)
+        for label, fill in (("before", "white"), ("after", "#777777"))
+    ]
+    for place, attack in enumerate(attacks):
+        hue, marker = _look(place)
+        line = Line2D([], [], color=hue, marker=marker, ls="", ms=7, label=_literal(attack))
+        handles.append(line)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    figure.suptitle(_literal(title), fontsize=10, x=0.02, ha="left")
+    return figure
+
+
+def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
+    """A panel for each attack: mean ACC, ASR and RA by round, from lowest to highest over seeds.
+
+    Args:
+        panels: name -> the rows of all seeds' metrics: `round` and rates in [0, 1]. Only rounds
+            that most seeds have scored are drawn.
+    """
+    count = min(4, len(panels))
+    lines = -(-len(panels) // count)
+    figure = Figure(figsize=(1.4 + 2.5 * count, 0.7 + 2.1 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, count, squeeze=False, sharey=True).flat)
+    handles: dict[str, Line2D] = {}
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, metrics) in zip(axes, panels.items(), strict=False):
+        for rate, (label, colour, style, marker) in _RATES.items():
+            if rate not in metrics or metrics[rate].isna().all():
+                continue
+            seeds = metrics[["round", rate]].dropna().groupby("round")[rate]
+            in_all = seeds.count() == seeds.count().max()  # else the mean jumps between seeds
+            mean, low, high = (
+                100 * part[in_all] for part in (seeds.mean(), seeds.min(), seeds.max())
+            )
+            axis.fill_between(mean.index, low, high, color=colour, alpha=0.2, lw=0)
+            (handles[label],) = axis.plot(
+                mean.index,
+                mean,
+                style,
+                color=colour,
+                marker=marker,
+                markevery=max(1, len(mean) // 6),
+                ms=4,
+                label=label,
+            )
+        axis.set(ylim=(-3, 103))
+        axis.set_title(_literal(name), fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        _plain(axis)
+    figure.supxlabel("round", fontsize=9)
+    figure.supylabel("percent", fontsize=9)
+    figure.legend(handles=list(handles.values()), loc="outside right upper", frameon=False)
+    figure.suptitle(_literal(title), fontsize=10)
+    return figure
+
+
+def variants(values: pd.DataFrame, deviations: pd.DataFrame, title: str) -> Figure:
+    """Bars of a method and its variants, a panel for each metric.
+
+    Args:
+        values: means in [0, 1], a row a variant, from the top down; a column a metric.
+        deviations: standard deviations, of the same shape; NaN draws none.
+    """
+    figure = Figure(figsize=(10, 1.0 + 0.34 * len(values)), layout="constrained")
+    panels = figure.subplots(1, len(values.columns), squeeze=False, sharey=True)[0]
+    names = [_literal(str(name)) for name in values.index]
+    for axis, metric in zip(panels, values.columns, strict=True):
+        label, colour = _BARS[metric]
+        lengths, spread = 100 * values[metric].fillna(0), 100 * deviations[metric].fillna(0)
+        drawn = axis.barh(range(len(names)), lengths, color=colour, height=0.66)
+        drawn[0].set(hatch="//", edgecolor="white")  # the method as it is
+        for place, (length, deviation) in enumerate(zip(lengths, spread, strict=True)):
+            if deviation:
+                axis.errorbar(length, place, xerr=deviation, color="black", lw=1, capsize=2)
+            text = f"{length:.1f}" if values[metric].notna().iloc[place] else "none"
+            axis.text(length + deviation + 2, place, text, va="center", fontsize=8)
+        axis.set(xlim=(0, 125), xticks=(0, 50, 100), yticks=range(len(names)), yticklabels=names)
+        axis.set_title(label, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.suptitle(_literal(f"{title}: percent, bars of one standard deviation"), fontsize=10)
+    return figure
+
+
+def cost(points: pd.DataFrame, title: str) -> Figure:
+    """Seconds that a defense took against its DER, a point for each attack.
+
+    Args:
+        points: a row a point: `defense`, `seconds` > 0, `der` in [0, 1].
+    """
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for place, (defense, rows) in enumerate(points.groupby("defense")):
+        hue, marker = _look(place)
+        axis.plot(
+            rows["seconds"],
+            100 * rows["der"],
+            marker,
+            color=hue,
+            mec="white",
+            mew=0.6,
+            ms=8,
+            label=_literal(str(defense)),
+        )
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    ends = 0.8 * points["seconds"].min(), 1.25 * points["seconds"].max()
+    steps = [step * 10.0**power for power in range(-3, 8) for step in (1, 2, 5)]
+    axis.set(xlim=ends, xticks=[step for step in steps if ends[0] <= step <= ends[1]])
+    axis.set(xlabel="seconds of a run (logarithmic)", ylabel="DER, percent")
+    lowest = 100 * points["der"].min()
+    axis.set_ylim(max(-3, lowest - 5), 102)
+    _plain(axis)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.suptitle(_literal(title), fontsize=10)
+    return figure
+
+
+def _look(place: int) -> tuple[str, str]:
+    return _HUES[place % len(_HUES)], _MARKERS[place % len(_MARKERS)]
+
+
+def _plain(axis: Axes) -> None:
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _literal(text: str) -> str:
+    """Text of a file, which matplotlib would read as a formula between dollar signs."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,262 @@
+"""Means over seeds: a row an attack, a column a defense, and what a reader has to beware of."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from benchmark.summaries import CLEAN, METRICS, UNDEFENDED
+
+HIGHER_IS_BETTER = {"acc": True, "asr": False, "ra": True, "der": True}
+FAILED_ASR = 0.5  # under it attacks and defenses warn that the attack failed
+COLLAPSED = 0.5  # share of the ACC before
+SMALL_TEST_SET = 1000  # images
+
+FLAGS = {
+    "a": "the attack failed: an ASR under 50 % without a defense, so that ASR and DER say little",
+    "c": "the defense collapsed: for a seed, ACC is under half of what it was",
+    "g": "another commit than most of this table",
+    "m": "mean over fewer attacks than without a defense",
+    "r": "seeds of different recipes",
+    "s": "one seed only",
+    "v": "other versions, precision or kind of device than most of this table",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A mean over seeds in [0, 1], with its sample standard deviation (None for one seed)."""
+
+    mean: float
+    sd: float | None
+    seeds: int
+    flags: str = ""
+    is_best: bool = False
+
+    def rounded(self) -> float:
+        """As it is printed: percent with two decimals."""
+        return round(100 * float(self.mean), 2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a grid: numbers by (heading, metric); `seeds` is None where it has no number."""
+
+    name: str
+    seeds: int | None
+    flags: str
+    numbers: Mapping[tuple[str, str], Number]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What one table prints: headings with their metrics, lines, and lines that are not sorted."""
+
+    corner: str
+    columns: Mapping[str, tuple[str, ...]]
+    body: tuple[Row, ...]
+    foot: tuple[Row, ...] = ()
+
+    def flags(self) -> list[str]:
+        """The flags that it has, for the legend."""
+        rows = [*self.body, *self.foot]
+        used = {f for row in rows for n in row.numbers.values() for f in n.flags}
+        return sorted(used | {flag for row in rows for flag in row.flags})
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that is said of one dataset and model; `row` of `runs` is the row of the main grid."""
+
+    name: str
+    title: str
+    runs: pd.DataFrame
+    main: Grid
+    ablations: Mapping[str, Grid]
+    notes: tuple[str, ...]
+
+    def labels(self) -> list[str]:
+        """Results that are no variant of another one's method: the columns of the main grid."""
+        return [label for label in self.main.columns if label != UNDEFENDED]
+
+
+def summarize(runs: pd.DataFrame) -> list[Table]:
+    """A table for each dataset (told by its name and sizes) and model.
+
+    And for each pratio, where an attack was run with several; else a row says its own.
+    """
+    tables: list[Table] = []
+    for _, group in runs.groupby(["dataset", "train_images", "test_images", "model"], dropna=False):
+        attacks = group[group["attack"] != CLEAN]
+        if attacks.groupby("attack")["pratio"].nunique(dropna=False).max() > 1:
+            clean = group[group["attack"] == CLEAN]
+            parts = [pd.concat([p, clean]) for _, p in attacks.groupby("pratio", dropna=False)]
+        else:
+            parts = [group]
+        for part in parts:
+            tables.append(_table(part, [table.name for table in tables]))
+    return tables
+
+
+def is_variant(label: str, method: str) -> bool:
+    """Whether a result's name says that it is its method with something changed."""
+    return method != "" and label.startswith(f"{method}-")
+
+
+def _table(runs: pd.DataFrame, names: list[str]) -> Table:
+    first = runs.iloc[0]
+    usual = runs.loc[runs["attack"] != CLEAN, "pratio"].mode()
+    runs = runs.assign(row=runs["attack"])
+    if len(usual):
+        own = runs["pratio"].notna() & (runs["pratio"] != usual[0])
+        share = runs["pratio"].map(lambda p: f" ({100 * p:.3g} %)")
+        runs = runs.assign(row=runs["attack"].where(~own, runs["attack"] + share))
+    title = f"{first['dataset']}, {first['model']}"
+    title += f", pratio {100 * usual[0]:.3g} %" if len(usual) else ""
+    name = re.sub(r"[^a-z0-9.]+", "-", title.lower().replace(" %", "")).strip("-.")[:60] or "table"
+    name += f"-{sum(n == name or n.startswith(name + '-') for n in names) + 1}" * (name in names)
+
+    cells = _cells(runs)
+    variant = [is_variant(row.label, row.method) for row in runs.itertuples()]
+    plain = [UNDEFENDED, *sorted(set(runs.loc[[not v for v in variant], "label"]) - {UNDEFENDED})]
+    ablations = {
+        method: _ablation(method, sorted(set(group["label"])), cells)
+        for method, group in runs[variant].groupby("method")
+    }
+    return Table(name, title, runs, _main(plain, runs, cells), ablations, _notes(runs))
+
+
+def _notes(runs: pd.DataFrame) -> tuple[str, ...]:
+    """How many images the numbers are of, and what one image is worth where they are few."""
+    sizes = [
+        f"{int(n):,}" for n in (runs["train_images"].iloc[0], runs["test_images"].iloc[0]) if n == n
+    ]
+    if len(sizes) < 2:
+        return ()
+    text = f"{sizes[0]} training and {sizes[1]} test images"
+    counts = sorted({int(n) for n in runs["asr_total"].dropna()})
+    if counts:
+        text += f", {' or '.join(f'{n:,}' for n in counts)} of them triggered for ASR and RA"
+    smallest = min([int(runs["test_images"].iloc[0]), *counts])
+    if 0 < smallest < SMALL_TEST_SET:
+        text += f". Small test set: one image is up to {100 / smallest:.2f} points"
+    return (text + ".",)
+
+
+Cells = dict[tuple[str, str], dict[str, Number]]
+
+
+def _cells(runs: pd.DataFrame) -> Cells:
+    """Numbers with their flags by (attack, label)."""
+    made_by = runs["versions"] + runs["precision"] + runs["device"]
+    usual, commit = made_by.mode()[0], runs["commit"].mode()[0]
+    cells: Cells = {}
+    for (attack, label), group in runs.groupby(["row", "label"]):
+        general = "g" * bool((group["commit"] != commit).any())
+        general += "r" * (group.loc[group["config"] != "-", "config"].nunique() > 1)
+        general += "v" * bool((made_by[group.index] != usual).any())
+        failed = "a" * bool((group["asr_before"] < FAILED_ASR).any())
+        collapsed = "c" * bool((group["acc"] < COLLAPSED * group["acc_before"]).any())
+        flags = {"acc": collapsed + general, "asr": failed, "ra": "", "der": failed}
+        cells[str(attack), str(label)] = {
+            metric: _number(values, f)
+            for metric, f in flags.items()
+            if len(values := group[metric].dropna())
+        }
+    return cells
+
+
+def _main(labels: list[str], runs: pd.DataFrame, cells: Cells) -> Grid:
+    columns = {label: METRICS[:3] if label == UNDEFENDED else METRICS for label in labels}
+    attacks = sorted(set(runs["row"]) - {CLEAN})
+    rows = [_row_of(a, {label: cells.get((a, label), {}) for label in labels}) for a in attacks]
+    rows = [_with_best_in_row(row) for row in rows]
+    clean = {label: cells.get((CLEAN, label), {}) for label in labels}
+    foot = [_with_best_in_row(_mean_row(rows, columns))] if len(rows) > 1 else []
+    if any(clean.values()):
+        foot.append(_row_of(CLEAN, clean))
+    return Grid("attack", columns, tuple(rows), tuple(foot))
+
+
+def _ablation(method: str, labels: list[str], cells: Cells) -> Grid:
+    """Rows are the method as it is and its variants, columns the attacks and their mean."""
+    attacks = sorted({attack for attack, label in cells if label in labels})
+    rows = []
+    for label in [method, *labels]:
+        groups = {attack: cells.get((attack, label), {}) for attack in attacks}
+        if any(groups.values()):
+            rows.append(_row_of(label, groups))
+    columns = dict.fromkeys(attacks, METRICS)
+    best = {key: value for key in _keys(columns) if (value := _best(rows, key)) is not None}
+    rows = [
+        replace(
+            row,
+            numbers={
+                key: replace(number, is_best=number.rounded() == best.get(key))
+                for key, number in row.numbers.items()
+            },
+        )
+        for row in rows
+    ]
+    return Grid("variant", columns, tuple(rows))
+
+
+def _keys(columns: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    return [(heading, metric) for heading, metrics in columns.items() for metric in metrics]
+
+
+def _row_of(name: str, groups: Mapping[str, Mapping[str, Number]]) -> Row:
+    """A row's seeds are those of its first cell; one seed is flagged there, or at another cell."""
+    seeds = next(n.seeds for numbers in groups.values() for n in numbers.values())
+    numbers = {
+        (heading, metric): replace(
+            n, flags=n.flags + "s" * (metric == "acc" and n.seeds == 1 < seeds)
+        )
+        for heading, group in groups.items()
+        for metric, n in group.items()
+    }
+    return Row(name, seeds, "s" * (seeds == 1), numbers)
+
+
+def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]]) -> Row:
+    """Means of the attacks' means; a column with fewer attacks than undefended says so."""
+    numbers = {}
+    for heading, metric in _keys(columns):
+        found = [row.numbers[heading, metric] for row in rows if (heading, metric) in row.numbers]
+        of = (UNDEFENDED, "asr" if metric == "der" else metric)
+        if found:
+            flags = "".join(f for f in "ac" if any(f in n.flags for n in found))
+            flags += "m" * (len(found) < sum(of in row.numbers for row in rows))
+            mean = sum(n.mean for n in found) / len(found)
+            numbers[heading, metric] = Number(mean, None, len(found), flags)
+    return Row(f"mean of {len(rows)} attacks", None, "", numbers)
+
+
+def _with_best_in_row(row: Row) -> Row:
+    """Marks the best defense of each metric, and those that print the same, among several."""
+    numbers = dict(row.numbers)
+    for metric in METRICS:
+        rivals = {
+            key: number
+            for key, number in row.numbers.items()
+            if key[1] == metric and key[0] != UNDEFENDED and "m" not in number.flags
+        }
+        if len(rivals) > 1:
+            pick = max if HIGHER_IS_BETTER[metric] else min
+            best = pick(number.rounded() for number in rivals.values())
+            for key, number in rivals.items():
+                numbers[key] = replace(number, is_best=number.rounded() == best)
+    return replace(row, numbers=numbers)
+
+
+def _best(rows: list[Row], key: tuple[str, str]) -> float | None:
+    values = [row.numbers[key].rounded() for row in rows if key in row.numbers]
+    if len(values) < 2:
+        return None
+    return max(values) if HIGHER_IS_BETTER[key[1]] else min(values)
+
+
+def _number(values: pd.Series, flags: str) -> Number:
+    sd = float(values.std()) if len(values) > 1 else None  # of a sample: divides by n - 1
+    return Number(float(values.mean()), sd, len(values), flags)

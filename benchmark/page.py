@@ -1,0 +1,228 @@
+"""report.html: tables, figures and records on one page that needs nothing else."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from PIL import Image
+
+from benchmark import sources, tables
+from benchmark.means import FLAGS, Grid, Row, Table
+from benchmark.summaries import UNDEFENDED
+from utils import plot
+
+LARGEST_FILE = 8 << 20  # bytes of a picture that is looked at
+LARGEST_PIXELS = 30_000_000
+LARGEST_INLINED = 400 << 10  # bytes of a picture on the page
+LARGEST_PAGE = 16 << 20  # bytes of all of them
+_PICTURES = {
+    "curves.png": "by round",
+    "trigger.png": "trigger",
+    "before_after.png": "labels before and after",
+    "perturbations.png": "shared adversarial examples",
+}
+
+# Rows are put in the order of a column, empty cells last; once more turns the order around.
+_SCRIPT = """
+for (const button of document.querySelectorAll(".numbers thead button")) {
+  button.addEventListener("click", () => {
+    const head = button.closest("th"), table = head.closest("table"), body = table.tBodies[0];
+    const heads = [...table.querySelectorAll("thead th")].filter(th => th.querySelector("button"));
+    const column = heads.indexOf(head);
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    heads.forEach(th => th.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = row => row.cells[column].dataset.sort;
+    const order = (a, b) => column === 0 ? a.localeCompare(b) : a - b;
+    const rows = [...body.rows].sort((a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      return up ? order(x, y) : order(y, x);
+    });
+    body.append(...rows);
+  });
+}
+"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture on the page, or why it is not there."""
+
+    caption: str
+    address: str = ""
+    width: int = 0
+    height: int = 0
+    reason: str = ""
+
+
+class Pictures:
+    """Pictures made small enough to stand in a page, until the page is full."""
+
+    def __init__(self, largest_page: int = LARGEST_PAGE) -> None:
+        self._left = largest_page
+
+    def from_file(self, path: Path, caption: str, width: int = 1200) -> Shown | None:
+        """A PNG as it is shown; None where there is no file."""
+        if not path.is_file():
+            return None
+        if not sources.is_plain(path, LARGEST_FILE):
+            return Shown(caption, reason=f"{path.name} is a link, or too large to be shown")
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                if image.width * image.height > LARGEST_PIXELS:
+                    return Shown(caption, reason=f"{path.name} has too many pixels to be shown")
+                return self._shown(image.convert("RGB"), caption, path.name, width)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return Shown(caption, reason=f"{path.name} cannot be read as a PNG")
+
+    def from_metrics(self, metrics: pd.DataFrame, unit: str, caption: str) -> Shown:
+        """Curves of a record whose own picture is not there."""
+        drawn = io.BytesIO()
+        plot.curves(metrics, unit, "").savefig(drawn, dpi=100)
+        return self._shown(Image.open(drawn).convert("RGB"), caption, "curves", 1200)
+
+    def _shown(self, image: Image.Image, caption: str, name: str, width: int) -> Shown:
+        image.thumbnail((width, 4000))
+        packed = io.BytesIO()
+        image.save(packed, "WEBP", quality=85, method=2)
+        data = packed.getvalue()
+        if len(data) > LARGEST_INLINED:
+            return Shown(caption, reason=f"{name} is left out, it is too large for the page")
+        if len(data) > self._left:
+            return Shown(caption, reason=f"{name} is left out, the page is large enough")
+        self._left -= len(data)
+        address = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+        return Shown(caption, address, *image.size)
+
+
+def render(
+    title: str,
+    found: Sequence[Table],
+    figures: Mapping[str, Mapping[str, Path]],
+    problems: Sequence[str],
+    pictures: Pictures | None = None,
+) -> str:
+    """The page as HTML.
+
+    Args:
+        title: its heading.
+        figures: name of a table -> caption -> PNG.
+        problems: what was left out, a line each.
+    """
+    pictures = pictures or Pictures()
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    )
+    runs = pd.concat([table.runs for table in found]).drop_duplicates("folder")
+    count = runs["record"].nunique()
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    return template.render(
+        title=title,
+        counts=f"Records: {count}. Results of defenses: {len(runs) - count}.",
+        tables=[_table(table, figures.get(table.name, {}), pictures) for table in found],
+        records=[
+            _record(str(name), group, pictures) for name, group in runs.groupby("record", sort=True)
+        ],
+        problems=problems,
+        meanings=FLAGS,
+        script=Markup(_SCRIPT),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _table(table: Table, figures: Mapping[str, Path], pictures: Pictures) -> dict[str, Any]:
+    facts, note = tables.made_by(table)
+    shown = [pictures.from_file(path, caption, 1800) for caption, path in figures.items()]
+    return {
+        "name": table.name,
+        "title": table.title,
+        "notes": table.notes,
+        "main": _grid(table.main),
+        "ablations": [(name, _grid(grid)) for name, grid in table.ablations.items()],
+        "legend": tables.legend([table.main, *table.ablations.values()]),
+        "made_by_note": note,
+        "made_by_head": list(facts),
+        "made_by": facts.to_numpy().tolist(),
+        "figures": [picture for picture in shown if picture is not None],
+    }
+
+
+def _grid(grid: Grid) -> dict[str, Any]:
+    columns = tables.headings(grid)
+    starts = [index == 0 or columns[index - 1][0] != key[0] for index, key in enumerate(columns)]
+
+    def cells(row: Row) -> list[dict[str, Any]]:
+        found = []
+        for key, is_first in zip(columns, starts, strict=True):
+            number = row.numbers.get(key)
+            cell = {"text": "", "flags": "", "is_best": False, "sort": "", "starts": is_first}
+            if number is not None:
+                cell |= {"text": tables.value_text(number, row), "flags": number.flags}
+                cell |= {"is_best": number.is_best, "sort": repr(float(number.mean))}
+            found.append(cell)
+        return found
+
+    def lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": row.name,
+                "seeds": "" if row.seeds is None else row.seeds,
+                "flags": row.flags,
+                "cells": cells(row),
+            }
+            for row in rows
+        ]
+
+    return {
+        "corner": grid.corner,
+        "headings": [(heading, len(metrics)) for heading, metrics in grid.columns.items()],
+        "metrics": [(key[1].upper(), first) for key, first in zip(columns, starts, strict=True)],
+        "body": lines(grid.body),
+        "foot": lines(grid.foot),
+    }
+
+
+def _record(name: str, runs: pd.DataFrame, pictures: Pictures) -> dict[str, Any]:
+    first = runs.iloc[0]
+    return {
+        "name": name,
+        "about": f"{first['row']} on {first['dataset']}, {first['model']}",
+        "runs": [_run(run, pictures) for run in runs.to_dict("records")],
+    }
+
+
+def _run(run: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
+    folder = Path(run["folder"])
+    rates = [f"{m.upper()} {100 * run[m]:.2f} %" for m in tables.METRICS if run[m] == run[m]]
+    facts = [
+        ", ".join(rates),
+        "" if run["seed"] != run["seed"] else f"seed {int(run['seed'])}",
+        "" if run["seconds"] != run["seconds"] else f"{run['seconds']:.0f} s",
+        f"{run['device']} ({run['device_name']}), {run['precision']}",
+        str(run["versions"]),
+        f"commit {run['commit']}",
+        f"config {run['config']}",
+    ]
+    shown = [pictures.from_file(folder / name, text) for name, text in _PICTURES.items()]
+    if shown[0] is None:
+        unit = "epoch" if run["label"] == UNDEFENDED else "round"
+        metrics = sources.read_metrics(folder, unit)
+        shown[0] = None if metrics is None else pictures.from_metrics(metrics, unit, "curves")
+    return {
+        "label": run["label"],
+        "about": "; ".join(filter(None, facts)),
+        "warnings": run["warnings"],
+        "pictures": [picture for picture in shown if picture is not None],
+        "config": sources.config_text(folder),
+    }

@@ -1,0 +1,232 @@
+"""The runs under a folder, told by their `summary.json` files alone.
+
+A run is a model without a defense, or what a defense made of it.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pandas as pd
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import ValidationError as NotAsDescribed
+
+UNDEFENDED = "no defense"
+CLEAN = "clean model"
+METRICS = ("acc", "asr", "ra", "der")
+LARGEST = 1 << 20  # bytes of a summary.json
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+Text = Annotated[str, StringConstraints(max_length=300), AfterValidator(_printable)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Scores(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    acc: Share
+    acc_total: Count | None = None
+    asr: Share | None = None
+    asr_total: Count | None = None
+    ra: Share | None = None
+
+
+class _Facts(BaseModel):
+    """What both kinds of summary say of a run; what is not ours may lack most of it."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+    attack: Text
+    dataset: Text
+    model: Text | None = None
+    seed: int | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    device: Text = "-"
+    device_name: Text = "-"
+    precision: Text = "-"
+    versions: dict[Text, Text] = {}
+    commit: Text | None = None
+    config_sha256: Text | None = None
+    warnings: list[Text] = []
+    files: dict[Text, Text] = {}
+
+
+class _Attack(_Facts):
+    model_name: Text | None = None  # where `model` is lacking: imported records
+    attack_label_trans: Text | None = None
+    pratio: Share | None = None
+    train_images: Count | None = None
+    acc: Share | None = None
+    acc_total: Count | None = None
+    asr: Share | None = None
+    asr_total: Count | None = None
+    ra: Share | None = None
+
+
+class _Defense(_Facts):
+    defense: Text
+    before: _Scores
+    after: _Scores
+    der: Share | None = None
+    attack_sha256: Text | None = None
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_runs(under: Path, without: Path | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """The runs of all records under a folder, at any depth; links are not followed.
+
+    Args:
+        without: a folder whose content is not looked at.
+
+    Returns:
+        A row a run, in the order of the folders' names: `record` (its folder, relative), `folder`,
+        `attack`, `label` (`UNDEFENDED` or the name of the result's folder), scores in [0, 1] (NaN
+        where there is none), and what it was made by. And a line for each file that is left out.
+    """
+    found: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for folder, results in sorted(_find(under, without).items()):
+        name = str(folder.relative_to(under)) if folder.is_relative_to(under) else folder.name
+        name = folder.resolve().name if name == "." else name.removeprefix("records/")
+        attack = _read(folder / "summary.json", _Attack, problems)
+        defenses = []
+        for result in sorted(results):
+            defense = _read(result / "summary.json", _Defense, problems)
+            if defense is None:
+                continue
+            made_of = attack.files.get("attack_result.pt") if attack else None
+            if None not in (made_of, defense.attack_sha256) and made_of != defense.attack_sha256:
+                problems.append(
+                    f"{result}: purified another model than this record has now; left out"
+                )
+                continue
+            defenses.append((result, defense))
+        if (folder / "summary.json").exists() and attack is None:
+            continue  # without it, nothing says which attack this was
+        rows = list(_rows(folder, attack, defenses))
+        if not rows:
+            problems.append(f"{folder}: has no scores; left out")
+        found += [{"record": name, **row} for row in rows]
+    runs = pd.DataFrame(found)
+    return (runs, problems) if runs.empty else _without_repeats(runs, problems)
+
+
+def _find(under: Path, without: Path | None) -> dict[Path, list[Path]]:
+    """Folders of attacks, and for each those of its defenses' results."""
+    found: dict[Path, list[Path]] = {}
+    excluded = without.resolve() if without is not None else None
+    for path, folders, files in os.walk(under):
+        here = Path(path)
+        folders[:] = [n for n in folders if n[0] != "." and here.joinpath(n).resolve() != excluded]
+        if "summary.json" not in files:
+            continue
+        if here.parent.name == "defense":
+            found.setdefault(here.parent.parent, []).append(here)
+        else:
+            found.setdefault(here, [])
+    return found
+
+
+def _read(path: Path, kind: type[S], problems: list[str]) -> S | None:
+    try:
+        if path.is_symlink() or path.stat().st_size > LARGEST:
+            problems.append(f"{path}: is a link, or larger than a summary can be; left out")
+            return None
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problems.append(f"{path}: cannot be read ({error.strerror}); left out")
+    except NotAsDescribed as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = _printable(": ".join(filter(None, (where, first["msg"]))))[:200]
+        problems.append(f"{path}: is no summary of a run ({reason}); left out")
+    return None
+
+
+def _rows(
+    folder: Path, attack: _Attack | None, defenses: Iterable[tuple[Path, _Defense]]
+) -> Iterable[dict[str, Any]]:
+    """A record's runs; the scores before a defense stand in where the attack's summary has none."""
+    defenses = list(defenses)
+    facts = attack or (defenses[0][1] if defenses else None)
+    before = attack if attack and attack.acc is not None else None
+    if before is None and defenses:
+        before = defenses[0][1].before
+    if facts is None or before is None:
+        return
+    all2all = "_all2all" if attack and attack.attack_label_trans == "all2all" else ""
+    model = facts.model or (attack and attack.model_name) or "-"
+    shared = {
+        "attack": CLEAN if facts.attack == "prototype" else facts.attack + all2all,
+        "dataset": facts.dataset,
+        "model": model,
+        "pratio": float(f"{attack.pratio:.3g}") if attack and attack.pratio else float("nan"),
+        "train_images": attack.train_images if attack else None,
+        "test_images": before.acc_total,
+        "acc_before": before.acc,
+        "asr_before": before.asr,
+    }
+    yield _row(shared, folder, UNDEFENDED, facts if before is attack else None, before, None)
+    for path, defense in defenses:
+        label = _printable(path.name)
+        label += " (result)" * (label == UNDEFENDED)
+        row = _row(shared, path, label, defense, defense.after, defense.der)
+        yield {**row, "acc_before": defense.before.acc, "asr_before": defense.before.asr}
+
+
+def _row(
+    shared: Mapping[str, Any],
+    folder: Path,
+    label: str,
+    facts: _Facts | None,
+    scores: "_Scores | _Attack",
+    der: float | None,
+) -> dict[str, Any]:
+    versions = " ".join(f"{k} {v}" for k, v in facts.versions.items()) if facts else ""
+    return {
+        **shared,
+        "folder": folder,
+        "label": label,
+        "method": facts.defense if isinstance(facts, _Defense) else "",
+        "seed": facts.seed if facts else None,
+        "acc": scores.acc,
+        "asr": scores.asr,
+        "ra": scores.ra,
+        "der": der,
+        "acc_total": scores.acc_total,
+        "asr_total": scores.asr_total,
+        "seconds": facts.seconds if facts else None,
+        "config": (facts.config_sha256 if facts else None) or "-",
+        "commit": (facts.commit if facts else None) or "-",
+        "versions": versions or "-",
+        "device": facts.device.partition(":")[0] if facts else "-",
+        "device_name": facts.device_name if facts else "-",
+        "precision": facts.precision if facts else "-",
+        "warnings": list(facts.warnings) if facts else [],
+    }
+
+
+def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Two records of one cell and seed would pass for two seeds: the first by name is taken."""
+    numbers = ["pratio", "train_images", "test_images", "seed", *METRICS, "seconds"]
+    numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
+    runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
+    undefended = runs[runs["label"] == UNDEFENDED]
+    cell = ["dataset", "train_images", "test_images", "model", "attack", "pratio", "seed"]
+    known = undefended[undefended["seed"].notna()]
+    for _, same in known.groupby(cell, dropna=False, sort=False):
+        for repeat in same["record"].iloc[1:]:
+            first = same["record"].iloc[0]
+            problems.append(f"{repeat}: is of the same attack and seed as {first}; left out")
+            runs = runs[runs["record"] != repeat]
+    return runs.reset_index(drop=True), problems

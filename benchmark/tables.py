@@ -1,0 +1,275 @@
+"""Tables as Markdown, LaTeX and CSV. Every text that comes from a file is escaped."""
+
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+
+from benchmark.means import FLAGS, Grid, Number, Row, Table
+from benchmark.summaries import CLEAN, METRICS, UNDEFENDED
+
+_MADE_BY = "config: hash of the recipe without its seed; a commit with + had changed files."
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+}
+
+
+def value_text(number: Number, row: Row) -> str:
+    """Percent with two decimals, the deviation, and how many seeds where the row has others.
+
+    In a row of means it is how many attacks, where they are fewer.
+    """
+    text = f"{number.rounded():.2f}"
+    if number.sd is not None:
+        text += f" ± {100 * number.sd:.2f}"
+    differs = "m" in number.flags if row.seeds is None else number.seeds != row.seeds
+    return text + f" ({number.seeds})" * differs
+
+
+def headings(grid: Grid) -> list[tuple[str, str]]:
+    """The columns of numbers: (heading, metric)."""
+    return [(heading, metric) for heading, metrics in grid.columns.items() for metric in metrics]
+
+
+def legend(grids: Sequence[Grid]) -> list[str]:
+    """What the flags and the marks of some grids mean, a sentence each."""
+    used = {flag for grid in grids for flag in grid.flags()}
+    rows = [row for grid in grids for row in (*grid.body, *grid.foot)]
+    numbers = [number for row in rows for number in row.numbers.values()]
+    lines = ["Percent" + ("; mean ± sample standard deviation over seeds" * _any_sd(numbers))]
+    if any(" (" in value_text(n, row) for row in rows for n in row.numbers.values()):
+        lines[0] += "; (k): k seeds, or attacks, where the row has more"
+    if any(number.is_best for number in numbers):
+        lines[0] += "; bold: the best"
+    return [f"{lines[0]}.", *(f"{flag}: {FLAGS[flag]}." for flag in sorted(used))]
+
+
+def _any_sd(numbers: Sequence[Number]) -> bool:
+    return any(number.sd is not None for number in numbers)
+
+
+def made_by(table: Table) -> tuple[pd.DataFrame, str]:
+    """What made each number.
+
+    Returns:
+        A row for each attack and result, with all values where seeds differ; and a sentence with
+        what is the same for all.
+    """
+    known = table.runs[(table.runs["versions"] != "-") | (table.runs["seed"].notna())]
+
+    def distinct(values: pd.Series) -> str:
+        return "; ".join(sorted({str(value) for value in values}))
+
+    def seeds(values: pd.Series) -> str:
+        return ", ".join(str(int(value)) for value in sorted(values.dropna())) or "-"
+
+    short = known.assign(
+        config=known["config"].str[:12],
+        commit=known["commit"].map(lambda commit: commit[:10] + "+" * commit.endswith("+")),
+        device=known["device"] + " " + known["device_name"] + ", " + known["precision"],
+    )
+    columns = dict.fromkeys(("config", "commit", "versions", "device"), distinct)
+    grouped = short.groupby(["row", "label"], as_index=False).agg({"seed": seeds, **columns})
+    order = ["is_clean", "row", "is_defense", "label"]
+    grouped = grouped.assign(
+        is_clean=grouped["row"] == CLEAN, is_defense=grouped["label"] != UNDEFENDED
+    ).sort_values(order, ignore_index=True)
+    grouped = grouped.drop(columns=["is_clean", "is_defense"])
+    grouped = grouped.rename(columns={"row": "attack", "label": "defense", "seed": "seeds"})
+    same = [name for name in columns if len(grouped) > 1 and grouped[name].nunique() == 1]
+    text = "; ".join(f"{name} {grouped[name].iloc[0]}" for name in same)
+    return grouped.drop(columns=same), f"{_MADE_BY} All: {text}." if same else _MADE_BY
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """All tables; no headings, so that they fit into any page."""
+    return "\n".join(_markdown_table(table) for table in tables)
+
+
+def _markdown_table(table: Table) -> str:
+    parts = [f"**{markdown_text(table.title)}**", *(markdown_text(note) for note in table.notes)]
+    grids = [table.main, *table.ablations.values()]
+    parts.append(_markdown_grid(table.main))
+    for method, grid in table.ablations.items():
+        parts.append(f"Variants of {markdown_text(method)}:")
+        parts.append(_markdown_grid(grid))
+    parts.append("  \n".join(markdown_text(line) for line in legend(grids)))
+    facts, note = made_by(table)
+    lines = [_pipes(list(facts)), _pipes(["---"] * len(facts.columns))]
+    lines += [_pipes([markdown_text(str(v)) for v in row]) for row in facts.to_numpy().tolist()]
+    parts += [
+        "<details><summary>What made these numbers</summary>",
+        "\n".join(lines),
+        markdown_text(note),
+        "</details>",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_grid(grid: Grid) -> str:
+    columns = headings(grid)
+    head = [grid.corner, "seeds", *(f"{markdown_text(h)} {m.upper()}" for h, m in columns)]
+    lines = [_pipes(head), _pipes(["---"] + ["---:"] * (len(head) - 1))]
+    for row in (*grid.body, *grid.foot):
+        cells = [markdown_text(row.name), _seeds(row) + _raised(row.flags)]
+        cells += [_cell(row, key, "**{}**", _raised) for key in columns]
+        lines.append(_pipes(cells))
+    return "\n".join(lines)
+
+
+def _seeds(row: Row) -> str:
+    return "" if row.seeds is None else str(row.seeds)
+
+
+def _cell(
+    row: Row, key: tuple[str, str], bold: str, raised: Callable[[str], str], none: str = ""
+) -> str:
+    number = row.numbers.get(key)
+    if number is None:
+        return none
+    text = value_text(number, row)
+    return (bold.format(text) if number.is_best else text) + raised(number.flags)
+
+
+def _raised(flags: str) -> str:
+    return f"<sup>{flags}</sup>" if flags else ""
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*~\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(text, quote=False))
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """A `table*` for each grid; needs the packages booktabs and textcomp."""
+    parts = ["% \\usepackage{booktabs}\n% \\usepackage{textcomp}\n"]
+    for table in tables:
+        parts.append(_latex_grid(table, table.main, table.title, table.name))
+        for method, grid in table.ablations.items():
+            title = f"Variants of {method}: {table.title}"
+            parts.append(_latex_grid(table, grid, title, f"{table.name}-{method}"))
+        facts, note = made_by(table)
+        made = [note, *(", ".join(map(str, row)) for row in facts.to_numpy().tolist())]
+        parts.append("".join(f"% {latex_text(line)}\n" for line in made))
+    return "\n".join(parts)
+
+
+def _latex_grid(table: Table, grid: Grid, title: str, name: str) -> str:
+    columns = headings(grid)
+    caption = ". ".join([latex_text(title), *(latex_text(n.rstrip(".")) for n in table.notes)])
+    caption += f". {' '.join(latex_text(line) for line in legend([grid]))}"
+    groups, rules, at = [], [], 3
+    for heading, metrics in grid.columns.items():
+        groups.append(rf"\multicolumn{{{len(metrics)}}}{{c}}{{{latex_text(heading)}}}")
+        rules.append(rf"\cmidrule(lr){{{at}-{at + len(metrics) - 1}}}")
+        at += len(metrics)
+    lines = [
+        r"\begin{table*}",
+        r"\centering\small\setlength{\tabcolsep}{3pt}",
+        rf"\caption{{{caption}}}",
+        rf"\label{{tab:{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}}}",
+        rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
+        r"\toprule",
+        rf" & & {' & '.join(groups)} \\",
+        " ".join(rules),
+        rf"{grid.corner} & seeds & {' & '.join(metric.upper() for _, metric in columns)} \\",
+        r"\midrule",
+        *(_latex_row(row, columns) for row in grid.body),
+        *([r"\midrule"] if grid.foot else []),
+        *(_latex_row(row, columns) for row in grid.foot),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table*}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(row: Row, columns: Sequence[tuple[str, str]]) -> str:
+    def raised(flags: str) -> str:
+        return rf"\textsuperscript{{{flags}}}" if flags else ""
+
+    cells = [latex_text(row.name), _seeds(row) + raised(row.flags)]
+    cells += [_cell(row, key, r"\textbf{{{}}}", raised, "--") for key in columns]
+    return " & ".join(cells).replace("±", r"$\pm$") + r" \\"
+
+
+def latex_text(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    escaped = "".join(_LATEX.get(letter, letter) for letter in text)
+    return escaped.replace("±", r"$\pm$")
+
+
+def tidy(tables: Sequence[Table]) -> str:
+    """CSV, a row a number: means and deviations in [0, 1], not rounded; no row for the mean."""
+    rows = []
+    for table in tables:
+        for (row, label), runs in table.runs.groupby(["row", "label"], sort=False):
+            first: Mapping[str, object] = runs.iloc[0].to_dict()
+            shared = {
+                name: first[name]
+                for name in ("dataset", "model", "train_images", "test_images", "pratio")
+            }
+            for metric in METRICS:
+                values = runs[metric].dropna()
+                if len(values):
+                    rows.append(
+                        {
+                            "table": table.name,
+                            **shared,
+                            "attack": first["attack"],
+                            "defense": label,
+                            "method": first["method"],
+                            "metric": metric,
+                            "mean": values.mean(),
+                            "sd": values.std(),
+                            "seeds": len(values),
+                            "flags": _flags(table, str(row), str(label), metric),
+                        }
+                    )
+    return _csv(pd.DataFrame(rows))
+
+
+def _flags(table: Table, name: str, label: str, metric: str) -> str:
+    """Those of a number, and the row's one of a single seed."""
+    for row in (*table.main.body, *table.main.foot):
+        if row.name == name and (label, metric) in row.numbers:
+            return "".join(sorted({*row.flags, *row.numbers[label, metric].flags}))
+    for grid in table.ablations.values():
+        for row in grid.body:
+            if row.name == label and (name, metric) in row.numbers:
+                return "".join(sorted({*row.flags, *row.numbers[name, metric].flags}))
+    return ""
+
+
+def runs_csv(runs: pd.DataFrame) -> str:
+    """CSV, a row a run: all that the tables are made from, rates in [0, 1]."""
+    return _csv(
+        runs.drop(columns=["folder", "warnings", "test_images"]).rename(
+            columns={"label": "defense"}
+        )
+    )
+
+
+def _csv(rows: pd.DataFrame) -> str:
+    """Whole numbers without a point; texts that a spreadsheet would compute are made texts."""
+    rows = rows.copy()
+    for name in rows:
+        values = rows[name]
+        if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
+            whole = {"train_images", "test_images", "seed", "acc_total", "asr_total", "seeds"}
+            rows[name] = values.astype("Int64") if name in whole else values
+        elif not pd.api.types.is_numeric_dtype(values):
+            rows[name] = values.map(lambda v: f"'{v}" if re.match(r"[=+@]|-.", str(v)) else v)
+    return rows.to_csv(index=False, lineterminator="\n")
