@@ -109,11 +109,11 @@ def _table(runs: pd.DataFrame, names: list[str]) -> Table:
     usual = runs.loc[runs["attack"] != CLEAN, "pratio"].mode()
     runs = runs.assign(row=runs["attack"])
     if len(usual):
-        own = runs["pratio"].notna() & (runs["pratio"] != usual[0])
+        own = runs["pratio"].notna() & (runs["pratio"] != usual.max())
         share = runs["pratio"].map(lambda p: f" ({100 * p:.3g} %)")
         runs = runs.assign(row=runs["attack"].where(~own, runs["attack"] + share))
     title = f"{first['dataset']}, {first['model']}"
-    title += f", pratio {100 * usual[0]:.3g} %" if len(usual) else ""
+    title += f", pratio {100 * usual.max():.3g} %" if len(usual) else ""
     name = re.sub(r"[^a-z0-9.]+", "-", title.lower().replace(" %", "")).strip("-.")[:60] or "table"
     name += f"-{sum(n == name or n.startswith(name + '-') for n in names) + 1}" * (name in names)
 

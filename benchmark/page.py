@@ -23,7 +23,7 @@ LARGEST_PIXELS = 30_000_000
 LARGEST_INLINED = 400 << 10  # bytes of a picture on the page
 LARGEST_PAGE = 16 << 20  # bytes of all of them
 _PICTURES = {
-    "curves.png": "by round",
+    "curves.png": "curves",
     "trigger.png": "trigger",
     "before_after.png": "labels before and after",
     "perturbations.png": "shared adversarial examples",

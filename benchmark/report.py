@@ -123,7 +123,7 @@ def _figures(table: Table) -> Iterator[tuple[str, str, Figure]]:
         for attack in grid.columns:
             values, deviations = _variants(grid, attack)
             title = f"Variants of {method} against {attack}, {table.title}"
-            figure = plot.variants(values, deviations, title)
+            figure = plot.variants(values, deviations, method, title)
             yield f"variants-{method}-{attack}", f"Variants of {method} against {attack}", figure
     costs = points[points["seconds"] > 0].dropna(subset=["der"])
     if len(costs):

@@ -7,12 +7,11 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import yaml
 
-from benchmark.summaries import LARGEST, UNDEFENDED
+from benchmark.summaries import LARGEST, UNDEFENDED, without_places
 from utils.config import read_yaml
 from utils.errors import UserError
 from utils.record import RunFolder
@@ -20,7 +19,6 @@ from utils.runtime import logger
 
 RATES = ("acc", "asr", "ra", "cross_acc")
 _LARGEST = 4 << 20  # bytes of a metrics.csv
-_ABSOLUTE = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\)")
 
 
 def is_plain(path: Path, largest: int) -> bool:
@@ -67,17 +65,6 @@ def config_text(folder: Path) -> str | None:
     if "record_path" in values:
         values["record_path"] = None
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def without_places(value: Any) -> Any:
-    """The same plain data, absolute paths reduced to their last part."""
-    if isinstance(value, dict):
-        return {key: without_places(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_places(item) for item in value]
-    if isinstance(value, str) and _ABSOLUTE.match(value):
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return value
 
 
 def check_kept(to: Path, records: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ A run is a model without a defense, or what a defense made of it.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,13 +17,30 @@ UNDEFENDED = "no defense"
 CLEAN = "clean model"
 METRICS = ("acc", "asr", "ra", "der")
 LARGEST = 1 << 20  # bytes of a summary.json
+_ABSOLUTE = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\)")
 
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-Text = Annotated[str, StringConstraints(max_length=300), AfterValidator(_printable)]
+def without_places(value: Any) -> Any:
+    """The same plain data, absolute paths reduced to their last part."""
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_places(item) for item in value]
+    if isinstance(value, str) and _ABSOLUTE.match(value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
+
+
+Text = Annotated[
+    str,
+    StringConstraints(max_length=300),
+    AfterValidator(without_places),
+    AfterValidator(_printable),
+]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 

@@ -17,7 +17,6 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
 }
 
@@ -149,7 +148,7 @@ def _pipes(cells: Sequence[str]) -> str:
 
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*~\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(text, quote=False))
+    return re.sub(r"([\\`*~$\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(text, quote=False))
 
 
 def latex(tables: Sequence[Table]) -> str:

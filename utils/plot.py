@@ -1,5 +1,6 @@
 """Every figure. Functions return matplotlib figures or images; nothing here touches the disk."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -60,7 +61,8 @@ def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
     for axis in (scores, loss_axis):
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(frameon=False)
+        if axis.lines:
+            axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     return figure
@@ -176,7 +178,7 @@ def before_after(points: pd.DataFrame, title: str) -> Figure:
         line = Line2D([], [], color=hue, marker=marker, ls="", ms=7, label=_literal(attack))
         handles.append(line)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-    figure.suptitle(_literal(title), fontsize=10, x=0.02, ha="left")
+    _entitle(figure, title)
     return figure
 
 
@@ -189,7 +191,7 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """
     count = min(4, len(panels))
     lines = -(-len(panels) // count)
-    figure = Figure(figsize=(1.4 + 2.5 * count, 0.7 + 2.1 * lines), layout="constrained")
+    figure = Figure(figsize=(max(5.5, 0.6 + 2.5 * count), 1 + 2.1 * lines), layout="constrained")
     axes = list(figure.subplots(lines, count, squeeze=False, sharey=True).flat)
     handles: dict[str, Line2D] = {}
     for axis in axes[len(panels) :]:
@@ -218,19 +220,23 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
         axis.set_title(_literal(name), fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _plain(axis)
-    figure.supxlabel("round", fontsize=9)
+    for axis in axes[max(0, len(panels) - count) : len(panels)]:
+        axis.set_xlabel("round")
     figure.supylabel("percent", fontsize=9)
-    figure.legend(handles=list(handles.values()), loc="outside right upper", frameon=False)
-    figure.suptitle(_literal(title), fontsize=10)
+    figure.legend(
+        handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False
+    )
+    _entitle(figure, title)
     return figure
 
 
-def variants(values: pd.DataFrame, deviations: pd.DataFrame, title: str) -> Figure:
+def variants(values: pd.DataFrame, deviations: pd.DataFrame, method: str, title: str) -> Figure:
     """Bars of a method and its variants, a panel for each metric.
 
     Args:
         values: means in [0, 1], a row a variant, from the top down; a column a metric.
         deviations: standard deviations, of the same shape; NaN draws none.
+        method: the row that is no variant; hatched, if there is one.
     """
     figure = Figure(figsize=(10, 1.0 + 0.34 * len(values)), layout="constrained")
     panels = figure.subplots(1, len(values.columns), squeeze=False, sharey=True)[0]
@@ -239,7 +245,8 @@ def variants(values: pd.DataFrame, deviations: pd.DataFrame, title: str) -> Figu
         label, colour = _BARS[metric]
         lengths, spread = 100 * values[metric].fillna(0), 100 * deviations[metric].fillna(0)
         drawn = axis.barh(range(len(names)), lengths, color=colour, height=0.66)
-        drawn[0].set(hatch="//", edgecolor="white")  # the method as it is
+        if method in values.index:
+            drawn[values.index.get_loc(method)].set(hatch="//", edgecolor="white")
         for place, (length, deviation) in enumerate(zip(lengths, spread, strict=True)):
             if deviation:
                 axis.errorbar(length, place, xerr=deviation, color="black", lw=1, capsize=2)
@@ -250,7 +257,7 @@ def variants(values: pd.DataFrame, deviations: pd.DataFrame, title: str) -> Figu
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    figure.suptitle(_literal(f"{title}: percent, bars of one standard deviation"), fontsize=10)
+    _entitle(figure, f"{title}: percent, bars of one standard deviation")
     return figure
 
 
@@ -274,19 +281,27 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
             ms=8,
             label=_literal(str(defense)),
         )
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(xlabel="seconds of a run", ylabel="DER, percent")
     ends = 0.8 * points["seconds"].min(), 1.25 * points["seconds"].max()
-    steps = [step * 10.0**power for power in range(-3, 8) for step in (1, 2, 5)]
-    axis.set(xlim=ends, xticks=[step for step in steps if ends[0] <= step <= ends[1]])
-    axis.set(xlabel="seconds of a run (logarithmic)", ylabel="DER, percent")
+    if ends[1] > 10 * ends[0]:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        steps = [step * 10.0**power for power in range(-3, 8) for step in (1, 2, 5)]
+        axis.set_xticks([step for step in steps if ends[0] <= step <= ends[1]])
+    axis.set_xlim(ends)
     lowest = 100 * points["der"].min()
     axis.set_ylim(max(-3, lowest - 5), 102)
     _plain(axis)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    figure.suptitle(_literal(title), fontsize=10)
+    _entitle(figure, title)
     return figure
+
+
+def _entitle(figure: Figure, title: str) -> None:
+    """A title at the left, in as many lines as it needs."""
+    lines = textwrap.fill(title, int(11 * figure.get_figwidth()))
+    figure.suptitle(_literal(lines), fontsize=10, x=0.02, ha="left")
 
 
 def _look(place: int) -> tuple[str, str]:

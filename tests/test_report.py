@@ -1,0 +1,616 @@
+"""Reports say what the summaries say: means, deviations, the best, and what to beware of."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from benchmark import page, sources, tables
+from benchmark.means import Number, Table, summarize
+from benchmark.report import draw, made_folder
+from benchmark.summaries import CLEAN, UNDEFENDED, read_runs
+from tests.test_end_to_end import badnet, cache, defense_flags, run_script, workplace
+from utils import plot
+from utils.runtime import ROOT
+
+__all__ = ["badnet", "cache", "workplace"]  # fixtures
+
+MADE_BY = {
+    "dataset": "digits",
+    "model": "preactresnet18",
+    "seconds": 10.0,
+    "device": "cpu",
+    "device_name": "x86_64",
+    "precision": "fp32",
+    "versions": {"python": "3.11.7", "torch": "2.14.1"},
+    "commit": "a" * 40,
+    "config_sha256": "b" * 64,
+    "warnings": [],
+}
+
+
+def scores(acc: float, asr: float | None, ra: float | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"acc": acc, "acc_total": 5000}
+    return found if asr is None else {**found, "asr": asr, "asr_total": 4500, "ra": ra}
+
+
+def attack(
+    root: Path, name: str, acc: float, asr: float | None, ra: float | None = None, **more: Any
+) -> Path:
+    """A record's summary; its attack and seed are in its name, e.g. blended-1."""
+    kind, _, seed = name.rpartition("-")
+    summary = {"attack": kind, **scores(acc, asr, ra or 0.0), "seed": int(seed), **MADE_BY}
+    summary |= {"attack_label_trans": "all2one", "pratio": 0.1, "train_images": 50000}
+    return write(root / name, {**summary, "files": {"attack_result.pt": "c" * 64}, **more})
+
+
+def defense(record: Path, label: str, acc: float, asr: float, ra: float, **more: Any) -> Path:
+    """A defense's result, and its DER by its definition."""
+    before = json.loads((record / "summary.json").read_text())
+    drops = max(0.0, before["asr"] - asr) - max(0.0, before["acc"] - acc)
+    summary = {
+        "defense": label.split("-")[0],
+        "attack": before["attack"],
+        "before": scores(before["acc"], before["asr"], before["ra"]),
+        "after": scores(acc, asr, ra),
+        "der": (drops + 1) / 2,
+        "seed": before["seed"],
+        **MADE_BY,
+        "attack_sha256": "c" * 64,
+    }
+    return write(record / "defense" / label, {**summary, **more})
+
+
+def write(folder: Path, summary: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return folder
+
+
+@pytest.fixture
+def two_attacks(tmp_path: Path) -> Path:
+    """Two attacks with two seeds, each purified by two defenses, and a clean model."""
+    root = tmp_path / "record"
+    for seed, acc, asr in ((0, 0.90, 1.0), (1, 0.94, 0.9)):
+        blended = attack(root, f"blended-{seed}", acc, asr, 0.04)
+        defense(blended, "ft", acc - 0.01, asr - 0.5, 0.5)
+        defense(blended, "sau", acc - 0.02, 0.1 * (1 - seed), 0.8)
+        sig = attack(root, f"sig-{seed}", 0.92, 0.95, 0.05)
+        defense(sig, "ft", 0.93, 0.95, 0.05)
+        defense(sig, "sau", 0.90, 0.15, 0.6)
+    attack(root, "prototype-0", 0.95, None, pratio=None, attack_label_trans=None)
+    return root
+
+
+def the_table(root: Path) -> Table:
+    runs, problems = read_runs(root)
+    assert problems == []
+    (table,) = summarize(runs)
+    return table
+
+
+def numbers(table: Table, name: str) -> dict[tuple[str, str], Number]:
+    (row,) = [r for r in (*table.main.body, *table.main.foot) if r.name == name]
+    return dict(row.numbers)
+
+
+def printed(table: Table, name: str, label: str) -> list[str]:
+    (row,) = [r for r in (*table.main.body, *table.main.foot) if r.name == name]
+    found = [row.numbers.get((label, metric)) for metric in tables.METRICS]
+    return [tables.value_text(n, row) + f" {n.flags}".rstrip() for n in found if n]
+
+
+def report(*flags: object) -> int:
+    return run_script(ROOT / "benchmark/report.py", *flags)
+
+
+def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
+    """Blended before: ACC 90 and 94, so 92 and sqrt(2 * 2^2 / 1) = 2.83; ASR 100 and 90, so 95 and
+    sqrt(2 * 5^2) = 7.07. SAU leaves ASR 10 and 0: 5 and 7.07. Its DER, of each seed:
+    (0.9 - 0.02 + 1) / 2 = 0.94, twice. FT: (0.5 - 0.01 + 1) / 2 = 0.745, twice.
+
+    SIG: FT gains ACC, which changes nothing: (0 - 0 + 1) / 2 = 0.5. SAU: (0.8 - 0.02 + 1) / 2 =
+    0.89. Means of the two attacks: SAU's DER (94 + 89) / 2 = 91.5, its ASR (5 + 15) / 2 = 10.
+    """
+    table = the_table(two_attacks)
+    assert list(table.main.columns) == [UNDEFENDED, "ft", "sau"]
+    assert [row.name for row in table.main.body] == ["blended", "sig"]
+    assert [row.name for row in table.main.foot] == ["mean of 2 attacks", CLEAN]
+    assert printed(table, "blended", UNDEFENDED) == ["92.00 ± 2.83", "95.00 ± 7.07", "4.00 ± 0.00"]
+    assert printed(table, "blended", "sau")[1:] == ["5.00 ± 7.07", "80.00 ± 0.00", "94.00 ± 0.00"]
+    assert printed(table, "blended", "ft")[3] == "74.50 ± 0.00"
+    assert [printed(table, "sig", label)[3] for label in ("ft", "sau")] == [
+        "50.00 ± 0.00",
+        "89.00 ± 0.00",
+    ]
+    assert printed(table, "mean of 2 attacks", "sau")[1::2] == ["10.00", "91.50"]
+    assert printed(table, CLEAN, UNDEFENDED) == ["95.00"]  # and no part of the mean:
+    assert printed(table, "mean of 2 attacks", UNDEFENDED)[0] == "92.00"
+    assert {row.seeds for row in table.main.body} == {2}
+
+
+def test_the_best_defense_of_a_row_is_bold_and_the_undefended_never(two_attacks: Path) -> None:
+    """Blended: FT has the ACC (91 over 90), SAU ASR, RA and DER. Equal as printed is both."""
+    table = the_table(two_attacks)
+    best = {key for key, number in numbers(table, "blended").items() if number.is_best}
+    assert best == {("ft", "acc"), ("sau", "asr"), ("sau", "ra"), ("sau", "der")}
+    markdown = tables.markdown([table])
+    assert (
+        "| blended | 2 | 92.00 ± 2.83 | 95.00 ± 7.07 | 4.00 ± 0.00 | **91.00 ± 2.83** |" in markdown
+    )
+    assert r"& \textbf{91.00 $\pm$ 2.83} & " in tables.latex([table])
+
+    for seed in (0, 1):
+        sig = two_attacks / f"sig-{seed}"
+        defense(sig, "sau", 0.92999999, 0.15, 0.6)
+    best = {key for key, number in numbers(the_table(two_attacks), "sig").items() if number.is_best}
+    assert {("ft", "acc"), ("sau", "acc")} < best
+
+    for ft in two_attacks.glob("*/defense/ft"):
+        shutil.rmtree(ft)
+    assert "**9" not in tables.markdown([the_table(two_attacks)])  # a single one is not the best
+
+
+def test_flags_stand_beside_the_numbers_that_need_them(two_attacks: Path) -> None:
+    """LF failed (ASR 30 %), was run once, with another torch; FT halves ACC: 0.92 -> 0.40."""
+    other = {"versions": {"python": "3.11.7", "torch": "2.6.0"}}
+    lf = attack(two_attacks, "lf-0", 0.92, 0.3, 0.5, **other)
+    defense(lf, "ft", 0.40, 0.1, 0.2)
+    defense(two_attacks / "sig-0", "sau", 0.90, 0.15, 0.6, commit="d" * 40, config_sha256="e" * 64)
+    shutil.rmtree(two_attacks / "blended-1/defense/ft")
+    table = the_table(two_attacks)
+
+    assert printed(table, "lf", UNDEFENDED) == ["92.00 v", "30.00 a", "50.00"]
+    assert printed(table, "lf", "ft") == ["40.00 c", "10.00 a", "20.00", "34.00 a"]
+    rows = {row.name: row for row in table.main.body}
+    assert (rows["lf"].seeds, rows["lf"].flags) == (1, "s")
+    assert rows["sig"].flags == ""
+    assert printed(table, "sig", "sau")[0] == "90.00 ± 0.00 gr"
+    assert printed(table, "blended", "ft")[:2] == ["89.00 (1) s", "50.00 (1)"]
+    # The mean has SAU against two of the three attacks; it is not compared with others.
+    mean = numbers(table, "mean of 3 attacks")
+    assert mean["sau", "der"].flags == "m"
+    assert not mean["sau", "der"].is_best
+    assert mean["ft", "acc"].flags == "c"
+    assert mean["ft", "asr"].flags == "a"
+
+    legend = "\n".join(tables.legend([table.main]))
+    assert [line[0] for line in legend.splitlines()[1:]] == list("acgmrsv")
+    assert "<sup>gr</sup>" in tables.markdown([table])
+    csv = pd.read_csv(pd.io.common.StringIO(tables.tidy([table])))
+    row = csv[(csv["attack"] == "lf") & (csv["defense"] == "ft") & (csv["metric"] == "der")]
+    assert row["flags"].item() == "as"
+
+
+def test_sizes_of_test_sets_are_said_and_small_ones_flagged(two_attacks: Path) -> None:
+    """4,500 triggered images are many; of 324, one is 100 / 324 = 0.31 points."""
+    assert the_table(two_attacks).notes == (
+        "50,000 training and 5,000 test images, 4,500 of them triggered for ASR and RA.",
+    )
+    attack(two_attacks, "sig-0", 0.9, 1.0, asr_total=324)
+    (note,) = the_table(two_attacks).notes
+    assert "324 or 4,500 of them triggered" in note
+    assert note.endswith("Small test set: one image is up to 0.31 points.")
+
+
+def test_what_is_not_the_same_is_told_apart(two_attacks: Path) -> None:
+    """All-to-all is a row, another dataset, network or number of images a table."""
+    attack(two_attacks, "badnet-0", 0.9, 0.9, attack_label_trans="all2all")
+    attack(two_attacks, "badnet-1", 0.9, 0.9)
+    names = [row.name for row in the_table(two_attacks).main.body]
+    assert names == ["badnet", "badnet_all2all", "blended", "sig"]
+
+    attack(two_attacks, "wanet-0", 0.9, 0.9, dataset="gtsrb")
+    attack(two_attacks, "wanet-1", 0.9, 0.9, model="vgg19_bn")
+    attack(two_attacks, "wanet-2", 0.9, 0.9, train_images=10000)
+    found = summarize(read_runs(two_attacks)[0])
+    assert len(found) == 4
+    assert len({table.name for table in found}) == 4  # they name files
+    assert [len(table.main.body) for table in found].count(1) == 3
+
+
+def test_an_attack_with_several_pratios_has_a_table_for_each(two_attacks: Path) -> None:
+    """Otherwise a row says its own: here SIG, run with 5 % where the others have 10 %."""
+    for seed in (0, 1):
+        path = two_attacks / f"sig-{seed}/summary.json"
+        path.write_text(path.read_text().replace('"pratio": 0.1', '"pratio": 0.05'))
+    table = the_table(two_attacks)
+    assert [row.name for row in table.main.body] == ["blended", "sig (5 %)"]
+    csv = pd.read_csv(pd.io.common.StringIO(tables.tidy([table])))
+    assert set(csv["attack"]) == {"blended", "sig", CLEAN}
+
+    attack(two_attacks, "blended-2", 0.9, 0.9, pratio=0.01)
+    found = summarize(read_runs(two_attacks)[0])
+    assert [table.title.rpartition(" pratio ")[2] for table in found] == ["1 %", "5 %", "10 %"]
+    assert all(table.main.foot[-1].name == CLEAN for table in found)
+
+
+def test_variants_have_a_table_of_their_own(two_attacks: Path) -> None:
+    """Best per column: without `beta_2` SAU has a DER of (0.5 + 1) / 2 = 75 against 94 as it is."""
+    for seed in (0, 1):
+        blended = two_attacks / f"blended-{seed}"
+        asr = json.loads((blended / "summary.json").read_text())["asr"]
+        defense(blended, "sau-beta_2_0", 0.95, asr - 0.5, 0.4)
+    table = the_table(two_attacks)
+    assert list(table.main.columns) == [UNDEFENDED, "ft", "sau"]
+    grid = table.ablations["sau"]
+    assert [row.name for row in grid.body] == ["sau", "sau-beta_2_0"]
+    assert list(grid.columns) == ["blended"]
+    der = {row.name: row.numbers["blended", "der"] for row in grid.body}
+    assert (der["sau"].rounded(), der["sau-beta_2_0"].rounded()) == (94.0, 75.0)
+    assert (der["sau"].is_best, der["sau-beta_2_0"].is_best) == (True, False)
+    assert "Variants of sau:" in tables.markdown([table])
+    figures = draw(table, made_folder(two_attacks / "figures"))
+    assert "Variants of sau against blended" in figures
+
+
+def test_what_made_the_numbers(two_attacks: Path) -> None:
+    """What all share is said once; a recipe that a summary does not have is a dash."""
+    path = two_attacks / "sig-0/summary.json"
+    path.write_text(path.read_text().replace('"config_sha256"', '"other"'))
+    facts, note = tables.made_by(the_table(two_attacks))
+    assert list(facts) == ["attack", "defense", "seeds", "config"]
+    by_cell = facts.set_index(["attack", "defense"])
+    assert by_cell.loc[("sig", UNDEFENDED), "config"] == "-; bbbbbbbbbbbb"
+    assert by_cell.loc[("sig", "sau"), "seeds"] == "0, 1"
+    assert "All: commit aaaaaaaaaa; versions python 3.11.7 torch 2.14.1; device cpu" in note
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Invalid JSON"),
+        ("[1]", "object"),
+        ("{}", "attack"),
+        ('{"attack": "sig", "dataset": "digits", "acc": NaN}', "acc"),
+        ('{"attack": "sig", "dataset": "digits", "acc": 99.0}', "acc"),
+        ('{"attack": "sig", "dataset": "digits", "acc": "0.9"}', "acc"),
+        ('{"attack": "sig", "dataset": "digits"}', "has no scores"),
+        ("[" * 100_000, "Invalid JSON"),
+        (" " * (2 << 20), "larger than"),
+    ],
+)
+def test_a_broken_summary_is_named_in_one_line_and_the_rest_goes_on(
+    two_attacks: Path, content: str, reason: str
+) -> None:
+    broken = two_attacks / "broken"
+    broken.mkdir()
+    (broken / "summary.json").write_text(content)
+    runs, (problem,) = read_runs(two_attacks)
+    assert set(runs["record"]) == {"blended-0", "blended-1", "prototype-0", "sig-0", "sig-1"}
+    assert str(broken) in problem
+    assert reason in problem
+    assert "\n" not in problem
+
+
+def test_what_cannot_be_trusted_is_left_out_and_said(two_attacks: Path, tmp_path: Path) -> None:
+    """A second record of one seed, a result of a model that is gone, links."""
+    attack(two_attacks, "sig-7", 0.5, 0.5, seed=0)
+    defense(two_attacks / "sig-0", "stale", 0.9, 0.1, 0.8, attack_sha256="f" * 64)
+    (two_attacks / "linked").mkdir()
+    (two_attacks / "linked/summary.json").symlink_to(two_attacks / "sig-0/summary.json")
+    (two_attacks / "away").symlink_to(attack(tmp_path / "other", "lf-0", 0.9, 0.9))
+    runs, problems = read_runs(two_attacks)
+    assert set(runs["record"]) == {"blended-0", "blended-1", "prototype-0", "sig-0", "sig-1"}
+    assert "stale" not in set(runs["label"])
+    text = "\n".join(problems)
+    assert "sig-7: is of the same attack and seed as sig-0; left out" in text
+    assert "stale: purified another model than this record has now" in text
+    assert "linked/summary.json: is a link" in text
+    assert len(problems) == 3
+
+
+def test_a_record_without_scores_of_its_own_has_those_before_a_defense(tmp_path: Path) -> None:
+    """Records of BackdoorBench have no summary, imported ones only some of it."""
+    sig = attack(tmp_path, "sig-0", 0.92, 0.95, 0.05)
+    defense(sig, "sau", 0.90, 0.15, 0.6)
+    (sig / "summary.json").unlink()
+    lf = attack(tmp_path, "lf-0", 0.91, 0.93, 0.02)
+    defense(lf, "sau", 0.90, 0.15, 0.6)
+    write(lf, {"attack": "lf", "dataset": "digits", "model_name": "preactresnet18"})
+    runs, problems = read_runs(tmp_path)
+    assert problems == []
+    before = runs[runs["label"] == UNDEFENDED].set_index("attack")
+    assert before["acc"].to_dict() == {"lf": 0.91, "sig": 0.92}
+    assert set(before["model"]) == {"preactresnet18"}
+
+
+def test_an_empty_folder_or_a_wrong_flag_is_one_line_and_exit_code_2(
+    tmp_path: Path, two_attacks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for flags, problem in (
+        (["--under", tmp_path / "empty", "--to", tmp_path / "to"], "has no finished record"),
+        (["--under", "nothing", "--to", tmp_path / "to"], "--under: nothing is no folder"),
+        (["--under", two_attacks, "--to", tmp_path / "file"], "cannot be made"),
+        (["--under", two_attacks], "--to: a value is needed"),
+        (["--rebuild", tmp_path / "none.md"], "cannot be read"),
+        (["--rebuild", tmp_path / "none.md", "--keep"], "goes with no other flag"),
+    ):
+        assert report(*flags) == 2
+        error = capsys.readouterr().err
+        assert problem in error
+        assert error.count("error:") == error.count("\n") == 1
+    assert not (tmp_path / "to").exists()
+
+
+def test_latex_is_balanced_and_escaped(two_attacks: Path) -> None:
+    attack(two_attacks, "lf-0", 0.9, 0.9, attack=r"50% \input{x} a_b #1 $x^2$ ~ & {", commit="&%")
+    text = tables.latex(summarize(read_runs(two_attacks)[0]))
+    assert r"50\% \textbackslash{}input\{x\} a\_b \#1 \$x\textasciicircum{}2\$" in text
+    lines = [line for line in text.splitlines() if not line.startswith("%")]
+    bare = re.sub(r"\\[{}&%$#_\\]", "", "\n".join(lines))
+    assert bare.count("{") == bare.count("}")
+    assert bare.count("$") % 2 == 0
+    assert not set("#%") & set(bare)
+    for name in ("table*", "tabular"):
+        assert text.count(f"\\begin{{{name}}}") == text.count(f"\\end{{{name}}}") == 1
+    columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", text)[1])  # type: ignore[index]
+    rows = [line for line in lines if line.endswith(r"\\") and "multicolumn" not in line]
+    assert len(rows) == 1 + 3 + 2
+    assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {columns} == {2 + 3 + 4 + 4}
+
+
+class Tags(HTMLParser):
+    """Collects tags and text; fails if tags do not close each other in turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $x_y^2$ | a"
+
+
+def test_texts_of_files_stay_texts_on_the_page(two_attacks: Path, tmp_path: Path) -> None:
+    more = {"attack": HOSTILE, "device_name": HOSTILE, "warnings": [HOSTILE], "commit": HOSTILE}
+    record = attack(two_attacks, "lf-0", 0.9, 0.9, **more)
+    result = defense(record, "sau", 0.9, 0.1, 0.8, **more)
+    result.rename(result.with_name("sau-<b>$x$"))
+    (record / "config.yaml").write_text(f"name: {json.dumps('</pre>' + HOSTILE)}\n")
+    (result.with_name("sau-<b>$x$") / "metrics.csv").write_text(
+        f"round,acc,asr,ra,loss_{'$x$'}\n0,0.9,0.9,0.0,1\n1,0.9,7.5,what,1\n"
+    )
+    assert report("--under", two_attacks, "--to", tmp_path / "to") == 0
+    tags = Tags((tmp_path / "to/report.html").read_text())
+    assert len(tags.all("script")) == 1
+    assert not tags.all("b")
+    assert all(str(image["src"]).startswith("data:image/webp;") for image in tags.all("img"))
+    assert any(HOSTILE in text for text in tags.texts)
+    assert any("</pre><script>alert(1)" in text for text in tags.texts)
+    markdown = (tmp_path / "to/table.md").read_text()
+    assert "<script" not in markdown
+    assert r"\| a" in markdown
+
+
+def test_the_page_needs_nothing_and_its_tables_sort(two_attacks: Path, tmp_path: Path) -> None:
+    """Cells have their numbers as they are, for the script, which the page's policy allows."""
+    assert report("--under", two_attacks, "--to", tmp_path / "to") == 0
+    text = (tmp_path / "to/report.html").read_text()
+    tags = Tags(text)
+    assert not tags.all("link")
+    assert not [tag for tag, found in tags.found if "src" in found and tag != "img"]
+    assert all(str(link["href"]).startswith("#") for link in tags.all("a"))
+    assert "default-src 'none'" in str(tags.all("meta"))
+    columns = 2 + 3 + 4 + 4
+    assert len(tags.all("button")) == columns
+    cells = [found for found in tags.all("td") if "data-sort" in found]
+    assert len(cells) == 4 * (columns - 1)
+    assert repr((0.9 + 0.94) / 2) in [cell["data-sort"] for cell in cells]
+    assert "prefers-color-scheme: dark" in text
+    assert len(tags.all("details")) == 1 + 5  # what made the numbers, and five records
+
+
+def test_pictures_are_inlined_up_to_a_size(tmp_path: Path) -> None:
+    picture = tmp_path / "curves.png"
+    Image.effect_noise((600, 400), 90).save(picture)
+    (tmp_path / "linked.png").symlink_to(picture)
+    (tmp_path / "junk.png").write_bytes(b"\x89PNG\r\n\x1a\n junk")
+    Image.new("1", (8000, 8000)).save(tmp_path / "huge.png")
+    pictures = page.Pictures(150_000)
+    shown = pictures.from_file(picture, "curves", width=300)
+    assert shown is not None
+    assert (shown.width, shown.height) == (300, 200)
+    reasons = {}
+    for name in ("linked", "junk", "huge"):
+        left_out = pictures.from_file(tmp_path / f"{name}.png", name)
+        assert left_out is not None
+        assert left_out.address == ""
+        reasons[name] = left_out.reason
+    assert "is a link" in reasons["linked"]
+    assert "cannot be read" in reasons["junk"]
+    assert "too many pixels" in reasons["huge"]
+    full = page.Pictures(1000).from_file(picture, "curves")
+    assert full is not None
+    assert "the page is large enough" in full.reason
+    assert pictures.from_file(tmp_path / "none.png", "none") is None
+
+
+def test_kept_sources_make_the_same_tables_byte_by_byte(two_attacks: Path, tmp_path: Path) -> None:
+    """And hold no path of this machine, no weights, no log."""
+    sau = two_attacks / "sig-0/defense/sau"
+    (sau / "config.yaml").write_text(
+        "record_path: /home/me/record\ndataset_path: /home/me/images\nindex: null\nlr: 0.1\n"
+    )
+    (sau / "metrics.csv").write_text("round,acc,asr,ra\n0,0.92,0.95,0.05\n1,0.9,0.15,0.6\n")
+    (sau / "log.txt").write_text("/home/me")
+    (sau / "defense_result.pt").write_bytes(b"weights")
+    path = two_attacks / "sig-1/summary.json"
+    path.write_text(path.read_text().replace('"preactresnet18"', '"/home/me/net.py:build"'))
+    kept = tmp_path / "results/digits"
+    assert report("--under", two_attacks, "--to", kept, "--keep") == 0
+    names = ["table.md", "table.tex", "table.csv", "runs.csv"]
+    copied = kept / "records/sig-0/defense/sau"
+    assert sorted(p.name for p in copied.iterdir()) == [
+        "config.yaml",
+        "metrics.csv",
+        "summary.json",
+    ]
+    assert "dataset_path: images" in (copied / "config.yaml").read_text()
+    assert (copied / "summary.json").read_bytes() == (sau / "summary.json").read_bytes()
+    for path in (kept / "records").rglob("*.*"):
+        assert "/home" not in path.read_text()
+    before = [(kept / name).read_bytes() for name in names]
+    figures = sorted((kept / "figures").iterdir())
+    drawn = [path.read_bytes() for path in figures]
+    assert "/home" not in b"".join(before).decode()
+
+    shutil.rmtree(two_attacks)
+    assert report("--under", kept, "--to", kept, "--keep") == 0
+    assert [(kept / name).read_bytes() for name in names] == before
+    assert [path.read_bytes() for path in figures] == drawn
+
+
+def test_copies_of_other_records_are_not_mixed_with_these(
+    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attack(tmp_path / "to/records", "old-0", 0.9, 0.9)
+    assert report("--under", two_attacks, "--to", tmp_path / "to", "--keep") == 2
+    assert "records/old-0: is not among the records" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["records"]
+
+
+def test_a_report_inside_the_records_is_not_read_as_records(two_attacks: Path) -> None:
+    flags = ("--record_path", two_attacks, "--to", two_attacks / "report", "--keep")
+    assert report(*flags) == 0
+    first = (two_attacks / "report/table.md").read_text()
+    assert report(*flags) == 0
+    assert (two_attacks / "report/table.md").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        ("/home/me/data", "data"),
+        ("~/data/", "data"),
+        (r"C:\me\data", "data"),
+        ("/home/me/net.py:build", "net.py:build"),
+        ("data/mine", "data/mine"),
+        ({"a": ["/b/c", 1, None]}, {"a": ["c", 1, None]}),
+    ],
+)
+def test_places_are_reduced_to_names(value: object, plain: object) -> None:
+    assert sources.without_places(value) == plain
+
+
+def test_marked_parts_are_made_again(two_attacks: Path, tmp_path: Path) -> None:
+    """What stands between the marks goes, all else stays as it is."""
+    grid = tmp_path / "results/digits"
+    assert report("--under", two_attacks, "--to", grid, "--keep") == 0
+    table = (grid / "table.md").read_text()
+    text = tmp_path / "RESULTS.md"
+    begin, end = (f"<!-- {kind} results/digits/table.md -->" for kind in ("begin", "end"))
+    text.write_text(f"# Results\n\n{begin}\ntyped by hand: 99.9\n{end}\n\nAs good as `{begin}`.\n")
+    (grid / "table.md").write_text("typed by hand")
+    assert report("--rebuild", text) == 0
+    expected = f"# Results\n\n{begin}\n\n{table}\n{end}\n\nAs good as `{begin}`.\n"
+    assert text.read_text() == expected
+    assert (grid / "table.md").read_text() == table
+    assert report("--rebuild", text) == 0
+    assert text.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("marks", "problem"),
+    [
+        (["begin results/x/table.md"], "has no end"),
+        (["end results/x/table.md"], "RESULTS.md:1: <!-- end results/x/table.md --> has no other"),
+        (["begin a/table.md", "begin b/table.md"], "RESULTS.md:2:"),
+        (["begin a/table.md", "end b/table.md"], "RESULTS.md:2:"),
+        (["begin ../table.md", "end ../table.md"], "is no table.md beside it"),
+        (["begin a/secret.md", "end a/secret.md"], "is no table.md beside it"),
+        (["begin a/table.md", "end a/table.md"], "is no folder"),
+    ],
+)
+def test_wrong_marks_change_nothing(
+    tmp_path: Path, marks: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "RESULTS.md"
+    text.write_text("".join(f"<!-- {mark} -->\n" for mark in marks))
+    before = text.read_text()
+    assert report("--rebuild", text) == 2
+    assert problem in capsys.readouterr().err
+    assert text.read_text() == before
+
+
+def test_results_of_this_repository_are_up_to_date(tmp_path: Path) -> None:
+    """No number in RESULTS.md or results/ is typed by hand: they come out the same again."""
+    if not (ROOT / "RESULTS.md").exists() or not (ROOT / "results").is_dir():
+        pytest.skip("this checkout shows no results")
+    shutil.copy(ROOT / "RESULTS.md", tmp_path)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    assert report("--rebuild", tmp_path / "RESULTS.md") == 0
+    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text(), (
+        "make results"
+    )
+    for path in (ROOT / "results").rglob("table.*"):
+        assert (tmp_path / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "make results"
+
+
+def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path) -> None:
+    """Gallery, curves, figures in both formats; what is missing is left out without a word."""
+    assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, badnet.name)) == 0
+    to = tmp_path / "to"
+    assert report("--record_path", workplace / "record", "--to", to) == 0
+    stems = {path.stem.rpartition("pratio-25-")[2] for path in (to / "figures").glob("*.png")}
+    assert stems == {"before-after", "curves-ft", "cost", "triggers"}
+    for path in (to / "figures").glob("*.png"):
+        assert path.with_suffix(".svg").exists()
+        assert Image.open(path).width > 500
+    tags = Tags((to / "report.html").read_text())
+    alternatives = [image["alt"] for image in tags.all("img")]
+    assert {"curves", "trigger", "labels before and after"} < set(alternatives)
+
+    bare = tmp_path / "bare"
+    for path in (workplace / "record").rglob("summary.json"):
+        target = bare / path.relative_to(workplace / "record")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    assert report("--under", bare, "--to", tmp_path / "again") == 0
+    assert (tmp_path / "again/table.md").read_bytes() == (to / "table.md").read_bytes()
+
+
+def test_bands_reach_from_the_lowest_to_the_highest_seed() -> None:
+    """ACC 90 and 70 in round 2: a mean of 80 and a band from 70 to 90. One seed's round 1 is left
+    out, because a mean that changes its seeds jumps."""
+    seeds = pd.DataFrame({"round": [0, 1, 2, 0, 2], "acc": [1.0, 0.5, 0.9, 1.0, 0.7]})
+    axis = plot.curves_with_bands({"sig": seeds}, "bands").axes[0]
+    (line,) = axis.lines
+    assert line.get_xdata().tolist() == [0, 2]
+    assert line.get_ydata() == pytest.approx([100, 80])
+    (band,) = axis.collections
+    corners = band.get_paths()[0].vertices
+    assert {round(y) for x, y in corners if x == 2} == {70, 90}
+
+
+def test_a_method_s_own_bar_is_told_from_its_variants() -> None:
+    means = pd.DataFrame({"acc": [0.9, 0.5]}, index=["sau", "sau-beta_2_0"])
+    axis = plot.variants(means, means * float("nan"), "sau", "bars").axes[0]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([90, 50])
+    assert [bar.get_hatch() for bar in axis.patches] == ["//", None]
