@@ -166,9 +166,11 @@ def _grid(grid: Grid) -> dict[str, Any]:
         found = []
         for key, is_first in zip(columns, starts, strict=True):
             number = row.numbers.get(key)
-            cell = {"text": "", "flags": "", "is_best": False, "sort": "", "starts": is_first}
+            cell = {"text": "", "sd": "", "flags": "", "is_best": False, "sort": ""}
+            cell["starts"] = is_first
             if number is not None:
-                cell |= {"text": tables.value_text(number, row), "flags": number.flags}
+                text, _, deviation = tables.value_text(number, row).partition(" ± ")
+                cell |= {"text": text, "sd": deviation, "flags": number.flags}
                 cell |= {"is_best": number.is_best, "sort": repr(float(number.mean))}
             found.append(cell)
         return found
