@@ -50,6 +50,8 @@ LAYERS = (
     ("attack.*", 10),
     ("defense.*", 10),
     ("benchmark.literal", 11),
+    ("benchmark.grid", 11),
+    ("benchmark.run", 13),
     ("benchmark.summaries", 9),
     ("benchmark.means", 10),
     ("benchmark.sources", 10),

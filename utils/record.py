@@ -74,14 +74,18 @@ class RunFolder:
                 "start anew"
             )
         if distributed.is_main():
-            self._lock()
+            self.lock()
 
     @property
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
 
-    def _lock(self) -> None:
-        """Takes the lock beside the folder, which the system takes back when this process ends."""
+    def lock(self) -> None:
+        """Takes the lock beside the folder, which the system takes back when this process ends.
+
+        Raises:
+            UserError: if another process has it.
+        """
         path = self.path.with_name(f".{self.path.name}.lock")
         if self.path in _LOCKS:
             return

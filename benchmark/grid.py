@@ -1,0 +1,252 @@
+"""A grid of runs in one YAML: datasets x models x attacks x pratio x seeds, and defenses on each.
+
+    datasets: [digits]
+    models: [preactresnet18]
+    attacks:
+      badnet:
+      badnet_all2all: {script: badnet, attack_label_trans: all2all}
+    defenses:
+      ft:
+      sau_short: {script: sau, n_rounds: 2}
+    seeds: [0, 1, 2]
+
+What stands under a name are flags of its script, which is the name itself if `script` is left out.
+`attack_flags` and `defense_flags` are for all. `pratios: [0.1, 0.05]` is one more axis; an attack
+that names its own `pratio` stays out of it.
+"""
+
+import importlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from utils.config import Config, read_yaml
+from utils.errors import UserError
+from utils.runtime import ROOT
+
+_OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+
+
+def _as_mapping(value: Any) -> Any:
+    """A list of names as names without flags; a name with nothing behind it likewise."""
+    if isinstance(value, list):
+        return {name: {} for name in value}
+    if isinstance(value, dict):
+        return {name: {} if flags is None else flags for name, flags in value.items()}
+    return value
+
+
+def _not_own(flags: dict[str, Any]) -> dict[str, Any]:
+    for name in _OWN:
+        if name in flags:
+            raise ValueError(f"{name} is given by the grid itself; leave it out")
+    return flags
+
+
+Flags = Annotated[dict[str, bool | int | float | str | None], AfterValidator(_not_own)]
+Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
+Axis = Annotated[dict[Name, Flags], BeforeValidator(_as_mapping), Field(min_length=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Slurm(_Part):
+    """What a SLURM job of this grid asks for."""
+
+    partition: str | None = None
+    timeout_min: int = Field(60, ge=1)
+    mem_gb: float | None = Field(None, gt=0)
+    cpus_per_task: int = Field(2, ge=1)
+    gpus_per_node: int = Field(0, ge=0)
+    array: bool = False
+    parallelism: int = Field(256, ge=1)
+    directives: dict[str, bool | int | str] = {}
+
+
+class Grid(_Part):
+    """The YAML file."""
+
+    datasets: Axis
+    models: list[str] = Field(min_length=1)
+    attacks: Axis
+    pratios: list[float] = []
+    defenses: Annotated[dict[Name, Flags], BeforeValidator(_as_mapping)] = {}
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    attack_flags: Flags = {}
+    defense_flags: Flags = {}
+    slurm: Slurm = Slurm()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a script: an attack, or a defense on an attack's record.
+
+    Args:
+        name: `<record>`, or `<record>/<result>`.
+        script: `attack/badnet.py`, below the checkout.
+        flags: name -> value.
+        folder: where the run writes.
+        attack: of a defense, the cell whose record it reads.
+    """
+
+    name: str
+    script: str
+    flags: Mapping[str, Any]
+    folder: Path
+    attack: "Cell | None" = None
+
+    def arguments(self) -> list[str]:
+        """Of the script; a fresh run and the continuation of an interrupted one are the same."""
+        values = {**self.flags, "resume": True}
+        return [part for name, value in values.items() for part in (f"--{name}", _as_text(value))]
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def is_begun(self) -> bool:
+        return (self.folder / "config.yaml").exists() and not self.is_done
+
+
+def read_grid(path: Path) -> Grid:
+    """Reads and checks a grid's file, all but the flags.
+
+    Raises:
+        UserError: naming every key that is missing, unknown, or has a value that is not allowed.
+    """
+    try:
+        return Grid.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UserError(
+            "\n".join(
+                f"{path}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}"
+                + ("" if e["type"] == "missing" else f", not {e['input']!r}")
+                for e in error.errors()
+            )
+        ) from None
+
+
+def cells_of(grid: Grid, root: Path) -> list[Cell]:
+    """Every run of a grid, each attack followed by its defenses.
+
+    Args:
+        root: folder of the grid's records.
+
+    Raises:
+        UserError: naming every flag that its script does not take, and every record there that was
+            made with other flags.
+    """
+    cells = list(_cells(grid, root))
+    problems = []
+    for cell in cells:
+        problems += _problems(cell) if cell.flags["random_seed"] == grid.seeds[0] else []
+        problems += _differences(cell)
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return cells
+
+
+def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
+    for dataset, model, attack, seed, pratio in itertools.product(
+        grid.datasets, grid.models, grid.attacks, grid.seeds, grid.pratios or [None]
+    ):
+        own = dict(grid.attacks[attack])
+        script = own.pop("script", attack)
+        if "pratio" in own or script == "prototype":
+            if pratio != (grid.pratios or [None])[0]:
+                continue  # one record, whatever the axis
+            pratio = None
+        axes = [dataset, re.sub(r"[^A-Za-z0-9_.+]", "_", model), attack]
+        axes += [] if pratio is None else [f"p{pratio:g}"]
+        record = "-".join([*axes, f"s{seed}"])
+        where = {"record_path": str(root), "random_seed": seed}
+        attacked = Cell(
+            record,
+            f"attack/{script}.py",
+            {
+                "dataset": dataset,
+                "model": model,
+                **({} if pratio is None else {"pratio": pratio}),
+                **grid.datasets[dataset],
+                **grid.attack_flags,
+                **own,
+                **where,
+                "save_folder_name": record,
+            },
+            root / record,
+        )
+        yield attacked
+        for result, flags in grid.defenses.items():
+            flags = dict(flags)
+            script = flags.pop("script", result)
+            flags |= {"model": model} if ":" in model else {}  # the user's file is named again
+            flags |= {**grid.defense_flags, **flags, **where}
+            flags |= {"result_file": record, "save_folder_name": result}
+            folder = root / record / "defense" / result
+            yield Cell(f"{record}/{result}", f"defense/{script}.py", flags, folder, attacked)
+
+
+def _problems(cell: Cell) -> list[str]:
+    """What the cell's script would say of its flags."""
+    folder, name = cell.script.removesuffix(".py").split("/")
+    scripts = sorted(
+        path.stem
+        for path in (ROOT / folder).glob("*.py")
+        if path.stem not in ("__init__", "base", "controlled", "external")
+    )
+    if name not in scripts:
+        return [f"{cell.script}: there is no such script; {folder} has {', '.join(scripts)}"]
+    module = importlib.import_module(f"{folder}.{name}")
+    config: type[Config] = getattr(module, "Config", None) or module.TrainingConfig
+    dataset = str((cell.attack or cell).flags["dataset"])
+    flags = {name: value for name, value in cell.flags.items() if name != "dataset"}
+    try:
+        if cell.attack is None:
+            config.load(dataset, **flags)
+        else:
+            config.load(None, **flags)
+    except UserError as error:
+        lines = str(error).splitlines()
+        return [f"{cell.script}: {line.removeprefix('override: ')}" for line in lines]
+    return []
+
+
+def _differences(cell: Cell) -> list[str]:
+    """How a finished record differs from what the grid asks for."""
+    if not cell.is_done:
+        return []
+    before = read_yaml(cell.folder / "config.yaml")
+    differing = {
+        name: value
+        for name, value in cell.flags.items()
+        if name not in _OWN[:3] and name in before and before[name] != value
+    }
+    shown = ", ".join(f"{name} {before[name]}, not {value}" for name, value in differing.items())
+    if shown:
+        return [f"{cell.folder}: was made with {shown}; delete it, or give the grid another name"]
+    if cell.attack is not None and _sha256s(cell.folder) != _sha256s(cell.attack.folder):
+        return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
+    return []
+
+
+def _sha256s(folder: Path) -> str | None:
+    """Of the attack's model, which a defense's summary names too."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary.get("attack_sha256") or summary["files"]["attack_result.pt"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,197 @@
+"""Runs a grid of attacks and defenses, each cell the script that a user runs, in its own process.
+
+    python benchmark/run.py benchmark/grids/digits.yaml --jobs 2
+    python benchmark/run.py benchmark/grids/digits.yaml --executor slurm
+
+The records go to `record/<name of the YAML file>/`. An attack's record is made once and read by all
+its defenses. Cells that are done are skipped, interrupted ones go on where they were, failed ones
+are listed at the end with their logs while the rest goes on. Ctrl-C stops what runs, with
+checkpoints; the same command continues. `--status` only says how far the grid is.
+
+With `--executor slurm` each cell is a SLURM job, its defenses depend on the attack, and Ctrl-C (or
+`--detach`) leaves the jobs in the queue; the same command picks them up again. What a job asks for
+is the `slurm` part of the YAML: partition, timeout_min, mem_gb, cpus_per_task, gpus_per_node,
+array (one job array instead of single jobs), parallelism (of an array), directives (more lines of
+sbatch by name).
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark import slurm
+from benchmark.grid import Cell, cells_of, read_grid
+from utils.errors import UserError
+from utils.record import RunFolder
+from utils.runtime import ROOT, Progress, logger, run_script
+
+
+class Board:
+    """Tells how far the grid is: a bar on a terminal, a line a change elsewhere."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.states = {cell.name: "done" if cell.is_done else "waiting" for cell in cells}
+        self._progress = Progress(len(cells), "grid", "cell", initial=self.count("done"))
+
+    def __enter__(self) -> "Board":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.__exit__(*error)
+
+    def count(self, state: str) -> int:
+        return sum(found == state for found in self.states.values())
+
+    def set(self, cell: Cell, state: str, note: str = "") -> None:
+        """A cell's new state: waiting, queued, running, done, failed, or skipped."""
+        if self.states[cell.name] == state:
+            return
+        self.states[cell.name] = state
+        if state in slurm.ENDED:
+            self._progress.advance()
+        logger.info("%-8s %s%s", state, cell.name, f"  ({note})" if note else "")
+        self._progress.show(summary(self.states.values()))
+        if state in slurm.ENDED and self._progress.done < self._progress.total:
+            logger.info("%s, ETA %s", summary(self.states.values()), self._progress.eta())
+
+
+def summary(states: Iterable[str]) -> str:
+    """How many cells are in each state: '3 done, 1 running'."""
+    return ", ".join(f"{count} {state}" for state, count in sorted(Counter(states).items()))
+
+
+def log_of(cell: Cell, root: Path) -> Path:
+    """Where a cell's messages go."""
+    return root / ".grid" / "logs" / f"{cell.name.replace('/', '-')}.log"
+
+
+def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> None:
+    """Runs the cells that are not done, `jobs` at once; threads and GPUs are shared out.
+
+    A defense starts when its attack is done, and is skipped if that has failed.
+
+    Raises:
+        KeyboardInterrupt: once every process that ran has ended.
+    """
+    waiting = [cell for cell in cells if not cell.is_done]
+    running: dict[int, tuple[subprocess.Popen[bytes], Cell]] = {}
+    try:
+        while waiting or running:
+            for slot, (process, cell) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    ended_well = process.returncode == 0 and cell.is_done
+                    note = f"exit code {process.returncode}, {log_of(cell, root)}"
+                    board.set(cell, *(("done",) if ended_well else ("failed", note)))
+            for cell in [cell for cell in waiting if cell.attack is not None]:
+                if board.states[cell.attack.name] in ("failed", "skipped"):  # type: ignore[union-attr]
+                    waiting.remove(cell)
+                    board.set(cell, "skipped", "its attack failed")
+            for slot in set(range(jobs)) - set(running):
+                ready = [c for c in waiting if c.attack is None or c.attack.is_done]
+                if ready:
+                    waiting.remove(ready[0])
+                    running[slot] = (_start(ready[0], root, slot, jobs), ready[0])
+                    board.set(ready[0], "running")
+            time.sleep(0.2)
+    finally:
+        for process, _ in running.values():
+            process.send_signal(signal.SIGTERM)  # the script saves a checkpoint and ends
+        for process, _ in running.values():
+            process.wait()
+
+
+def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
+    """The cell's script, in a session of its own: Ctrl-C is ours to pass on, once."""
+    log = log_of(cell, root)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(number) for number in range(torch.cuda.device_count())]
+    if len(gpus) > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, ROOT / cell.script, *cell.arguments()],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def main() -> None:
+    """Parses the flags, checks the grid, runs it, and says what became of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", type=Path, help="YAML file, e.g. benchmark/grids/digits.yaml")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once (local), >= 1")
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local")
+    parser.add_argument("--record_path", type=Path, help="folder of the grid's records")
+    parser.add_argument("--status", action="store_true", help="say how far it is, start nothing")
+    parser.add_argument("--detach", action="store_true", help="slurm: submit, and do not wait")
+    flags = parser.parse_args()
+    if flags.jobs < 1:
+        raise UserError(f"--jobs: {flags.jobs} is not allowed; give 1 or more")
+    if flags.detach and flags.executor == "local":
+        raise UserError("--detach: needs --executor slurm; leave it out")
+    grid = read_grid(flags.grid)
+    root = (flags.record_path or ROOT / "record" / flags.grid.stem).resolve()
+    cells = cells_of(grid, root)
+    queue = slurm.Queue(root, grid.slurm) if flags.executor == "slurm" else None
+    if flags.status:
+        for name, state in states_of(cells, queue).items():
+            print(f"{state:12} {name}")
+        print(f"{len(cells)} cells: {summary(states_of(cells, queue).values())}")
+        return
+
+    root.mkdir(parents=True, exist_ok=True)
+    RunFolder(root / ".grid").lock()
+    logger.info("%d cells in %s, %d done", len(cells), root, sum(c.is_done for c in cells))
+    with Board(cells) as board:
+        try:
+            if queue is not None:
+                queue.run(cells, board.set, detach=flags.detach)
+            else:
+                run_local(cells, root, flags.jobs, board)
+        except KeyboardInterrupt:
+            left = "the jobs stay in the queue" if queue else "what ran has a checkpoint"
+            logger.info("%s; the same command goes on", left)
+            raise
+    logger.info("%d cells: %s", len(cells), summary(board.states.values()))
+    failed = [cell for cell in cells if board.states[cell.name] == "failed"]
+    if failed:
+        logs = [(queue.log_of(cell) if queue else log_of(cell, root)) for cell in failed]
+        raise UserError(
+            "\n".join(f"{c.name}: failed, see {log}" for c, log in zip(failed, logs, strict=True))
+        )
+
+
+def states_of(cells: Sequence[Cell], queue: "slurm.Queue | None") -> dict[str, str]:
+    """State of every cell, from the records and the queue."""
+    queued = {} if queue is None else queue.states()
+    return {
+        cell.name: "done"
+        if cell.is_done
+        else queued.get(cell.name) or ("interrupted" if cell.is_begun else "waiting")
+        for cell in cells
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,222 @@
+"""Cells of a grid as SLURM jobs, through submitit.
+
+The submitting process may end at any time: which job is whose stands in `.grid/jobs.json` beside
+the records, what is done in the records, and what waits or runs in SLURM's own queue. Accounting
+(sacct) is not needed. A job that is preempted, or reaches its time limit, is put back into the
+queue and goes on from its checkpoint.
+"""
+
+import getpass
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark.grid import Cell, Slurm
+from utils.errors import UserError
+from utils.record import RunFolder
+from utils.runtime import ROOT, logger
+
+ENDED = ("done", "failed", "skipped")
+_POLL = 5.0  # seconds
+_LOST = 3  # polls after which a job that is neither queued nor done counts as failed
+Report = Callable[..., None]
+
+
+class Script:
+    """What a job runs: a script, which goes on where an earlier turn of the job was stopped."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+
+    def __call__(self) -> None:
+        # SLURM's signals reach every process of a job. USR2, by which submitit learns that time
+        # is nearly up, would kill the script; TERM makes it save a checkpoint and end.
+        process = subprocess.Popen(
+            self.command, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        )
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+        if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            time.sleep(60)  # stopped from outside: SLURM is about to put this job back
+        if code:
+            raise SystemExit(f"exit code {code}")
+
+    def checkpoint(self) -> Any:
+        """What submitit puts back into the queue: the same command, which resumes."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    __submitit_checkpoint__ = checkpoint  # the name that later versions look for
+
+
+class Queue:
+    """The jobs of one grid.
+
+    Args:
+        root: folder of the grid's records, which every node sees.
+        wants: what each job asks for.
+
+    Raises:
+        UserError: if this machine has no SLURM, or submitit is missing.
+    """
+
+    def __init__(self, root: Path, wants: Slurm) -> None:
+        if shutil.which("sbatch") is None or shutil.which("squeue") is None:
+            raise UserError(
+                "--executor: slurm is not allowed here, where there is no sbatch; give local, or "
+                "run this on a login node"
+            )
+        try:
+            import submitit
+        except ImportError:
+            raise UserError("--executor: slurm needs submitit; pip install submitit") from None
+        self._submitit = submitit
+        self._wants = wants
+        self._folder = RunFolder(root / ".grid")
+        self._logs = root / ".grid" / "slurm"
+
+    @property
+    def _ids(self) -> dict[str, str]:
+        """Job of every cell that was ever submitted."""
+        try:
+            return dict(json.loads((self._folder.path / "jobs.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+
+    def states(self) -> dict[str, str]:
+        """`queued` or `running` for every cell that SLURM still knows.
+
+        Raises:
+            UserError: if the queue cannot be asked.
+        """
+        call = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i %T"]
+        answer = subprocess.run(call, capture_output=True, text=True)
+        if answer.returncode:
+            raise UserError(f"squeue: {answer.stderr.strip()}; ask again when SLURM answers")
+        known = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
+        running = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+        return {
+            name: "running" if known[job].strip() in running else "queued"
+            for name, job in self._ids.items()
+            if job in known
+        }
+
+    def log_of(self, cell: Cell) -> str:
+        return str(self._logs / f"{self._ids.get(cell.name, '*')}_0_log.out")
+
+    def run(self, cells: Sequence[Cell], report: Report, detach: bool) -> None:
+        """Submits what is neither done nor queued, then watches until all has ended.
+
+        Args:
+            report: is told each cell's state as it changes.
+            detach: do not watch.
+        """
+        queued = self.states()
+        self._submit([cell for cell in cells if not cell.is_done and cell.name not in queued])
+        missing = dict.fromkeys((cell.name for cell in cells), 0)
+        open_cells = [cell for cell in cells if not cell.is_done]
+        while open_cells:
+            queued = self.states()
+            for cell in list(open_cells):
+                if cell.is_done:
+                    report(cell, "done")
+                elif cell.name in queued:
+                    missing[cell.name] = 0
+                    report(cell, queued[cell.name], f"job {self._ids[cell.name]}")
+                    continue
+                elif missing[cell.name] < _LOST:  # a shared file system may be late
+                    missing[cell.name] += 1
+                    continue
+                else:
+                    report(cell, *self._end_of(cell))
+                open_cells.remove(cell)
+            if detach:
+                logger.info("submitted; the same command, or --status, tells how far they are")
+                return
+            time.sleep(_POLL if open_cells else 0)
+
+    def _end_of(self, cell: Cell) -> tuple[str, str]:
+        if cell.attack is not None and not cell.attack.is_done:
+            return "skipped", "its attack failed"
+        return "failed", self.log_of(cell)
+
+    def _submit(self, cells: Sequence[Cell]) -> None:
+        """Attacks first; a defense waits for its attack's job if that is not done."""
+        attacks = [cell for cell in cells if cell.attack is None]
+        groups = {"attack": attacks} if self._wants.array else {c.name: [c] for c in attacks}
+        for name, group in groups.items():
+            self._submit_group(name, group, None)
+        defenses = [cell for cell in cells if cell.attack is not None]
+        for name in dict.fromkeys(cell.folder.name for cell in defenses):
+            ready: list[Cell] = []
+            after: dict[str, list[Cell]] = {}  # cells by the job, or the array, that they wait for
+            for cell in (cell for cell in defenses if cell.folder.name == name):
+                assert cell.attack is not None
+                if cell.attack.is_done:
+                    ready.append(cell)
+                else:
+                    after.setdefault(self._ids[cell.attack.name].split("_")[0], []).append(cell)
+            for group in [ready] if self._wants.array else [[cell] for cell in ready]:
+                self._submit_group(name, group, None)
+            for job, group in after.items():
+                in_step = len(group) > 1 and [
+                    self._ids[cell.attack.name] for cell in group if cell.attack
+                ] == [f"{job}_{task}" for task in range(len(group))]
+                if in_step:  # task by task: a defense starts when its own attack is done
+                    self._submit_group(name, group, f"aftercorr:{job}")
+                else:
+                    for cell in group:
+                        assert cell.attack is not None
+                        self._submit_group(name, [cell], f"afterok:{self._ids[cell.attack.name]}")
+
+    def _submit_group(self, name: str, cells: Sequence[Cell], dependency: str | None) -> None:
+        """One job for one cell, an array for several; what was submitted is noted at once."""
+        if not cells:
+            return
+        wants = self._wants
+        executor = self._submitit.SlurmExecutor(self._logs, max_num_timeout=1000)
+        parameters: dict[str, Any] = {
+            "job_name": f"{self._folder.path.parent.name}-{name.replace('/', '-')}",
+            "time": wants.timeout_min,
+            "cpus_per_task": wants.cpus_per_task,
+            "stderr_to_stdout": True,
+            "array_parallelism": wants.parallelism,
+            "signal_delay_s": min(90, 15 * wants.timeout_min),
+            "setup": [
+                f"export PYTHONPATH={shlex.quote(str(ROOT))}",
+                f"export OMP_NUM_THREADS={wants.cpus_per_task}",
+            ],
+            "additional_parameters": {
+                "requeue": True,
+                "kill-on-invalid-dep": "yes",
+                **wants.directives,
+            },
+        }
+        if wants.partition is not None:
+            parameters["partition"] = wants.partition
+        if wants.mem_gb is not None:
+            parameters["mem"] = f"{round(1024 * wants.mem_gb)}MB"
+        if wants.gpus_per_node:
+            parameters["gpus_per_node"] = wants.gpus_per_node
+        if dependency is not None:
+            parameters["dependency"] = dependency
+        executor.update_parameters(**parameters)
+        commands = [[sys.executable, str(ROOT / c.script), *c.arguments()] for c in cells]
+        try:
+            with executor.batch():  # one call is a single job, several are an array
+                jobs = [executor.submit(Script(command)) for command in commands]
+        except (subprocess.CalledProcessError, self._submitit.core.utils.FailedJobError) as error:
+            raise UserError(f"sbatch refuses the job of {cells[0].name}: {error}") from None
+        ids = {**self._ids, **{c.name: job.job_id for c, job in zip(cells, jobs, strict=True)}}
+        self._folder.write_text("jobs.json", json.dumps(ids, indent=1) + "\n")

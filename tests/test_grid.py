@@ -1,0 +1,244 @@
+"""A grid's file, its cells, and its runs on this machine; SLURM is in test_slurm.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmark import run
+from benchmark.grid import Cell, cells_of, read_grid
+from utils.errors import UserError
+from utils.runtime import ROOT
+
+GRIDS = sorted((ROOT / "benchmark/grids").glob("*.yaml"))
+TEXT = """
+datasets: [digits]
+models: [preactresnet18]
+attacks:
+  badnet:
+  fixed: {script: badnet, pratio: 0.2}
+  prototype:
+pratios: [0.1, 0.05]
+defenses:
+  ft:
+  sau_x: {script: sau, adv_steps: 1}
+seeds: [0, 3]
+attack_flags: {epochs: 2}
+"""
+
+
+def grid_of(text: str, tmp_path: Path) -> list[Cell]:
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    return cells_of(read_grid(path), tmp_path / "records")
+
+
+def test_every_combination_is_a_cell_and_defenses_follow_their_attack(tmp_path: Path) -> None:
+    """badnet with two ratios, fixed and prototype without that axis: 4 records a seed, 3 cells
+    each, two seeds."""
+    cells = grid_of(TEXT, tmp_path)
+    assert len(cells) == 24
+    assert [cell.name for cell in cells[:3]] == [
+        "digits-preactresnet18-badnet-p0.1-s0",
+        "digits-preactresnet18-badnet-p0.1-s0/ft",
+        "digits-preactresnet18-badnet-p0.1-s0/sau_x",
+    ]
+    attack, _, sau = cells[:3]
+    assert sau.attack is attack
+    assert (attack.script, sau.script) == ("attack/badnet.py", "defense/sau.py")
+    assert sau.folder == attack.folder / "defense/sau_x"
+    by_name = {cell.name: cell.flags for cell in cells}
+    assert by_name["digits-preactresnet18-badnet-p0.05-s3"]["pratio"] == 0.05
+    assert by_name["digits-preactresnet18-fixed-s3"]["pratio"] == 0.2
+    assert "pratio" not in by_name["digits-preactresnet18-prototype-s0"]
+    assert all(
+        flags["random_seed"] == int(name[-1]) for name, flags in by_name.items() if "/" not in name
+    )
+
+
+def test_arguments_are_what_a_user_would_type(tmp_path: Path) -> None:
+    cell = grid_of(TEXT, tmp_path)[2]
+    assert cell.arguments() == [
+        *("--adv_steps", "1"),
+        *("--record_path", str(tmp_path / "records")),
+        *("--random_seed", "0"),
+        *("--result_file", "digits-preactresnet18-badnet-p0.1-s0"),
+        *("--save_folder_name", "sau_x"),
+        *("--resume", "true"),
+    ]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_shipped_grids_name_flags_that_exist(path: Path, tmp_path: Path) -> None:
+    assert cells_of(read_grid(path), tmp_path)
+
+
+def test_the_digits_grid_has_every_attack_and_every_defense(tmp_path: Path) -> None:
+    grid = read_grid(ROOT / "benchmark/grids/digits.yaml")
+    scripts = {cell.script for cell in cells_of(grid, tmp_path)}
+    others = ("__init__", "base", "controlled", "external")
+    assert scripts == {
+        f"{folder}/{path.name}"
+        for folder in ("attack", "defense")
+        for path in (ROOT / folder).glob("*.py")
+        if path.stem not in others
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: [0, 3]", "", "seeds: Field required"),
+        ("seeds: [0, 3]", "seeds: [-1]", r"seeds\.0: .*greater than or equal to 0, not -1"),
+        ("models:", "modles:", r"modles: Extra inputs are not permitted"),
+        ("  badnet:", "  ../x:", r"attacks\.\.\./x"),
+        ("epochs: 2", "epochs: 0", r"attack/badnet.py: epochs: 0 is not allowed"),
+        (
+            "epochs: 2",
+            "epohcs: 2",
+            r"attack/badnet.py: epohcs: unknown name \(did you mean epochs",
+        ),
+        (
+            "script: sau",
+            "script: soa",
+            r"defense/soa.py: there is no such script; defense has ft, sau",
+        ),
+        (
+            "epochs: 2",
+            "random_seed: 2",
+            "attack_flags: .*random_seed is given by the grid itself; leave it out",
+        ),
+        ("adv_steps: 1", "adv_steps: [1]", r"defenses\.sau_x\.adv_steps"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_runs(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in TEXT
+    with pytest.raises(UserError, match=message):
+        grid_of(TEXT.replace(old, new, 1), tmp_path)
+
+
+def test_a_record_made_with_other_flags_is_not_passed_off_as_the_grid_s(tmp_path: Path) -> None:
+    cells = grid_of(TEXT, tmp_path)
+    attack, defense, _ = cells[:3]
+    defense.folder.mkdir(parents=True)
+    for cell, sha256 in (
+        (attack, '"files": {"attack_result.pt": "a"}'),
+        (defense, '"attack_sha256": "b"'),
+    ):
+        (cell.folder / "summary.json").write_text(f"{{{sha256}}}")
+        (cell.folder / "config.yaml").write_text("epochs: 2\n")
+    with pytest.raises(UserError, match="is of another attack than the record that is there"):
+        grid_of(TEXT, tmp_path)
+    (attack.folder / "config.yaml").write_text("epochs: 5\n")
+    with pytest.raises(UserError, match="was made with epochs 5, not 2; delete it"):
+        grid_of(TEXT, tmp_path)
+
+
+STUB = """
+import pathlib, signal, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+root, kind = pathlib.Path(flags["--record_path"]), pathlib.Path(__file__).parent.name
+folder = root / (flags.get("--result_file") or flags["--save_folder_name"])
+folder = folder if kind == "attack" else folder / "defense" / flags["--save_folder_name"]
+assert kind == "attack" or (folder.parents[1] / "summary.json").exists()
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(143)))
+folder.mkdir(parents=True, exist_ok=True)
+with open(root / "order.txt", "a") as order:
+    order.write(folder.name + "\\n")
+(folder / "config.yaml").write_text("")
+if "bad" in folder.name:
+    sys.exit("no luck")
+time.sleep(float(open(root / "seconds.txt").read()))
+(folder / "summary.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Scripts that only leave traces, in the place of the checkout's; the folder of records."""
+    for script in ("attack/a.py", "attack/bad.py", "defense/d.py"):
+        path = tmp_path / script
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(STUB)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    records = tmp_path / "records"
+    records.mkdir()
+    (records / "seconds.txt").write_text("0.3")
+    return records
+
+
+def stub_cells(records: Path, *attacks: str) -> list[Cell]:
+    cells = []
+    for name in attacks:
+        flags = {"record_path": str(records), "save_folder_name": name}
+        attack = Cell(name, f"attack/{name.strip('0123456789')}.py", flags, records / name)
+        flags = {"record_path": str(records), "result_file": name, "save_folder_name": "d"}
+        cells += [
+            attack,
+            Cell(f"{name}/d", "defense/d.py", flags, records / name / "defense/d", attack),
+        ]
+    return cells
+
+
+def test_a_failure_costs_its_defenses_alone_and_done_cells_are_skipped(stubs: Path) -> None:
+    cells = stub_cells(stubs, "bad1", "a1", "a2")
+    with run.Board(cells) as board:
+        run.run_local(cells, stubs, 2, board)
+    assert board.states == {
+        "bad1": "failed",
+        "bad1/d": "skipped",
+        **dict.fromkeys(("a1", "a1/d", "a2", "a2/d"), "done"),
+    }
+    assert "no luck" in run.log_of(cells[0], stubs).read_text()
+    ran = (stubs / "order.txt").read_text().split()
+    assert sorted(ran) == ["a1", "a2", "bad1", "d", "d"]
+    with run.Board(cells) as board:
+        run.run_local(cells, stubs, 2, board)
+    assert (stubs / "order.txt").read_text().split()[len(ran) :] == ["bad1"]  # tried again
+
+
+def test_one_job_runs_a_record_to_its_end_before_the_next(stubs: Path) -> None:
+    cells = stub_cells(stubs, "a1", "a2")
+    with run.Board(cells) as board:
+        run.run_local(cells, stubs, 1, board)
+    assert (stubs / "order.txt").read_text().split() == ["a1", "d", "a2", "d"]
+
+
+def test_an_interruption_ends_what_runs_gently(
+    stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stubs / "seconds.txt").write_text("60")
+    cells = stub_cells(stubs, "a1", "a2")
+
+    def interrupted(_: float) -> None:
+        if all(cell.is_begun for cell in (cells[0], cells[2])):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.time, "sleep", interrupted)
+    with run.Board(cells) as board, pytest.raises(KeyboardInterrupt):
+        run.run_local(cells, stubs, 2, board)
+    for cell in (cells[0], cells[2]):
+        assert "saved" in run.log_of(cell, stubs).read_text()
+        assert cell.is_begun
+
+
+def test_the_command_tells_the_state_of_a_grid_and_two_cannot_run_it(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(TEXT.replace("epochs: 2", "epochs: 2, nonsense: 1"))
+    call = [sys.executable, ROOT / "benchmark/run.py", path, "--record_path", tmp_path / "records"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    refused = subprocess.run(
+        [*call, "--jobs", "2"], capture_output=True, text=True, env=environment
+    )
+    assert refused.returncode == 2
+    assert "nonsense: unknown name" in refused.stderr
+    assert not (tmp_path / "records").exists()
+    path.write_text(TEXT)
+    status = subprocess.run([*call, "--status"], capture_output=True, text=True, env=environment)
+    assert status.returncode == 0
+    assert status.stdout.splitlines()[-1] == "24 cells: 24 waiting"
+    assert not (tmp_path / "records").exists()

@@ -1,0 +1,136 @@
+"""A grid on a real SLURM of one machine; skipped where slurm-wlm and munge are not installed."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmark import slurm
+from benchmark.grid import Slurm, cells_of, read_grid
+from tests.test_end_to_end import cache, workplace
+from utils.errors import UserError
+from utils.runtime import ROOT
+
+__all__ = ["cache", "workplace"]  # fixtures
+
+needs_slurm = pytest.mark.skipif(
+    shutil.which("slurmctld") is None or shutil.which("munged") is None or os.geteuid() != 0,
+    reason="needs root, slurm-wlm and munge: no SLURM is installed here",
+)
+GRID = """
+datasets:
+  folder: {{dataset_path: {images}, image_size: 16, batch_size: 12, pratio: 0.25, epochs: 6}}
+models: [preactresnet18]
+attacks: {{badnet: , blended: {{epochs: 1, lr: 1e30}}}}
+defenses: [ft]
+attack_flags: {{precision: fp32}}
+defense_flags: {{ratio: 0.5, batch_size: 9, n_rounds: 1, precision: fp32}}
+seeds: [0]
+slurm:
+  {{timeout_min: 20, cpus_per_task: 1, array: {array}, partition: main, directives: {{nice: 1}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("cluster")
+    script = ROOT / "benchmark/slurm_cluster.sh"
+    subprocess.run([script, "start", folder], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        yield
+        subprocess.run(["scancel", "--user", "root"], check=False)
+        subprocess.run([script, "stop", folder], check=True)
+
+
+def wait_until(happened, seconds: float = 120) -> None:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, subprocess.run(["squeue"], capture_output=True).stdout
+        time.sleep(0.3)
+
+
+@needs_slurm
+def test_a_grid_outlives_its_submitter_and_a_preemption(
+    cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Submitted and left alone; the attack is put back into the queue in mid-run, and goes on; its
+    defense waits for it; the defense of the attack that fails is never run."""
+    path = workplace / "grid.yaml"
+    path.write_text(GRID.format(images=workplace / "images", array="true"))
+    root = workplace / "record-array"
+    call = [sys.executable, ROOT / "benchmark/run.py", path, "--record_path", root]
+    call += ["--executor", "slurm"]
+    subprocess.run([*call, "--detach"], check=True)
+    cells = cells_of(read_grid(path), root)
+    badnet = cells[0]
+    metrics = badnet.folder / "metrics.csv"
+    wait_until(lambda: metrics.exists() and len(pd.read_csv(metrics)) >= 2)
+    queue = slurm.Queue(root, Slurm())
+    job = queue._ids[badnet.name]
+    assert queue.states()[badnet.name] == "running"
+    assert queue.states()[f"{badnet.name}/ft"] == "queued"
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    wait_until(lambda: queue.states().get(badnet.name) == "queued")
+    assert (badnet.folder / "checkpoint.pt").exists()
+    subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=True)
+
+    monkeypatch.setattr(slurm, "_POLL", 0.5)
+    states: dict[str, str] = {}
+    queue.run(cells, lambda cell, state, note="": states.__setitem__(cell.name, state), False)
+    assert list(states.values()) == ["done", "done", "failed", "skipped"]
+    assert queue._ids[badnet.name] == job  # the second call has submitted nothing
+    assert pd.read_csv(metrics)["epoch"].tolist() == list(range(1, 7))
+    log = Path(queue.log_of(badnet)).read_text()
+    assert "stopped in epoch" in log
+    assert log.count("epoch 1/6") == 1  # the second turn went on
+    assert "not finite" in Path(queue.log_of(cells[2])).read_text()
+
+
+@needs_slurm
+def test_single_jobs_wait_for_their_attack_too(
+    cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = workplace / "single.yaml"
+    text = GRID.format(images=workplace / "images", array="false").replace("epochs: 6", "epochs: 1")
+    path.write_text(text.replace("badnet: , blended: {epochs: 1, lr: 1e30}", "badnet: "))
+    root = workplace / "record-single"
+    cells = cells_of(read_grid(path), root)
+    monkeypatch.setattr(slurm, "_POLL", 0.5)
+    states = []
+    queue = slurm.Queue(root, read_grid(path).slurm)
+    queue.run(cells, lambda cell, state, note="": states.append((cell.name, state)), False)
+    assert [s for s in states if s[1] == "done"] == [(cell.name, "done") for cell in cells]
+
+
+@needs_slurm
+def test_what_slurm_refuses_is_said_in_a_line(cluster: None, workplace: Path) -> None:
+    text = GRID.format(images=workplace / "images", array="false")
+    (workplace / "bad.yaml").write_text(text.replace("partition: main", "partition: nowhere"))
+    call = [
+        sys.executable,
+        ROOT / "benchmark/run.py",
+        workplace / "bad.yaml",
+        "--executor",
+        "slurm",
+    ]
+    call += ["--record_path", workplace / "refused"]
+    answer = subprocess.run(call, capture_output=True, text=True)
+    assert answer.returncode == 2
+    assert "sbatch refuses" in answer.stderr
+    assert "nowhere" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_without_slurm_the_executor_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no sbatch; give local"):
+        slurm.Queue(tmp_path, Slurm())
