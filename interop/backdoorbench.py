@@ -1,6 +1,6 @@
 """Records from and to BackdoorBench.
 
-    python interop/backdoorbench.py import --result_file ~/bdb/record/theirs --save_folder_name x
+    python interop/backdoorbench.py import ~/bdb/record/theirs --save_folder_name x
     python interop/backdoorbench.py export --result_file ours --to ~/bdb/record/ours
 
 Defenses read a record of BackdoorBench as it is; `import` makes one of ours, for everything else.
@@ -126,7 +126,7 @@ def import_record(
     folder = record.attack_folder(name, record_path)
     folder.claim(overwrite)
     if not record.is_backdoorbench(source):
-        raise UserError(f"--result_file: {source} is no record of BackdoorBench; give one of its")
+        raise UserError(f"{source}: is no record of BackdoorBench; give one of its")
     attack = record.load_attack(source)
     data = attack.load_dataset(dataset_path)
     model = attack.build()
@@ -271,8 +271,9 @@ def _parsed() -> Any:
     ours = commands.add_parser(
         "export", allow_abbrev=False, help="a record becomes one of BackdoorBench"
     )
-    for command, source in ((theirs, "BackdoorBench's record: its folder"), (ours, "record")):
-        command.add_argument("--result_file", required=True, help=f"{source}, or its name")
+    theirs.add_argument("result_file", metavar="DIR", help="BackdoorBench's record: its folder")
+    ours.add_argument("--result_file", required=True, help="record, or its name")
+    for command in (theirs, ours):
         command.add_argument("--record_path", type=Path, help="folder of all records")
         command.add_argument("--dataset_path", help="where the dataset is; data/ if not given")
     theirs.add_argument("--save_folder_name", required=True, help="name of the record to make")

@@ -294,11 +294,11 @@ def test_the_command_line_converts_both_ways(
     to = tmp_path / "record" / "theirs"
     assert run("export", "--result_file", "ours", *where, "--to", to) == 0
     assert f"record: {to}" in capsys.readouterr().err
-    assert run("import", "--result_file", to, *where, "--save_folder_name", "back") == 0
+    assert run("import", to, *where, "--save_folder_name", "back") == 0
     assert (tmp_path / "back/summary.json").exists()
-    assert run("import", "--result_file", to, *where, "--save_folder_name", "back") == 2
+    assert run("import", to, *where, "--save_folder_name", "back") == 2
     assert "--overwrite" in capsys.readouterr().err
-    again = ["import", "--result_file", to, *where, "--save_folder_name", "back", "--overwrite"]
+    again = ["import", to, *where, "--save_folder_name", "back", "--overwrite"]
     assert run(*again) == 0
     assert run("export", "--result_file", "ours", *where, "--to", tmp_path / "elsewhere") == 0
     assert "warning: BackdoorBench finds its data beside" in capsys.readouterr().err
@@ -320,10 +320,10 @@ def test_a_wrong_command_line_gets_one_line(
         ([*export, "--result_file", ours, "--to", theirs], "theirs exists; give a new folder"),
         ([*export, "--result_file", ours, "--to", tmp_path / "file"], "file exists; give a new"),
         ([*export, "--result_file", ours, "--to", tmp_path / "file/x"], "cannot be made"),
-        ([*import_, "--result_file", ours, "--save_folder_name", "x"], "is no record of Backdoor"),
-        ([*import_, "--result_file", theirs, "--save_folder_name", "../x"], "is not a name"),
-        ([*import_, "--result_file", theirs], "are required: --save_folder_name"),
-        ([*import_, "--result", theirs, "--save_folder_name", "x"], "--result_file"),
+        ([*import_, ours, "--save_folder_name", "x"], "is no record of Backdoor"),
+        ([*import_, theirs, "--save_folder_name", "../x"], "is not a name"),
+        ([*import_, theirs], "are required: --save_folder_name"),
+        ([*import_, theirs, "--save_folder", "x"], "--save_folder_name"),
     ):
         assert run(*flags) == 2
         error = capsys.readouterr().err.strip()

@@ -80,6 +80,13 @@ def test_the_commands_run_in_the_order_of_the_page(
         if flags == ["--help"]:
             assert run_script(ROOT / script, *flags) == 0
             assert "--random_seed" in capsys.readouterr().out
+        elif script == "benchmark/run.py":
+            assert run_script(ROOT / script, *flags, "--status") == 0
+            assert "digits-preactresnet18-badnet-s0/sau" in capsys.readouterr().out
+        elif script == "benchmark/report.py":
+            own = ["--under", workplace / "record", "--to", workplace / "report"]
+            assert run_script(ROOT / script, *own) == 0
+            assert "badnet" in (workplace / "report/table.md").read_text()
         else:
             assert run_script(ROOT / script, *shortened(flags, workplace)) == 0, command
 
