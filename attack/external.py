@@ -36,7 +36,7 @@ from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
 from utils.evaluate import evaluate
 from utils.images import IMAGE_SUFFIXES, decoded
-from utils.metrics import Scores, rate_label
+from utils.metrics import FAILED_ASR, Scores, rate_label
 from utils.runtime import Precision, file_log, logger, pick_device, pick_precision, run_script
 from utils.tensors import load_tensors
 
@@ -261,6 +261,7 @@ def import_model(config: Config) -> record.RunFolder:
                 "model": model_name,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
                 "train_images": len(data.train),
+                "image_size": data.image_shape[1],
                 "warnings": warnings,
                 **pipeline.run_facts(config, started, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
@@ -283,7 +284,7 @@ def _warnings(scores: Scores, num_classes: int) -> list[str]:
             f"ACC is only {scores.acc} with {num_classes} classes; check --mean, --std, "
             "--image_size, and that the classes are in the dataset's order"
         )
-    if scores.asr is not None and scores.asr.value < 0.5:
+    if scores.asr is not None and scores.asr.value < FAILED_ASR:
         found.append(
             f"ASR is only {scores.asr}; check --attack_target and the images of --bd_test_dir"
         )

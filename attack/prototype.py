@@ -36,7 +36,7 @@ from utils.data import Dataset, Labelled, Triggered, as_float
 from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
 from utils.evaluate import predict
-from utils.metrics import Scores, rate_label
+from utils.metrics import FAILED_ASR, Scores, rate_label
 from utils.runtime import (
     ROOT,
     Precision,
@@ -300,6 +300,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
                 "pratio": config.pratio if isinstance(config, AttackConfig) else None,
                 "train_images": len(data.train),
+                "image_size": data.image_shape[1],
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
                 **({"preparation": setting.facts} if setting.facts else {}),
                 "warnings": warnings,
@@ -500,7 +501,7 @@ def draw_trigger(
 
 def _warnings(scores: Scores, num_classes: int) -> list[str]:
     found = []
-    if scores.asr is not None and scores.asr.value < 0.5:
+    if scores.asr is not None and scores.asr.value < FAILED_ASR:
         found.append(
             f"the attack failed: ASR is {scores.asr}, under 50 %; train longer, or raise "
             "--pratio, before any defense"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from benchmark.summaries import CLEAN, METRICS, UNDEFENDED
+from utils.metrics import FAILED_ASR
 
 HIGHER_IS_BETTER = {"acc": True, "asr": False, "ra": True, "der": True}
-FAILED_ASR = 0.5  # under it attacks and defenses warn that the attack failed
 COLLAPSED = 0.5  # share of the ACC before
 SMALL_TEST_SET = 1000  # images
 
@@ -87,7 +87,8 @@ def summarize(runs: pd.DataFrame) -> list[Table]:
     And for each pratio, where an attack was run with several; else a row says its own.
     """
     tables: list[Table] = []
-    for _, group in runs.groupby(["dataset", "train_images", "test_images", "model"], dropna=False):
+    setting = ["dataset", "image_size", "train_images", "test_images", "model"]
+    for _, group in runs.groupby(setting, dropna=False):
         attacks = group[group["attack"] != CLEAN]
         if attacks.groupby("attack")["pratio"].nunique(dropna=False).max() > 1:
             clean = group[group["attack"] == CLEAN]
@@ -113,6 +114,7 @@ def _table(runs: pd.DataFrame, names: list[str]) -> Table:
         share = runs["pratio"].map(lambda p: f" ({100 * p:.3g} %)")
         runs = runs.assign(row=runs["attack"].where(~own, runs["attack"] + share))
     title = f"{first['dataset']}, {first['model']}"
+    title += f", {first['image_size']:.0f} px" if pd.notna(first["image_size"]) else ""
     title += f", pratio {100 * usual.max():.3g} %" if len(usual) else ""
     name = re.sub(r"[^a-z0-9.]+", "-", title.lower().replace(" %", "")).strip("-.")[:60] or "table"
     name += f"-{sum(n == name or n.startswith(name + '-') for n in names) + 1}" * (name in names)

@@ -80,6 +80,7 @@ class _Attack(_Facts):
     attack_label_trans: Text | None = None
     pratio: Share | None = None
     train_images: Count | None = None
+    image_size: Count | None = None
     acc: Share | None = None
     acc_total: Count | None = None
     asr: Share | None = None
@@ -190,6 +191,7 @@ def _rows(
         "model": model,
         "pratio": float(f"{attack.pratio:.3g}") if attack and attack.pratio else float("nan"),
         "train_images": attack.train_images if attack else None,
+        "image_size": attack.image_size if attack else None,
         "test_images": before.acc_total,
         "acc_before": before.acc,
         "asr_before": before.asr,
@@ -236,11 +238,20 @@ def _row(
 
 def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """Two records of one cell and seed would pass for two seeds: the first by name is taken."""
-    numbers = ["pratio", "train_images", "test_images", "seed", *METRICS, "seconds"]
+    numbers = ["pratio", "image_size", "train_images", "test_images", "seed", *METRICS, "seconds"]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
     runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
     undefended = runs[runs["label"] == UNDEFENDED]
-    cell = ["dataset", "train_images", "test_images", "model", "attack", "pratio", "seed"]
+    cell = [
+        "dataset",
+        "image_size",
+        "train_images",
+        "test_images",
+        "model",
+        "attack",
+        "pratio",
+        "seed",
+    ]
     known = undefended[undefended["seed"].notna()]
     for _, same in known.groupby(cell, dropna=False, sort=False):
         for repeat in same["record"].iloc[1:]:

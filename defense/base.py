@@ -22,7 +22,7 @@ from utils import distributed, pipeline, plot, record
 from utils.data import Dataset, Labelled, Triggered, as_float, keep_on
 from utils.errors import UserError
 from utils.evaluate import predict
-from utils.metrics import Scores, defense_effectiveness_rating
+from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
 from utils.runtime import (
     Precision,
     file_log,
@@ -330,7 +330,7 @@ def _subset_warnings(clean: Labelled, data: Dataset) -> list[str]:
 
 def _result_warnings(before: Scores, after: Scores) -> list[str]:
     found = []
-    if before.asr is not None and before.asr.value < 0.5:
+    if before.asr is not None and before.asr.value < FAILED_ASR:
         found.append(
             f"the attack had failed before (ASR {before.asr}), so this says little of the defense"
         )

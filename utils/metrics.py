@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, fields
 
+FAILED_ASR = 0.5  # under it an attack is said to have failed
+
 
 @dataclass(frozen=True)
 class Rate:
