@@ -36,6 +36,7 @@ from utils.data import Dataset, Labelled, Triggered, as_float
 from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
 from utils.evaluate import predict
+from utils.files import prepare_folder
 from utils.metrics import FAILED_ASR, Scores, rate_label
 from utils.runtime import (
     ROOT,
@@ -48,7 +49,7 @@ from utils.runtime import (
     run_script,
     seed_everything,
 )
-from utils.tensors import load_tensors
+from utils.tensors import explained, load_tensors
 from utils.train import Loop, Schedule, Step, Supervised, train_classifier
 
 
@@ -127,17 +128,23 @@ class Setting:
         Args:
             kind: what they are; part of the file's name.
             key: all that they depend on, beside the dataset.
+
+        Raises:
+            UserError: if the cache cannot be written, before anything is computed; if what it holds
+                is no file of tensors.
         """
         text = json.dumps({**key, "data": self.data.fingerprint()}, sort_keys=True)
         cache = record.RunFolder(ROOT / "data" / "cache")
-        cache.path.mkdir(parents=True, exist_ok=True)
         name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
         with distributed.main_alone() as is_mine:
             if is_mine and (cache.path / name).exists():
                 logger.info("%s: read from %s", kind, cache.path / name)
             elif is_mine:
+                with record.writable(cache.path):
+                    prepare_folder(cache.path)
                 cache.write_tensors(name, compute())
-        return load_tensors(cache.path / name)
+        with explained(cache.path / name, "a file of the cache; remove it"):
+            return load_tensors(cache.path / name)
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,57 @@
-"""Kills runs at random moments, resumes them, and compares them with one that was left alone.
+"""Kills runs at random moments and takes their disk away; what they do then is a table.
 
-    python benchmark/stress.py --kills 30
+    python benchmark/stress.py --kills 30 --to stress.csv
 
-An attack and a defense on a small set are each run once undisturbed. Then, `--kills` times, they
-are killed with SIGKILL after a random time, and resumed until they are done: weights and metrics
-(without times) have to be the same, by sha256, and no temporary file may be left. At last each is
-run with a limit on the size of a file, as if the disk were full: one line, exit code 2.
+An attack and a defense on a small set are each run once undisturbed. Then
+
+- `--kills` times, they are killed with SIGKILL after a random time and resumed until they are done:
+  weights and metrics (without times) have to be the same, by sha256, and no temporary file is left;
+- their disk is full (files of a largest size; a small file system where the user may mount one),
+  read-only, or their folder removed: one line, exit code 2, no temporary file, and the files that
+  stood there unchanged.
+
+At last it is measured what a checkpoint costs. Each row is written to `--to` as soon as it is
+known, and the same command goes on after the rows that are there.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.runtime import ROOT, Progress, logger, run_script
+from attack import badnet
+from models import build_model
+from utils.files import replaced
+from utils.record import RunFolder
+from utils.runtime import ROOT, Progress, run_script
 from utils.tensors import load_tensors
+from utils.train import Loop
 
 COMMANDS = {
     "attack": ("attack/badnet.py", "--save_folder_name", "x", "--image_size", "8", "--epochs", "2"),
     "defense": ("defense/sau.py", "--result_file", "x", "--n_rounds", "6", "--ratio", "0.05"),
 }
 COMMON = ("--checkpoint_every", "1")
+LARGEST = (200, 100_000, 10_000_000)  # bytes of a file
+FREE = (4_096, 200_000, 20_000_000)  # bytes of a file system beside what stands in it
+SHARE = 0.02  # of the time that checkpoints may take
 
 
 def start(kind: str, root: Path, *flags: str, largest: int | None = None) -> subprocess.Popen[str]:
@@ -72,85 +91,250 @@ def finish(kind: str, root: Path, *flags: str) -> tuple[int, str]:
     return process.returncode, text
 
 
-def kill_and_resume(kind: str, root: Path, seconds: float, rng: random.Random) -> str:
-    """Kills a run after a random time, now and then its continuation too, and lets it end."""
+def strays(root: Path) -> list[str]:
+    """What a run should not leave: temporary files, locks, checkpoints."""
+    return sorted(path.name for name in (".*", "checkpoint*") for path in root.rglob(name))
+
+
+def prepared(kind: str, whole: Path, root: Path) -> Path:
+    """A folder of records for a run: for a defense it holds the attack's, for an attack a file."""
+    root.mkdir(exist_ok=True)
+    (root / "notes.txt").write_text("of the user", encoding="utf-8")
+    if kind == "defense":
+        shutil.copytree(whole / "x", root / "x", ignore=shutil.ignore_patterns("defense"))
+    return root
+
+
+# --- kills --------------------------------------------------------------------------------------
+
+
+def kill_and_resume(kind: str, root: Path, seconds: float, rng: random.Random) -> tuple[int, str]:
+    """Kills a run after a random time, now and then its continuation too, and lets it end.
+
+    Returns:
+        How often it was killed, and what went wrong.
+    """
     kills = 0
     while True:
         with start(kind, root, *(("--resume",) if kills else ())) as process:
             try:
-                if kills < 2:
-                    process.communicate(timeout=rng.uniform(0, seconds))
-                else:
-                    process.communicate()
+                timeout = rng.uniform(0, seconds) if kills < 2 else None
+                _, text = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
                 kills += 1
                 continue
-        if process.returncode == 0:
-            return f"{kills} kills"
-        return f"exit code {process.returncode} after {kills} kills"
+        return kills, "" if process.returncode == 0 else f"exit code {process.returncode}: {text}"
 
 
-def fill_disk(kind: str, root: Path, limits: tuple[int, ...]) -> list[str]:
-    """What is wrong with a run whose files may not grow beyond a limit."""
+def killed(kind: str, whole: Path, root: Path, seconds: float, rng: random.Random) -> str:
+    """How a run that is killed at least once, and resumed, ends."""
+    kills = 0
+    while not kills:  # else it ended before its time had come
+        shutil.rmtree(root, ignore_errors=True)
+        kills, problem = kill_and_resume(kind, prepared(kind, whole, root), seconds, rng)
+        if problem:
+            break
+    folder = folder_of(kind, root)
+    if not problem and fingerprint(folder) != fingerprint(folder_of(kind, whole)):
+        problem = "another result"
+    if not problem and strays(root):
+        problem = f"left {strays(root)}"
+    return f"FAILED after {kills} kills: {problem}" if problem else f"identical after {kills} kills"
+
+
+# --- disks --------------------------------------------------------------------------------------
+
+
+def contents(root: Path) -> dict[str, str]:
+    """sha256 by path of what stands in a folder."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of that many bytes at a folder.
+
+    Raises:
+        subprocess.CalledProcessError: if the user may not mount one.
+    """
+    folder.mkdir()
+    call = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    subprocess.run(call, check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def told(kind: str, root: Path, before: dict[str, str], process: subprocess.Popen[str]) -> str:
+    """How a run ends whose disk refuses."""
+    with process:
+        _, text = process.communicate()
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
     problems = []
-    for largest in limits:
-        with start(kind, root, "--overwrite", largest=largest) as process:
-            _, text = process.communicate()
-        errors = [line for line in text.splitlines() if line.startswith("error:")]
-        if process.returncode != 2 or len(errors) != 1 or "Traceback" in text:
-            problems.append(f"{largest} bytes: exit code {process.returncode}, {text[-300:]}")
-        problems += [f"{largest} bytes: left {path}" for path in root.rglob(".*.tmp*")]
-    return problems
+    if process.returncode != 2:
+        problems.append(f"exit code {process.returncode}")
+    if len(errors) != 1 or "Traceback" in text:
+        problems.append(text[-300:])
+    problems += [f"left {name}" for name in strays(root) if ".tmp" in name]
+    after = contents(root)
+    problems += [f"{name} differs" for name, digest in before.items() if after.get(name) != digest]
+    return f"FAILED: {'; '.join(problems)}" if problems else "one line, exit code 2"
 
 
-def main() -> None:
-    """Parses the flags, runs, and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def large_files(kind: str, whole: Path, root: Path, largest: int) -> str:
+    """A run whose files may not grow beyond a size."""
+    before = contents(prepared(kind, whole, root))
+    return told(kind, root, before, start(kind, root, largest=largest))
+
+
+def full(kind: str, whole: Path, root: Path, free: int) -> str:
+    """A run on a file system that has a few bytes left."""
+    need = sum(path.stat().st_size + 8192 for path in (whole / "x").rglob("*"))
+    try:
+        with small_disk(root, (need if kind == "defense" else 8192) + free):
+            before = contents(prepared(kind, whole, root))
+            return told(kind, root, before, start(kind, root))
+    except subprocess.CalledProcessError:
+        return "not tried: no file system can be mounted here"
+
+
+def read_only(kind: str, whole: Path, root: Path) -> str:
+    """A run on a file system that is read-only."""
+    try:
+        with small_disk(root, 1 << 30):
+            before = contents(prepared(kind, whole, root))
+            subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+            return told(kind, root, before, start(kind, root))
+    except subprocess.CalledProcessError:
+        return "not tried: no file system can be mounted here"
+
+
+def removed(kind: str, whole: Path, root: Path) -> str:
+    """A run whose folder is removed after its first checkpoint."""
+    before = contents(prepared(kind, whole, root))
+    process = start(kind, root)
+    folder = folder_of(kind, root)
+    while process.poll() is None and not (folder / "checkpoint.pt").exists():
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
+    return told(kind, root, before, process)
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "attack": lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9),
+    "defense": lambda weights: torch.optim.Adam(weights, lr=1e-4),  # of SAU
+}
+
+
+def checkpoint_cost(kind: str, _: Path, root: Path) -> str:
+    """What a checkpoint of PreAct-ResNet18 takes, as a share of the time."""
+    every = badnet.Config.load().checkpoint_every
+    model = build_model("preactresnet18", 10)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    model(torch.rand(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    folder, loop, seconds = RunFolder(root), Loop(), []
+    folder.start("")
+    for _round in loop.rounds(1, model=model, optimizer=optimizer):
+        for _repeat in range(7):
+            started = time.monotonic()
+            folder.write_checkpoint({"loop": loop.snapshot(), "rows": [], "seconds": 0.0})
+            seconds.append(time.monotonic() - started)
+    mib = (root / "checkpoint.pt").stat().st_size / 2**20
+    usual = statistics.median(seconds)
+    return (
+        f"{'' if usual < SHARE * every else 'FAILED: '}{100 * usual / every:.2f} %: {mib:.0f} MiB "
+        f"in {usual:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), every {every:g} s"
     )
-    parser.add_argument("--kills", type=int, default=30, help="killed runs of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    flags = parser.parse_args()
-    rng = random.Random(flags.seed)
-    rows, problems = [], []
-    with tempfile.TemporaryDirectory() as name, Progress(2 * flags.kills, "killing") as progress:
-        whole = Path(name) / "whole"
+
+
+# --- table --------------------------------------------------------------------------------------
+
+
+class Table:
+    """Rows that are in a file as soon as they are known.
+
+    Args:
+        path: a CSV, of which the rows are kept; None for none.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            self.rows = pd.read_csv(path, dtype=str).to_dict("records")
+
+    def add(self, run: str, what: str, find: Callable[[], str]) -> None:
+        """A row, which is found out unless it is known."""
+        if any((row["run"], row["what"]) == (run, what) for row in self.rows):
+            return
+        self.rows.append({"run": run, "what": what, "result": find()})
+        if self._path is not None:
+            with replaced(self._path) as partial:
+                pd.DataFrame(self.rows).to_csv(partial, index=False)
+
+    def summary(self) -> str:
+        """Rows that differ in their number alone are counted."""
+        frame = pd.DataFrame(self.rows, columns=["run", "what", "result"])
+        frame["what"] = frame["what"].str.replace(r"^killed \d+ .*", "killed", regex=True)
+        frame["result"] = frame["result"].str.replace(r" after \d kills$", "", regex=True)
+        counts = frame.groupby(["run", "what", "result"], sort=False).size()
+        return counts.rename("runs").reset_index().to_string(index=False)
+
+
+def stress(table: Table, kills: int, seed: int, root: Path) -> None:
+    """Fills the table."""
+    whole = root / "whole"
+    with Progress(2 * (kills + 3 + len(LARGEST) + len(FREE)), "runs", "run") as progress:
         for kind in COMMANDS:
             started = time.monotonic()
             code, text = finish(kind, whole)
             assert code == 0, text
             seconds = time.monotonic() - started
-            wanted = fingerprint(folder_of(kind, whole))
-            same = 0
-            for number in range(flags.kills):
-                root = Path(name) / f"{kind} {number}"
-                root.mkdir()
-                if kind == "defense":
-                    shutil.copytree(
-                        whole / "x", root / "x", ignore=shutil.ignore_patterns("defense")
-                    )
-                ended = kill_and_resume(kind, root, seconds, rng)
-                folder = folder_of(kind, root)
-                is_same = "exit" not in ended and fingerprint(folder) == wanted
-                stray = [path.name for path in folder.glob(".*")] + [
-                    path.name for path in folder.glob("checkpoint*")
-                ]
-                same += is_same and not stray
-                if not is_same or stray:
-                    problems.append(f"{kind} {number}: {ended}, same: {is_same}, left {stray}")
-                shutil.rmtree(root)
+
+            def run(what: str, find: Callable[..., str], *rest: Any, kind: str = kind) -> None:
+                place = root / "place"
+                table.add(kind, what, lambda: find(kind, whole, place, *rest))
+                shutil.rmtree(place, ignore_errors=True)
                 progress.advance()
-            rows.append({"run": kind, "killed and resumed": flags.kills, "bit-identical": same})
-            full = fill_disk(kind, whole, (200, 100_000, 10_000_000))
-            problems += [f"{kind}, full disk: {problem}" for problem in full]
-            if kind == "attack":
-                assert finish(kind, whole, "--overwrite")[0] == 0  # the defense needs it whole
-    logger.info("%s", pd.DataFrame(rows).to_string(index=False))
-    for problem in problems:
-        logger.error("%s", problem)
-    if problems:
+
+            for number in range(kills):
+                rng = random.Random(f"{seed} {kind} {number}")
+                run(f"killed {number} of seed {seed}", killed, seconds, rng)
+            for largest in LARGEST:
+                run(f"files of at most {largest:,} bytes", large_files, largest)
+            for free in FREE:
+                run(f"a file system with {free:,} bytes left", full, free)
+            run("a read-only file system", read_only)
+            run("its folder removed in mid-run", removed)
+            run("what checkpoints take of the time", checkpoint_cost)
+
+
+def main() -> None:
+    """Parses the flags, runs, and prints the table, also of a part."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=30, help="killed runs of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--to", type=Path, help="CSV of all rows; what it has is not done again")
+    flags = parser.parse_args()
+    table = Table(flags.to)
+    try:
+        with tempfile.TemporaryDirectory() as root:
+            stress(table, flags.kills, flags.seed, Path(root))
+    finally:
+        print(table.summary())
+    if any("FAILED" in row["result"] for row in table.rows):
         raise SystemExit(1)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import models
 from models import Classifier
+from utils import plot
 from utils.data import Dataset, Labelled
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -38,6 +40,20 @@ def _own_log() -> Iterator[None]:
     before = (list(logger.handlers), logger.level, logger.propagate)
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+class Picture:
+    """In the place of a figure."""
+
+    def savefig(self, path: Path, dpi: int) -> None:
+        path.write_bytes(b"a picture")
+
+
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    """The scripts' usual network and pictures become ones that take no time."""
+    patch.setitem(models.CONSTRUCTORS, "preactresnet18", TinyNet)
+    for name in ("curves", "image_grid"):
+        patch.setattr(plot, name, lambda *_: Picture())
 
 
 @pytest.fixture

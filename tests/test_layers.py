@@ -26,6 +26,7 @@ LAYERS = (
     ("models.convolution", 0),
     ("models", 1),
     ("models.*", 1),
+    ("utils.files", 1),
     ("utils.tensors", 1),
     ("utils.config", 1),
     ("utils.metrics", 1),

@@ -192,7 +192,7 @@ def test_scripts_stop_and_go_on(tmp_path: Path) -> None:
     defense = command("defense/sau.py", tmp_path / "cut", *DEFENSE)
     folder = folder / "defense" / "sau"
     assert stopped(defense, folder, signal.SIGKILL).returncode == -signal.SIGKILL
-    (folder / ".checkpoint.1.tmp.pt").write_bytes(b"half")
+    (folder / ".checkpoint.0123abcd.tmp.pt").write_bytes(b"half")
     assert run([*defense, "--resume"]).returncode == 0
     assert result(folder) == result(tmp_path / "whole" / "x" / "defense" / "sau")
     assert list(folder.glob(".*")) == []

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import tarfile
 import urllib.request
 import zipfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.errors import UserError
+from utils.files import remove_strays, replaced, temporary_folder
 from utils.runtime import Progress, logger
 
 _MIB = 1 << 20
@@ -58,6 +58,8 @@ def _extract_missing(dataset: str, folder: Path, archives: Sequence[Archive]) ->
         with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
         file = folder / archive.name
+        for name in (file.stem, file.name):  # of a download, of an extraction
+            remove_strays(folder, name)
         if not file.exists():
             try:
                 _download(archive, file)
@@ -79,16 +81,15 @@ def _extract_missing(dataset: str, folder: Path, archives: Sequence[Archive]) ->
 
 
 def _download(archive: Archive, file: Path) -> None:
-    """Downloads to a temporary name first, so that a file of the right name is whole.
+    """Downloads a file; one of the right name is whole.
 
     Raises:
         OSError: if the connection fails or the file cannot be written.
         ValueError: if the checksum differs.
     """
     logger.info("downloading %s to %s", archive.url, file)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     digest = hashlib.md5(usedforsecurity=False)
-    try:
+    with replaced(file) as partial:
         with (
             urllib.request.urlopen(archive.url, timeout=60) as response,
             partial.open("wb") as out,
@@ -102,16 +103,12 @@ def _download(archive: Archive, file: Path) -> None:
                 progress.advance()
         if digest.hexdigest() != archive.md5:
             raise ValueError(f"what came is damaged or incomplete: its md5 is not {archive.md5}")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _extract(file: Path, folder: Path, content: str) -> None:
     """Extracts beside the place, then moves: what stands in the place is always whole."""
     logger.info("extracting %s", file)
-    partial = folder / f".{file.name}.{os.getpid()}.extracting"
-    try:
+    with temporary_folder(folder, file.name) as partial:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
@@ -128,8 +125,6 @@ def _extract(file: Path, folder: Path, content: str) -> None:
                         progress.advance()
         (folder / content).parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / content, folder / content)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _md5(file: Path) -> str:

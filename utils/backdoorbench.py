@@ -24,6 +24,7 @@ from PIL import Image
 
 from utils.data import Dataset
 from utils.errors import UserError
+from utils.files import not_written
 from utils.runtime import Progress, logger
 from utils.tensors import explained, load_plain, load_tensors
 
@@ -315,9 +316,7 @@ def write_images(
             for _ in pool.map(write, range(len(images))):
                 progress.advance()
     except OSError as error:
-        raise UserError(
-            f"{folder}: could not be written ({error}); make space or make it writable"
-        ) from None
+        raise not_written(folder, error) from None
 
 
 def split_state(

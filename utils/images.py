@@ -14,6 +14,7 @@ from PIL import Image
 from utils import distributed
 from utils.data import mapped
 from utils.errors import UserError
+from utils.files import not_written, prepare_folder, replaced
 from utils.runtime import ROOT, Progress, logger
 
 IMAGE_SUFFIXES = frozenset(
@@ -89,10 +90,10 @@ def _cache_of(root: Path, files: list[Path], image_size: int, shape: tuple[int, 
         cache = data_folder() / "cache" / f"{digest.hexdigest()[:32]}.bin"
         if not cache.exists() or cache.stat().st_size != int(np.prod(shape)):
             logger.info("decoding %d images of %s; kept in %s", len(files), root, cache)
-            partial = cache.with_suffix(f".{os.getpid()}.tmp")
             try:
-                cache.parent.mkdir(parents=True, exist_ok=True)
+                prepare_folder(cache.parent)
                 with (
+                    replaced(cache) as partial,
                     partial.open("wb") as out,
                     Progress(len(files), "decoding", "image") as progress,
                     warnings.catch_warnings(),
@@ -102,14 +103,8 @@ def _cache_of(root: Path, files: list[Path], image_size: int, shape: tuple[int, 
                     for pixels in _ahead(pool, lambda file: read_image(file, image_size), files):
                         out.write(pixels.tobytes())
                         progress.advance()
-                os.replace(partial, cache)
             except OSError as error:
-                raise UserError(
-                    f"{cache.parent}: cannot be written ({error.strerror}); make space or make it "
-                    "writable"
-                ) from None
-            finally:
-                partial.unlink(missing_ok=True)
+                raise not_written(cache, error) from None
     return cache
 
 

@@ -1,6 +1,7 @@
 """Records, as plain data; the only module that knows file names under `record/`."""
 
 import atexit
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -8,7 +9,7 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Annotated, Any, get_args
@@ -24,6 +25,7 @@ from utils.config import parse_yaml, read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
+from utils.files import not_written, remove_strays, replaced
 from utils.poison import KINDS, PoisonedSet, unpoisoned
 from utils.runtime import ROOT
 from utils.tensors import explained, load_tensors
@@ -60,6 +62,13 @@ class RunFolder:
         """
         if overwrite and resume:
             raise UserError("--resume: goes on with a run, which --overwrite deletes; give one")
+        with writable(self.path):
+            self._check_free(overwrite, resume)
+        if distributed.is_main():
+            self.lock()
+
+    def _check_free(self, overwrite: bool, resume: bool) -> None:
+        self._refuse_links()
         if self.path.exists() and not (self.path / "config.yaml").exists() and self._holds_files():
             raise UserError(
                 f"{self.path} exists and is no record; give another name, or move it away"
@@ -73,12 +82,16 @@ class RunFolder:
                 f"{self.path} is an interrupted run; give --resume to go on, or --overwrite to "
                 "start anew"
             )
-        if distributed.is_main():
-            self.lock()
 
     @property
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
+
+    def _refuse_links(self) -> None:
+        """Raises UserError where a write would end elsewhere; anybody may have made the folder."""
+        inside = self.path.iterdir() if self.path.is_dir() else ()
+        for path in (self.path, *inside):
+            _refuse_link(path)
 
     def lock(self) -> None:
         """Takes the lock beside the folder, which the system takes back when this process ends.
@@ -89,22 +102,20 @@ class RunFolder:
         path = self.path.with_name(f".{self.path.name}.lock")
         if self.path in _LOCKS:
             return
-        try:
+        with writable(self.path):
             path.parent.mkdir(parents=True, exist_ok=True)
             while True:
-                file = path.open("a")
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644), "w")
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"{self.path}: another process is writing it; wait for it, or give another "
+                        "name"
+                    ) from None
                 if os.fstat(file.fileno()).st_nlink:
                     break  # else the process before has just removed it
-            atexit.register(path.unlink, missing_ok=True)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.path}: another process is writing it; wait for it, or give another name"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make it writable"
-            ) from None
+        atexit.register(_remove, path)
         _LOCKS[self.path] = file
 
     def _holds_files(self) -> bool:
@@ -126,37 +137,30 @@ class RunFolder:
             return self._resumed(config)
         if not distributed.is_main():
             return None
-        try:
-            if self.path.is_symlink():
-                raise UserError(f"{self.path}: is a link; give another name, or remove it")
+        with writable(self.path):
             if self.path.exists():
                 # First, so that a half-emptied folder does not pass for a finished run.
                 (self.path / "summary.json").unlink(missing_ok=True)
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make it writable"
-            ) from None
         self.write_text("config.yaml", config)
         return None
 
     def _resumed(self, config: str) -> dict[str, Any]:
         before = read_yaml(self.path / "config.yaml")
         now = parse_yaml(config, "the configuration")
-        differing = [
+        differing = [  # a flag that did not exist when the run began has its default
             name
-            for name in sorted({*before, *now} - set(FREE_TO_CHANGE))
-            if before.get(name) != now.get(name)
+            for name in sorted(set(before) - set(FREE_TO_CHANGE))
+            if before[name] != now.get(name)
         ]
         if differing:
             raise UserError(
                 f"--resume: {self.path} was run with "
-                + ", ".join(f"--{name} {before.get(name)}" for name in differing)
+                + ", ".join(f"--{name} {before[name]}" for name in differing)
                 + "; give the same"
             )
-        for stray in self.path.glob(".*.tmp*"):  # what a killed process was writing
-            stray.unlink(missing_ok=True)
+        remove_strays(self.path)
         with explained(self._checkpoint, "a checkpoint of this program"):
             content = load_tensors(self._checkpoint)
             return dict(_CHECKPOINT.validate_python(content))
@@ -178,19 +182,11 @@ class RunFolder:
         path = self.path / name
         if not distributed.is_main():
             return path
-        # Two processes may write the same file of a cache.
-        partial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         try:
-            writer(partial)
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(partial, path)
+            with replaced(path) as partial:
+                writer(partial)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            raise UserError(
-                f"{path}: could not be written ({error}); make space or make it writable"
-            ) from None
-        finally:
-            partial.unlink(missing_ok=True)
+            raise not_written(path, error) from None
         return path
 
     def write_text(self, name: str, text: str) -> None:
@@ -198,7 +194,7 @@ class RunFolder:
 
     def write_tensors(self, name: str, content: Mapping[str, Any]) -> None:
         """Plain data and CPU tensors, which `torch.load(..., weights_only=True)` reads."""
-        self.write(name, lambda path: torch.save(dict(content), path))
+        self.write(name, lambda path: _save(path, content))
 
     def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         self.write("metrics.csv", lambda path: pd.DataFrame(rows).to_csv(path, index=False))
@@ -207,6 +203,20 @@ class RunFolder:
         """Says that the run is done."""
         self.write_text("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         self._checkpoint.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Raises UserError, naming the path, if the system refuses something inside."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make it writable") from None
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # its folder may be gone, or read-only by now
+        path.unlink()
 
 
 def attack_folder(name: str, root: Path | None) -> RunFolder:
@@ -226,9 +236,15 @@ def defense_folder(record: Path, name: str) -> RunFolder:
     """The folder of a defense's result, inside the record that it read.
 
     Raises:
-        UserError: if the name could leave that folder.
+        UserError: if the name could leave that folder, or the folder is elsewhere.
     """
+    _refuse_link(record / "defense")
     return RunFolder(record / "defense" / _checked_name(name))
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link; give another name, or remove it")
 
 
 def _checked_name(name: str) -> str:
@@ -703,6 +719,11 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _save(path: Path, content: Mapping[str, Any]) -> None:
+    with path.open("wb") as file:  # given a path, torch would put its name into the file
+        torch.save(dict(content), file)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -27,6 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils import distributed
 from utils.errors import UserError
+from utils.files import REFUSALS, not_written
 
 ROOT = Path(__file__).resolve().parents[1]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -37,9 +38,9 @@ logger = logging.getLogger("sau")
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
-    A `UserError` is printed, one line a problem, and exits with 2; Ctrl-C exits with 130, SIGTERM
-    with 143. Of several processes the first one speaks for all; another one only of what it alone
-    has met.
+    A `UserError` is printed, one line a problem, and exits with 2, and so is what the system
+    refuses (no access, no space); Ctrl-C exits with 130, SIGTERM with 143. Of several processes the
+    first one speaks for all; another one only of what it alone has met.
     """
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
@@ -56,6 +57,12 @@ def run_script(main: Callable[[], None]) -> None:
             time.sleep(3)  # torchrun ends this process if the first one has failed as well
         for line in str(error).splitlines():
             logger.error("error: %s", line)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        what = "a file" if error.filename is None else error.filename
+        logger.error("error: %s: %s; make space or make it accessible", what, error.strerror)
         raise SystemExit(2) from None
     except Stopped as stopped:
         logger.error("%s", stopped)
@@ -130,7 +137,10 @@ def file_log() -> Iterator[Callable[..., None]]:
     def open_file(path: Path, append: bool = False) -> None:
         if not distributed.is_main():
             return
-        files.append(logging.FileHandler(path, mode="a" if append else "w", encoding="utf-8"))
+        try:
+            files.append(_LogFile(path, mode="a" if append else "w", encoding="utf-8"))
+        except OSError as error:
+            raise not_written(path, error) from None
         files[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         kept.setTarget(files[0])
         kept.flushLevel = logging.NOTSET  # from now on each line is passed on at once
@@ -143,6 +153,22 @@ def file_log() -> Iterator[Callable[..., None]]:
         logger.removeHandler(kept)
         for handler in (kept, *files):
             handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Ends the run with one line where logging itself would print a traceback for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        stream, self.stream = self.stream, None
+        with contextlib.suppress(OSError):  # what could not be written is tried once more
+            if stream is not None:
+                stream.close()
+        self.mode = "a"
+        raise not_written(Path(self.baseFilename), error) from None
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,111 @@
+"""Files are whole or not there, and what killed processes leave is removed."""
+
+import errno
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from utils.files import not_written, prepare_folder, remove_strays, replaced
+from utils.runtime import ROOT
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("old")
+
+    def fail() -> NoReturn:
+        with replaced(tmp_path / "x.txt") as partial:
+            partial.write_text("new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (tmp_path / "x.txt").read_text() == "old"
+    assert names_in(tmp_path) == ["x.txt"]
+
+
+def test_the_first_error_is_told_even_if_cleaning_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux refuses to remove from a read-only file system even what is not there."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="No space left"), replaced(tmp_path / "x.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from utils.files import replaced
+with replaced(Path(sys.argv[1])) as partial:
+    partial.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    """While the process lives its file is left alone; after SIGKILL it is removed."""
+    call = [sys.executable, "-c", KILLED, str(tmp_path / "x.pt")]
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        remove_strays(tmp_path)
+        assert len(names_in(tmp_path)) == 1
+        process.kill()
+    assert len(names_in(tmp_path)) == 1
+    remove_strays(tmp_path)
+    assert names_in(tmp_path) == []
+
+
+def test_only_strays_are_removed(tmp_path: Path) -> None:
+    """Of the names asked for, folders too; nothing of the user's, and nothing that is locked."""
+    for name in (".x.0123abcd.tmp.pt", ".y.89abcdef.tmp", ".vimrc.tmp", "x.tmp", "notes.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".x.zip.0123abcd.tmp" / "inside").mkdir(parents=True)
+    with (tmp_path / ".y.89abcdef.tmp").open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        remove_strays(tmp_path, "x")
+        assert ".x.0123abcd.tmp.pt" not in names_in(tmp_path)
+        assert ".x.zip.0123abcd.tmp" in names_in(tmp_path)
+        remove_strays(tmp_path)
+        assert names_in(tmp_path) == [".vimrc.tmp", ".y.89abcdef.tmp", "notes.txt", "x.tmp"]
+    remove_strays(tmp_path)
+    assert names_in(tmp_path) == [".vimrc.tmp", "notes.txt", "x.tmp"]
+
+
+def test_a_folder_is_prepared_for_work_that_ends_in_it(tmp_path: Path) -> None:
+    """Cleaned and empty; a file in its place is told before the work."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".x.0123abcd.tmp.bin").write_text("half")
+    prepare_folder(tmp_path / "cache")
+    prepare_folder(tmp_path / "new" / "cache")
+    assert names_in(tmp_path / "cache") == names_in(tmp_path / "new" / "cache") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="File exists"):
+        prepare_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/.y.tmp"), "Disk quota exceeded"),
+        (OSError("Cannot save file"), "Cannot save file"),
+        (RuntimeError("[enforce fail at x.cc:7] . unexpected pos 5"), "the disk is full, or the f"),
+    ],
+)
+def test_errors_of_writing_are_told_in_one_line(error: Exception, reason: str) -> None:
+    assert str(not_written(Path("a/x.pt"), error)).startswith(
+        f"a/x.pt: could not be written ({reason}"
+    )

@@ -1,0 +1,107 @@
+"""Files that appear whole or not at all, and what killed processes leave of them."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import UserError
+
+# What a system refuses for reasons that the user can see to; never a defect of the program.
+REFUSALS = frozenset(
+    (
+        *(errno.EACCES, errno.EPERM, errno.EROFS),  # not allowed, read-only
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full: the disk, the quota, the file
+    )
+)
+
+_DIGITS = 8  # of what tells temporary names apart, also those of several machines
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under; at the end it is flushed and takes the file's name.
+
+    If anything goes wrong, an earlier file of that name stays as it is, and nothing is left. The
+    temporary file is locked, which tells it from those of processes that were killed.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    partial = path.with_name(f".{path.stem}.{_token()}.tmp{path.suffix}")
+    try:
+        with partial.open("w+b") as file:
+            _lock(file.fileno())
+            yield partial
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):  # a read-only folder refuses this even if it is gone
+            partial.unlink()
+
+
+@contextlib.contextmanager
+def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A new folder, removed at the end, that `remove_strays` knows by its name.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    partial = folder / f".{name}.{_token()}.tmp"
+    partial.mkdir()
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(handle)
+        yield partial
+    finally:
+        os.close(handle)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes a folder if it is not there, and cleans it of strays, before work that ends in it.
+
+    Raises:
+        OSError: if nothing can be written into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_strays(folder)
+    with temporary_folder(folder, "try"):
+        pass
+
+
+def remove_strays(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes were writing in a folder, and nothing that is being written.
+
+    Args:
+        name: of the files that were to be, without their suffix; a pattern.
+    """
+    for stray in folder.glob(f".{name}.{'[0-9a-f]' * _DIGITS}.tmp*"):
+        with contextlib.suppress(OSError):  # another process has it, or has just removed it
+            handle = os.open(stray, os.O_RDONLY if stray.is_dir() else os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+            finally:
+                os.close(handle)
+
+
+def not_written(path: Path, error: Exception) -> UserError:
+    """What to tell the user of an error while a file was written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if "enforce fail" in reason:  # torch.save does not say why
+        reason = "the disk is full, or the file larger than allowed"
+    return UserError(f"{path}: could not be written ({reason}); make space or make it writable")
+
+
+def _token() -> str:
+    return secrets.token_hex(_DIGITS // 2)
+
+
+def _lock(handle: int) -> None:
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(handle, fcntl.LOCK_SH)
