@@ -41,6 +41,7 @@ from utils.metrics import FAILED_ASR, Scores, rate_label
 from utils.runtime import (
     ROOT,
     Precision,
+    deterministic,
     file_log,
     generator,
     logger,
@@ -91,6 +92,9 @@ class TrainingConfig(configuration.Config):
     random_seed: Annotated[int, Field(ge=0, description="seed of everything drawn")]
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
+    deterministic: Annotated[
+        bool, Field(description="the same bits every time on a GPU too; may be slower")
+    ]
     eval_every: Annotated[int, Field(ge=1, description="epochs between two evaluations")]
 
 
@@ -246,7 +250,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
     folder = free_folder(
         config.save_folder_name, config.record_path, config.overwrite, config.resume
     )
-    with file_log() as open_log:
+    with file_log() as open_log, deterministic(config.deterministic):
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
         data = load_dataset(config.dataset, as_path(config.dataset_path), config.image_size)

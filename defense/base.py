@@ -25,6 +25,7 @@ from utils.evaluate import predict
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
 from utils.runtime import (
     Precision,
+    deterministic,
     file_log,
     generator,
     logger,
@@ -71,6 +72,9 @@ class DefenseConfig(configuration.Config):
     random_seed: Annotated[int, Field(ge=0, description="seed of everything drawn")]
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
+    deterministic: Annotated[
+        bool, Field(description="the same bits every time on a GPU too; may be slower")
+    ]
     eval_every: Annotated[int, Field(ge=1, description="rounds between two evaluations")]
 
 
@@ -130,7 +134,7 @@ def defend(
     distributed.barrier()  # all have found the folder free before one writes into it
     checkpoint = folder.start(config.dump(), config.resume)
     folder.write_text("clean_index.txt", "".join(f"{number}\n" for number in index.tolist()))
-    with file_log() as open_log:
+    with file_log() as open_log, deterministic(config.deterministic):
         open_log(folder.log, append=checkpoint is not None)
         logger.info(
             "%s against %s on %s: %s, %s, %s",

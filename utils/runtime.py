@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -176,6 +177,44 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """With `wanted`, a GPU gives the same bits for the same seed inside; all is put back after.
+
+    cuDNN and cuBLAS use deterministic algorithms alone, which may be slower. A CPU does so anyway.
+
+    Raises:
+        UserError: if the network has an operation that torch can only do in another way.
+    """
+    if not wanted:
+        yield
+        return
+    cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
+    before = (cudnn.deterministic, cudnn.benchmark, os.environ.get(variable))
+    was_strict = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn.deterministic, cudnn.benchmark = True, False
+    if before[2] not in (":4096:8", ":16:8"):
+        os.environ[variable] = ":4096:8"  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise UserError(
+            f"--deterministic: {found[1]} cannot be so on this device; leave the flag out, or give "
+            "another --model"
+        ) from None
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before[:2]
+        torch.use_deterministic_algorithms(was_strict, warn_only=only_warned)
+        os.environ.pop(variable, None)
+        if before[2] is not None:
+            os.environ[variable] = before[2]
 
 
 def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
