@@ -42,6 +42,9 @@ def load_pretrained(network: nn.Module, name: str) -> str:
     kept = Path(torch.hub.get_dir()) / "checkpoints"
     file = weights.url.rpartition("/")[2]
     try:
+        # torchvision reads its files as pickles, which can run anything; so they are first read as
+        # tensors alone.
+        weights.get_state_dict(check_hash=True, weights_only=True)
         trained = get_model(name, weights=weights).state_dict()
     except Exception as error:  # what urllib, torch.hub and torch.load raise
         reason = " ".join(str(error).split())[:200]
