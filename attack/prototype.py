@@ -89,7 +89,7 @@ class TrainingConfig(configuration.Config):
         int, Field(ge=0, le=64, description="zero pixels around an image before its random crop")
     ]
     flip: Annotated[bool, Field(description="mirror images at random")]
-    random_seed: Annotated[int, Field(ge=0, description="seed of everything drawn")]
+    random_seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn")]
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
     deterministic: Annotated[

@@ -46,10 +46,12 @@ CHUNK = 64  # images encoded at once
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
-    message_bits: Annotated[int, Field(ge=1, description="length of the hidden string")]
+    message_bits: Annotated[int, Field(ge=1, le=4096, description="length of the hidden string")]
     residual: Annotated[float, Field(gt=0, le=1, description="largest change, pixel units")]
     encoder_steps: Annotated[int, Field(ge=1, description="steps that train the encoder")]
-    encoder_batch_size: Annotated[int, Field(ge=2, description="images a step of the encoder")]
+    encoder_batch_size: Annotated[
+        int, Field(ge=2, le=65536, description="images a step of the encoder")
+    ]
     encoder_lr: Annotated[float, Field(gt=0, description="learning rate of Adam, encoder")]
     pixel_weight: Annotated[float, Field(ge=0, description="final weight of the squared change")]
     common_weight: Annotated[

@@ -41,7 +41,9 @@ from utils.runtime import generator
 @dataclass(frozen=True, kw_only=True)
 class Config(AffineConfig):
     s: Annotated[float, Field(gt=0, description="strength of the warp")]
-    k: Annotated[int, Field(ge=2, description="side of the coarse grid that the warp is drawn on")]
+    k: Annotated[
+        int, Field(ge=2, le=1024, description="side of the coarse grid that the warp is drawn on")
+    ]
     grid_rescale: Annotated[float, Field(gt=0, description="factor on the grid, 1 keeps the image")]
     cross_ratio: Annotated[
         float, Field(ge=0, description="noisily warped images / poisoned images of a batch")

@@ -69,7 +69,7 @@ class DefenseConfig(configuration.Config):
     ]
     n_rounds: Annotated[int, Field(ge=1, description="passes over the clean subset")]
     batch_size: Annotated[int, Field(ge=1, description="images a step")]
-    random_seed: Annotated[int, Field(ge=0, description="seed of everything drawn")]
+    random_seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn")]
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
     deterministic: Annotated[

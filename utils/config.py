@@ -7,7 +7,6 @@ which file or flag a value came from, and says everything that is wrong at once.
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ USER_FILES = {
     "bd_yaml_path": "YAML file whose values go over those of --yaml_path",
 }
 LARGEST = 1 << 20  # bytes of a YAML file
+_LARGEST = {float: 3.4e38, int: 2**63 - 1, bool: 1}  # numbers in torch, which has no more digits
 _NO_VALUE = "\0"  # a flag that was given without its value
 
 
@@ -97,8 +97,10 @@ class Config:
             )
             parser.add_argument(f"--{name}", nargs="?", const=const)
         parser.add_argument("-h", "--help", action="store_true")
-        # So that -1e-4 is a value, and out of range, rather than an unknown flag.
-        parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+        # So that -1e-4 and -inf are values, and out of range, rather than unknown flags.
+        parser._negative_number_matcher = re.compile(
+            r"-((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|inf|nan)$"
+        )
         parsed, unknown = parser.parse_known_args(list(argv))
         given = {key: value for key, value in vars(parsed).items() if value is not None}
         wants_help = given.pop("help")
@@ -180,12 +182,9 @@ def allowed_values(annotation: Any) -> str:
     if options:
         base, null = options[0], " or null"
     name = {bool: "true or false", str: "text"}.get(base, getattr(base, "__name__", str(base)))
-    low = next(
-        (f"{mark}{bounds[key]:g}" for key, mark in (("ge", "["), ("gt", "(")) if key in bounds), ""
-    )
-    high = next(
-        (f"{bounds[key]:g}{mark}" for key, mark in (("le", "]"), ("lt", ")")) if key in bounds), ""
-    )
+    texts = {key: f"{n:g}" if isinstance(n, float) else str(n) for key, n in bounds.items()}
+    low = next((m + texts[key] for key, m in (("ge", "["), ("gt", "(")) if key in texts), "")
+    high = next((texts[key] + m for key, m in (("le", "]"), ("lt", ")")) if key in texts), "")
     if low and high:
         return f"{name} in {low}, {high}{null}"
     if low:
@@ -302,8 +301,8 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
     if get_origin(_base(annotation)) is tuple:
         return TypeAdapter(annotation).validate_python(value.split(",") if is_text else value)
     checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
-    if isinstance(checked, float) and not math.isfinite(checked):
-        raise ValueError("not finite")
+    if isinstance(checked, float | int) and not abs(checked) <= _LARGEST[type(checked)]:
+        raise ValueError("torch has no such number")
     return checked
 
 

@@ -1,0 +1,462 @@
+"""Wrong use of every script: one line that names the flag, exit code 2, nothing written or lost."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+
+import attack.prototype as prototype
+from benchmark import stress
+from tests.conftest import make_small
+from tests.test_config import CONFIGS
+from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from utils import images
+from utils.config import _base, _bounds, _hints, allowed_values
+from utils.runtime import ROOT
+
+__all__ = ["cache", "workplace"]  # fixtures
+
+SCRIPTS = sorted(set(CONFIGS) - {"defense/base"})
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def good(workplace: Path) -> Path:
+    """The record of an attack, with the result of a defense."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        for module in (images, prototype):
+            patch.setattr(module, "ROOT", workplace)
+        assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "good")) == 0
+        assert run_script(ROOT / "defense/sau.py", *defense_flags(workplace, "good")) == 0
+    return workplace / "record/good"
+
+
+def contents(root: Path) -> dict[str, str]:
+    """sha256 by path of all but locks, which go with the process, and decoded images."""
+    return {
+        path: digest
+        for path, digest in stress.contents(root).items()
+        if not path.endswith(".lock") and not path.startswith("data/cache/")
+    }
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def assert_refused(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    message: str,
+    script: str,
+    *flags: object,
+) -> None:
+    """The script says one line, which the pattern fits, and leaves everything as it was."""
+    before = contents(workplace)
+    capsys.readouterr()
+    assert run_script(ROOT / script, *flags) == 2
+    (error,) = errors(capsys)
+    assert re.search(message, error), error
+    assert contents(workplace) == before
+
+
+# --- each flag out of range ---------------------------------------------------------------------
+
+
+def next_to(bound: float, is_int: bool, step: int) -> float:
+    """The nearest number above (1) or below (-1)."""
+    return int(bound) + step if is_int else math.nextafter(bound, step * math.inf)
+
+
+def element(annotation: Any) -> tuple[Any, bool]:
+    """What the bounds are of: of a list, its elements; whether there is one."""
+    base = _base(annotation)
+    return (get_args(base)[0], True) if get_origin(base) is tuple else (annotation, False)
+
+
+def limits(annotation: Any) -> list[tuple[float, float]]:
+    """For each bound the value just outside and the value just inside."""
+    inner, _ = element(annotation)
+    base = _base(inner)
+    is_int = int in (base, *get_args(base))
+    found = []
+    for key, bound in _bounds(inner).items():
+        up = 1 if key in ("ge", "gt") else -1
+        beyond = next_to(bound, is_int, -up) if key in ("ge", "le") else bound
+        within = bound if key in ("ge", "le") else next_to(bound, is_int, up)
+        found.append((int(beyond), int(within)) if is_int else (float(beyond), float(within)))
+    return found
+
+
+def wrong(annotation: Any) -> list[str]:
+    """Values of a flag that are out of range or of another type; none for text."""
+    base = _base(annotation)
+    options = [option for option in get_args(base) if option is not type(None)]
+    kind = options[0] if options and get_origin(base) is not Literal else base
+    values = [repr(beyond) for beyond, _ in limits(annotation)]
+    if get_origin(base) is Literal or kind is bool:
+        values.append("sideways")
+    elif kind is int:
+        values += ["1.5", "much", str(2**63)]
+    elif kind is float:
+        values += ["nan", "inf", "-inf", "1e39", "much"]
+    if values and type(None) not in get_args(base):
+        values.append("null")
+    return values
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_flag_out_of_range_is_named(
+    workplace: Path, capsys: pytest.CaptureFixture[str], script: str
+) -> None:
+    """All wrong values of a script, as many flags at a time as there are: a line for each."""
+    hints = _hints(CONFIGS[script])
+    values = {name: wrong(annotation) for name, annotation in hints.items()}
+    assert sum(map(len, values.values())) > 10
+    before = contents(workplace)
+    for number in range(max(map(len, values.values()))):
+        given = {name: each[number] for name, each in values.items() if number < len(each)}
+        flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+        capsys.readouterr()
+        assert run_script(ROOT / f"{script}.py", *flags) == 2
+        assert sorted(errors(capsys)) == sorted(
+            f"error: --{name}: {value} is not allowed; give {allowed_values(hints[name])}"
+            for name, value in given.items()
+        )
+    assert contents(workplace) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_flag_may_have_its_bound(script: str) -> None:
+    """Just inside of the range is taken, so what is refused above is refused for its range."""
+    inside = {
+        name: [(value,) * 3 if element(annotation)[1] else value for _, value in limits(annotation)]
+        for name, annotation in _hints(CONFIGS[script]).items()
+    }
+    assert sum(map(len, inside.values())) > 3
+    for number in range(2):  # lower bounds, then upper ones
+        values = {name: each[number] for name, each in inside.items() if number < len(each)}
+        config = CONFIGS[script].load(**values)
+        assert {name: getattr(config, name) for name in values} == values
+
+
+def test_the_bounds_are_those_of_the_dataclasses() -> None:
+    """A ratio is in (0, 1]: 0 is outside, and the next number above 1. A seed is >= 0."""
+    hints = _hints(CONFIGS["attack/badnet"])
+    above = 1 + 2**-52
+    assert limits(hints["pratio"]) == [(0.0, 5e-324), (above, 1.0)]
+    assert limits(hints["epochs"]) == [(0, 1)]
+    assert limits(hints["random_seed"]) == [(-1, 0), (2**32, 2**32 - 1)]
+    assert wrong(hints["epochs"]) == ["0", "1.5", "much", str(2**63), "null"]
+    assert wrong(hints["flip"]) == ["sideways", "null"]
+    assert wrong(hints["dataset_path"]) == []
+    assert limits(_hints(CONFIGS["attack/external"])["std"]) == [(0.0, 5e-324)]
+
+
+# --- combinations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "message"),
+    [
+        ("badnet", {"attack_target": 3}, r"--attack_target: 3 is no class of folder; give 0 to 2"),
+        ("badnet", {"batch_size": 37}, r"--batch_size: 37 is more than the 36 training images"),
+        ("badnet", {"pratio": 0.01}, r"--pratio: 0.01 of 36 training images poisons none"),
+        ("badnet", {"patch_size": 17}, r"--patch_size: 17 is more than the image's 16 pixels"),
+        ("badnet", {"device": "cuda:99"}, r"--device: cuda:99 is not usable here"),
+        ("badnet", {"device": "tpu"}, r"--device: tpu is not usable here .* give auto, cpu or cud"),
+        ("badnet", {"dataset_path": "null"}, r"--dataset_path: a value is needed with --dataset f"),
+        ("badnet", {"dataset_path": "no/where"}, r"--dataset_path: no/where/train is not a folder"),
+        ("badnet", {"save_folder_name": "null"}, r"--save_folder_name: a value is needed"),
+        ("badnet", {"save_folder_name": "a/b"}, r"--save_folder_name: a/b is not a name"),
+        ("badnet", {"model": "resnet81"}, r"--model: resnet81 is unknown \(did you mean resnet18"),
+        ("badnet", {"model": "mine.py:build"}, r"--model: mine.py cannot be read \(No such file"),
+        ("badnet", {"pretrained": "true"}, r"--pretrained: torchvision has no trained weights of"),
+        ("badnet", {"resume": "true", "overwrite": "true"}, r"--resume: goes on with a run, which"),
+        ("badnet", {"yaml_path": "no.yaml"}, r"no.yaml: cannot be read \(No such file"),
+        ("badnet", {"epohcs": 3}, r"--epohcs: unknown flag \(did you mean --epochs\?\)"),
+        ("badnet", {"save_folder_name": "good"}, r"good exists; give --overwrite to replace it"),
+        ("sig", {"attack_label_trans": "all2all"}, r"a clean-label attack has one target; give al"),
+        ("lc", {"attack_label_trans": "all2all"}, r"a clean-label attack has one target; give al"),
+        ("wanet", {"pratio": 0.01}, r"--pratio: 0.01 of 36 training images poisons none"),
+        ("blended", {"trigger_image": "no.png"}, r"--trigger_image: no.png.* \(.*No such file"),
+    ],
+)
+def test_attacks(
+    workplace: Path,
+    good: Path,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    flags = attack_flags(workplace, "wrong", **changes)
+    assert_refused(workplace, capsys, message, f"attack/{script}.py", *flags)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"result_file": "absent"}, r"--result_file: absent is no record in .*; give one of good"),
+        ({"result_file": "../good"}, r"--result_file: ../good is no record"),
+        ({"record_path": "no/where"}, r"--result_file: good is no record .*; run an attack first"),
+        ({"dataset": "cifar10"}, r"--dataset: cifar10, but the record says folder; leave the flag"),
+        ({"model": "vgg19_bn"}, r"--model: vgg19_bn, but the record says preactresnet18; leave th"),
+        ({"dataset_path": "no/where"}, r"--dataset_path: no/where/train is not a folder"),
+        ({"ratio": 0.01}, r"--ratio: 0.01 of 36 training images is none; give at least 0.028"),
+        ({"index": "no.txt"}, r"--index: no.txt cannot be read \(No such file"),
+        ({"device": "cuda:99"}, r"--device: cuda:99 is not usable here"),
+        ({"resume": "true", "overwrite": "true"}, r"--resume: goes on with a run, which --overwr"),
+        ({"resume": "true", "overwrite": "false"}, r"sau is finished; leave out --resume"),
+        ({"overwrite": "false"}, r"sau exists; give --overwrite to replace it, or another name"),
+        ({"save_folder_name": ".."}, r"--save_folder_name: .. is not a name; give letters"),
+        ({"pratio": 0.1}, r"--pratio: unknown flag .*; --help lists them"),
+    ],
+)
+def test_defenses(
+    workplace: Path,
+    good: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    flags = defense_flags(workplace, "good", **{"overwrite": "true", **changes})
+    assert_refused(workplace, capsys, message, "defense/sau.py", *flags)
+
+
+def test_a_defense_of_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = r"--result_file: a value is needed; give the name of an attack's record"
+    assert_refused(workplace, capsys, message, "defense/sau.py", "--ratio", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"is empty; name at least one image"),
+        ("1\n36\n", r"names image 36; the training set has 0 to 35"),
+        ("1\n-1\n", r"names image -1; the training set has 0 to 35"),
+        ("1\n1\n", r"names an image twice; name each once"),
+        ("one\n", r"holds something else than integers"),
+    ],
+)
+def test_indices(
+    workplace: Path,
+    good: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    message: str,
+) -> None:
+    (tmp_path / "index.txt").write_text(text)
+    flags = defense_flags(workplace, "good", index=tmp_path / "index.txt", overwrite="true")
+    assert_refused(workplace, capsys, f"--index: .*{message}", "defense/sau.py", *flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["attack/badnet.py", "defense/sau.py", "attack/external.py"])
+def test_a_gpu_where_there_is_none(
+    workplace: Path, good: Path, capsys: pytest.CaptureFixture[str], script: str
+) -> None:
+    flags = {
+        "attack/badnet.py": attack_flags(workplace, "wrong"),
+        "defense/sau.py": defense_flags(workplace, "good", overwrite="true"),
+        "attack/external.py": ["--save_folder_name", "wrong", "--state_dict", "x.pt"],
+    }[script]
+    message = r"--device: cuda is not usable here \(.+\); give auto, cpu or cuda"
+    assert_refused(workplace, capsys, message, script, *flags, "--device", "cuda")
+
+
+# --- datasets -----------------------------------------------------------------------------------
+
+
+def emptied(folder: Path, *parts: str) -> None:
+    for part in parts:
+        for path in folder.glob(f"{part}/*"):
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("remove", "empty", "message"),
+    [
+        (["train", "test"], [], r"--dataset_path: .*train is not a folder"),
+        (["train/*", "test/*"], [], r"train has no class folders; put one folder a class into it"),
+        (["test/dark"], [], r"classes differ: .*train has bright, dark, striped; .* bright, str"),
+        ([], ["train/*"], r"train/bright has no image file; put images into it or remove"),
+        ([], ["train/dark"], r"train/dark has no image file; put images into it or remove"),
+        ([], ["test/*"], r"--dataset folder: the test set has no image; give at least one a class"),
+        ([], ["test/dark", "test/striped"], r"--attack_target: every test image has label 0; give"),
+        (["*/dark", "*/striped"], [], r"--dataset folder: there is one class, bright; give two or"),
+    ],
+)
+def test_datasets(
+    workplace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    remove: list[str],
+    empty: list[str],
+    message: str,
+) -> None:
+    """The first class, bright, is the target."""
+    folder = shutil.copytree(workplace / "images", tmp_path / "images")
+    for pattern in remove:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+    emptied(folder, *empty)
+    flags = attack_flags(workplace, "wrong", dataset_path=folder)
+    assert_refused(workplace, capsys, message, "attack/badnet.py", *flags)
+
+
+# --- records ------------------------------------------------------------------------------------
+
+
+def test_a_defense_before_any_attack(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "record").mkdir()
+    flags = defense_flags(tmp_path, "badnet_demo")
+    message = r"--result_file: badnet_demo is no record in .*; run an attack first, e.g. attack/ba"
+    assert_refused(tmp_path, capsys, message, "defense/sau.py", *flags)
+
+
+def test_the_record_of_a_failed_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = attack_flags(workplace, "failed", lr=1e30)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 2
+    message = r"failed: has no summary.json, so its attack did not finish; run the attack again"
+    assert_refused(
+        workplace, capsys, message, "defense/sau.py", *defense_flags(workplace, "failed")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("attack_result.pt", r"attack_result.pt: is not the file that summary.json describes"),
+        ("poison.pt", r"poison.pt: is not the file that summary.json describes"),
+        (
+            "summary.json",
+            r"has no summary.json, so its attack did not finish; run the attack again",
+        ),
+    ],
+)
+def test_a_record_that_lacks_a_file(
+    workplace: Path,
+    good: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    message: str,
+) -> None:
+    folder = shutil.copytree(good, tmp_path / "record/lacking")
+    (folder / name).unlink()
+    flags = defense_flags(workplace, str(folder))
+    assert_refused(tmp_path, capsys, message, "defense/sau.py", *flags)
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("link", "flags", "message"),
+    [
+        ("x", [], r"x: is a link; give another name, or remove it"),
+        ("good", ["defense"], r"--result_file: .*good is a link; give the folder that it leads to"),
+        ("good/defense", ["defense"], r"good/defense: is a link; give another name, or remove it"),
+        ("good/defense/sau", ["defense"], r"good/defense/sau: is a link"),
+        ("good/defense/sau/log.txt", ["defense", "--overwrite"], r"sau/log.txt: is a link"),
+        ("good/defense/.sau.lock", ["defense", "--overwrite"], r"good/defense/sau: cannot be writ"),
+    ],
+)
+def test_a_link_leads_nowhere(
+    workplace: Path,
+    good: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    link: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    """A record that somebody has packed may hold links to anywhere; nothing is written there."""
+    shutil.copytree(good, tmp_path / "record/good")
+    elsewhere, path = tmp_path / "elsewhere", tmp_path / "record" / link
+    if path.exists():
+        path.rename(elsewhere)
+    elif not path.name.startswith("."):
+        elsewhere.mkdir()
+    path.symlink_to(elsewhere)
+    if flags:
+        run = ("defense/sau.py", *defense_flags(tmp_path, "good"), *flags[1:])
+    else:
+        run = ("attack/badnet.py", *attack_flags(tmp_path, "x", dataset_path=workplace / "images"))
+    assert_refused(tmp_path, capsys, message, *run)
+
+
+def test_the_folder_of_all_records_may_be_a_link(workplace: Path, tmp_path: Path) -> None:
+    """The user's own, to a larger disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "record").symlink_to(tmp_path / "disk")
+    flags = attack_flags(tmp_path, "x", dataset_path=workplace / "images", epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    assert run_script(ROOT / "defense/sau.py", *defense_flags(tmp_path, "x")) == 0
+    assert (tmp_path / "disk/x/defense/sau/summary.json").exists()
+
+
+# --- two at a time ------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from utils.record import RunFolder
+for name in sys.argv[1:]:
+    RunFolder(Path(name)).claim(overwrite=True)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_runs_of_one_name(
+    workplace: Path, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is refused while the first lives, whatever it asks for; not after its SIGKILL."""
+    runs: dict[str, list[object]] = {
+        "attack/badnet.py": attack_flags(workplace, "two", epochs=1),
+        "defense/sau.py": defense_flags(workplace, "good", save_folder_name="two"),
+    }
+    message = r"two: another process is writing it; wait for it, or give another name"
+    call = [sys.executable, "-c", HOLD, workplace / "record/two", good / "defense/two"]
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "held\n"
+            for script, flags in runs.items():
+                for extra in ((), ("--overwrite",), ("--resume",)):
+                    assert_refused(workplace, capsys, message, script, *flags, *extra)
+        finally:
+            first.kill()
+    for script, flags in runs.items():
+        assert run_script(ROOT / script, *flags) == 0
+
+
+def test_a_folder_of_the_user_s_own(
+    workplace: Path, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no record, and is not replaced even with --overwrite."""
+    folder = workplace / "record/own"
+    folder.mkdir()
+    (folder / "notes.json").write_text(json.dumps({"mine": True}))
+    flags = attack_flags(workplace, "own", overwrite="true")
+    message = r"own exists and is no record; give another name, or move it away"
+    assert_refused(workplace, capsys, message, "attack/badnet.py", *flags)
