@@ -1,19 +1,28 @@
-"""Peak memory of a whole BadNets attack, which runs in this process; prints one JSON line.
+"""Memory of whole runs; prints one JSON line a run.
 
     python benchmark/memory.py cifar       # CIFAR-10's size: 60,000 images, PreAct-ResNet18
     python benchmark/memory.py large       # a folder whose pixels take 4 GiB
+    python benchmark/memory.py flat        # 300 epochs, and 300 rounds of SAU, on a small set
+
+`cifar` and `large` give the peak of a BadNets attack that runs in this process.
 
 Pictures are made of random colours. For `cifar` the epoch is cut to 20 batches, as all batches take
 the same memory; poisoning, evaluation and files are those of the full run. For `large` the network
 only averages colours, so that the whole epoch can be run: every image is read from the mapped file.
+
+`flat` runs BadNets and then SAU, each in a process of its own, with a tiny network, an evaluation
+each round and a checkpoint each second. Resident memory after 300 rounds has to be within 3 % of
+that after 30; else the exit code is 1.
 """
 
 import argparse
+import gc
 import itertools
 import json
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,12 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 from attack import badnet, prototype
-from utils import datasets, images
+from defense import base, sau
+from utils import datasets, images, pipeline
 from utils.data import Dataset, Labelled
 from utils.train import Loop
 
 BATCHES = 20
 SIDE = 224
+ROUNDS, SETTLED, GROWTH = 300, 30, 0.03
 
 
 def colours(num_classes: int) -> nn.Module:
@@ -53,6 +64,79 @@ def random_cifar(path: Path | None, image_size: int) -> Dataset:
     )
     names = tuple(str(label) for label in range(10))
     return Dataset("cifar10", train, test, names, (0.5,) * 3, (0.25,) * 3)
+
+
+def small(num_classes: int) -> nn.Module:
+    """A network of a few hundred weights with a BatchNorm."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
+    )
+
+
+def random_digits(path: Path | None, image_size: int) -> Dataset:
+    """Random images in the place of the digits."""
+    source = torch.Generator().manual_seed(0)
+    train, test = (
+        Labelled(
+            torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=source),
+            torch.arange(count) % 10,
+        )
+        for count in (300, 100)
+    )
+    names = tuple(str(label) for label in range(10))
+    return Dataset("digits", train, test, names, (0.5,) * 3, (0.25,) * 3)
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith("VmRSS:"))
+    return int(line.split()[1]) / 1024
+
+
+def long_run(kind: str, root: Path) -> dict[str, Any]:
+    """Resident memory of 300 `epochs` of the attack, or `rounds` of SAU against its record."""
+    after: dict[int, float] = {}
+    watched: Callable[..., None] = pipeline.Watch._after_round
+
+    def look(watch: pipeline.Watch, number: int, *rest: Mapping[str, Any]) -> None:
+        watched(watch, number, *rest)
+        if number in (SETTLED, 100, 200, ROUNDS):
+            after[number] = round(resident_mib(), 1)
+
+    common = ["--record_path", str(root), "--model", "small", "--checkpoint_every", "1"]
+    if kind == "epochs":
+        flags = ["--save_folder_name", "memory", "--epochs", str(ROUNDS), "--image_size", "8"]
+        argv = [badnet.__file__, *common, *flags, "--batch_size", "100"]
+    else:
+        flags = ["--result_file", "memory", "--n_rounds", str(ROUNDS), "--ratio", "0.5"]
+        argv = [sau.__file__, *common, *flags, "--batch_size", "75"]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(models.CONSTRUCTORS, {"small": small}),
+        mock.patch.dict(datasets._LOADERS, {"digits": random_digits}),
+        mock.patch.object(pipeline.Watch, "_after_round", look),
+    ):
+        if kind == "epochs":
+            prototype.run(badnet.Config, badnet.make_trigger)
+        else:
+            base.run(sau.Config, sau.purify, perturb=sau.shared_perturbation)
+    growth = after[ROUNDS] / after[SETTLED] - 1
+    return {"kind": kind, "resident_mib": after, "growth": round(growth, 4)}
+
+
+def flat() -> bool:
+    """Both long runs, each in a process of its own; whether neither has grown."""
+    is_flat = True
+    with tempfile.TemporaryDirectory() as root:
+        for kind in ("epochs", "rounds"):
+            call = [sys.executable, __file__, kind, "--root", root]
+            run = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
+            print(run.stdout, end="", flush=True)
+            is_flat &= abs(json.loads(run.stdout)["growth"]) <= GROWTH
+    return is_flat
 
 
 def first_batches(loop: Loop, *arguments: Any) -> Iterator[torch.Tensor]:
@@ -114,11 +198,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=("cifar", "large"))
+    parser.add_argument("kind", choices=("cifar", "large", "flat", "epochs", "rounds"))
+    parser.add_argument("--root", type=Path, help="records, for a part of `flat`: epochs, rounds")
     parser.add_argument("--gib", type=float, default=4.0, help="pixels of `large`")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
-    print(json.dumps(measure(flags.kind, flags.gib, flags.device)))
+    if flags.kind == "flat":
+        raise SystemExit(0 if flat() else 1)
+    if flags.kind in ("epochs", "rounds"):
+        print(json.dumps(long_run(flags.kind, flags.root)))
+    else:
+        print(json.dumps(measure(flags.kind, flags.gib, flags.device)))
 
 
 if __name__ == "__main__":
