@@ -28,9 +28,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from utils.config import Config, read_yaml
 from utils.errors import UserError
+from utils.record import FREE_TO_CHANGE
 from utils.runtime import ROOT
 
 _OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
+_FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 
 
@@ -229,7 +231,7 @@ def _differences(cell: Cell) -> list[str]:
     differing = {
         name: value
         for name, value in cell.flags.items()
-        if name not in _OWN[:3] and name in before and before[name] != value
+        if name not in _FREE and name in before and before[name] != value
     }
     shown = ", ".join(f"{name} {before[name]}, not {value}" for name, value in differing.items())
     if shown:
