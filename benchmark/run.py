@@ -94,6 +94,9 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
                     ended_well = process.returncode == 0 and cell.is_done
                     note = f"exit code {process.returncode}, {log_of(cell, root)}"
                     board.set(cell, *(("done",) if ended_well else ("failed", note)))
+            for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
+                waiting.remove(cell)
+                board.set(cell, "done")
             for cell in [cell for cell in waiting if cell.attack is not None]:
                 if board.states[cell.attack.name] in ("failed", "skipped"):  # type: ignore[union-attr]
                     waiting.remove(cell)

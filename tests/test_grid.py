@@ -202,10 +202,13 @@ def test_a_failure_costs_its_defenses_alone_and_done_cells_are_skipped(stubs: Pa
 
 
 def test_one_job_runs_a_record_to_its_end_before_the_next(stubs: Path) -> None:
-    cells = stub_cells(stubs, "a1", "a2")
+    cells = stub_cells(stubs, "a1", "a2", "a3")
     with run.Board(cells) as board:
+        cells[2].folder.mkdir()
+        (cells[2].folder / "summary.json").write_text("{}")  # somebody else was faster
         run.run_local(cells, stubs, 1, board)
-    assert (stubs / "order.txt").read_text().split() == ["a1", "d", "a2", "d"]
+    assert (stubs / "order.txt").read_text().split() == ["a1", "d", "d", "a3", "d"]
+    assert set(board.states.values()) == {"done"}
 
 
 def test_an_interruption_ends_what_runs_gently(
