@@ -84,7 +84,7 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
     Raises:
         KeyboardInterrupt: once every process that ran has ended.
     """
-    waiting = [cell for cell in cells if not cell.is_done]
+    waiting = [cell for cell in cells if board.states[cell.name] == "waiting"]
     running: dict[int, tuple[subprocess.Popen[bytes], Cell]] = {}
     try:
         while waiting or running:
