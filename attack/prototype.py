@@ -475,6 +475,10 @@ def check_target(target: int, data: Dataset) -> None:
 
 
 def _check_fit(config: TrainingConfig, data: Dataset) -> None:
+    if len(data.classes) < 2:
+        raise UserError(
+            f"--dataset {data.name}: there is one class, {data.classes[0]}; give two or more"
+        )
     if isinstance(config, AttackConfig):
         check_target(config.attack_target, data)
     if config.batch_size > len(data.train):

@@ -67,10 +67,6 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
             f"{', '.join(_LOADERS)}"
         )
     dataset = _LOADERS[name](path, image_size)
-    if len(dataset.classes) < 2:
-        raise UserError(
-            f"--dataset {name}: there is one class, {dataset.classes[0]}; give two or more"
-        )
     for split, kind in ((dataset.train, "training"), (dataset.test, "test")):
         if len(split) == 0:
             raise UserError(
