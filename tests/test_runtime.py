@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import random
+import signal
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +17,7 @@ from utils.errors import UserError
 from utils.runtime import (
     Precision,
     Progress,
+    defer_signals,
     environment,
     evaluating,
     file_log,
@@ -26,6 +29,7 @@ from utils.runtime import (
     pick_precision,
     run_script,
     seed_everything,
+    stop_signal,
 )
 
 CPU = torch.device("cpu")
@@ -264,3 +268,22 @@ def test_the_time_left_follows_the_rate_so_far(monkeypatch: pytest.MonkeyPatch) 
     assert progress.eta() == "1:06:40"
     progress.advance(8)
     assert progress.eta() == "0:00:00"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
+    number: signal.Signals, code: int
+) -> None:
+    seen = []
+
+    def main() -> None:
+        defer_signals(True)
+        os.kill(os.getpid(), number)
+        seen.append(stop_signal())  # still here: the step goes on
+        os.kill(os.getpid(), number)
+        seen.append("never")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == code
+    assert seen == [number]

@@ -55,7 +55,9 @@ def run_script(main: Callable[[], None]) -> None:
             main()
     except UserError as error:
         if not is_first:
-            time.sleep(3)  # torchrun ends this process if the first one has failed as well
+            # torchrun ends this process if the first one has failed as well, which may take a while
+            # on a busy machine; only what this one alone has met is then still to be said.
+            time.sleep(30)
         for line in str(error).splitlines():
             logger.error("error: %s", line)
         raise SystemExit(2) from None
