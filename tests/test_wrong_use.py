@@ -221,7 +221,6 @@ def test_attacks(
         ({"index": "no.txt"}, r"--index: no.txt cannot be read \(No such file"),
         ({"device": "cuda:99"}, r"--device: cuda:99 is not usable here"),
         ({"resume": "true", "overwrite": "true"}, r"--resume: goes on with a run, which --overwr"),
-        ({"resume": "true", "overwrite": "false"}, r"sau is finished; leave out --resume"),
         ({"overwrite": "false"}, r"sau exists; give --overwrite to replace it, or another name"),
         ({"save_folder_name": ".."}, r"--save_folder_name: .. is not a name; give letters"),
         ({"pratio": 0.1}, r"--pratio: unknown flag .*; --help lists them"),

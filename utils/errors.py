@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and a help to word it."""
+"""The exceptions that a user gets to read, and a help to word them."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class UserError(ValueError):
 
     Scripts print it without a traceback and exit with code 2. Anything else raised is a defect.
     """
+
+
+class NothingToDo(Exception):
+    """What was asked for has been done before. Scripts say so and exit with 0."""
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

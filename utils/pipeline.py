@@ -205,6 +205,14 @@ def run_facts(
 
 def recipe_sha256(values: Mapping[str, Any]) -> str:
     """Of a configuration without its seed, and without what says where it runs and writes."""
-    own = {*FREE_TO_CHANGE, "random_seed", "result_file", "dataset_path", "device", "deterministic"}
+    own = {
+        *FREE_TO_CHANGE,
+        "random_seed",
+        "result_file",
+        "dataset_path",
+        "device",
+        "eval_every",
+        "deterministic",
+    }
     recipe = {name: value for name, value in values.items() if name not in own}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,7 @@ from utils import backdoorbench, distributed
 from utils.config import parse_yaml, read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.datasets import DatasetName, load_dataset
-from utils.errors import UserError
+from utils.errors import NothingToDo, UserError
 from utils.files import not_written, remove_strays, replaced
 from utils.poison import KINDS, PoisonedSet, unpoisoned
 from utils.runtime import ROOT
@@ -59,6 +59,8 @@ class RunFolder:
             UserError: if what stands here may not be replaced, or another process has the folder. A
                 finished or interrupted run needs `overwrite`; a folder that no run wrote is never
                 touched.
+            NothingToDo: if the run that is to be resumed is finished, as when a process was killed
+                after its last file.
         """
         if overwrite and resume:
             raise UserError("--resume: goes on with a run, which --overwrite deletes; give one")
@@ -74,7 +76,7 @@ class RunFolder:
                 f"{self.path} exists and is no record; give another name, or move it away"
             )
         if self.is_done and resume:
-            raise UserError(f"{self.path} is finished; leave out --resume")
+            raise NothingToDo(f"{self.path} is finished; nothing is left to do")
         if self.is_done and not overwrite:
             raise UserError(f"{self.path} exists; give --overwrite to replace it, or another name")
         if self._checkpoint.exists() and not (overwrite or resume):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import NothingToDo, UserError
 from utils.files import REFUSALS, not_written
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,8 @@ def run_script(main: Callable[[], None]) -> None:
         what = "a file" if error.filename is None else error.filename
         logger.error("error: %s: %s; make space or make it accessible", what, error.strerror)
         raise SystemExit(2) from None
+    except NothingToDo as done:
+        logger.info("%s", done)
     except Stopped as stopped:
         logger.error("%s", stopped)
         raise SystemExit(128 + stopped.signal) from None
