@@ -28,12 +28,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from utils.config import Config, read_yaml
 from utils.errors import UserError
-from utils.record import FREE_TO_CHANGE
+from utils.record import FREE_TO_CHANGE, NAME
 from utils.runtime import ROOT
 
 _OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
-_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 
 
 def _as_mapping(value: Any) -> Any:
@@ -53,7 +52,7 @@ def _not_own(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 Flags = Annotated[dict[str, bool | int | float | str | None], AfterValidator(_not_own)]
-Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Axis = Annotated[dict[Name, Flags], BeforeValidator(_as_mapping), Field(min_length=1)]
 
 
@@ -210,13 +209,9 @@ def _problems(cell: Cell) -> list[str]:
         return [f"{cell.script}: there is no such script; {folder} has {', '.join(scripts)}"]
     module = importlib.import_module(f"{folder}.{name}")
     config: type[Config] = getattr(module, "Config", None) or module.TrainingConfig
-    dataset = str((cell.attack or cell).flags["dataset"])
-    flags = {name: value for name, value in cell.flags.items() if name != "dataset"}
+    flags = dict(cell.flags)
     try:
-        if cell.attack is None:
-            config.load(dataset, **flags)
-        else:
-            config.load(None, **flags)
+        config.load(flags.pop("dataset", None), **flags)  # a defense has it from the record
     except UserError as error:
         lines = str(error).splitlines()
         return [f"{cell.script}: {line.removeprefix('override: ')}" for line in lines]

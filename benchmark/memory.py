@@ -52,18 +52,22 @@ def colours(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
 
 
-def random_cifar(path: Path | None, image_size: int) -> Dataset:
-    """Random images in CIFAR-10's numbers and sizes."""
-    source = torch.Generator().manual_seed(0)
-    train, test = (
-        Labelled(
-            torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=source),
-            torch.arange(count) % 10,
+def random_set(name: str, side: int, train: int, test: int) -> Callable[..., Dataset]:
+    """A loader of random images in the place of a dataset's."""
+
+    def load(path: Path | None, image_size: int) -> Dataset:
+        source = torch.Generator().manual_seed(0)
+        splits = (
+            Labelled(
+                torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=source),
+                torch.arange(count) % 10,
+            )
+            for count in (train, test)
         )
-        for count in (50_000, 10_000)
-    )
-    names = tuple(str(label) for label in range(10))
-    return Dataset("cifar10", train, test, names, (0.5,) * 3, (0.25,) * 3)
+        names = tuple(str(label) for label in range(10))
+        return Dataset(name, *splits, names, (0.5,) * 3, (0.25,) * 3)
+
+    return load
 
 
 def small(num_classes: int) -> nn.Module:
@@ -72,20 +76,6 @@ def small(num_classes: int) -> nn.Module:
         *(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
     )
-
-
-def random_digits(path: Path | None, image_size: int) -> Dataset:
-    """Random images in the place of the digits."""
-    source = torch.Generator().manual_seed(0)
-    train, test = (
-        Labelled(
-            torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=source),
-            torch.arange(count) % 10,
-        )
-        for count in (300, 100)
-    )
-    names = tuple(str(label) for label in range(10))
-    return Dataset("digits", train, test, names, (0.5,) * 3, (0.25,) * 3)
 
 
 def resident_mib() -> float:
@@ -116,7 +106,7 @@ def long_run(kind: str, root: Path) -> dict[str, Any]:
     with (
         mock.patch.object(sys, "argv", argv),
         mock.patch.dict(models.CONSTRUCTORS, {"small": small}),
-        mock.patch.dict(datasets._LOADERS, {"digits": random_digits}),
+        mock.patch.dict(datasets._LOADERS, {"digits": random_set("digits", 8, 300, 100)}),
         mock.patch.object(pipeline.Watch, "_after_round", look),
     ):
         if kind == "epochs":
@@ -175,7 +165,9 @@ def measure(kind: str, gib: float, device: str) -> dict[str, Any]:
         root = Path(name)
         if kind == "cifar":
             with (
-                mock.patch.dict(datasets._LOADERS, {"cifar10": random_cifar}),
+                mock.patch.dict(
+                    datasets._LOADERS, {"cifar10": random_set("cifar10", 32, 50_000, 10_000)}
+                ),
                 mock.patch.object(Loop, "batches", first_batches),
             ):
                 found = attack(root, "--dataset", "cifar10", "--device", device)

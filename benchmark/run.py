@@ -158,9 +158,10 @@ def main() -> None:
     cells = cells_of(grid, root)
     queue = slurm.Queue(root, grid.slurm) if flags.executor == "slurm" else None
     if flags.status:
-        for name, state in states_of(cells, queue).items():
+        states = states_of(cells, queue)
+        for name, state in states.items():
             print(f"{state:12} {name}")
-        print(f"{len(cells)} cells: {summary(states_of(cells, queue).values())}")
+        print(f"{len(cells)} cells: {summary(states.values())}")
         return
 
     root.mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,7 @@ class Queue:
         """
         queued = self.states()
         self._submit([cell for cell in cells if not cell.is_done and cell.name not in queued])
+        ids = self._ids
         missing = dict.fromkeys((cell.name for cell in cells), 0)
         open_cells = [cell for cell in cells if not cell.is_done]
         while open_cells:
@@ -133,7 +134,7 @@ class Queue:
                     report(cell, "done")
                 elif cell.name in queued:
                     missing[cell.name] = 0
-                    report(cell, queued[cell.name], f"job {self._ids[cell.name]}")
+                    report(cell, queued[cell.name], f"job {ids[cell.name]}")
                     continue
                 elif missing[cell.name] < _LOST:  # a shared file system may be late
                     missing[cell.name] += 1

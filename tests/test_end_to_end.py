@@ -102,14 +102,19 @@ def defense_flags(workplace: Path, name: str, **changes: object) -> list[object]
     return [part for key, value in values.items() for part in (f"--{key}", value)]
 
 
+def trained(workplace: Path, name: str, patch: pytest.MonkeyPatch) -> Path:
+    """The record of a BadNets run, made before a test's own `cache` fixture is there."""
+    for module in (utils.images, prototype):
+        patch.setattr(module, "ROOT", workplace)
+    assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, name)) == 0
+    return workplace / "record" / name
+
+
 @pytest.fixture(scope="module")
 def badnet(workplace: Path) -> Path:
     """The record of one BadNets run, for tests that only read it."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (utils.images, prototype):
-            patch.setattr(module, "ROOT", workplace)
-        assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "shared")) == 0
-    return workplace / "record/shared"
+        return trained(workplace, "shared", patch)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

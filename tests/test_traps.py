@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-import attack.prototype as prototype
 import models
 from tests.conftest import TinyNet, make_small
 from tests.test_end_to_end import (
@@ -20,9 +19,9 @@ from tests.test_end_to_end import (
     cache,
     defense_flags,
     run_script,
+    trained,
     workplace,
 )
-from utils import images
 from utils.errors import UserError
 from utils.record import RunFolder, file_hashes
 from utils.runtime import ROOT
@@ -74,10 +73,7 @@ def badnet(workplace: Path) -> Path:
     """A good record."""
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
-        for module in (images, prototype):
-            patch.setattr(module, "ROOT", workplace)
-        assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "good")) == 0
-    return workplace / "record/good"
+        return trained(workplace, "good", patch)
 
 
 @pytest.fixture

@@ -12,12 +12,17 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 
-import attack.prototype as prototype
 from benchmark import stress
 from tests.conftest import make_small
 from tests.test_config import CONFIGS
-from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from utils import images
+from tests.test_end_to_end import (
+    attack_flags,
+    cache,
+    defense_flags,
+    run_script,
+    trained,
+    workplace,
+)
 from utils.config import _base, _bounds, _hints, allowed_values
 from utils.runtime import ROOT
 
@@ -36,11 +41,9 @@ def good(workplace: Path) -> Path:
     """The record of an attack, with the result of a defense."""
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
-        for module in (images, prototype):
-            patch.setattr(module, "ROOT", workplace)
-        assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "good")) == 0
+        record = trained(workplace, "good", patch)
         assert run_script(ROOT / "defense/sau.py", *defense_flags(workplace, "good")) == 0
-    return workplace / "record/good"
+    return record
 
 
 def contents(root: Path) -> dict[str, str]:

@@ -30,7 +30,7 @@ from utils.poison import KINDS, PoisonedSet, unpoisoned
 from utils.runtime import ROOT
 from utils.tensors import explained, load_tensors
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _EXPECTED = "a record of this program"
 # Flags that say where a run writes, and when, but not what comes out.
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
@@ -250,7 +250,7 @@ def _refuse_link(path: Path) -> None:
 
 
 def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise UserError(
             f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no "
             "folders"
@@ -495,7 +495,7 @@ def find_record(name: str, root: Path | None) -> Path:
         UserError: if there is none, naming those that exist.
     """
     records = root or ROOT / "record"
-    if _NAME.fullmatch(name) and (records / name).is_dir():
+    if NAME.fullmatch(name) and (records / name).is_dir():
         if (records / name).is_symlink():
             raise UserError(
                 f"--result_file: {records / name} is a link; give the folder that it leads to"
