@@ -66,7 +66,7 @@ def training(bench: Bench) -> Group:
         "contiguous instead of channels-last": step(layout=torch.contiguous_format),
         "optimizer not fused": step(fused=False),
         "torch.compile": step(compiled=True),
-        "the library's weight gradients": step(plain=True),
+        "the library's convolutions": step(plain=True),
     }
     other = "fp32" if bench.precision == "bf16" else "bf16"
     return group | {f"{other} instead of {bench.precision}": step(precision=other)}

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import DefenseConfig, run
+from models.convolution import constant_weights
 from utils.data import as_float
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.runtime import evaluating, frozen, generator, images_at_once
@@ -98,7 +99,7 @@ def shared_perturbation(
     delta = initial_perturbation(
         config.pgd_init, config.trigger_norm, config.norm_type, images, generator
     )
-    with evaluating(model, reference), frozen(model, reference):
+    with evaluating(model, reference), frozen(model, reference), constant_weights():
         with torch.no_grad():
             predictions = model(images).argmax(1)
             if ref_predictions is None:
@@ -232,22 +233,23 @@ def purify(
             x, y = as_float(images[index], device), labels[index].to(device)
             ref_clean = ref_logits[index.to(device)]
             parts = (t.split(images_at_once(device)) for t in (x, y, ref_clean.argmax(1)))
-            delta = torch.cat(
-                [
-                    shared_perturbation(
-                        model,
-                        reference,
-                        x_part,
-                        y_part,
-                        config,
-                        ref_predictions=known,
-                        generator=start,
-                    )
-                    for x_part, y_part, known in zip(*parts, strict=True)
-                ]
-            )
-            with torch.no_grad():
-                ref_adv = reference(x + delta)
+            with constant_weights():
+                delta = torch.cat(
+                    [
+                        shared_perturbation(
+                            model,
+                            reference,
+                            x_part,
+                            y_part,
+                            config,
+                            ref_predictions=known,
+                            generator=start,
+                        )
+                        for x_part, y_part, known in zip(*parts, strict=True)
+                    ]
+                )
+                with torch.no_grad():
+                    ref_adv = reference(x + delta)
             for _ in range(config.outer_steps):
                 model.train(config.train_mode)
                 logits, adv_logits = learner(torch.cat([x, x + delta])).chunk(2)

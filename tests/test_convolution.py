@@ -1,4 +1,4 @@
-"""The fast weight gradient is that of the library's convolution."""
+"""The fast convolution is the library's, forwards and backwards."""
 
 from collections.abc import Iterator
 
@@ -8,87 +8,167 @@ from torch.nn import functional as F
 
 from benchmark.literal import plain_network
 from models import convolution
-from models.convolution import Conv3x3, weight_gradient
+from models.convolution import Conv3x3, constant_weights, patch_gradient
 from models.preactresnet import preactresnet18
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
-    """The shapes of the inputs whose weight gradient is made by matrices."""
-    seen: list[torch.Size] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Which of our own ways is used: `transform` is called once for each weight by tiles."""
+    seen: list[str] = []
 
-    def watched(images: torch.Tensor, gradient: torch.Tensor, stride: int) -> torch.Tensor:
-        seen.append(images.shape)
-        return weight_gradient(images, gradient, stride)
+    def watch(name: str) -> None:
+        function = getattr(convolution, name)
 
-    monkeypatch.setattr(convolution, "weight_gradient", watched)
+        def watched(*arguments: object) -> object:
+            seen.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(convolution, name, watched)
+
+    for name in ("transform", "untransform", "patch_gradient"):
+        watch(name)
     return seen
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles are used whatever the channels and the batch."""
+    for name in ("FEWEST_CHANNELS", "FEWEST_CHANNELS_LEARNING", "FEWEST_TILES"):
+        monkeypatch.setattr(convolution, name, 1)
+
+
+def gradients_equal(layer: Conv3x3, images: torch.Tensor) -> None:
+    """Outputs and both gradients against the library's, to 1e-12 of float64."""
+    found, wanted = images.clone().requires_grad_(), images.clone().requires_grad_()
+    weight = layer.weight.detach().clone().requires_grad_()
+    output = layer(found)
+    expected = F.conv2d(wanted, weight, stride=layer.stride, padding=1)
+    factor = torch.rand_like(expected)
+    (output * factor).sum().backward()
+    (expected * factor).sum().backward()
+    pairs = ((output, expected), (found.grad, wanted.grad), (layer.weight.grad, weight.grad))
+    for mine, other in pairs:
+        assert mine is not None
+        assert other is not None
+        assert mine.shape == other.shape
+        assert torch.allclose(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("block", [1, 10**9])
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (12, 4), (4, 16)])
+@pytest.mark.usefixtures("anywhere")
+def test_tiles_equal_the_library_in_float64(
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+    block: int,
+    memory: torch.memory_format,
+) -> None:
+    """An image at a time, and all at once."""
+    monkeypatch.setattr(convolution, "BLOCK", block)
+    torch.manual_seed(0)
+    images = torch.rand(3, 5, *size).double().contiguous(memory_format=memory)
+    gradients_equal(Conv3x3(5, 7).double(), images)
+    assert calls == ["transform", "untransform"]
 
 
 @pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_gradients_equal_the_librarys_in_float64(
-    calls: list[torch.Size], size: int, stride: int, memory: torch.memory_format
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_patches_equal_the_library_in_float64(
+    calls: list[str], size: int, stride: int, memory: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
-    layer = Conv3x3(128, 6, stride).double()
     images = torch.rand(3, 128, size, size).double().contiguous(memory_format=memory)
-    found, wanted = images.clone().requires_grad_(), images.clone().requires_grad_()
-    weight = layer.weight.detach().clone().requires_grad_()
-    output = layer(found)
-    expected = F.conv2d(wanted, weight, stride=stride, padding=1)
-    assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12)
-    factor = torch.rand_like(expected)
-    (output * factor).sum().backward()
-    (expected * factor).sum().backward()
-    assert calls == [images.shape]
-    assert found.grad is not None
-    assert wanted.grad is not None
-    assert torch.allclose(found.grad, wanted.grad, rtol=1e-12, atol=1e-12)
-    assert layer.weight.grad is not None
-    assert weight.grad is not None
-    assert torch.allclose(layer.weight.grad, weight.grad, rtol=1e-12, atol=1e-12)
+    gradients_equal(Conv3x3(128, 6, stride).double(), images)
+    assert calls == ["patch_gradient"]
 
 
-def test_second_derivatives_exist() -> None:
+@pytest.mark.parametrize(("channels", "size", "way"), [(128, 1, "patch_gradient"), (2, 4, "tiles")])
+def test_second_derivatives_exist(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, channels: int, size: int, way: str
+) -> None:
+    """Of both gradients, by the weight and by the image."""
+    if way == "tiles":
+        for name in ("FEWEST_CHANNELS_LEARNING", "FEWEST_TILES"):
+            monkeypatch.setattr(convolution, name, 1)
     torch.manual_seed(0)
-    layer = Conv3x3(128, 1).double()
-    images = torch.rand(1, 128, 1, 1, requires_grad=True, dtype=torch.float64)
-    output = layer(images).square().sum()
-    (gradient,) = torch.autograd.grad(output, layer.weight, create_graph=True)
-    gradient.square().sum().backward()
-    plain = F.conv2d(images, layer.weight, padding=1).square().sum()
-    (expected,) = torch.autograd.grad(plain, layer.weight, create_graph=True)
-    (of_images,) = torch.autograd.grad(expected.square().sum(), images)
-    assert images.grad is not None
-    assert torch.allclose(images.grad, of_images, rtol=1e-10)
+    layer = Conv3x3(channels, 2).double()
+    images = torch.rand(1, channels, size, size, requires_grad=True, dtype=torch.float64)
+    results = []
+    for output in (layer(images), F.conv2d(images, layer.weight, padding=1)):
+        first = torch.autograd.grad(output.pow(3).sum(), (images, layer.weight), create_graph=True)
+        penalty = first[0].square().sum() + first[1].square().sum()
+        results.append(torch.autograd.grad(penalty, (images, layer.weight)))
+    for mine, other in zip(*results, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-9, atol=1e-12)
+    assert ("patch_gradient" in calls) == (way == "patch_gradient")
 
 
-def test_by_hand() -> None:
+def test_a_tile_by_hand() -> None:
+    """Along one side: (1, 2, 3, 4, 5, 6) with the taps (1, 0, -1) is always -2."""
+    m = convolution.matrices(torch.float64)
+    values, taps = torch.arange(1.0, 7.0).double(), torch.tensor([1.0, 0, -1]).double()
+    found = m["A"] @ ((m["B"] @ values) * (m["G"] @ taps))
+    assert torch.allclose(found, torch.full((4,), -2.0).double(), rtol=1e-12)
+
+
+def test_patches_by_hand() -> None:
     """One 2x2 image of ones and an output gradient of ones: tap (i, j) meets the image at
     (2 - |i - 1|)(2 - |j - 1|) of the four places, e.g. the middle one at all, a corner's at one."""
     ones = torch.ones(1, 1, 2, 2)
-    assert weight_gradient(ones, ones, 1)[0, 0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+    assert patch_gradient(ones, ones, 1)[0, 0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
 
 
-def test_it_is_used_for_small_maps_of_many_channels_when_a_weight_learns(
-    calls: list[torch.Size],
+@pytest.mark.usefixtures("anywhere")
+def test_the_error_in_float32_is_the_librarys(calls: list[str]) -> None:
+    torch.manual_seed(0)
+    layer = Conv3x3(128, 128)
+    images = torch.randn(8, 128, 8, 8)
+    exact = F.conv2d(images.double(), layer.weight.double(), padding=1)
+    with torch.no_grad():
+        found = layer(images)
+        library = F.conv2d(images, layer.weight, padding=1)
+    assert calls == ["transform"]
+    mine, theirs = ((output - exact).square().mean().sqrt() for output in (found, library))
+    assert 0 < mine < 2 * theirs
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "count", "stride", "learns", "expected"),
+    [
+        (128, 4, 64, 1, True, ["transform", "untransform"]),
+        (128, 4, 64, 1, False, ["transform"]),
+        (128, 4, 63, 1, False, []),
+        (128, 4, 63, 1, True, ["patch_gradient"]),
+        (128, 8, 16, 1, True, ["transform", "untransform"]),
+        (64, 8, 16, 1, True, ["transform", "untransform"]),
+        (64, 8, 16, 1, False, []),
+        (32, 8, 16, 1, True, []),
+        (128, 6, 64, 1, True, []),
+        (128, 8, 64, 2, True, ["patch_gradient"]),
+        (64, 4, 64, 2, True, []),
+    ],
+)
+def test_where_which_way_is_used(
+    calls: list[str],
+    channels: int,
+    size: int,
+    count: int,
+    stride: int,
+    learns: bool,
+    expected: list[str],
 ) -> None:
-    cases = {
-        "many channels, small map": (Conv3x3(128, 4), 4, True),
-        "large map": (Conv3x3(128, 4), 5, False),
-        "few channels": (Conv3x3(64, 4), 4, False),
-    }
-    for name, (layer, size, used) in cases.items():
-        calls.clear()
-        layer(torch.rand(2, layer.in_channels, size, size)).sum().backward()
-        assert bool(calls) == used, name
-    calls.clear()
-    layer = Conv3x3(128, 4).requires_grad_(False)
-    images = torch.rand(2, 128, 2, 2, requires_grad=True)
-    layer(images).sum().backward()
-    layer.requires_grad_(True)
+    layer = Conv3x3(channels, channels, stride).requires_grad_(learns)
+    layer(torch.rand(count, channels, size, size, requires_grad=True)).sum().backward()
+    assert calls == expected
+
+
+def test_autocast_and_other_types_are_the_librarys(calls: list[str]) -> None:
+    layer = Conv3x3(128, 128)
+    images = torch.rand(64, 128, 4, 4, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(images)
     assert output.dtype == torch.bfloat16
@@ -96,14 +176,35 @@ def test_it_is_used_for_small_maps_of_many_channels_when_a_weight_learns(
     assert calls == []
 
 
-def test_a_network_keeps_its_state_dict_and_its_gradients() -> None:
+def test_weights_are_transformed_once_while_they_stay(calls: list[str]) -> None:
+    """Also from inference mode, whose tensors could not be used for gradients later; and after
+    the context a changed weight counts."""
+    layer = Conv3x3(128, 128).requires_grad_(False)
+    images = torch.rand(16, 128, 4, 4)
+    with constant_weights():
+        with torch.inference_mode():
+            layer(images)
+        with constant_weights():
+            before = layer(images.requires_grad_())
+        before.sum().backward()
+    assert calls == ["transform"]
+    layer.weight.mul_(2)
+    with constant_weights():
+        after = layer(images)
+    assert calls == ["transform"] * 2
+    assert torch.allclose(after, 2 * before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_keeps_its_state_dict_and_its_gradients(calls: list[str]) -> None:
     """Against the same network whose convolutions are the library's own."""
     torch.manual_seed(0)
     network = preactresnet18(4).double().train()
     plain = plain_network(network)
-    images = torch.rand(3, 3, 16, 16).double()
+    assert list(plain.state_dict()) == list(network.state_dict())
+    images = torch.rand(4, 3, 32, 32).double()
     for model in (network, plain):
-        F.cross_entropy(model(images), torch.tensor([0, 1, 3])).backward()
+        F.cross_entropy(model(images), torch.tensor([0, 1, 3, 2])).backward()
     for mine, other in zip(network.parameters(), plain.parameters(), strict=True):
         assert mine.grad is not None
-        assert torch.allclose(mine.grad, other.grad, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-8, atol=1e-12)
+    assert {"transform", "untransform", "patch_gradient"} == set(calls)

@@ -272,18 +272,21 @@ def test_the_time_left_follows_the_rate_so_far(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
-    number: signal.Signals, code: int
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A scheduler and a launcher that each send one, half a second apart, ask once."""
     seen = []
+    now = [100.0]
+    monkeypatch.setattr("utils.runtime.time.monotonic", lambda: now[0])
 
     def main() -> None:
         defer_signals(True)
-        os.kill(os.getpid(), number)
-        seen.append(stop_signal())  # still here: the step goes on
-        os.kill(os.getpid(), number)
+        for now[0] in (100.0, 100.5, 101.1):
+            os.kill(os.getpid(), number)
+            seen.append(stop_signal())  # still here: the step goes on
         seen.append("never")
 
     with pytest.raises(SystemExit) as end:
         run_script(main)
     assert end.value.code == code
-    assert seen == [number]
+    assert seen == [number, number]

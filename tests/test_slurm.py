@@ -25,7 +25,7 @@ needs_slurm = pytest.mark.skipif(
 )
 GRID = """
 datasets:
-  folder: {{dataset_path: {images}, image_size: 16, batch_size: 12, pratio: 0.25, epochs: 6}}
+  folder: {{dataset_path: {images}, image_size: 16, batch_size: 12, pratio: 0.25, epochs: 20}}
 models: [preactresnet18]
 attacks: {{badnet: , blended: {{epochs: 1, lr: 1e30}}}}
 defenses: [ft]
@@ -52,8 +52,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def wait_until(happened, seconds: float = 120) -> None:  # type: ignore[no-untyped-def]
     end = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < end, subprocess.run(["squeue"], capture_output=True).stdout
+        assert time.monotonic() < end, squeue("%i %T %r %S")
         time.sleep(0.3)
+
+
+def squeue(columns: str) -> str:
+    call = ["squeue", "--noheader", "--array", "--format", columns]
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout
 
 
 @needs_slurm
@@ -78,7 +83,10 @@ def test_a_grid_outlives_its_submitter_and_a_preemption(
     assert queue.states()[f"{badnet.name}/ft"] == "queued"
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     wait_until(lambda: queue.states().get(badnet.name) == "queued")
-    assert (badnet.folder / "checkpoint.pt").exists()
+    wait_until((badnet.folder / "checkpoint.pt").exists)  # the queue may know it before the disk
+    assert not badnet.is_done  # 20 epochs, so that none of this comes too late
+    # SLURM lets a requeued job wait for two minutes from when all of it has ended.
+    wait_until(lambda: f"{job} CG" not in squeue("%i %t"))
     subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=True)
 
     monkeypatch.setattr(slurm, "_POLL", 0.5)
@@ -86,10 +94,10 @@ def test_a_grid_outlives_its_submitter_and_a_preemption(
     queue.run(cells, lambda cell, state, note="": states.__setitem__(cell.name, state), False)
     assert list(states.values()) == ["done", "done", "failed", "skipped"]
     assert queue._ids[badnet.name] == job  # the second call has submitted nothing
-    assert pd.read_csv(metrics)["epoch"].tolist() == list(range(1, 7))
+    assert pd.read_csv(metrics)["epoch"].tolist() == list(range(1, 21))
     log = Path(queue.log_of(badnet)).read_text()
     assert "stopped in epoch" in log
-    assert log.count("epoch 1/6") == 1  # the second turn went on
+    assert log.count("epoch 1/20") == 1  # the second turn went on
     assert "not finite" in Path(queue.log_of(cells[2])).read_text()
 
 
@@ -98,7 +106,9 @@ def test_single_jobs_wait_for_their_attack_too(
     cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = workplace / "single.yaml"
-    text = GRID.format(images=workplace / "images", array="false").replace("epochs: 6", "epochs: 1")
+    text = GRID.format(images=workplace / "images", array="false").replace(
+        "epochs: 20", "epochs: 1"
+    )
     path.write_text(text.replace("badnet: , blended: {epochs: 1, lr: 1e30}", "badnet: "))
     root = workplace / "record-single"
     cells = cells_of(read_grid(path), root)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models.convolution import constant_weights
 from utils import distributed
 from utils.data import Labelled, Triggered, as_float, release
 from utils.metrics import Rate, Scores
@@ -24,7 +25,7 @@ def predict(
     """
     if len(images) == 0:
         return torch.zeros(0, dtype=torch.int64)
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), constant_weights(), torch.inference_mode():
         predictions = []
         for batch in images.split(batch_size or images_at_once(device)):
             predictions.append(model(as_float(batch, device)).argmax(1))

@@ -33,6 +33,8 @@ from utils.files import REFUSALS, not_written
 ROOT = Path(__file__).resolve().parents[1]
 Precision = Literal["auto", "fp32", "bf16"]
 
+SAME_REQUEST = 1.0  # seconds
+
 logger = logging.getLogger("sau")
 
 
@@ -95,6 +97,7 @@ class _Stop:
 
     is_deferred = False
     signal: int | None = None
+    since = 0.0
 
 
 def defer_signals(deferred: bool) -> None:
@@ -109,12 +112,18 @@ def stop_signal() -> int | None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """A first SIGINT or SIGTERM waits where work can be resumed; any other one ends it at once."""
+    """A first SIGINT or SIGTERM waits where work can be resumed; any other one ends it at once.
+
+    What comes within a second of the first is still the first: schedulers and launchers signal all
+    processes of a job, and each of these passes it on to its children.
+    """
 
     def handle(number: int, _: Any) -> None:
+        if _Stop.signal is not None and time.monotonic() - _Stop.since < SAME_REQUEST:
+            return
         if not _Stop.is_deferred or _Stop.signal is not None:
             raise Stopped(number, "interrupted" if number == signal.SIGINT else "terminated")
-        _Stop.signal = number
+        _Stop.signal, _Stop.since = number, time.monotonic()
         logger.warning("stopping after this step; once more to stop at once")
 
     _Stop.is_deferred, _Stop.signal = False, None
