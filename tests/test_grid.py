@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmark import run
 from benchmark.grid import Cell, cells_of, read_grid
+from benchmark.narrow import build as narrow_network
+from models.preactresnet import preactresnet18
 from utils.errors import UserError
 from utils.runtime import ROOT
 
@@ -73,6 +76,19 @@ def test_arguments_are_what_a_user_would_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_the_shipped_grids_name_flags_that_exist(path: Path, tmp_path: Path) -> None:
     assert cells_of(read_grid(path), tmp_path)
+
+
+@pytest.mark.parametrize("size", [16, 33])
+def test_the_narrow_network_is_the_wide_one_with_a_quarter_of_its_channels(size: int) -> None:
+    narrow, wide = narrow_network(10, size).state_dict(), preactresnet18(10).state_dict()
+    assert list(narrow) == list(wide)
+    for name, value in narrow.items():
+        quarters = [
+            n // 4 if n >= 64 else n  # the image's channels, a kernel's sides and the classes stay
+            for n in wide[name].shape
+        ]
+        assert list(value.shape) == quarters, name
+    assert narrow_network(10, size)(torch.rand(2, 3, size, size)).shape == (2, 10)
 
 
 def test_the_digits_grid_has_every_attack_and_every_defense(tmp_path: Path) -> None:
