@@ -11,8 +11,10 @@ round    rounds of SAU on a really backdoored model: literal (`benchmark/literal
 epoch    an epoch of attack training: PIL images, DataLoader and PNG files, and ours; and the
          evaluation after an epoch
 share    where the time of our epoch and of our round goes, and the ratio to the floor: the
-         operations that are needed, at the matrix rate of this machine measured in the same run
+         operations of the usual convolutions, at the matrix rate measured in the same run
 growth   seconds of a round against clean images, steps, classes and image size
+
+`round+` and `epoch+` are the evaluations after them.
 """
 
 import argparse
@@ -198,7 +200,7 @@ def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
         {"ours, fp32": f"{same:.3f} % of delta's values identical"},
     )
     evaluations = {"three passes, fp32": three_passes, **our_scoring(bench)}
-    return rows + rows_of("scoring", interleaved(evaluations, bench.repeats, bench.device), {})
+    return rows + rows_of("round+", interleaved(evaluations, bench.repeats, bench.device), {})
 
 
 def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
@@ -258,7 +260,7 @@ def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
         scoring = interleaved(evaluations, bench.repeats, bench.device)
     images = count // batch_size * batch_size
     rate = {name: f"{images / s:.0f} images/s" for name, s in seconds.items()}
-    return rows_of("epoch", seconds, rate) + rows_of("scoring", scoring, {})
+    return rows_of("epoch", seconds, rate) + rows_of("epoch+", scoring, {})
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:

@@ -90,7 +90,7 @@ def test_it_leaves_a_table_and_a_chart(workplace: Path, badnet: Path) -> None:
     flags += ["--parts", "round", "epoch", "share"]
     assert run_script(ROOT / "benchmark/speed.py", *flags) == 0
     table = pd.read_csv(workplace / "speed/speed.csv")
-    assert set(table["part"]) == {"round", "scoring", "epoch", "share"}
+    assert set(table["part"]) == {"round", "round+", "epoch", "epoch+", "share"}
     assert (table["seconds"] > 0).all()
     assert table.loc[table["part"] == "round", "what"].tolist()[:2] == [
         "literal, fp32",
