@@ -67,6 +67,7 @@ class Conv3x3(nn.Conv2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if (
             images.device.type != "cpu"
+            or images.dtype not in (torch.float32, torch.float64)
             or images.dtype != self.weight.dtype
             or torch.is_autocast_enabled("cpu")
         ):

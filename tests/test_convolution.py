@@ -173,6 +173,7 @@ def test_autocast_and_other_types_are_the_librarys(calls: list[str]) -> None:
         output = layer(images)
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
+    layer.bfloat16()(images.bfloat16()).float().sum().backward()
     assert calls == []
 
 
