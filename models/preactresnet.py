@@ -46,16 +46,23 @@ class PreActResNet(nn.Module):
     Args:
         blocks: number of blocks of each of the four stages.
         num_classes: number of outputs, >= 1.
+        widths: channels of each of the four stages.
     """
 
-    def __init__(self, blocks: tuple[int, int, int, int], num_classes: int) -> None:
+    def __init__(
+        self,
+        blocks: tuple[int, int, int, int],
+        num_classes: int,
+        widths: tuple[int, int, int, int] = (64, 128, 256, 512),
+    ) -> None:
         super().__init__()
-        self.conv1 = Conv3x3(3, 64)
-        self.layer1 = _stage(64, 64, blocks[0], stride=1)
-        self.layer2 = _stage(64, 128, blocks[1], stride=2)
-        self.layer3 = _stage(128, 256, blocks[2], stride=2)
-        self.layer4 = _stage(256, 512, blocks[3], stride=2)
-        self.linear = nn.Linear(512, num_classes)
+        first, second, third, last = widths
+        self.conv1 = Conv3x3(3, first)
+        self.layer1 = _stage(first, first, blocks[0], stride=1)
+        self.layer2 = _stage(first, second, blocks[1], stride=2)
+        self.layer3 = _stage(second, third, blocks[2], stride=2)
+        self.layer4 = _stage(third, last, blocks[3], stride=2)
+        self.linear = nn.Linear(last, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.layer1(self.conv1(images))
