@@ -12,6 +12,10 @@ library's convolution (1.1e-6 to 0.9e-6, relative), because of the points chosen
 0, 1, -1, 2, -2 have three times as much. Parameters and state dict are those of `torch.nn.Conv2d`.
 
 Where the maps are smaller than a tile, the weight gradient alone is a single product of matrices.
+
+Where only the image has a gradient, the convolution is the library's: an adversarial perturbation
+goes by the gradient's sign, which turns the last bit into a whole step where a gradient is near 0,
+and it shall be the one that everyone else gets.
 """
 
 import contextlib
@@ -72,8 +76,10 @@ class Conv3x3(nn.Conv2d):
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(images)
-        count, _, height, width = images.shape
         learns = torch.is_grad_enabled() and self.weight.requires_grad
+        if torch.is_grad_enabled() and images.requires_grad and not learns:
+            return super().forward(images)
+        count, _, height, width = images.shape
         channels = FEWEST_CHANNELS_LEARNING if learns else FEWEST_CHANNELS
         tiles = FEWEST_TILES if learns or _Kept.weights is None else FEWEST_TILES_KEPT
         if (
@@ -96,32 +102,25 @@ class _ByTiles(torch.autograd.Function):
     def forward(
         ctx: Any, images: torch.Tensor, weight: torch.Tensor, product: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(images if ctx.needs_input_grad[1] else None, weight, product)
+        ctx.save_for_backward(images, weight, product)
         most = weight.shape[0]
         return joined([from_tiles(spread(x) @ product, x) for x in blocks(images, most)])
 
     @staticmethod
     def backward(
         ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         images, weight, product = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative, which depends on the weight
             product = transform(weight)
-        of_images, of_weight = [], None
-        gradients = blocks(gradient, weight.shape[1])
-        inputs = gradients if images is None else blocks(images, weight.shape[0])
-        for g, x in zip(gradients, inputs, strict=True):
+        of_images, of_weight = [], torch.zeros_like(product)
+        parts = blocks(gradient, weight.shape[1]), blocks(images, weight.shape[0])
+        for g, x in zip(*parts, strict=True):
             values = to_tiles(g)
             if ctx.needs_input_grad[0]:
                 of_images.append(unspread(values @ product.mT, g))
-            if ctx.needs_input_grad[1]:
-                term = spread(x).mT @ values
-                of_weight = term if of_weight is None else of_weight + term
-        return (
-            joined(of_images) if of_images else None,
-            None if of_weight is None else untransform(of_weight),
-            None,
-        )
+            of_weight += spread(x).mT @ values
+        return joined(of_images) if of_images else None, untransform(of_weight), None
 
 
 class _ByPatches(torch.autograd.Function):
