@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import prototype
 from models import Classifier, build_model, check_model, model_identity, prepare
+from utils import backdoorbench, pipeline, poison, record
 from utils import config as configuration
-from utils import pipeline, poison, record
 from utils.data import Dataset, Triggered
 from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
@@ -38,7 +38,7 @@ from utils.evaluate import evaluate
 from utils.images import IMAGE_SUFFIXES, decoded
 from utils.metrics import FAILED_ASR, Scores, rate_label
 from utils.runtime import Precision, file_log, logger, pick_device, pick_precision, run_script
-from utils.tensors import load_tensors
+from utils.tensors import load_tensors, not_finite
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 
@@ -98,7 +98,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
             content: Mapping[str, Any] = load_file(path)
         else:
-            content = load_tensors(path)
+            content = load_tensors(path, backdoorbench.ALLOWED)  # numpy's numbers beside weights
     except Exception as error:  # a file of another kind raises anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
@@ -117,10 +117,15 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             f"--state_dict: {path} holds no state dict ({', '.join(others) or 'nothing'} is no "
             f"tensor); give one, bare or under {', '.join(_WRAPPERS)}"
         )
-    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    broken = not_finite(state)
     if broken:
         raise UserError(f"--state_dict: {path}: not finite: {', '.join(broken)}; give another file")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    stripped = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(stripped) < len(state):
+        raise UserError(
+            f"--state_dict: {path} has names both with and without 'module.' before them; give one"
+        )
+    return stripped
 
 
 def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> None:

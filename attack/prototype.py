@@ -264,7 +264,8 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         prepare_model(model, device, precision)
 
         distributed.barrier()  # all have found the folder free before one writes into it
-        checkpoint = folder.start(config.dump(), config.resume)
+        model_name, model_sha256 = model_identity(config.model)
+        checkpoint = folder.start(config.dump(), config.resume, model_sha256)
         open_log(folder.log, append=checkpoint is not None)
         logger.info("%s on %s: %s, %s, %s", name, data.name, config.model, device, precision)
         if len(plan.training.index):
@@ -280,7 +281,6 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
         if not distributed.is_main():
             return folder
         triggered, exported = plan.triggered(), plan.exported()
-        model_name, model_sha256 = model_identity(config.model)
         facts = {
             "attack": name,
             "model_name": model_name,

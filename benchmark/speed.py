@@ -189,11 +189,10 @@ def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
     )
     x, y = images[: config.batch_size], labels[: config.batch_size].to(bench.device)
     purified = sau.purify(bench.model, bench.clean.images, labels, config)
-    deltas = [
-        function(purified, bench.model.eval(), x, y, config)
-        for function in (literal.perturbation, sau.shared_perturbation)
-    ]
-    same = 100 * float((deltas[0] == deltas[1]).float().mean())
+    models = purified, bench.model.eval()
+    own = sau.shared_perturbation(*models, x, y, config)
+    usual = literal.perturbation(*map(literal.plain_network, models), x, y, config)
+    same = 100 * float((own == usual).float().mean())
     rows = rows_of(
         "round",
         {name: s / rounds for name, s in seconds.items()},

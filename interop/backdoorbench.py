@@ -271,7 +271,9 @@ def _parsed() -> Any:
     ours = commands.add_parser(
         "export", allow_abbrev=False, help="a record becomes one of BackdoorBench"
     )
-    theirs.add_argument("result_file", metavar="DIR", help="BackdoorBench's record: its folder")
+    theirs.add_argument(
+        "result_file", type=Path, metavar="DIR", help="BackdoorBench's record: its folder"
+    )
     ours.add_argument("--result_file", required=True, help="record, or its name")
     for command in (theirs, ours):
         command.add_argument("--record_path", type=Path, help="folder of all records")
@@ -285,12 +287,14 @@ def _parsed() -> Any:
 def main() -> None:
     """Parses the flags and converts."""
     flags = _parsed()
-    source = record.find_record(flags.result_file, flags.record_path)
     if flags.command == "export":
+        source = record.find_record(flags.result_file, flags.record_path)
         export_record(source, flags.to, flags.dataset_path)
     else:
+        if not flags.result_file.is_dir():
+            raise UserError(f"DIR: {flags.result_file} is no folder; give BackdoorBench's record")
         import_record(
-            source,
+            flags.result_file,
             flags.save_folder_name,
             flags.dataset_path,
             flags.record_path,

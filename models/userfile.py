@@ -60,7 +60,7 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
         network = build(num_classes=num_classes, image_size=image_size)
     except UserError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--model: {name} failed with num_classes={num_classes}, image_size={image_size} "

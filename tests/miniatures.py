@@ -80,11 +80,14 @@ def _write_gtsrb_csv(path: Path, rows: list[str]) -> None:
     path.write_text("\n".join([header, *rows, ""]), encoding="utf-8")
 
 
-def official_tiny(folder: Path, classes: int = 200, count: int = 1) -> Path:
-    """`count` training images a class, and test images of the classes 7, 0 and 7.
+def official_tiny(
+    folder: Path, classes: int = 200, count: int = 1, layout: str = "official"
+) -> Path:
+    """`count` training images a class, and test images val_9 to val_11 of the classes 7, 0 and 7.
 
-    Training image i of class c is of the grey c; test image i of 100 + i. wnids.txt, whose order
-    is not that of the names, lists the last class first.
+    Training image i of class c is of the grey c; test image val_i of 100 + i. wnids.txt, whose
+    order is not that of the names, lists the last class first. Layouts: "official", and "sorted"
+    and "deeper", in which others keep the validation images: `val/<id>/` and `val/<id>/images/`.
     """
     home = folder / "tiny-imagenet-200"
     ids = [f"n{label:08}" for label in range(classes)]
@@ -94,12 +97,15 @@ def official_tiny(folder: Path, classes: int = 200, count: int = 1) -> Path:
         for i in range(count):
             Image.new("RGB", (64, 64), (label,) * 3).save(below / f"{wordnet_id}_{i}.JPEG")
         (below.parent / f"{wordnet_id}_boxes.txt").write_text("", encoding="utf-8")
-    (home / "val" / "images").mkdir(parents=True)
     lines = []
-    for i, label in enumerate((7, 0, 7)):
-        Image.new("L", (64, 64), 100 + i).save(home / "val" / "images" / f"val_{i}.JPEG")
+    for i, label in ((9, 7), (10, 0), (11, 7)):
+        places = {"official": "images", "sorted": ids[label], "deeper": f"{ids[label]}/images"}
+        below = home / "val" / places[layout]
+        below.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (64, 64), 100 + i).save(below / f"val_{i}.JPEG")
         lines.append(f"val_{i}.JPEG\t{ids[label]}\t0\t32\t44\t62\n")
-    (home / "val" / "val_annotations.txt").write_text("".join(lines), encoding="utf-8")
+    if layout == "official":
+        (home / "val" / "val_annotations.txt").write_text("".join(lines), encoding="utf-8")
     (home / "wnids.txt").write_text("\n".join(reversed(ids)) + "\n", encoding="utf-8")
     words = "".join(f"{wordnet_id}\tname {i}, other\n" for i, wordnet_id in enumerate(ids[:8]))
     (home / "words.txt").write_text(words, encoding="utf-8")

@@ -235,6 +235,13 @@ def test_the_dataset_is_known_before_the_record_is_read(tmp_path: Path, data: Da
     assert record.recorded_dataset(folder) == "tiny"
 
 
+def test_text_of_a_record_cannot_write_to_the_terminal(tmp_path: Path, data: Dataset) -> None:
+    named = writer.write(tmp_path / "a", badnet(data, attack="bad\x1b[31m\n"))
+    assert record.load_attack(named).attack == "unknown"
+    folder = writer.write(tmp_path / "b", badnet(data, model_name="a\nb"))
+    assert "model_name has characters that cannot be printed" in problem_of(folder)
+
+
 # --- weights ------------------------------------------------------------------------------------
 
 
@@ -258,6 +265,12 @@ def test_weights_fit_by_name_by_position_or_not_at_all() -> None:
         (lambda state: state.update({"linear.bias": torch.zeros(4)}), "linear.bias is of (4,)"),
         (lambda state: state.update({"linear.bias": "text"}), "linear.bias are no tensor"),
         (lambda state: state["linear.bias"].fill_(float("nan")), "linear.bias are not finite"),
+        (
+            lambda state: state.update(
+                {"linear.bias": torch.full((10,), float("nan")).to(torch.float8_e5m2)}
+            ),
+            "linear.bias are not finite",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(

@@ -306,6 +306,60 @@ def folder_problem(folder: Path | None) -> str:
     return str(caught.value)
 
 
+def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
+    """EXIF orientation 6: the camera was held upright, its top is at the right of the picture."""
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    pixels[:, 0] = 255
+    for name, orientation in (("0.png", None), ("1.png", 6)):
+        exif = Image.Exif()
+        if orientation:
+            exif[0x0112] = orientation
+        for split in ("train", "test"):
+            path = tmp_path / "images" / split / "a" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path, exif=exif)
+    found = load_dataset("folder", tmp_path / "images", 8).train.images[:, 0]
+    assert torch.equal(found[1], found[0].T)
+    assert found[0, :, 0].tolist() == [255] * 8
+
+
+def test_a_damaged_note_of_a_camera_leaves_the_photo_as_it_is(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        path = tmp_path / "images" / split / "a" / "1.jpg"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(path, exif=b"Exif\0\0MM\0*broken")
+    assert load_dataset("folder", tmp_path / "images", 8).train.images[0, 0, 0, 0] >= 190
+
+
+def test_what_is_no_picture_by_its_name_is_told(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tree / "train/cat/notes.txt").write_text("no picture")
+    (tree / "test/dog/more").mkdir()
+    load_dataset("folder", tree, 8)
+    (message,) = caplog.messages[:1]
+    assert f"2 left out, such as {tree / 'train/cat/notes.txt'}" in message
+    assert ".png" in message
+
+
+def test_an_accent_is_one_letter_in_both_spellings(tree: Path) -> None:
+    """As macOS and Linux write folder names."""
+    (tree / "train/dog").rename(tree / "train/caf\u00e9")
+    (tree / "test/dog").rename(tree / "test/cafe\u0301")
+    data = load_dataset("folder", tree, 8)
+    assert data.classes == ("caf\u00e9", "cat")
+    assert data.train.images[:, 0, 0, 0].tolist() == [10, 0]
+    assert data.test.images[:, 0, 0, 0].tolist() == [30, 20]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "gtsrb", "tiny", "folder"])
+def test_a_file_is_no_folder(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(UserError, match=r"--dataset_path: .*file is no folder"):
+        load_dataset(name, path, 32)
+
+
 def test_folder_needs_a_path() -> None:
     assert folder_problem(None).startswith("--dataset_path: a value is needed")
 
@@ -522,6 +576,25 @@ def test_gtsrb_is_read_in_both_layouts(tmp_path: Path, layout: str, inside: bool
     assert (data.mean, data.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "found", "wanted"),
+    [
+        ("gtsrb", "43 classes, 43 training and 4 test", "43, 39209 and 12630"),
+        ("tiny", "200 classes, 200 training and 3 test", "200, 100000 and 10000"),
+    ],
+)
+def test_a_part_of_an_official_set_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    found: str,
+    wanted: str,
+) -> None:
+    load_dataset(name, official(name, tmp_path, monkeypatch), 32)
+    assert f"has {found} images, where the official set has {wanted}" in caplog.messages[-1]
+
+
 def test_gtsrb_is_decoded_once(tmp_path: Path, root: Path) -> None:
     folder = official_gtsrb(tmp_path)
     load_dataset("gtsrb", folder, 32)
@@ -537,6 +610,12 @@ def test_gtsrb_is_decoded_once(tmp_path: Path, root: Path) -> None:
         ("GT-final_test.csv", "Filename;ClassId\n1.ppm;x\n", "has no columns Filename and ClassId"),
         ("GT-final_test.csv", "Filename;ClassId\n00001.ppm;43\n", "names class 43; GTSRB has 0 to"),
         ("GT-final_test.csv", "Filename;ClassId\n99999.ppm;3\n", "99999.ppm: cannot be read"),
+        ("GT-final_test.csv", "ClassId;Filename\n3\n", "has no columns Filename and ClassId"),
+        (
+            "GTSRB/Final_Training/Images/00007/GT-00007.csv",
+            "Filename;ClassId\n00000_00000.ppm;8\n",
+            "GT-00007.csv: names other classes than 7",
+        ),
         ("GTSRB/Final_Training/Images/00007/GT-00007.csv", None, "GT-00007.csv: cannot be read"),
     ],
 )
@@ -558,15 +637,17 @@ def test_a_damaged_gtsrb_names_the_file(
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_tiny_is_read_in_its_layout(tmp_path: Path, inside: bool) -> None:
-    """Classes in the order of their ids, not of the list; validation images are the test set."""
-    folder = official_tiny(tmp_path / "downloads")
+@pytest.mark.parametrize("layout", ["official", "sorted", "deeper"])
+def test_tiny_is_read_in_its_layouts(tmp_path: Path, layout: str, inside: bool) -> None:
+    """Classes in the order of their ids, not of the list; validation images are the test set, by
+    class, then by name as text: 11 before 9."""
+    folder = official_tiny(tmp_path / "downloads", layout=layout)
     data = load_dataset("tiny", folder / "tiny-imagenet-200" if inside else folder, 64)
     assert data.train.images.shape == (200, 3, 64, 64)
     assert data.train.labels.tolist() == list(range(200))
     assert data.train.images[:, 1, 5, 60].tolist() == list(range(200))
-    assert data.test.labels.tolist() == [7, 0, 7]
-    assert data.test.images[:, 2, 0, 0].tolist() == [100, 101, 102]
+    assert data.test.labels.tolist() == [0, 7, 7]
+    assert data.test.images[:, 2, 0, 0].tolist() == [110, 111, 109]
     assert (data.classes[0], data.classes[9]) == ("name 0", "n00000009")
     assert data.mean == (0.4802, 0.4481, 0.3975)
     assert data.std == (0.2302, 0.2265, 0.2262)
@@ -577,8 +658,9 @@ def test_an_incomplete_tiny_is_refused(tmp_path: Path) -> None:
     annotations = folder / "val" / "val_annotations.txt"
     whole = annotations.read_text()
     for text, problem in (
-        (whole + "val_9.JPEG\tn99999999\t1\t1\t1\t1\n", "n99999999 1 1 1 1 names no class"),
-        (whole + "val_9.JPEG\tn00000001\t1\t1\t1\t1\n", "val_9.JPEG: cannot be read"),
+        (whole + "val_8.JPEG\tn99999999\t1\t1\t1\t1\n", "n99999999 1 1 1 1 names no class"),
+        (whole + "val_8.JPEG\tn00000001\t1\t1\t1\t1\n", "val_8.JPEG: cannot be read"),
+        (whole + "/etc/passwd\tn00000001\t1\t1\t1\t1\n", "images/passwd: cannot be read"),
     ):
         annotations.write_text(text, encoding="utf-8")
         with pytest.raises(UserError) as caught:

@@ -98,7 +98,7 @@ def wrapped(path: Path, state: dict[str, torch.Tensor], way: str) -> Path:
     elif way == "half":
         torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, path)
     else:
-        torch.save({way: state, "epoch": 3}, path)
+        torch.save({way: state, "epoch": 3, "best": np.float64(0.5)}, path)
     return path
 
 
@@ -226,6 +226,8 @@ def test_a_pickled_model_is_not_loaded(
     [
         ({"epoch": 3, "lr": 0.1}, r"holds no state dict \(epoch, lr is no tensor\)"),
         ({"weight": torch.tensor([1.0, float("nan")])}, "not finite: weight"),
+        ({"w": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}, "not finite: w"),
+        ({"w": torch.ones(1), "module.w": torch.ones(1)}, "both with and without 'module.'"),
         ({}, "nothing is no tensor"),
         ([1, 2], "holds no dictionary"),
     ],

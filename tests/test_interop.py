@@ -321,6 +321,7 @@ def test_a_wrong_command_line_gets_one_line(
         ([*export, "--result_file", ours, "--to", tmp_path / "file"], "file exists; give a new"),
         ([*export, "--result_file", ours, "--to", tmp_path / "file/x"], "cannot be made"),
         ([*import_, ours, "--save_folder_name", "x"], "is no record of Backdoor"),
+        ([*import_, "nowhere", "--save_folder_name", "x"], "DIR: nowhere is no folder"),
         ([*import_, theirs, "--save_folder_name", "../x"], "is not a name"),
         ([*import_, theirs], "are required: --save_folder_name"),
         ([*import_, theirs, "--save_folder", "x"], "--save_folder_name"),

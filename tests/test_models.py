@@ -337,6 +337,7 @@ def test_without_a_network_the_weights_file_is_named(
 # --- the user's own file ------------------------------------------------------------------------
 
 OWN = """
+import sys
 from dataclasses import dataclass
 
 from torch import nn
@@ -362,6 +363,20 @@ def text(num_classes, image_size):
 
 def broken(num_classes):
     return None
+
+
+def leaves(num_classes, image_size):
+    sys.exit(3)
+
+
+def frozen(num_classes, image_size):
+    return build(num_classes, image_size).requires_grad_(False)
+
+
+def uncopyable(num_classes, image_size):
+    network = build(num_classes, image_size)
+    network.numbers = (number for number in range(3))
+    return network
 
 
 number = 3
@@ -396,6 +411,9 @@ def test_a_user_s_file_is_known_by_its_name_and_content(own: Path) -> None:
         ("{own}:wrong", r"gives \(2, 5\) for a batch of two .*; logits of \(2, 4\) are needed"),
         ("{own}:text", "gave str; it has to return an nn.Module"),
         ("{own}:broken", "failed with num_classes=4, image_size=8 .TypeError: "),
+        ("{own}:leaves", "failed with num_classes=4, image_size=8 .SystemExit: 3"),
+        ("{own}:frozen", "has no weight with requires_grad"),
+        ("{own}:uncopyable", "cannot be copied by copy.deepcopy, as defenses do .*generator"),
         ("{own}:missing", "has no function missing"),
         ("{own}:number", "has no function number"),
         ("nowhere.py:build", "nowhere.py cannot be read"),

@@ -228,6 +228,18 @@ def test_a_damaged_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
     assert (folder.path / "config.yaml").exists()
 
 
+def test_a_run_does_not_go_on_with_another_network(tmp_path: Path) -> None:
+    """The user's file was changed in between: its name and all flags are the same."""
+    config = "model: my_net.py:build\n"
+    folder = RunFolder(tmp_path / "x")
+    folder.start(config, model_sha256="0123")
+    folder.write_checkpoint({"loop": {}, "rows": [], "seconds": 1.0})
+    expected = {"loop": {}, "rows": [], "seconds": 1.0}
+    assert RunFolder(folder.path).start(config, resume=True, model_sha256="0123") == expected
+    with pytest.raises(UserError, match=r"--resume: .*x was run with another content of my_net.py"):
+        RunFolder(folder.path).start(config, resume=True, model_sha256="4567")
+
+
 def test_a_watch_goes_on_with_its_rows(tmp_path: Path) -> None:
     """Rows and seconds of the run before are kept."""
     rows = [{"epoch": 1, "loss": 2.0, "seconds": 5.0}]

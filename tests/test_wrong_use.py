@@ -337,7 +337,7 @@ def test_a_defense_before_any_attack(
 def test_the_record_of_a_failed_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = attack_flags(workplace, "failed", lr=1e30)
     assert run_script(ROOT / "attack/badnet.py", *flags) == 2
-    message = r"failed: has no summary.json, so its attack did not finish; run the attack again"
+    message = r"failed: has no summary.json, so its attack did not finish, or it is no record; run"
     assert_refused(
         workplace, capsys, message, "defense/sau.py", *defense_flags(workplace, "failed")
     )
@@ -350,7 +350,7 @@ def test_the_record_of_a_failed_run(workplace: Path, capsys: pytest.CaptureFixtu
         ("poison.pt", r"poison.pt: is not the file that summary.json describes"),
         (
             "summary.json",
-            r"has no summary.json, so its attack did not finish; run the attack again",
+            r"has no summary.json, so its attack did not finish, or it is no record; run",
         ),
     ],
 )

@@ -457,6 +457,8 @@ def _refuse(path: Path, is_v1: bool) -> None:
 def _text(content: Mapping[str, Any], key: str) -> str:
     if not isinstance(content[key], str):
         raise ValueError(f"{key} is no text")
+    if not content[key].isprintable():
+        raise ValueError(f"{key} has characters that cannot be printed")
     return content[key]
 
 
@@ -608,7 +610,7 @@ def _attack_name(folder: Path) -> str:
         name = load_tensors(folder / INFO).get("attack")
     except Exception:  # absent, or not of plain data
         return "unknown"
-    return name if isinstance(name, str) else "unknown"
+    return name if isinstance(name, str) and name.isprintable() else "unknown"
 
 
 def _read_images(

@@ -1,6 +1,7 @@
 """The table of datasets, and how each is found, downloaded and read."""
 
 import csv
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +14,7 @@ from utils.archives import Archive, extract_all
 from utils.data import Dataset, Labelled, release
 from utils.errors import UserError, suggestion
 from utils.images import IMAGE_SUFFIXES, data_folder, decoded
+from utils.runtime import logger
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "gtsrb", "tiny", "folder"]
 
@@ -41,6 +43,9 @@ _TINY_ARCHIVE = Archive(
     "tiny-imagenet-200",
 )
 
+# Classes, training and test images of the sets that are folders of pictures; CIFAR has checksums.
+_OFFICIAL = {"gtsrb": (43, 39_209, 12_630), "tiny": (200, 100_000, 10_000)}
+
 
 class _Listing(NamedTuple):
     """Picture files of one split with their labels."""
@@ -66,12 +71,21 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
             f"--dataset: {name} is unknown{suggestion(name, _LOADERS)}; give one of "
             f"{', '.join(_LOADERS)}"
         )
+    if path is not None and path.exists() and not path.is_dir():
+        raise UserError(f"--dataset_path: {path} is no folder; give the one that holds the dataset")
     dataset = _LOADERS[name](path, image_size)
     for split, kind in ((dataset.train, "training"), (dataset.test, "test")):
         if len(split) == 0:
             raise UserError(
                 f"--dataset {name}: the {kind} set has no image; give at least one a class"
             )
+    found = (len(dataset.classes), len(dataset.train), len(dataset.test))
+    if found != _OFFICIAL.get(name, found):
+        logger.warning(
+            "warning: --dataset %s: has %d classes, %d training and %d test images, where the "
+            "official set has %d, %d and %d",
+            *(name, *found, *_OFFICIAL[name]),
+        )
     return dataset
 
 
@@ -141,7 +155,10 @@ def _gtsrb(path: Path | None, image_size: int) -> Dataset:
         truth = home / "GT-final_test.csv"
     train = _Listing([], [])
     for label in range(43):
-        found = _gtsrb_csv(train_root / f"{label:05}" / f"GT-{label:05}.csv")
+        file = train_root / f"{label:05}" / f"GT-{label:05}.csv"
+        found = _gtsrb_csv(file)
+        if set(found.labels) - {label}:
+            raise UserError(f"{file}: names other classes than {label}; extract the archive again")
         train.files.extend(found.files)
         train.labels.extend(found.labels)
     listed = _gtsrb_csv(truth)
@@ -156,7 +173,7 @@ def _gtsrb_csv(file: Path) -> _Listing:
     try:
         rows = list(csv.DictReader(lines, delimiter=";"))
         labels = [int(row["ClassId"]) for row in rows]
-        names = [row["Filename"] for row in rows]
+        names = [Path(row["Filename"]).name for row in rows]
     except (KeyError, TypeError, ValueError, csv.Error):
         raise UserError(
             f"{file}: has no columns Filename and ClassId; extract the archive again"
@@ -170,8 +187,9 @@ def _gtsrb_csv(file: Path) -> _Listing:
 def _tiny(path: Path | None, image_size: int) -> Dataset:
     """Tiny ImageNet: 200 classes in the order of their WordNet ids, 100,000 / 10,000 images.
 
-    The official validation images are the test set, in the order of val_annotations.txt; the
-    official test images have no published labels.
+    The official validation images are the test set, because the official test images have no
+    published labels. Both splits are in the order of classes, then of file names as text, which
+    does not depend on the layout and is the order that other programs number them in.
     """
     root = path or data_folder()
     if (root / "wnids.txt").exists():
@@ -195,20 +213,31 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
             f"{home}: is incomplete (class {ids[fewest] if ids else 'list'} has fewer training "
             "images than others); remove that folder and run again"
         )
-    rows = [line.split("\t") for line in _lines(home / "val" / "val_annotations.txt") if line]
-    unknown = [row for row in rows if len(row) < 2 or row[1] not in ids]
-    if unknown:
-        raise UserError(
-            f"{home / 'val' / 'val_annotations.txt'}: {' '.join(unknown[0])} names no class of "
-            "wnids.txt; extract the archive again"
-        )
-    label_of = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
-    test = _Listing(
-        [home / "val" / "images" / row[0] for row in rows], [label_of[row[1]] for row in rows]
-    )
+    test = _tiny_validation(home / "val", ids)
     classes = tuple(names.get(wordnet_id, wordnet_id).split(",")[0] for wordnet_id in ids)
     constants = ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
     return _from_files("tiny", home, train, test, image_size, classes, constants)
+
+
+def _tiny_validation(folder: Path, ids: list[str]) -> _Listing:
+    """The validation images, in the official layout or sorted into one folder a class."""
+    notes, found = folder / "val_annotations.txt", []
+    if not notes.exists() and any((folder / wordnet_id).is_dir() for wordnet_id in ids):
+        for label, wordnet_id in enumerate(ids):
+            homes = (folder / wordnet_id / "images", folder / wordnet_id)
+            home = next((home for home in homes if home.is_dir()), None)
+            found += [] if home is None else [(label, file) for file in _pictures(home)]
+    else:
+        label_of = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
+        for row in (line.split("\t") for line in _lines(notes) if line):
+            if len(row) < 2 or row[1] not in label_of:
+                raise UserError(
+                    f"{notes}: {' '.join(row)} names no class of wnids.txt; extract the archive "
+                    "again"
+                )
+            found.append((label_of[row[1]], folder / "images" / Path(row[0]).name))
+    found.sort()
+    return _Listing([file for _, file in found], [label for label, _ in found])
 
 
 def _folder(path: Path | None, image_size: int) -> Dataset:
@@ -218,21 +247,28 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
             "--dataset_path: a value is needed with --dataset folder; give the folder that holds "
             "train/ and test/"
         )
-    classes = _class_names(path / "train")
-    test_classes = _class_names(path / "test")
+    folders = [_class_folders(path / split) for split in ("train", "test")]
+    classes, test_classes = (tuple(split) for split in folders)
     if classes != test_classes:
         raise UserError(
             f"--dataset_path: classes differ: {path / 'train'} has {', '.join(classes)}; "
             f"{path / 'test'} has {', '.join(test_classes)}; give both the same folders"
         )
-    splits = []
-    for split in ("train", "test"):
+    splits, left_out = [], []
+    for split in folders:
         listing = _Listing([], [])
-        for label, name in enumerate(classes):
-            found = _pictures(path / split / name)
+        for label, folder in enumerate(split.values()):
+            found = _pictures(folder)
             listing.files.extend(found)
             listing.labels.extend([label] * len(found))
+            left_out += sorted({f for f in folder.iterdir() if f.name[0] != "."} - {*found})
         splits.append(listing)
+    if left_out:
+        logger.warning(
+            "warning: --dataset_path: %d left out, such as %s: pictures are files right in the "
+            "folder of their class, with one of the endings %s",
+            *(len(left_out), left_out[0], " ".join(sorted(IMAGE_SUFFIXES))),
+        )
     for label, name in enumerate(classes):
         if label not in splits[0].labels:
             raise UserError(
@@ -242,17 +278,20 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     return _from_files("folder", path, splits[0], splits[1], image_size, classes)
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """Class -> its folder, by name. A letter with an accent is one, however it is spelled."""
     if not folder.is_dir():
         raise UserError(f"--dataset_path: {folder} is not a folder; put one folder a class into it")
-    names = tuple(
-        sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    )
-    if not names:
+    found = {
+        unicodedata.normalize("NFC", f.name): f
+        for f in folder.iterdir()
+        if f.is_dir() and not f.name.startswith(".")
+    }
+    if not found:
         raise UserError(
             f"--dataset_path: {folder} has no class folders; put one folder a class into it"
         )
-    return names
+    return dict(sorted(found.items()))
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils import distributed
 from utils.data import mapped
@@ -18,7 +18,10 @@ from utils.files import not_written, prepare_folder, replaced
 from utils.runtime import ROOT, Progress, logger
 
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
+    (
+        *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"),
+        *(".gif", ".tga", ".jp2"),
+    )
 )
 _MOST_PIXELS = 89_000_000  # where Pillow, too, begins to suspect a decompression bomb
 
@@ -31,7 +34,8 @@ def data_folder() -> Path:
 def read_image(file: Path, image_size: int) -> np.ndarray:
     """One picture file as uint8 (3, S, S), squashed where it is not square.
 
-    Grey, palette and CMYK become RGB, transparency is dropped, 16-bit grey is scaled.
+    Grey, palette and CMYK become RGB, transparency is dropped, 16-bit grey is scaled; a photo is
+    turned upright as its EXIF data say.
 
     Raises:
         UserError: if the file is missing, no picture, cut short, of floats, or huge.
@@ -40,7 +44,7 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
         with Image.open(file) as opened:
             if opened.width * opened.height > _MOST_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
-            image = _eight_bits(opened)
+            image = _eight_bits(_upright(opened))
             # A palette goes by way of RGBA, or Pillow warns of its transparency.
             image = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
@@ -48,6 +52,16 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: not a readable image ({reason}); repair or remove it") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as a camera noted it; as it is where that note cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, Image.DecompressionBombError):  # of the pixels, not of the note
+        raise
+    except Exception:  # damaged EXIF data raise anything
+        return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -81,7 +95,7 @@ def decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
 
 def _cache_of(root: Path, files: list[Path], image_size: int, shape: tuple[int, ...]) -> Path:
     """The file that holds the pixels, written if it is not there."""
-    digest = hashlib.sha256(f"pixels 1, {image_size}".encode())
+    digest = hashlib.sha256(f"pixels 2, {image_size}".encode())
     with ThreadPoolExecutor() as pool:
         with Progress(len(files), "looking for changes", "file") as progress:
             for file, content in zip(files, _ahead(pool, _file_digest, files), strict=True):

@@ -28,7 +28,7 @@ from utils.errors import NothingToDo, UserError
 from utils.files import not_written, remove_strays, replaced
 from utils.poison import KINDS, PoisonedSet, unpoisoned
 from utils.runtime import ROOT
-from utils.tensors import explained, load_tensors
+from utils.tensors import explained, load_tensors, not_finite
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _EXPECTED = "a record of this program"
@@ -47,6 +47,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._model_sha256: str | None = None
 
     @property
     def is_done(self) -> bool:
@@ -123,11 +124,14 @@ class RunFolder:
     def _holds_files(self) -> bool:
         return not self.path.is_dir() or any(self.path.iterdir())
 
-    def start(self, config: str, resume: bool = False) -> dict[str, Any] | None:
+    def start(
+        self, config: str, resume: bool = False, model_sha256: str | None = None
+    ) -> dict[str, Any] | None:
         """Empties the folder and writes the resolved configuration into it.
 
         Args:
             resume: go on where the folder's run was interrupted, if it was.
+            model_sha256: of the user's file that makes the network; None for any other.
 
         Returns:
             What `write_checkpoint` was given; None for a fresh run.
@@ -135,6 +139,7 @@ class RunFolder:
         Raises:
             UserError: if the folder cannot be written, or the run had another configuration.
         """
+        self._model_sha256 = model_sha256
         if resume and distributed.from_main(self._checkpoint.exists()):
             return self._resumed(config)
         if not distributed.is_main():
@@ -164,11 +169,17 @@ class RunFolder:
             )
         remove_strays(self.path)
         with explained(self._checkpoint, "a checkpoint of this program"):
-            content = load_tensors(self._checkpoint)
-            return dict(_CHECKPOINT.validate_python(content))
+            content = dict(_CHECKPOINT.validate_python(load_tensors(self._checkpoint)))
+        if content.pop("model_sha256", None) != self._model_sha256:
+            raise UserError(
+                f"--resume: {self.path} was run with another content of {now['model']}; give the "
+                "file as it was, or --overwrite to start anew"
+            )
+        return content
 
     def write_checkpoint(self, content: Mapping[str, Any]) -> None:
         """Keeps plain data and tensors from which the run can go on, in place of earlier ones."""
+        content = {**content, "model_sha256": self._model_sha256}
         self.write_tensors(self._checkpoint.name, content)
 
     @property
@@ -583,7 +594,8 @@ def _load_own(folder: Path) -> AttackRecord:
         hashes = {path.name: _sha256(path) for path in (result, poison) if path.exists()}
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: has no summary.json, so its attack did not finish; run the attack again"
+            f"{folder}: has no summary.json, so its attack did not finish, or it is no record; run "
+            "the attack again, or give another folder"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: cannot be read ({error}); run the attack again") from None
@@ -618,8 +630,8 @@ def _check_state(state: Mapping[str, Any]) -> None:
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"the weights {name} are no tensor")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"the weights {name} are not finite")
+    for name in not_finite(state):
+        raise ValueError(f"the weights {name} are not finite")
 
 
 class _Plain(TypedDict):
@@ -649,6 +661,7 @@ class _Checkpoint(TypedDict):
     loop: dict[str, Any]
     rows: list[dict[str, float | int]]
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    model_sha256: NotRequired[str | None]
 
 
 _CHECKPOINT = TypeAdapter(_Checkpoint)

@@ -70,6 +70,13 @@ def _refuse_hollow(content: Any) -> None:
             waiting += value
 
 
+def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that hold an infinity or no number."""
+    # torch cannot ask the 8-bit types.
+    askable = {n: v.float() if v.element_size() == 1 else v for n, v in state.items()}
+    return [name for name, value in askable.items() if not value.isfinite().all()]
+
+
 def load_tensors(path: Path, allowed: Sequence[Callable[..., Any]] = ()) -> dict[str, Any]:
     """A dictionary of plain data and tensors.
 
