@@ -38,6 +38,18 @@ def test_the_literal_inner_loop_is_the_oracles(tiny_model: Classifier, tiny_data
     assert torch.equal(found, expected)
 
 
+def test_delta_in_float32_is_the_literal_one_to_the_last_bit() -> None:
+    """In the network that has convolutions of our own, which are used where no sign is at stake."""
+    torch.manual_seed(0)
+    model, reference = (build_model("preactresnet18", 4).eval() for _ in range(2))
+    images, labels = torch.rand(64, 3, 16, 16), torch.arange(64) % 4
+    config = sau.Config.load("cifar10", adv_steps=3)
+    plain = [literal.plain_network(network) for network in (model, reference)]
+    expected = literal.perturbation(*plain, images, labels, config)
+    assert torch.equal(sau.shared_perturbation(model, reference, images, labels, config), expected)
+    assert 0 < (expected > 0).float().mean() < 1
+
+
 def test_a_plain_network_is_the_same_function_without_our_convolutions() -> None:
     network = build_model("preactresnet18", 4).network.eval()
     plain = literal.plain_network(network)
