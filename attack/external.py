@@ -2,15 +2,17 @@
 
     python attack/external.py --state_dict my_model.pt --model resnet18 --save_folder_name theirs
 
-The checkpoint is a state dict, `.pt`/`.pth` (read with weights_only=True) or `.safetensors`, bare
-or under `state_dict`, `model`, `model_state_dict` or `net`; `module.` before names is stripped, and
-all names and shapes have to be the network's. Nothing is trained.
+The checkpoint is a state dict, `.pt`/`.pth` (read with weights_only=True; beside it there may be
+plain data and NumPy's arrays and numbers) or `.safetensors`, bare or under `state_dict`, `model`,
+`model_state_dict` or `net`; `module.` before names is stripped, and all names and shapes have to be
+the network's. Nothing is trained.
 
 ASR needs triggered test images, as picture files named after the test image that they come from:
 
     <bd_test_dir>/<true class>/<position in the test set>.png
 
-with --attack_target (or --attack_label_trans all2all). The class is the dataset's name of it.
+with --attack_target (or --attack_label_trans all2all). The class is the dataset's name of it; the
+position counts from 0, for a folder of images by class and then by file name as text.
 Without them the record has no ASR, and defenses report ACC alone. Where the model was trained with
 another normalization than the dataset's usual one, give its --mean and --std.
 """
@@ -32,7 +34,7 @@ from models import Classifier, build_model, check_model, model_identity, prepare
 from utils import backdoorbench, pipeline, poison, record
 from utils import config as configuration
 from utils.data import Dataset, Triggered
-from utils.datasets import DatasetName, load_dataset
+from utils.datasets import DatasetName, class_name, load_dataset
 from utils.errors import UserError
 from utils.evaluate import evaluate
 from utils.images import IMAGE_SUFFIXES, decoded
@@ -117,13 +119,17 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             f"--state_dict: {path} holds no state dict ({', '.join(others) or 'nothing'} is no "
             f"tensor); give one, bare or under {', '.join(_WRAPPERS)}"
         )
-    broken = not_finite(state)
+    try:
+        broken = not_finite(state)
+    except ValueError as error:
+        raise UserError(f"--state_dict: {path}: {error}; give another file") from None
     if broken:
         raise UserError(f"--state_dict: {path}: not finite: {', '.join(broken)}; give another file")
     stripped = {key.removeprefix("module."): value for key, value in state.items()}
     if len(stripped) < len(state):
         raise UserError(
-            f"--state_dict: {path} has names both with and without 'module.' before them; give one"
+            f"--state_dict: {path} has names both with and without 'module.' before them; keep "
+            "one of each pair"
         )
     return stripped
 
@@ -171,7 +177,7 @@ def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
                 f"{len(data.test) - 1}"
             )
         true_class = data.classes[int(data.test.labels[position])]
-        if file.parent.name != true_class:
+        if class_name(file.parent) != true_class:
             raise UserError(
                 f"--bd_test_dir: {file} stands in class {file.parent.name}, but test image "
                 f"{position} is of class {true_class}; move or rename it"

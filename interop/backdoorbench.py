@@ -25,7 +25,7 @@ from utils.config import read_yaml
 from utils.data import Labelled
 from utils.errors import UserError
 from utils.poison import KINDS, PoisonedSet
-from utils.runtime import logger, run_script
+from utils.runtime import ROOT, logger, run_script
 from utils.tensors import explained, load_tensors
 
 # Their columns of attack_df.csv that metrics.csv has, and our names of them.
@@ -291,10 +291,12 @@ def main() -> None:
         source = record.find_record(flags.result_file, flags.record_path)
         export_record(source, flags.to, flags.dataset_path)
     else:
-        if not flags.result_file.is_dir():
+        places = (flags.result_file, (flags.record_path or ROOT / "record") / flags.result_file)
+        found = [place for place in places if place.is_dir()]
+        if not found:
             raise UserError(f"DIR: {flags.result_file} is no folder; give BackdoorBench's record")
         import_record(
-            flags.result_file,
+            found[0],
             flags.save_folder_name,
             flags.dataset_path,
             flags.record_path,

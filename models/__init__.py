@@ -205,18 +205,6 @@ def check_model(
 
 def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
     model = build_model(name, num_classes, image_size=image_size).train()
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise UserError(
-            f"--model: {name} has no weight with requires_grad; nothing could be trained"
-        )
-    try:
-        copy.deepcopy(model)
-    except Exception as error:  # whatever its parts raise
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--model: {name} cannot be copied by copy.deepcopy, as defenses do ({reason}); "
-            "repair it"
-        ) from error
     images = f"a batch of two images of {image_size} x {image_size} pixels"
     try:
         with torch.no_grad():
@@ -232,3 +220,13 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
         raise UserError(
             f"--model: {name} gives {shape} for {images}; logits of {(2, num_classes)} are needed"
         )
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(f"--model: {name} has no weight with requires_grad; a defense trains them")
+    try:
+        copy.deepcopy(model)
+    except Exception as error:  # whatever its parts raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"--model: {name} cannot be copied by copy.deepcopy, as defenses do ({reason}); "
+            "repair it"
+        ) from error

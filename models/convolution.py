@@ -13,9 +13,9 @@ library's convolution (1.1e-6 to 0.9e-6, relative), because of the points chosen
 
 Where the maps are smaller than a tile, the weight gradient alone is a single product of matrices.
 
-Where only the image has a gradient, the convolution is the library's: an adversarial perturbation
-goes by the gradient's sign, which turns the last bit into a whole step where a gradient is near 0,
-and it shall be the one that everyone else gets.
+Where only the image has a gradient, the convolution is the library's, and so is that gradient to
+the last bit: an adversarial perturbation goes by its sign, and where it is near 0 a rounding error
+would become a whole step.
 """
 
 import contextlib

@@ -306,28 +306,47 @@ def folder_problem(folder: Path | None) -> str:
     return str(caught.value)
 
 
-def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
-    """EXIF orientation 6: the camera was held upright, its top is at the right of the picture."""
-    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
-    pixels[:, 0] = 255
-    for name, orientation in (("0.png", None), ("1.png", 6)):
-        exif = Image.Exif()
-        if orientation:
-            exif[0x0112] = orientation
-        for split in ("train", "test"):
-            path = tmp_path / "images" / split / "a" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path, exif=exif)
-    found = load_dataset("folder", tmp_path / "images", 8).train.images[:, 0]
-    assert torch.equal(found[1], found[0].T)
-    assert found[0, :, 0].tolist() == [255] * 8
+# Where EXIF says that the stored picture's first row and first column are: (rows, columns).
+ORIENTATIONS = {
+    None: ("top", "left"),
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+    9: ("top", "left"),  # means nothing
+}
 
 
-def test_a_damaged_note_of_a_camera_leaves_the_photo_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_photo_is_turned_upright(tmp_path: Path, orientation: int | None) -> None:
+    """By the definition of each orientation, on a picture that is no two ways alike."""
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    for split in ("train", "test"):
+        path = tmp_path / "images" / split / "a" / "1.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(pixels).save(path, exif=exif)
+    found = load_dataset("folder", tmp_path / "images", 8).train.images[0, 0].numpy()
+    row, column = ORIENTATIONS[orientation]
+    side = {"top": found[0], "bottom": found[-1], "left": found[:, 0], "right": found[:, -1]}
+    assert sorted(side[row]) == sorted(pixels[0])
+    assert sorted(side[column]) == sorted(pixels[:, 0])
+
+
+@pytest.mark.parametrize("note", [b"Exif\0\0MM\0*broken", b"Exif\0\0II*\0\xff\xff\xff\x7f"])
+@pytest.mark.filterwarnings("error")
+def test_a_damaged_note_of_a_camera_leaves_the_photo_as_it_is(tmp_path: Path, note: bytes) -> None:
+    """In silence."""
     for split in ("train", "test"):
         path = tmp_path / "images" / split / "a" / "1.jpg"
         path.parent.mkdir(parents=True)
-        Image.new("RGB", (8, 8), (200, 0, 0)).save(path, exif=b"Exif\0\0MM\0*broken")
+        Image.new("RGB", (8, 8), (200, 0, 0)).save(path, exif=note)
     assert load_dataset("folder", tmp_path / "images", 8).train.images[0, 0, 0, 0] >= 190
 
 
@@ -338,7 +357,10 @@ def test_what_is_no_picture_by_its_name_is_told(
     (tree / "test/dog/more").mkdir()
     load_dataset("folder", tree, 8)
     (message,) = caplog.messages[:1]
-    assert f"2 left out, such as {tree / 'train/cat/notes.txt'}" in message
+    assert (
+        f"2 files or folders inside of classes are left out, such as {tree / 'train/cat/notes.txt'}"
+        in message
+    )
     assert ".png" in message
 
 
@@ -350,6 +372,12 @@ def test_an_accent_is_one_letter_in_both_spellings(tree: Path) -> None:
     assert data.classes == ("caf\u00e9", "cat")
     assert data.train.images[:, 0, 0, 0].tolist() == [10, 0]
     assert data.test.images[:, 0, 0, 0].tolist() == [30, 20]
+
+
+def test_two_spellings_of_one_class_are_refused(tree: Path) -> None:
+    for name in ("caf\u00e9", "cafe\u0301"):
+        save_colour(tree / "train" / name / "1.png", (1, 2, 3))
+    assert "have the same name, spelled in two ways" in folder_problem(tree)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "gtsrb", "tiny", "folder"])

@@ -227,6 +227,7 @@ def test_a_pickled_model_is_not_loaded(
         ({"epoch": 3, "lr": 0.1}, r"holds no state dict \(epoch, lr is no tensor\)"),
         ({"weight": torch.tensor([1.0, float("nan")])}, "not finite: weight"),
         ({"w": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}, "not finite: w"),
+        ({"w": torch.empty(1, dtype=torch.bits8)}, "w is of torch.bits8, which is not read"),
         ({"w": torch.ones(1), "module.w": torch.ones(1)}, "both with and without 'module.'"),
         ({}, "nothing is no tensor"),
         ([1, 2], "holds no dictionary"),

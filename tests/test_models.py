@@ -413,7 +413,10 @@ def test_a_user_s_file_is_known_by_its_name_and_content(own: Path) -> None:
         ("{own}:broken", "failed with num_classes=4, image_size=8 .TypeError: "),
         ("{own}:leaves", "failed with num_classes=4, image_size=8 .SystemExit: 3"),
         ("{own}:frozen", "has no weight with requires_grad"),
-        ("{own}:uncopyable", "cannot be copied by copy.deepcopy, as defenses do .*generator"),
+        (
+            "{own}:uncopyable",
+            "cannot be copied by copy.deepcopy, as defenses do .TypeError: .*generator",
+        ),
         ("{own}:missing", "has no function missing"),
         ("{own}:number", "has no function number"),
         ("nowhere.py:build", "nowhere.py cannot be read"),

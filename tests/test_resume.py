@@ -236,6 +236,9 @@ def test_a_run_does_not_go_on_with_another_network(tmp_path: Path) -> None:
     folder.write_checkpoint({"loop": {}, "rows": [], "seconds": 1.0})
     expected = {"loop": {}, "rows": [], "seconds": 1.0}
     assert RunFolder(folder.path).start(config, resume=True, model_sha256="0123") == expected
+    folder.write("checkpoint.pt", lambda path: torch.save(expected, path))  # as earlier versions
+    assert RunFolder(folder.path).start(config, resume=True, model_sha256="89ab") == expected
+    folder.write_checkpoint(expected)
     with pytest.raises(UserError, match=r"--resume: .*x was run with another content of my_net.py"):
         RunFolder(folder.path).start(config, resume=True, model_sha256="4567")
 

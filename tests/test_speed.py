@@ -10,7 +10,7 @@ import torch
 from benchmark import literal
 from benchmark.speed import Counting, forward_operations, interleaved, rows_of
 from defense import sau
-from models import Classifier, build_model
+from models import Classifier, build_model, prepare
 from models.convolution import Conv3x3
 from tests.oracle import perturbation
 from tests.test_end_to_end import badnet, cache, run_script, workplace
@@ -41,7 +41,9 @@ def test_the_literal_inner_loop_is_the_oracles(tiny_model: Classifier, tiny_data
 def test_delta_in_float32_is_the_literal_one_to_the_last_bit() -> None:
     """In the network that has convolutions of our own, which are used where no sign is at stake."""
     torch.manual_seed(0)
-    model, reference = (build_model("preactresnet18", 4).eval() for _ in range(2))
+    model, reference = (
+        prepare(build_model("preactresnet18", 4), CPU, "fp32").eval() for _ in range(2)
+    )
     images, labels = torch.rand(64, 3, 16, 16), torch.arange(64) % 4
     config = sau.Config.load("cifar10", adv_steps=3)
     plain = [literal.plain_network(network) for network in (model, reference)]

@@ -222,7 +222,7 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
 def _tiny_validation(folder: Path, ids: list[str]) -> _Listing:
     """The validation images, in the official layout or sorted into one folder a class."""
     notes, found = folder / "val_annotations.txt", []
-    if not notes.exists() and any((folder / wordnet_id).is_dir() for wordnet_id in ids):
+    if not (folder / "images").is_dir() and any((folder / name).is_dir() for name in ids):
         for label, wordnet_id in enumerate(ids):
             homes = (folder / wordnet_id / "images", folder / wordnet_id)
             home = next((home for home in homes if home.is_dir()), None)
@@ -265,28 +265,37 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
         splits.append(listing)
     if left_out:
         logger.warning(
-            "warning: --dataset_path: %d left out, such as %s: pictures are files right in the "
-            "folder of their class, with one of the endings %s",
+            "warning: --dataset_path: %d files or folders inside of classes are left out, such as "
+            "%s; pictures have one of the endings %s",
             *(len(left_out), left_out[0], " ".join(sorted(IMAGE_SUFFIXES))),
         )
     for label, name in enumerate(classes):
         if label not in splits[0].labels:
             raise UserError(
-                f"--dataset_path: {path / 'train' / name} has no image file; put images into it or "
+                f"--dataset_path: {folders[0][name]} has no image file; put images into it or "
                 "remove the folder"
             )
     return _from_files("folder", path, splits[0], splits[1], image_size, classes)
 
 
+def class_name(folder: Path) -> str:
+    """The name of a class by its folder; a letter with an accent is one, however it is spelled."""
+    return unicodedata.normalize("NFC", folder.name)
+
+
 def _class_folders(folder: Path) -> dict[str, Path]:
-    """Class -> its folder, by name. A letter with an accent is one, however it is spelled."""
+    """Class -> its folder, by name."""
     if not folder.is_dir():
         raise UserError(f"--dataset_path: {folder} is not a folder; put one folder a class into it")
-    found = {
-        unicodedata.normalize("NFC", f.name): f
-        for f in folder.iterdir()
-        if f.is_dir() and not f.name.startswith(".")
-    }
+    found: dict[str, Path] = {}
+    for inside in sorted(folder.iterdir()):
+        if inside.is_dir() and not inside.name.startswith("."):
+            other = found.setdefault(class_name(inside), inside)
+            if other != inside:
+                raise UserError(
+                    f"--dataset_path: {other} and {inside} have the same name, spelled in two "
+                    "ways; move the images of one into the other"
+                )
     if not found:
         raise UserError(
             f"--dataset_path: {folder} has no class folders; put one folder a class into it"

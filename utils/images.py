@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from utils import distributed
 from utils.data import mapped
@@ -23,6 +23,16 @@ IMAGE_SUFFIXES = frozenset(
         *(".gif", ".tga", ".jp2"),
     )
 )
+# What brings a picture upright, by the orientation in its EXIF data.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _MOST_PIXELS = 89_000_000  # where Pillow, too, begins to suspect a decompression bomb
 
 
@@ -44,6 +54,7 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
         with Image.open(file) as opened:
             if opened.width * opened.height > _MOST_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
+            opened.load()
             image = _eight_bits(_upright(opened))
             # A palette goes by way of RGBA, or Pillow warns of its transparency.
             image = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
@@ -57,11 +68,11 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as a camera noted it; as it is where that note cannot be read."""
     try:
-        return ImageOps.exif_transpose(image)
-    except (OSError, Image.DecompressionBombError):  # of the pixels, not of the note
-        raise
-    except Exception:  # damaged EXIF data raise anything
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # damaged EXIF data raise anything; the pixels are there
         return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -112,8 +123,9 @@ def _cache_of(root: Path, files: list[Path], image_size: int, shape: tuple[int, 
                     Progress(len(files), "decoding", "image") as progress,
                     warnings.catch_warnings(),
                 ):
-                    # Huge images get our own line, and no second one.
-                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    # Huge images get our own line, and no second one; damaged notes beside the
+                    # pixels do no harm.
+                    warnings.simplefilter("ignore")
                     for pixels in _ahead(pool, lambda file: read_image(file, image_size), files):
                         out.write(pixels.tobytes())
                         progress.advance()

@@ -137,7 +137,8 @@ class RunFolder:
             What `write_checkpoint` was given; None for a fresh run.
 
         Raises:
-            UserError: if the folder cannot be written, or the run had another configuration.
+            UserError: if the folder cannot be written, or the run had another configuration or
+                another content of that file.
         """
         self._model_sha256 = model_sha256
         if resume and distributed.from_main(self._checkpoint.exists()):
@@ -170,7 +171,8 @@ class RunFolder:
         remove_strays(self.path)
         with explained(self._checkpoint, "a checkpoint of this program"):
             content = dict(_CHECKPOINT.validate_python(load_tensors(self._checkpoint)))
-        if content.pop("model_sha256", None) != self._model_sha256:
+        before_sha256 = content.pop("model_sha256", self._model_sha256)  # earlier ones had none
+        if before_sha256 != self._model_sha256:
             raise UserError(
                 f"--resume: {self.path} was run with another content of {now['model']}; give the "
                 "file as it was, or --overwrite to start anew"
@@ -656,7 +658,7 @@ _PLAIN = TypeAdapter(_Plain)
 
 
 class _Checkpoint(TypedDict):
-    """What `RunFolder.write_checkpoint` is given."""
+    """What `RunFolder.write_checkpoint` is given, and the network's file that it adds."""
 
     loop: dict[str, Any]
     rows: list[dict[str, float | int]]
