@@ -51,10 +51,8 @@ def training(bench: Bench) -> Group:
             model.network.compile()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused)
 
-        patch = mock.patch.object(preactresnet.Conv3x3, "forward", nn.Conv2d.forward)
-
         def call() -> None:
-            with patch if plain else nullcontext():
+            with librarys_convolutions() if plain else nullcontext():
                 optimizer.zero_grad()
                 F.cross_entropy(model(batch), labels).backward()
             optimizer.step()
@@ -143,11 +141,13 @@ def inner_loop(bench: Bench) -> Group:
 @contextmanager
 def weights_learn() -> Iterator[None]:
     """The inner loop computes the gradients of weights, too, by the library's convolutions."""
-    with (
-        mock.patch.object(sau, "frozen", nullcontext_of),
-        mock.patch.object(preactresnet.Conv3x3, "forward", nn.Conv2d.forward),
-    ):
+    with mock.patch.object(sau, "frozen", nullcontext_of), librarys_convolutions():
         yield
+
+
+def librarys_convolutions() -> Any:
+    """Inside, no convolution is ours."""
+    return mock.patch.object(preactresnet.Conv3x3, "forward", nn.Conv2d.forward)
 
 
 def nullcontext_of(*_: nn.Module) -> Any:

@@ -25,7 +25,7 @@ from utils.config import read_yaml
 from utils.data import Labelled
 from utils.errors import UserError
 from utils.poison import KINDS, PoisonedSet
-from utils.runtime import ROOT, logger, run_script
+from utils.runtime import logger, run_script
 from utils.tensors import explained, load_tensors
 
 # Their columns of attack_df.csv that metrics.csv has, and our names of them.
@@ -271,9 +271,7 @@ def _parsed() -> Any:
     ours = commands.add_parser(
         "export", allow_abbrev=False, help="a record becomes one of BackdoorBench"
     )
-    theirs.add_argument(
-        "result_file", type=Path, metavar="DIR", help="BackdoorBench's record: its folder"
-    )
+    theirs.add_argument("result_file", metavar="DIR", help="BackdoorBench's record: its folder")
     ours.add_argument("--result_file", required=True, help="record, or its name")
     for command in (theirs, ours):
         command.add_argument("--record_path", type=Path, help="folder of all records")
@@ -291,12 +289,11 @@ def main() -> None:
         source = record.find_record(flags.result_file, flags.record_path)
         export_record(source, flags.to, flags.dataset_path)
     else:
-        places = (flags.result_file, (flags.record_path or ROOT / "record") / flags.result_file)
-        found = [place for place in places if place.is_dir()]
-        if not found:
+        found = record.existing_folder(flags.result_file, flags.record_path, "DIR")
+        if found is None:
             raise UserError(f"DIR: {flags.result_file} is no folder; give BackdoorBench's record")
         import_record(
-            found[0],
+            found,
             flags.save_folder_name,
             flags.dataset_path,
             flags.record_path,

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from attack.prototype import TrainingConfig
+from defense.sau import Config
 from tests import backdoorbench_writer as writer
 from tests.conftest import TinyNet, make_small
 from tests.miniatures import official, official_tiny
 from tests.test_end_to_end import run_script
 from utils import record
 from utils.config import read_yaml
-from utils.data import Labelled
 from utils.datasets import load_dataset
 from utils.runtime import ROOT
 
@@ -72,9 +73,6 @@ def test_every_script_on_every_dataset(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_are_those_of_the_literature(name: str) -> None:
-    from attack.prototype import TrainingConfig
-    from defense.sau import Config
-
     training, sau = TrainingConfig.load(name), Config.load(name)
     found = (training.epochs, sau.n_rounds, training.image_size, training.flip)
     assert found == RECIPES[name]
@@ -104,7 +102,7 @@ def test_a_record_of_tiny_has_backdoorbenchs_order(tmp_path: Path, layout: str) 
     folder = official_tiny(tmp_path / "again", layout=layout)
     data = attack.load_dataset(str(folder))
     assert attack.triggered is not None
-    clean = Labelled(data.test.images, data.test.labels).at(attack.triggered.index)
+    clean = data.test.at(attack.triggered.index)
     assert torch.equal(attack.triggered.images, clean.images)
     assert torch.equal(attack.triggered.labels, clean.labels)
     assert data.fingerprint() == load_dataset("tiny", tmp_path, 64).fingerprint()

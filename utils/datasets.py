@@ -203,7 +203,7 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
     counts = []
     for label, wordnet_id in enumerate(ids):
         folder = home / "train" / wordnet_id / "images"
-        found = _pictures(folder) if folder.is_dir() else []
+        found = _pictures(folder)[0] if folder.is_dir() else []
         train.files.extend(found)
         train.labels.extend([label] * len(found))
         counts.append(len(found))
@@ -226,7 +226,7 @@ def _tiny_validation(folder: Path, ids: list[str]) -> _Listing:
         for label, wordnet_id in enumerate(ids):
             homes = (folder / wordnet_id / "images", folder / wordnet_id)
             home = next((home for home in homes if home.is_dir()), None)
-            found += [] if home is None else [(label, file) for file in _pictures(home)]
+            found += [] if home is None else [(label, file) for file in _pictures(home)[0]]
     else:
         label_of = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
         for row in (line.split("\t") for line in _lines(notes) if line):
@@ -258,10 +258,10 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     for split in folders:
         listing = _Listing([], [])
         for label, folder in enumerate(split.values()):
-            found = _pictures(folder)
+            found, others = _pictures(folder)
             listing.files.extend(found)
             listing.labels.extend([label] * len(found))
-            left_out += sorted({f for f in folder.iterdir() if f.name[0] != "."} - {*found})
+            left_out += others
         splits.append(listing)
     if left_out:
         logger.warning(
@@ -303,13 +303,17 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """The picture files of a folder by name; hidden ones are other programs' notes."""
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    )
+def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The picture files of a folder by name, and what else is in it.
+
+    Hidden ones are neither: they are other programs' notes.
+    """
+    pictures: list[Path] = []
+    others: list[Path] = []
+    for file in sorted(folder.iterdir()):
+        if not file.name.startswith("."):
+            (pictures if file.suffix.lower() in IMAGE_SUFFIXES else others).append(file)
+    return pictures, others
 
 
 def _lines(file: Path) -> Iterable[str]:

@@ -501,21 +501,30 @@ class _BackdoorBench(AttackRecord):
         return backdoorbench.read_cross(self.source, data.test.labels)
 
 
+def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
+    """The folder of a record's name, or an existing folder; None where there is neither.
+
+    Raises:
+        UserError: naming the flag, if the record is a link.
+    """
+    folder = (root or ROOT / "record") / name
+    if NAME.fullmatch(name) and folder.is_dir():
+        if folder.is_symlink():
+            raise UserError(f"{flag}: {folder} is a link; give the folder that it leads to")
+        return folder
+    return Path(name) if Path(name).is_dir() else None
+
+
 def find_record(name: str, root: Path | None) -> Path:
     """The folder of a `--result_file` value: a record's name, or an existing folder.
 
     Raises:
         UserError: if there is none, naming those that exist.
     """
+    found = existing_folder(name, root, "--result_file")
+    if found is not None:
+        return found
     records = root or ROOT / "record"
-    if NAME.fullmatch(name) and (records / name).is_dir():
-        if (records / name).is_symlink():
-            raise UserError(
-                f"--result_file: {records / name} is a link; give the folder that it leads to"
-            )
-        return records / name
-    if Path(name).is_dir():
-        return Path(name)
     known = sorted(path.parent.name for path in records.glob("*/attack_result.pt"))
     raise UserError(
         f"--result_file: {name} is no record in {records}; "
