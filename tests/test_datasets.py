@@ -355,13 +355,13 @@ def test_what_is_no_picture_by_its_name_is_told(
 ) -> None:
     (tree / "train/cat/notes.txt").write_text("no picture")
     (tree / "test/dog/more").mkdir()
-    load_dataset("folder", tree, 8)
-    (message,) = caplog.messages[:1]
-    assert (
-        f"2 files or folders inside of classes are left out, such as {tree / 'train/cat/notes.txt'}"
-        in message
-    )
+    (tree / "train/stray.png").write_text("of no class")
+    (tree / "train/.hidden").write_text("")
+    data = load_dataset("folder", tree, 8)
+    message = caplog.messages[-1]
+    assert f"3 files or folders are left out, such as {tree / 'train/stray.png'}" in message
     assert ".png" in message
+    assert message == f"warning: {data.warnings[0]}"
 
 
 def test_an_accent_is_one_letter_in_both_spellings(tree: Path) -> None:

@@ -59,6 +59,7 @@ class Dataset:
         train, test: the two splits.
         classes: names by label.
         mean, std: per-channel constants of the network's normalization, pixel units in [0, 1].
+        warnings: what is odd about its files, one line each.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

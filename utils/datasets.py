@@ -3,6 +3,7 @@
 import csv
 import unicodedata
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -81,11 +82,13 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
             )
     found = (len(dataset.classes), len(dataset.train), len(dataset.test))
     if found != _OFFICIAL.get(name, found):
-        logger.warning(
-            "warning: --dataset %s: has %d classes, %d training and %d test images, where the "
-            "official set has %d, %d and %d",
-            *(name, *found, *_OFFICIAL[name]),
-        )
+        warning = (
+            "--dataset {}: has {} classes, {} training and {} test images, where the official set "
+            "has {}, {} and {}"
+        ).format(name, *found, *_OFFICIAL[name])
+        dataset = replace(dataset, warnings=(*dataset.warnings, warning))
+    for warning in dataset.warnings:
+        logger.warning("warning: %s", warning)
     return dataset
 
 
@@ -247,35 +250,41 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
             "--dataset_path: a value is needed with --dataset folder; give the folder that holds "
             "train/ and test/"
         )
-    folders = [_class_folders(path / split) for split in ("train", "test")]
+    folders, left_out = [], []
+    for name in ("train", "test"):
+        homes, others = _class_folders(path / name)
+        folders.append(homes)
+        left_out += others
     classes, test_classes = (tuple(split) for split in folders)
     if classes != test_classes:
         raise UserError(
             f"--dataset_path: classes differ: {path / 'train'} has {', '.join(classes)}; "
             f"{path / 'test'} has {', '.join(test_classes)}; give both the same folders"
         )
-    splits, left_out = [], []
-    for split in folders:
+    splits = []
+    for homes in folders:
         listing = _Listing([], [])
-        for label, folder in enumerate(split.values()):
+        for label, folder in enumerate(homes.values()):
             found, others = _pictures(folder)
             listing.files.extend(found)
             listing.labels.extend([label] * len(found))
             left_out += others
         splits.append(listing)
-    if left_out:
-        logger.warning(
-            "warning: --dataset_path: %d files or folders inside of classes are left out, such as "
-            "%s; pictures have one of the endings %s",
-            *(len(left_out), left_out[0], " ".join(sorted(IMAGE_SUFFIXES))),
-        )
     for label, name in enumerate(classes):
         if label not in splits[0].labels:
             raise UserError(
                 f"--dataset_path: {folders[0][name]} has no image file; put images into it or "
                 "remove the folder"
             )
-    return _from_files("folder", path, splits[0], splits[1], image_size, classes)
+    dataset = _from_files("folder", path, splits[0], splits[1], image_size, classes)
+    if not left_out:
+        return dataset
+    warning = (
+        f"--dataset_path: {len(left_out)} files or folders are left out, such as {left_out[0]}; "
+        "pictures are in the folder of a class and have one of the endings "
+        + " ".join(sorted(IMAGE_SUFFIXES))
+    )
+    return replace(dataset, warnings=(warning,))
 
 
 def class_name(folder: Path) -> str:
@@ -283,13 +292,14 @@ def class_name(folder: Path) -> str:
     return unicodedata.normalize("NFC", folder.name)
 
 
-def _class_folders(folder: Path) -> dict[str, Path]:
-    """Class -> its folder, by name."""
+def _class_folders(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Class -> its folder, by name; and the files beside these folders, hidden ones aside."""
     if not folder.is_dir():
         raise UserError(f"--dataset_path: {folder} is not a folder; put one folder a class into it")
     found: dict[str, Path] = {}
-    for inside in sorted(folder.iterdir()):
-        if inside.is_dir() and not inside.name.startswith("."):
+    visible = [inside for inside in sorted(folder.iterdir()) if not inside.name.startswith(".")]
+    for inside in visible:
+        if inside.is_dir():
             other = found.setdefault(class_name(inside), inside)
             if other != inside:
                 raise UserError(
@@ -300,7 +310,7 @@ def _class_folders(folder: Path) -> dict[str, Path]:
         raise UserError(
             f"--dataset_path: {folder} has no class folders; put one folder a class into it"
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), [inside for inside in visible if not inside.is_dir()]
 
 
 def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
