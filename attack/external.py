@@ -19,10 +19,9 @@ another normalization than the dataset's usual one, give its --mean and --std.
 
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -30,9 +29,9 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import prototype
-from models import Classifier, build_model, check_model, model_identity, prepare
-from utils import backdoorbench, pipeline, poison, record
+from models import build_model, check_model, model_identity, prepare
 from utils import config as configuration
+from utils import folders, pipeline, poison, record
 from utils.data import Dataset, Triggered
 from utils.datasets import DatasetName, class_name, load_dataset
 from utils.errors import UserError
@@ -40,9 +39,7 @@ from utils.evaluate import evaluate
 from utils.images import IMAGE_SUFFIXES, decoded
 from utils.metrics import FAILED_ASR, Scores, rate_label
 from utils.runtime import Precision, file_log, logger, pick_device, pick_precision, run_script
-from utils.tensors import load_tensors, not_finite
-
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+from utils.weights import fill, read_state_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,74 +83,6 @@ class Config(configuration.Config):
     ]
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
-
-
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, unwrapped, `module.` stripped.
-
-    Raises:
-        UserError: if the file is no checkpoint, or holds anything but tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Mapping[str, Any] = load_file(path)
-        else:
-            content = load_tensors(path, backdoorbench.ALLOWED)  # numpy's numbers beside weights
-    except Exception as error:  # a file of another kind raises anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"--state_dict: {path} cannot be read as plain tensors ({reason}); give a file of "
-            "torch.save(model.state_dict(), path), or .safetensors"
-        ) from None
-    wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
-    state = content if wrapper is None else content[wrapper]
-    others = [
-        str(key)
-        for key, value in state.items()
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor)
-    ]
-    if others or not state:
-        raise UserError(
-            f"--state_dict: {path} holds no state dict ({', '.join(others) or 'nothing'} is no "
-            f"tensor); give one, bare or under {', '.join(_WRAPPERS)}"
-        )
-    try:
-        broken = not_finite(state)
-    except ValueError as error:
-        raise UserError(f"--state_dict: {path}: {error}; give another file") from None
-    if broken:
-        raise UserError(f"--state_dict: {path}: not finite: {', '.join(broken)}; give another file")
-    stripped = {key.removeprefix("module."): value for key, value in state.items()}
-    if len(stripped) < len(state):
-        raise UserError(
-            f"--state_dict: {path} has names both with and without 'module.' before them; keep "
-            "one of each pair"
-        )
-    return stripped
-
-
-def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> None:
-    """Puts weights into the bare network; names and shapes have to be the same.
-
-    Raises:
-        UserError: listing every name that is missing, not the network's, or of another shape.
-    """
-    own = model.network.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is not in the network" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if problems:
-        raise UserError(
-            f"--state_dict: does not fit --model {name}: {'; '.join(problems)}; give its own "
-            "network, dataset and image size"
-        )
-    model.network.load_state_dict(state)
 
 
 def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
@@ -201,7 +130,7 @@ def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
     return Triggered(images, targets, labels, index)
 
 
-def import_model(config: Config) -> record.RunFolder:
+def import_model(config: Config) -> folders.RunFolder:
     """Writes the record of a model that was trained elsewhere.
 
     Returns:
@@ -235,7 +164,7 @@ def import_model(config: Config) -> record.RunFolder:
             prototype.check_target(config.attack_target, data)
         check_model(config.model, len(data.classes), size)
         model = build_model(config.model, len(data.classes), data.mean, data.std, image_size=size)
-        fill(model, read_checkpoint(Path(config.state_dict)), config.model)
+        fill(model, read_state_dict(Path(config.state_dict)), config.model)
         triggered = None
         if config.bd_test_dir is not None:
             triggered = read_triggered(Path(config.bd_test_dir), data, config)
@@ -273,7 +202,7 @@ def import_model(config: Config) -> record.RunFolder:
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
-                "warnings": warnings,
+                "warnings": [*data.warnings, *warnings],
                 **pipeline.run_facts(config, started, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
             }

@@ -31,7 +31,7 @@ from models import (
 )
 from models import prepare as prepare_model
 from utils import config as configuration
-from utils import distributed, pipeline, plot, poison, record
+from utils import distributed, folders, pipeline, plot, poison, record
 from utils.data import Dataset, Labelled, Triggered, as_float
 from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
@@ -138,13 +138,13 @@ class Setting:
                 is no file of tensors.
         """
         text = json.dumps({**key, "data": self.data.fingerprint()}, sort_keys=True)
-        cache = record.RunFolder(ROOT / "data" / "cache")
+        cache = folders.RunFolder(ROOT / "data" / "cache")
         name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
         with distributed.main_alone() as is_mine:
             if is_mine and (cache.path / name).exists():
                 logger.info("%s: read from %s", kind, cache.path / name)
             elif is_mine:
-                with record.writable(cache.path):
+                with folders.writable(cache.path):
                     prepare_folder(cache.path)
                 cache.write_tensors(name, compute())
         with explained(cache.path / name, "a file of the cache; remove it"):
@@ -237,7 +237,7 @@ def run(
     run_plan(config_class, plan)
 
 
-def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunFolder:
+def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.RunFolder:
     """Trains a model as the plan says and writes its record.
 
     Returns:
@@ -314,7 +314,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> record.RunF
                 "image_size": data.image_shape[1],
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
                 **({"preparation": setting.facts} if setting.facts else {}),
-                "warnings": warnings,
+                "warnings": [*data.warnings, *warnings],
                 **pipeline.run_facts(config, started - watch.earlier, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
             }
@@ -452,7 +452,7 @@ def _clean_plan(config: TrainingConfig, setting: Setting) -> Plan:
 
 def free_folder(
     name: str | None, root: str | None, overwrite: bool, resume: bool = False
-) -> record.RunFolder:
+) -> folders.RunFolder:
     """The folder of a new record, or of one to go on with; this process alone may write it.
 
     Raises:
@@ -460,7 +460,7 @@ def free_folder(
     """
     if name is None:
         raise UserError("--save_folder_name: a value is needed; give the record a name")
-    folder = record.attack_folder(name, as_path(root))
+    folder = folders.attack_folder(name, as_path(root))
     folder.claim(overwrite, resume)
     return folder
 
@@ -489,7 +489,7 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
 
 
 def draw_trigger(
-    folder: record.RunFolder,
+    folder: folders.RunFolder,
     model: Classifier,
     data: Dataset,
     triggered: Triggered,

@@ -40,14 +40,13 @@ from attack import badnet, external
 from defense import ft, sau
 from interop.backdoorbench import export_record
 from models import build_model
-from utils import datasets, pipeline, poison, record
-from utils.backdoorbench import ALLOWED as BACKDOORBENCH_TYPES
+from utils import datasets, folders, pipeline, poison, record
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
 from utils.images import read_image
 from utils.metrics import Rate, Scores
 from utils.runtime import defer_signals, logger, run_script
-from utils.tensors import load_plain
+from utils.tensors import NUMPY, load_plain
 from utils.train import Loop
 
 SECONDS = 10
@@ -86,7 +85,7 @@ def write_record(folder: Path, data: Dataset) -> None:
     choice = poison.dirty_label(
         data.train.labels, 0.2, "all2one", 0, 10, torch.Generator().manual_seed(0)
     )
-    run = record.RunFolder(folder)
+    run = folders.RunFolder(folder)
     run.start("dataset: cifar10\n")
     facts = {
         "attack": "badnet",
@@ -225,7 +224,7 @@ def cases(good: Path) -> dict[str, Case]:
     def backdoorbench(folder: Path, rng: random.Random) -> None:
         shutil.copytree(good / "theirs", folder / "x")
         if rng.random() < 0.7:
-            damage_tensors(folder / "x/attack_result.pt", rng, BACKDOORBENCH_TYPES)
+            damage_tensors(folder / "x/attack_result.pt", rng, NUMPY)
         else:
             picture = rng.choice(sorted((folder / "x").rglob("*.png")))
             picture.write_bytes(damaged(picture.read_bytes(), rng))
@@ -257,7 +256,7 @@ def cases(good: Path) -> dict[str, Case]:
         external.fill(model, external.read_checkpoint(path), "preactresnet18")
 
     def interrupted(folder: Path, rng: random.Random) -> None:
-        run = record.RunFolder(folder / "x")
+        run = folders.RunFolder(folder / "x")
         run.start("lr: 0.1\n")
         shutil.copy(good / "checkpoint.pt", folder / "x/checkpoint.pt")
         damage_tensors(folder / "x/checkpoint.pt", rng)

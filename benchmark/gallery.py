@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import pipeline, plot, record
+from utils import folders, pipeline, plot, record
 from utils.data import as_float
 from utils.errors import UserError
 from utils.runtime import logger, run_script
@@ -78,8 +78,8 @@ def gallery_rows(
 def write(records: list[Path], to: Path) -> None:
     """Writes the gallery and the strips into a folder, which is made."""
     dataset, clean, triggered = load_rows(records)
-    folder = record.RunFolder(to)
-    strips = record.RunFolder(to / "attacks")
+    folder = folders.RunFolder(to)
+    strips = folders.RunFolder(to / "attacks")
     strips.path.mkdir(parents=True, exist_ok=True)
     title = f"Triggers on {dataset}: test images, and the amplified change"
     figure = plot.image_grid(gallery_rows(clean, triggered), {}, title)
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     flags = parser.parse_args()
-    write([record.find_record(name, flags.record_path) for name in flags.records], flags.to)
+    write([folders.find_record(name, flags.record_path) for name in flags.records], flags.to)
 
 
 if __name__ == "__main__":

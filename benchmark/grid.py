@@ -28,7 +28,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from utils.config import Config, read_yaml
 from utils.errors import UserError
-from utils.record import FREE_TO_CHANGE, NAME
+from utils.folders import FREE_TO_CHANGE, NAME
 from utils.runtime import ROOT
 
 _OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")

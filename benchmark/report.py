@@ -33,7 +33,8 @@ from benchmark.means import Grid, Table, summarize
 from benchmark.summaries import CLEAN, METRICS, UNDEFENDED, read_runs
 from utils import plot
 from utils.errors import UserError
-from utils.record import RunFolder, load_attack
+from utils.folders import RunFolder
+from utils.record import load_attack
 from utils.runtime import ROOT, logger, run_script
 
 _TRIGGERS = "Triggers, and the amplified change"

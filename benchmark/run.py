@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import slurm
 from benchmark.grid import Cell, cells_of, read_grid
 from utils.errors import UserError
-from utils.record import RunFolder
+from utils.folders import RunFolder
 from utils.runtime import ROOT, Progress, logger, run_script
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmark.grid import Cell, Slurm
 from utils.errors import UserError
-from utils.record import RunFolder
+from utils.folders import RunFolder
 from utils.runtime import ROOT, logger
 
 ENDED = ("done", "failed", "skipped")

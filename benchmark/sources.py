@@ -13,8 +13,8 @@ import yaml
 
 from benchmark.summaries import LARGEST, UNDEFENDED, without_places
 from utils.config import read_yaml
-from utils.errors import UserError
-from utils.record import RunFolder
+from utils.errors import UserError, one_line
+from utils.folders import RunFolder
 from utils.runtime import logger
 
 RATES = ("acc", "asr", "ra", "cross_acc")
@@ -38,7 +38,7 @@ def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
     try:
         read = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        logger.warning("warning: %s: no table (%s); drawn without", path, _one_line(error))
+        logger.warning("warning: %s: no table (%s); drawn without", path, one_line(error))
         return None
     names = [n for n in map(str, read) if n in (unit, *RATES) or re.fullmatch(r"loss\w{0,40}", n)]
     metrics = read[names].apply(pd.to_numeric, errors="coerce").astype(float)
@@ -59,7 +59,7 @@ def config_text(folder: Path) -> str | None:
     try:
         values = read_yaml(path)
     except UserError as error:
-        logger.warning("warning: %s", _one_line(error))
+        logger.warning("warning: %s", one_line(error))
         return None
     values = {name: without_places(value) for name, value in values.items()}
     if "record_path" in values:
@@ -105,7 +105,3 @@ def _copy(source: Path, target: Path) -> None:
         if text is not None:
             target.mkdir(parents=True, exist_ok=True)
             RunFolder(target).write_text(name, text)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

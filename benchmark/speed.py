@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import literal
 from defense import sau
 from models import Classifier, build_model, prepare
-from utils import pipeline, plot, record
+from utils import folders, pipeline, plot, record
 from utils.data import Dataset, Labelled, Triggered, as_float, augment
 from utils.errors import UserError
 from utils.evaluate import evaluate
@@ -419,7 +419,7 @@ def main() -> None:
             raise UserError(f"--{name}: {getattr(flags, name)} is not allowed; give 1 or more")
     flags.to.mkdir(parents=True, exist_ok=True)
     device = pick_device(flags.device)
-    folder = record.find_record(flags.result_file, flags.record_path)
+    folder = folders.find_record(flags.result_file, flags.record_path)
     bench = load(folder, flags.images, flags.batch_size, device, flags.repeats)
     measures: dict[str, Callable[[], list[Row]]] = {
         "round": lambda: measure_round(bench),
@@ -435,7 +435,7 @@ def main() -> None:
 
 def write(rows: list[Row], to: Path, machine: Mapping[str, object]) -> None:
     """`speed.csv`, `speed.png` and the table on the log."""
-    folder = record.RunFolder(to)
+    folder = folders.RunFolder(to)
     versions = " ".join(f"{key} {value}" for key, value in dict(machine["versions"]).items())  # type: ignore[call-overload]
     title = f"{machine['device_name']}, {machine['threads']} threads, {versions}"
     table = pd.DataFrame([asdict(row) for row in rows]).assign(machine=title)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attack import badnet
 from models import build_model
 from utils.files import replaced
-from utils.record import RunFolder
+from utils.folders import RunFolder
 from utils.runtime import ROOT, Progress, run_script
 from utils.tensors import load_tensors
 from utils.train import Loop

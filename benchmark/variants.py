@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.speed import Bench, at_precision, interleaved, load
 from defense import sau
 from models import preactresnet
-from utils import record
+from utils import folders
 from utils.data import as_float
 from utils.runtime import logger, pick_device, run_script
 
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns that count")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
-    folder = record.find_record(flags.result_file, flags.record_path)
+    folder = folders.find_record(flags.result_file, flags.record_path)
     bench = load(folder, 64, 64, pick_device(flags.device), flags.repeats)
     for group in (training, inference, inner_loop):
         seconds = interleaved(group(bench), bench.repeats, bench.device)

@@ -18,7 +18,7 @@ from torch import nn
 
 from models import Classifier, prepare
 from utils import config as configuration
-from utils import distributed, pipeline, plot, record
+from utils import distributed, folders, pipeline, plot, record
 from utils.data import Dataset, Labelled, Triggered, as_float, keep_on
 from utils.errors import UserError
 from utils.evaluate import predict
@@ -105,7 +105,7 @@ def run(config_class: type[C], purify: Purify, perturb: Perturb | None = None) -
 
 def defend(
     config: C, name: str, purify: Purify, perturb: Perturb | None = None
-) -> record.RunFolder:
+) -> folders.RunFolder:
     """Purifies a record's model and writes the result beside it.
 
     Returns:
@@ -116,7 +116,7 @@ def defend(
     """
     started = time.monotonic()
     attack = record.load_attack(_record_folder(config.result_file, config.record_path))
-    folder = record.defense_folder(attack.folder, config.save_folder_name or name)
+    folder = folders.defense_folder(attack.folder, config.save_folder_name or name)
     folder.claim(config.overwrite, config.resume)
     if config.dataset not in (None, attack.dataset):
         raise UserError(
@@ -210,7 +210,7 @@ def defend(
                 "model": attack.model_name,
                 "clean_images": len(index),
                 "rounds": config.n_rounds,
-                "warnings": warnings,
+                "warnings": [*data.warnings, *warnings],
                 **pipeline.run_facts(config, started - watch.earlier, device, precision),
                 "attack_sha256": attack.sha256,
                 "files": record.file_hashes(folder, "defense_result.pt", "clean_index.txt"),
@@ -266,7 +266,7 @@ def comparison(before: Scores, after: Scores, der: float | None) -> str:
 def _record_folder(result_file: str | None, record_path: str | None) -> Path:
     if result_file is None:
         raise UserError("--result_file: a value is needed; give the name of an attack's record")
-    return record.find_record(result_file, Path(record_path) if record_path else None)
+    return folders.find_record(result_file, Path(record_path) if record_path else None)
 
 
 def _dataset_of_record(values: Mapping[str, Any]) -> str | None:
@@ -277,7 +277,7 @@ def _dataset_of_record(values: Mapping[str, Any]) -> str | None:
 
 
 def _draw_before_after(
-    folder: record.RunFolder, caption: Caption, triggered: Triggered, data: Dataset, title: str
+    folder: folders.RunFolder, caption: Caption, triggered: Triggered, data: Dataset, title: str
 ) -> Path:
     """before_after.png: clean and triggered test images, and both models' labels."""
     chosen = _spread(len(triggered.index))
@@ -294,7 +294,7 @@ def _draw_before_after(
 
 
 def _draw_perturbations(
-    folder: record.RunFolder,
+    folder: folders.RunFolder,
     caption: Caption,
     perturb: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     clean: Labelled,

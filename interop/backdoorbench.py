@@ -20,7 +20,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import backdoorbench, record
+from utils import backdoorbench, folders, record
 from utils.config import read_yaml
 from utils.data import Labelled
 from utils.errors import UserError
@@ -107,7 +107,7 @@ def import_record(
     dataset_path: str | None = None,
     record_path: Path | None = None,
     overwrite: bool = False,
-) -> record.RunFolder:
+) -> folders.RunFolder:
     """Makes a record of ours out of one of BackdoorBench.
 
     Args:
@@ -123,7 +123,7 @@ def import_record(
     Raises:
         UserError: if the source cannot be read, or the record exists.
     """
-    folder = record.attack_folder(name, record_path)
+    folder = folders.attack_folder(name, record_path)
     folder.claim(overwrite)
     if not record.is_backdoorbench(source):
         raise UserError(f"{source}: is no record of BackdoorBench; give one of its")
@@ -197,18 +197,18 @@ def _refuse_unknown(attack: record.AttackRecord) -> None:
         )
 
 
-def _made(to: Path) -> record.RunFolder:
+def _made(to: Path) -> folders.RunFolder:
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"--to: {to} cannot be made ({error.strerror}); give a folder that can be written"
         ) from None
-    return record.RunFolder(to)
+    return folders.RunFolder(to)
 
 
 def _write_notes(
-    folder: record.RunFolder,
+    folder: folders.RunFolder,
     attack: record.AttackRecord,
     poisoned: PoisonedSet,
     name: str,
@@ -286,10 +286,10 @@ def main() -> None:
     """Parses the flags and converts."""
     flags = _parsed()
     if flags.command == "export":
-        source = record.find_record(flags.result_file, flags.record_path)
+        source = folders.find_record(flags.result_file, flags.record_path)
         export_record(source, flags.to, flags.dataset_path)
     else:
-        found = record.existing_folder(flags.result_file, flags.record_path, "DIR")
+        found = folders.existing_folder(flags.result_file, flags.record_path, "DIR")
         if found is None:
             raise UserError(f"DIR: {flags.result_file} is no folder; give BackdoorBench's record")
         import_record(

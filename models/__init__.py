@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from models.preactresnet import preactresnet18
 from models.pretrained import load_pretrained, pretrained_size
 from models.userfile import build_user_model, is_user_file, model_identity
-from utils.errors import UserError, suggestion
+from utils.errors import UserError, one_line, suggestion
 
 __all__ = [
     "CONSTRUCTORS",
@@ -210,7 +210,7 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
         with torch.no_grad():
             logits = model(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:  # the user's code may raise anything
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(
             f"--model: {name} cannot take {images} ({type(error).__name__}: {reason}); repair it, "
             "or give another --image_size"
@@ -225,7 +225,7 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
     try:
         copy.deepcopy(model)
     except Exception as error:  # whatever its parts raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"--model: {name} cannot be copied by copy.deepcopy, as defenses do ({reason}); "
             "repair it"

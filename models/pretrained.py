@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 
 def pretrained_size(name: str, image_size: int) -> int | None:
@@ -47,7 +47,7 @@ def load_pretrained(network: nn.Module, name: str) -> str:
         weights.get_state_dict(check_hash=True, weights_only=True)
         trained = get_model(name, weights=weights).state_dict()
     except Exception as error:  # what urllib, torch.hub and torch.load raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"--pretrained: the weights of {name} cannot be downloaded or read ({reason}); put "
             f"{weights.url} into {kept} as {file}, or leave the flag out"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)", re.DOTALL)
 
@@ -61,7 +61,7 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(
             f"--model: {name} failed with num_classes={num_classes}, image_size={image_size} "
             f"({type(error).__name__}: {reason}); repair it"

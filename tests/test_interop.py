@@ -19,7 +19,7 @@ from models import Classifier, build_model, preactresnet18
 from tests import backdoorbench_writer as writer
 from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, tiny, wanet
 from tests.test_end_to_end import run_script
-from utils import record
+from utils import folders, record
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
 from utils.poison import KINDS, Choice, dirty_label, replace_images, triggered_test_set, unpoisoned
@@ -55,7 +55,7 @@ def save_ours(
     *,
     kinds: tuple[str, ...] = ("poison",),
     **changes: Any,
-) -> record.RunFolder:
+) -> folders.RunFolder:
     """A finished record with every file that export takes, and a defense's result."""
     choice = dirty_label(data.train.labels, 0.2, "all2one", TARGET, 10, torch.Generator())
     drawn = torch.arange(len(choice.index)) % len(kinds)
@@ -65,7 +65,7 @@ def save_ours(
     cross = None
     if "cross" in kinds:
         cross = Labelled(square(data.test.images, torch.arange(TEST)), data.test.labels)
-    run = record.RunFolder(folder)
+    run = folders.RunFolder(folder)
     run.start("dataset: cifar10\nlr: 0.01\nflip: true\ndataset_path: null\n")
     record.save_attack(
         run,
@@ -78,7 +78,7 @@ def save_ours(
     )
     run.write_metrics([{"epoch": 1, "loss": 0.5, "acc": 0.75, "asr": 1.0, "ra": 0.0, "seconds": 3}])
     run.write_summary({"files": record.file_hashes(run, "attack_result.pt", "poison.pt")})
-    defended = record.defense_folder(folder, "sau")
+    defended = folders.defense_folder(folder, "sau")
     defended.start("lr: 0.01\n")
     weights = {name: value + 1 for name, value in record.model_state(model).items()}
     result = {"model": weights, "model_name": "preactresnet18", "num_classes": 10, "mean": [0.1]}
@@ -274,7 +274,7 @@ def test_what_backdoorbench_cannot_read_is_not_exported(
         assert reason in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
         assert not to.exists()
-    clean = record.RunFolder(tmp_path / "clean")
+    clean = folders.RunFolder(tmp_path / "clean")
     clean.start("dataset: cifar10\n")
     record.save_attack(clean, model, data, unpoisoned(data.train), None, None, FACTS)
     clean.write_summary({"files": record.file_hashes(clean, "attack_result.pt")})

@@ -21,7 +21,7 @@ from defense import ft, sau
 from tests import processes
 from utils import pipeline
 from utils.errors import UserError
-from utils.record import RunFolder
+from utils.folders import RunFolder
 from utils.runtime import ROOT, generator
 from utils.tensors import load_tensors
 from utils.train import Loop, Schedule, Supervised
@@ -204,7 +204,7 @@ def test_scripts_stop_and_go_on(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
     """A second process is refused while the first lives, and not when it was killed."""
     hold = (
-        "import sys, time, pathlib; from utils.record import RunFolder;"
+        "import sys, time, pathlib; from utils.folders import RunFolder;"
         "RunFolder(pathlib.Path(sys.argv[1])).claim(False);"
         "print('held', flush=True); time.sleep(60)"
     )

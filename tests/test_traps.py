@@ -23,7 +23,8 @@ from tests.test_end_to_end import (
     workplace,
 )
 from utils.errors import UserError
-from utils.record import RunFolder, file_hashes
+from utils.folders import RunFolder
+from utils.record import file_hashes
 from utils.runtime import ROOT
 from utils.tensors import load_tensors
 

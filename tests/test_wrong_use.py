@@ -421,7 +421,7 @@ def test_the_folder_of_all_records_may_be_a_link(workplace: Path, tmp_path: Path
 HOLD = """
 import sys, time
 from pathlib import Path
-from utils.record import RunFolder
+from utils.folders import RunFolder
 for name in sys.argv[1:]:
     RunFolder(Path(name)).claim(overwrite=True)
 print("held", flush=True)

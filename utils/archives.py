@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from utils import distributed
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import remove_strays, replaced, temporary_folder
 from utils.runtime import Progress, logger
 
@@ -64,7 +64,7 @@ def _extract_missing(dataset: str, folder: Path, archives: Sequence[Archive]) ->
             try:
                 _download(archive, file)
             except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error)
                 wanted = [each.name for each in missing if not (folder / each.name).exists()]
                 raise UserError(
                     f"--dataset {dataset}: not found and the download failed ({reason}); put "

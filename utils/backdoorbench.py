@@ -6,13 +6,12 @@ to their images by paths that were right where the attack ran; only the last thr
 are used, below the folder that the record is in now.
 """
 
-import _codecs
 import io
 import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from utils.data import Dataset
 from utils.errors import UserError
 from utils.files import not_written
 from utils.runtime import Progress, logger
-from utils.tensors import explained, load_plain, load_tensors
+from utils.tensors import NUMPY, explained, load_plain, load_tensors
 
 # The networks that both sides have, by their common name.
 MODELS = (
@@ -67,27 +66,6 @@ _KEYS = (
 _EXPECTED = "an attack result of BackdoorBench"
 _CHUNK = 1024  # images that wait to be taken at once
 _SAMPLE = 64  # images of a split that are compared with the clean ones
-
-
-def _spelled(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under the name that one version of numpy gives it: 1 "core", 2 "_core"."""
-
-    def call(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    call.__module__, call.__name__ = module, function.__name__
-    call.__qualname__ = function.__name__
-    return call
-
-
-# What arrays and keys of int64 and float64 are rebuilt with, by either name; and no more.
-_REBUILD: tuple[Any, ...] = (np.empty(0).__reduce__()[0], np.int64(0).__reduce__()[0])
-ALLOWED: tuple[Callable[..., Any], ...] = (
-    *(_spelled("numpy.core.multiarray", function) for function in _REBUILD),
-    *(_spelled("numpy._core.multiarray", function) for function in _REBUILD),
-    *(np.ndarray, np.dtype, type(np.dtype(np.int64)), type(np.dtype(np.float64))),
-    _codecs.encode,
-)
 
 
 @dataclass(frozen=True)
@@ -407,7 +385,7 @@ def load_array(path: Path) -> np.ndarray:
         UserError: if the file holds anything else.
     """
     with explained(path, "a row of numbers"):
-        array = load_plain(path, ALLOWED)
+        array = load_plain(path, NUMPY)
         if not isinstance(array, np.ndarray) or array.ndim != 1:
             raise ValueError("it holds something else")
         return array
@@ -416,7 +394,7 @@ def load_array(path: Path) -> np.ndarray:
 def _load(path: Path) -> dict[str, Any]:
     """The dictionary, which has all eight keys."""
     try:
-        content = load_tensors(path, ALLOWED)
+        content = load_tensors(path, NUMPY)
     except ValueError:
         _refuse_images_inside(path)
         raise

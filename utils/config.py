@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from utils.errors import UserError, suggestion
+from utils.errors import UserError, one_line, suggestion
 
 USER_FILES = {
     "yaml_path": "YAML file whose values go over the shipped ones",
@@ -166,7 +166,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def _not_valid(source: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return UserError(f"{source}: not valid YAML ({reason}); write lines of 'name: value'")
 
 

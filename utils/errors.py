@@ -15,6 +15,11 @@ class NothingToDo(Exception):
     """What was asked for has been done before. Scripts say so and exit with 0."""
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's text without line breaks, cut to 300 characters; its type if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of choices, or ''."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from utils import distributed
 from utils.data import mapped
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import not_written, prepare_folder, replaced
 from utils.runtime import ROOT, Progress, logger
 
@@ -61,7 +61,7 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{file}: not a readable image ({reason}); repair or remove it") from None
 
 

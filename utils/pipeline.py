@@ -18,8 +18,8 @@ from utils import plot
 from utils.config import Config, parse_yaml
 from utils.data import Labelled, Triggered, keep_on
 from utils.evaluate import evaluate
+from utils.folders import FREE_TO_CHANGE, RunFolder
 from utils.metrics import Scores
-from utils.record import FREE_TO_CHANGE, RunFolder
 from utils.runtime import (
     Progress,
     Stopped,

@@ -1,5 +1,6 @@
 """Files of plain data and tensors; the only module that calls `torch.load`."""
 
+import _codecs
 import pickle
 import re
 import zipfile
@@ -8,9 +9,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.errors import UserError
+
+
+def _spelled(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under the name that one version of numpy gives it: 1 "core", 2 "_core"."""
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    call.__module__, call.__name__ = module, function.__name__
+    call.__qualname__ = function.__name__
+    return call
+
+
+# What arrays and numbers of int64 and float64 are rebuilt with, by either name, and no more: to be
+# `allowed` in the formats of others.
+_REBUILD: tuple[Any, ...] = (np.empty(0).__reduce__()[0], np.int64(0).__reduce__()[0])
+NUMPY: tuple[Callable[..., Any], ...] = (
+    *(_spelled("numpy.core.multiarray", function) for function in _REBUILD),
+    *(_spelled("numpy._core.multiarray", function) for function in _REBUILD),
+    *(np.ndarray, np.dtype, type(np.dtype(np.int64)), type(np.dtype(np.float64))),
+    _codecs.encode,
+)
 
 
 def load_plain(path: Path, allowed: Sequence[Callable[..., Any]] = ()) -> Any:

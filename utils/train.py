@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from utils import distributed
 from utils.data import as_float, augment, keep_on, release
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.poison import PoisonedSet
 from utils.runtime import random_states, restore_random_states
 
@@ -224,7 +224,7 @@ class Loop:
 
 
 def _not_of_this_run(error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     return UserError(
         f"--resume: the checkpoint is not of this run ({reason}); give --overwrite to start anew"
     )

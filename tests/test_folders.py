@@ -1,0 +1,190 @@
+"""Folders of runs: whole files or none, nothing replaced unasked, names that stay inside."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.folders import RunFolder, attack_folder, defense_folder, find_record
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """An empty folder of a run that has begun."""
+    folder = RunFolder(tmp_path / "record" / "demo")
+    folder.start("dataset: tiny\n")
+    return folder
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(run: RunFolder) -> None:
+    run.write_text("notes.txt", "old")
+
+    def half(path: Path) -> None:
+        path.write_text("ne")
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run.write("notes.txt", half)
+    assert (run.path / "notes.txt").read_text() == "old"
+    assert names_in(run.path) == ["config.yaml", "notes.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("write failed")])
+def test_a_full_disk_is_told_with_the_name_of_the_file(run: RunFolder, error: Exception) -> None:
+    run.write_text("notes.txt", "old")
+
+    def full(path: Path) -> None:
+        path.write_text("ne")
+        raise error
+
+    with pytest.raises(UserError) as caught:
+        run.write("notes.txt", full)
+    assert f"{run.path / 'notes.txt'}: could not be written ({error})" in str(caught.value)
+    assert (run.path / "notes.txt").read_text() == "old"
+    assert names_in(run.path) == ["config.yaml", "notes.txt"]
+
+
+def test_a_file_never_stands_half_written_under_its_name(run: RunFolder) -> None:
+    """While a file is written, its name still holds the old content; the suffix is kept."""
+    run.write_text("notes.txt", "old")
+
+    def look(path: Path) -> None:
+        path.write_text("new")
+        assert path.suffix == ".txt"
+        assert (run.path / "notes.txt").read_text() == "old"
+
+    assert run.write("notes.txt", look) == run.path / "notes.txt"
+    assert (run.path / "notes.txt").read_text() == "new"
+
+
+def test_whoever_reads_the_old_file_keeps_it_whole(run: RunFolder) -> None:
+    """The new file takes the name in one step instead of being written over the old one."""
+    run.write_text("notes.txt", "old")
+    with (run.path / "notes.txt").open() as reader:
+        run.write_text("notes.txt", "new")
+        assert reader.read() == "old"
+    assert (run.path / "notes.txt").read_text() == "new"
+
+
+def test_writing_into_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone.*notes\.txt: could not be written"):
+        RunFolder(tmp_path / "gone").write_text("notes.txt", "x")
+
+
+def test_tensors_load_without_pickled_objects(run: RunFolder) -> None:
+    run.write_tensors("values.pt", {"numbers": torch.arange(3), "names": ["a"], "size": 3})
+    content = torch.load(run.path / "values.pt", weights_only=True)
+    assert content["numbers"].tolist() == [0, 1, 2]
+    assert (content["names"], content["size"]) == (["a"], 3)
+
+
+def test_metrics_read_back(run: RunFolder) -> None:
+    """A row without a value has an empty cell, which reads as missing."""
+    run.write_metrics([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25, "acc": 0.9}])
+    expected = pd.DataFrame({"epoch": [1, 2], "loss": [0.5, 0.25], "acc": [float("nan"), 0.9]})
+    pd.testing.assert_frame_equal(pd.read_csv(run.path / "metrics.csv"), expected)
+
+
+def test_a_summary_is_json_and_makes_the_run_done(run: RunFolder) -> None:
+    assert not run.is_done
+    run.write_summary({"class": "猫", "acc": 0.5})
+    assert run.is_done
+    text = (run.path / "summary.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"class": "猫", "acc": 0.5}
+    assert "猫" in text
+
+
+def test_a_finished_run_is_overwritten_only_if_asked(run: RunFolder) -> None:
+    run.claim(overwrite=False)  # unfinished: may be written again
+    run.write_summary({})
+    with pytest.raises(UserError, match=r"demo exists; give --overwrite"):
+        run.claim(overwrite=False)
+    run.claim(overwrite=True)
+
+
+def test_a_run_starts_in_an_empty_folder(run: RunFolder) -> None:
+    run.write_text("old.txt", "x")
+    run.start("lr: 0.1\n")
+    assert names_in(run.path) == ["config.yaml"]
+    assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
+
+
+def test_a_folder_that_no_run_made_is_not_emptied(tmp_path: Path) -> None:
+    """`--record_path ~ --save_folder_name Documents` must not cost anyone their documents."""
+    (tmp_path / "Documents").mkdir()
+    (tmp_path / "Documents" / "thesis.txt").write_text("years of work")
+    folder = attack_folder("Documents", tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="Documents"):
+            start_as_a_script_does(folder, overwrite)
+        assert (tmp_path / "Documents" / "thesis.txt").read_text() == "years of work"
+
+
+def start_as_a_script_does(folder: RunFolder, overwrite: bool) -> None:
+    folder.claim(overwrite)
+    folder.start("lr: 0.1\n")
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    start_as_a_script_does(attack_folder("demo", tmp_path), overwrite=False)
+    assert names_in(tmp_path / "demo") == ["config.yaml"]
+
+
+def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("a file")
+    with pytest.raises(UserError, match="demo"):
+        start_as_a_script_does(attack_folder("demo", tmp_path), overwrite=False)
+    assert (tmp_path / "demo").read_text() == "a file"
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["demo", "badnet_0.1", "a+b-c", "2024", "a..b", "_x"])
+def test_a_name_becomes_a_folder_of_the_records(tmp_path: Path, name: str) -> None:
+    assert attack_folder(name, tmp_path).path == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "-x", ".hidden", "a b", "x\n", "é"]
+)
+def test_a_name_that_could_be_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="--save_folder_name"):
+        attack_folder(name, tmp_path)
+
+
+def test_a_defense_writes_into_the_record_it_read(tmp_path: Path) -> None:
+    assert defense_folder(tmp_path, "sau").path == tmp_path / "defense" / "sau"
+    with pytest.raises(UserError, match="--save_folder_name: \\.\\./x is not a name"):
+        defense_folder(tmp_path, "../x")
+
+
+def test_a_record_is_found_by_its_name_or_its_folder(run: RunFolder) -> None:
+    assert find_record("demo", run.path.parent) == run.path
+    assert find_record(str(run.path), run.path.parent / "elsewhere") == run.path
+
+
+def test_an_unknown_record_is_refused_with_those_that_exist(run: RunFolder) -> None:
+    run.write_tensors("attack_result.pt", {})
+    records = run.path.parent
+    (records / "unrelated").mkdir()
+    with pytest.raises(UserError) as caught:
+        find_record("dmeo", records)
+    assert str(caught.value).startswith(f"--result_file: dmeo is no record in {records}")
+    assert str(caught.value).endswith("give one of demo")
+
+
+def test_without_any_record_the_user_is_told_to_run_an_attack(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run an attack first"):
+        find_record("demo", tmp_path)
