@@ -9,6 +9,9 @@ and nothing of the training. The trigger is the same at test time.
 
     python attack/badnet.py --save_folder_name badnet_demo
 
+Limits: a random crop cuts the square off some training images, a flip moves it to the other corner;
+nothing of that happens at the test. The checkerboard of some implementations is not offered.
+
 At 64 pixels BackdoorBench enlarges its picture of 32 and replaces whatever is not black: 7 x 7
 pixels, with dark upper and left rims. `--rim true` does so; it changes nothing at 32 pixels.
 

@@ -45,7 +45,7 @@ from utils.runtime import generator
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AffineConfig):
-    squeeze_num: Annotated[int, Field(ge=2, le=256, description="levels that a channel keeps")]
+    squeeze_num: Annotated[int, Field(ge=2, le=255, description="levels that a channel keeps")]
     dithering: Annotated[bool, Field(description="spread the error to neighbours; Floyd-Steinberg")]
     neg_ratio: Annotated[
         float, Field(ge=0, le=1, description="images with another one's residual / batch")

@@ -14,7 +14,7 @@ from pydantic import Field
 from attack.prototype import AttackConfig, Plan, Setting, run_plan
 from utils import poison
 from utils.data import Dataset, Labelled, as_float, augment_affine
-from utils.runtime import generator
+from utils.runtime import generator, logger
 from utils.train import Step
 
 _CHUNK = 256  # images that a control is given at once, outside of training
@@ -77,18 +77,23 @@ K = TypeVar("K", bound=ControlledConfig)
 def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], Control]) -> None:
     """Runs the script of an attack that controls training: flags -> record.
 
-    The record's poisoned training set is made after training, by the same rule on the images in
-    their own order; the batches that the model saw are never stored.
+    As published, of a batch of B images int(pratio * B) are poisoned. The record's poisoned
+    training set is made after training, by the same rule on the images in their own order; the
+    batches that the model saw are never stored.
     """
 
     def plan(config: K, setting: Setting) -> Plan:
         data = setting.data
         labels = (config.attack_label_trans, config.attack_target)
-        poison.poison_count(len(data.train), config.pratio)  # refuses a ratio that poisons none
+        # What cannot work is refused before anything is trained.
+        poison.poison_count(len(data.train), config.pratio)
+        poison.test_images_to_trigger(data, *labels)
         control = make_control(config, setting)
+        _tell_counts(config, control)
         control.before_training()
         trigger = _as_trigger(control.trigger, setting, config.truncate)
         cross_trigger = _as_trigger(control.cross, setting, config.truncate)
+        poison.triggered_test_set(data, trigger, *labels)
 
         def exported() -> poison.PoisonedSet:
             counts = control.poisoned_per_batch
@@ -112,6 +117,17 @@ def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], C
         )
 
     run_plan(config_class, plan)
+
+
+def _tell_counts(config: ControlledConfig, control: Control) -> None:
+    """How many images of a batch are poisoned: a whole number, so not quite the ratio asked for."""
+    if config.pratio * config.batch_size >= 1:  # else it is drawn for each batch
+        poisoned, crossed = control.poisoned_per_batch(config.batch_size)
+        logger.info(
+            "of each batch of %d images %d are poisoned (%.2f %%); on %d is a trigger that must "
+            "not fire",
+            *(config.batch_size, poisoned, 100 * poisoned / config.batch_size, crossed),
+        )
 
 
 def stored(images: torch.Tensor, data: Dataset, truncate: bool) -> torch.Tensor:

@@ -127,18 +127,18 @@ def train_mask(
             others = torch.randperm(len(images), generator=second_order).split(batch_size)
             batches = loop.batches(len(images), batch_size, first_order, whole=True)
             for pair in zip(batches, others, strict=True):
-                x1, x2 = (
+                first, second = (
                     normalize(augmented(images[i].to(setting.device), config, augmentation))
                     for i in pair
                 )
-                mask1, mask2 = threshold(network(x1)), threshold(network(x2))
-                density = density_loss(mask1, config.mask_density)
-                diversity = diversity_loss(x1, x2, mask1, mask2)
+                masks, other_masks = threshold(network(first)), threshold(network(second))
+                density = density_loss(masks, config.mask_density)
+                diversity = diversity_loss(first, second, masks, other_masks)
                 loss = config.lambda_norm * density + config.lambda_div * diversity
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                loop.log(len(x1), loss=loss, area=mask1.mean())
+                loop.log(len(first), loss=loss, area=masks.mean())
             scheduler.step()
 
 

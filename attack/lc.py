@@ -14,7 +14,12 @@ pratio counts within the whole training set, as published by BackdoorBench: with
 pratio 0.1 no clean image of the target class is left, and ACC falls to about 0.9 of what it would
 be; 0.05 leaves it. A class with fewer images gives all that it has. The adversarial images that
 BackdoorBench loads by default are a file that is not shipped, with a bound of 16 by its name:
-`--adv_bound 16`. The attack has one target: no all2all.
+`--adv_bound 16`.
+
+Limits: one target, no all2all. The surrogate is a --model of the run's own recipe (published is a
+ResNet-18 of its own), so that the poison is another one with another --batch_size or --lr. Trained
+adversarially, as the paper proposes, it still knows many of the hard images: `surrogate_recognises`
+in summary.json counts them.
 
 Expected on the embedded digits, where all zeros are poisoned: ACC 90 %, ASR >= 90 %. CIFAR-10,
 PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 84.59 %, ASR 99.92 %; 5 %:

@@ -117,27 +117,40 @@ class Setting:
 
     Attributes:
         facts: plain data that the attack wants in `summary.json`, under `preparation`.
+        warnings: lines for `summary.json`; see `warn`.
     """
 
     data: Dataset
     device: torch.device
     precision: str
     facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Logs a warning now, and keeps it for the summary."""
+        logger.warning("warning: %s", text)
+        self.warnings.append(text)
 
     def cached(
-        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, torch.Tensor]]
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        compute: Callable[[], dict[str, torch.Tensor]],
+        version: int = 1,
     ) -> dict[str, torch.Tensor]:
         """Tensors that take long to make: computed once, then read from `data/cache/`.
 
         Args:
             kind: what they are; part of the file's name.
-            key: all that they depend on, beside the dataset.
+            key: all that they depend on, beside the dataset and the code.
+            version: to be raised with every change of the code that changes what it computes.
 
         Raises:
             UserError: if the cache cannot be written, before anything is computed; if what it holds
                 is no file of tensors.
         """
-        text = json.dumps({**key, "data": self.data.fingerprint()}, sort_keys=True)
+        depends = {**key, "version": version, "data": self.data.fingerprint()}
+        text = json.dumps(depends, sort_keys=True)
         cache = folders.RunFolder(ROOT / "data" / "cache")
         name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
         with distributed.main_alone() as is_mine:
@@ -219,6 +232,14 @@ def run(
         # Before what takes long, because it refuses ratios and targets that do not fit.
         rng = generator(config.random_seed, "poisoned indices")
         choice = choose(config, data.train.labels, len(data.classes), rng)
+        wanted = poison.poison_count(len(data.train), config.pratio)
+        poisoned_images = int((choice.kinds == poison.KINDS.index("poison")).sum())
+        if poisoned_images < wanted:
+            setting.warn(
+                f"{wanted} poisoned images wanted, but class {config.attack_target} has "
+                f"{poisoned_images}; all of them are poisoned (ratio "
+                f"{poisoned_images / len(data.train):.4f} of the training set)"
+            )
         extra = () if prepare is None else (prepare(config, setting),)
         made = make_trigger(config, data.image_shape, *extra)
         triggers = made if isinstance(made, poison.Triggers) else poison.Triggers(made, made)
@@ -314,7 +335,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
                 "image_size": data.image_shape[1],
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
                 **({"preparation": setting.facts} if setting.facts else {}),
-                "warnings": [*data.warnings, *warnings],
+                "warnings": [*data.warnings, *setting.warnings, *warnings],
                 **pipeline.run_facts(config, started - watch.earlier, device, precision),
                 "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
             }

@@ -18,7 +18,10 @@ its patch, which is that of the last iteration (here the best one's):
 
     --neuron_choice random --normalize false --start 1 --reach 0.3 --apply wrap --clean_epochs 100
 
-The network must have a linear layer. Expected on the embedded digits: ACC >= 97 %, ASR >= 99 %.
+Limits: the network must have a linear layer. The patch depends on --model and on its recipe: it is
+another one with another --batch_size or --lr.
+
+Expected on the embedded digits: ACC >= 97 %, ASR >= 99 %.
 CIFAR-10, PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 93.42 %, ASR 100 %.
 """
 
@@ -33,8 +36,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, Setting, clean_model, run
-from models import Classifier
+from attack.prototype import AttackConfig, Setting, clean_model, recipe, run
+from models import Classifier, build_model
 from utils.data import truncated
 from utils.errors import UserError
 from utils.poison import Trigger
@@ -55,7 +58,9 @@ class Config(AttackConfig):
         Literal["trained", "random"],
         Field(description="features of largest weight in the last layer, as trained or drawn anew"),
     ]
-    feature_target: Annotated[float, Field(description="value that these features shall get")]
+    feature_target: Annotated[
+        float, Field(ge=-1e6, le=1e6, description="value that these features shall get")
+    ]
     iterations: Annotated[int, Field(ge=1, description="steps that optimise the patch")]
     step_size: Annotated[float, Field(gt=0, le=1, description="size of a step, pixel units")]
     start: Annotated[float, Field(ge=0, le=1, description="first value of the patch, pixel units")]
@@ -143,19 +148,30 @@ def invert(
 
 def prepare(config: Config, setting: Setting) -> torch.Tensor:
     """The patch, uint8 (C, H, W), 0 outside the disc; its features before and after are logged."""
-    model = clean_model(config, setting, config.clean_epochs)
-    weight = last_linear(model.network).weight
-    if config.neuron_choice == "random":
-        rng = generator(config.random_seed, "trojan head")
-        weight = torch.rand(RANDOM_HEAD, weight.shape[1], generator=rng)
-    neurons = strongest(weight, config.neurons).to(setting.device)
-    channels, height, width = setting.data.image_shape
-    mask = disc(height, width).float().expand(channels, -1, -1).to(setting.device)
-    patch, before, after = invert(model, neurons, mask, config)
-    for number, old, new in zip(neurons.tolist(), before.tolist(), after.tolist(), strict=True):
+    last_linear(build_model(config.model, 2, image_size=config.image_size).network)  # in time
+    names = "neurons neuron_choice feature_target iterations step_size start reach normalize"
+    names += " clean_epochs"
+    key = recipe(config, setting) | {name: getattr(config, name) for name in names.split()}
+
+    def compute() -> dict[str, torch.Tensor]:
+        model = clean_model(config, setting, config.clean_epochs)
+        weight = last_linear(model.network).weight
+        if config.neuron_choice == "random":
+            rng = generator(config.random_seed, "trojan head")
+            weight = torch.rand(RANDOM_HEAD, weight.shape[1], generator=rng)
+        neurons = strongest(weight, config.neurons).to(setting.device)
+        channels, height, width = setting.data.image_shape
+        mask = disc(height, width).float().expand(channels, -1, -1).to(setting.device)
+        patch, before, after = invert(model, neurons, mask, config)
+        made = {"patch": truncated(patch), "neurons": neurons, "before": before, "after": after}
+        return {name: value.cpu() for name, value in made.items()}
+
+    made = setting.cached("trojan-patch", key, compute)
+    before, after = made["before"].tolist(), made["after"].tolist()
+    for number, old, new in zip(made["neurons"].tolist(), before, after, strict=True):
         logger.info("feature %d: %.3f -> %.3f", number, old, new)
-    setting.facts["features"] = {"before": before.tolist(), "after": after.tolist()}
-    return truncated(patch).cpu()
+    setting.facts["features"] = {"before": before, "after": after}
+    return made["patch"]
 
 
 def place(

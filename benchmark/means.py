@@ -1,7 +1,7 @@
 """Means over seeds: a row an attack, a column a defense, and what a reader has to beware of."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -14,7 +14,7 @@ COLLAPSED = 0.5  # share of the ACC before
 SMALL_TEST_SET = 1000  # images
 
 FLAGS = {
-    "a": "the attack failed: an ASR under 50 % without a defense, so that ASR and DER say little",
+    "a": "the attack failed: for a seed, ASR is under 50 % undefended; ASR and DER say little",
     "c": "the defense collapsed: for a seed, ACC is under half of what it was",
     "g": "another commit than most of this table",
     "m": "mean over fewer attacks than without a defense",
@@ -130,12 +130,22 @@ def _table(runs: pd.DataFrame, names: list[str]) -> Table:
 
 
 def _notes(runs: pd.DataFrame) -> tuple[str, ...]:
-    """How many images the numbers are of, and what one image is worth where they are few."""
+    """How many images the numbers are of, what one is worth where they are few, and who made them.
+
+    The last where neither commit nor environment has a majority that a flag could tell from.
+    """
     sizes = [
         f"{int(n):,}" for n in (runs["train_images"].iloc[0], runs["test_images"].iloc[0]) if n == n
     ]
+    made_by = runs["versions"] + runs["precision"] + runs["device"]
+    mixed = [
+        f"{values.nunique()} {what}"
+        for what, values in (("commits", runs["commit"]), ("environments", made_by))
+        if _majority(values) is None
+    ]
+    mixture = (f"Made by {' and '.join(mixed)}, see below.",) if mixed else ()
     if len(sizes) < 2:
-        return ()
+        return mixture
     text = f"{sizes[0]} training and {sizes[1]} test images"
     counts = sorted({int(n) for n in runs["asr_total"].dropna()})
     if counts:
@@ -143,7 +153,7 @@ def _notes(runs: pd.DataFrame) -> tuple[str, ...]:
     smallest = min([int(runs["test_images"].iloc[0]), *counts])
     if 0 < smallest < SMALL_TEST_SET:
         text += f". Small test set: one image is up to {100 / smallest:.2f} points"
-    return (text + ".",)
+    return (text + ".", *mixture)
 
 
 Cells = dict[tuple[str, str], dict[str, Number]]
@@ -152,12 +162,12 @@ Cells = dict[tuple[str, str], dict[str, Number]]
 def _cells(runs: pd.DataFrame) -> Cells:
     """Numbers with their flags by (attack, label)."""
     made_by = runs["versions"] + runs["precision"] + runs["device"]
-    usual, commit = made_by.mode()[0], runs["commit"].mode()[0]
+    usual, commit = _majority(made_by), _majority(runs["commit"])
     cells: Cells = {}
     for (attack, label), group in runs.groupby(["row", "label"]):
-        general = "g" * bool((group["commit"] != commit).any())
+        general = "g" * bool(commit is not None and (group["commit"] != commit).any())
         general += "r" * (group.loc[group["config"] != "-", "config"].nunique() > 1)
-        general += "v" * bool((made_by[group.index] != usual).any())
+        general += "v" * bool(usual is not None and (made_by[group.index] != usual).any())
         failed = "a" * bool((group["asr_before"] < FAILED_ASR).any())
         collapsed = "c" * bool((group["acc"] < COLLAPSED * group["acc_before"]).any())
         flags = {"acc": collapsed + general, "asr": failed, "ra": "", "der": failed}
@@ -169,15 +179,21 @@ def _cells(runs: pd.DataFrame) -> Cells:
     return cells
 
 
+def _majority(values: pd.Series) -> str | None:
+    """The value of more than half of the runs, if there is one."""
+    counts = values.value_counts()
+    return str(counts.index[0]) if 2 * counts.iloc[0] > len(values) else None
+
+
 def _main(labels: list[str], runs: pd.DataFrame, cells: Cells) -> Grid:
     columns = {label: METRICS[:3] if label == UNDEFENDED else METRICS for label in labels}
     attacks = sorted(set(runs["row"]) - {CLEAN})
     rows = [_row_of(a, {label: cells.get((a, label), {}) for label in labels}) for a in attacks]
     rows = [_with_best_in_row(row) for row in rows]
     clean = {label: cells.get((CLEAN, label), {}) for label in labels}
-    foot = [_with_best_in_row(_mean_row(rows, columns))] if len(rows) > 1 else []
+    foot = [_with_best_in_row(_mean_row(rows, columns, runs))] if len(rows) > 1 else []
     if any(clean.values()):
-        foot.append(_row_of(CLEAN, clean))
+        foot.append(_with_best_in_row(_row_of(CLEAN, clean)))
     return Grid("attack", columns, tuple(rows), tuple(foot))
 
 
@@ -190,17 +206,12 @@ def _ablation(method: str, labels: list[str], cells: Cells) -> Grid:
         if any(groups.values()):
             rows.append(_row_of(label, groups))
     columns = dict.fromkeys(attacks, METRICS)
-    best = {key: value for key in _keys(columns) if (value := _best(rows, key)) is not None}
-    rows = [
-        replace(
-            row,
-            numbers={
-                key: replace(number, is_best=number.rounded() == best.get(key))
-                for key, number in row.numbers.items()
-            },
-        )
-        for row in rows
-    ]
+    for heading, metric in _keys(columns):
+        named = {row.name: row.numbers for row in rows if (heading, metric) in row.numbers}
+        best = _best({(name, heading): numbers for name, numbers in named.items()}, metric)
+        rows = [
+            _marked(row, {(heading, metric)} if (row.name, heading) in best else ()) for row in rows
+        ]
     return Grid("variant", columns, tuple(rows))
 
 
@@ -221,42 +232,66 @@ def _row_of(name: str, groups: Mapping[str, Mapping[str, Number]]) -> Row:
     return Row(name, seeds, "s" * (seeds == 1), numbers)
 
 
-def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]]) -> Row:
-    """Means of the attacks' means; a column with fewer attacks than undefended says so."""
+def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.DataFrame) -> Row:
+    """Means of the attacks' means; a column with fewer attacks than undefended says so.
+
+    The deviation is that of the seeds' means over the attacks, where every attack has every seed.
+    """
     numbers = {}
     for heading, metric in _keys(columns):
         found = [row.numbers[heading, metric] for row in rows if (heading, metric) in row.numbers]
         of = (UNDEFENDED, "asr" if metric == "der" else metric)
         if found:
-            flags = "".join(f for f in "ac" if any(f in n.flags for n in found))
+            flags = "".join(f for f in "acrv" if any(f in n.flags for n in found))
             flags += "m" * (len(found) < sum(of in row.numbers for row in rows))
+            flags += "s" * (metric == "acc" and all(n.seeds == 1 for n in found))
             mean = sum(n.mean for n in found) / len(found)
-            numbers[heading, metric] = Number(mean, None, len(found), flags)
+            own = runs[(runs["label"] == heading) & (runs["row"] != CLEAN)]
+            by_seed = own.pivot_table(metric, "seed", "row")
+            is_whole = len(by_seed) > 1 and bool(by_seed.notna().to_numpy().all())
+            sd = float(by_seed.mean(axis=1).std()) if is_whole else None
+            numbers[heading, metric] = Number(mean, sd, len(found), flags)
     return Row(f"mean of {len(rows)} attacks", None, "", numbers)
 
 
 def _with_best_in_row(row: Row) -> Row:
     """Marks the best defense of each metric, and those that print the same, among several."""
-    numbers = dict(row.numbers)
     for metric in METRICS:
         rivals = {
-            key: number
-            for key, number in row.numbers.items()
-            if key[1] == metric and key[0] != UNDEFENDED and "m" not in number.flags
+            ("", heading): row.numbers
+            for heading, of in row.numbers
+            if of == metric and heading != UNDEFENDED
         }
-        if len(rivals) > 1:
-            pick = max if HIGHER_IS_BETTER[metric] else min
-            best = pick(number.rounded() for number in rivals.values())
-            for key, number in rivals.items():
-                numbers[key] = replace(number, is_best=number.rounded() == best)
-    return replace(row, numbers=numbers)
+        row = _marked(row, {(heading, metric) for _, heading in _best(rivals, metric)})
+    return row
 
 
-def _best(rows: list[Row], key: tuple[str, str]) -> float | None:
-    values = [row.numbers[key].rounded() for row in rows if key in row.numbers]
-    if len(values) < 2:
-        return None
-    return max(values) if HIGHER_IS_BETTER[key[1]] else min(values)
+def _marked(row: Row, keys: Iterable[tuple[str, str]]) -> Row:
+    best = {key: replace(row.numbers[key], is_best=True) for key in keys}
+    return replace(row, numbers={**row.numbers, **best})
+
+
+def _best(
+    rivals: Mapping[tuple[str, str], Mapping[tuple[str, str], Number]], metric: str
+) -> list[tuple[str, str]]:
+    """Which of several rivals, (anything, heading) -> numbers, is best; all that print the same.
+
+    Those with fewer seeds or attacks than others, of a failed attack or a collapsed defense do not
+    compete.
+    """
+    numbers = {key: of[key[1], metric] for key, of in rivals.items()}
+    most = max((number.seeds for number in numbers.values()), default=0)
+    fair = {
+        key: number.rounded()
+        for key, number in numbers.items()
+        if number.seeds == most
+        and not set("am") & set(number.flags)
+        and "c" not in rivals[key].get((key[1], "acc"), number).flags
+    }
+    if len(fair) < 2:
+        return []
+    best = (max if HIGHER_IS_BETTER[metric] else min)(fair.values())
+    return [key for key, value in fair.items() if value == best]
 
 
 def _number(values: pd.Series, flags: str) -> Number:

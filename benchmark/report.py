@@ -91,12 +91,12 @@ def draw(table: Table, folder: RunFolder) -> dict[str, Path]:
         Caption -> PNG.
     """
     written = {}
-    for name, caption, figure in _figures(table):
+    earlier = folder.path / f"{_stem(table, 'triggers')}.png"
+    for name, caption, figure in _figures(table, has_gallery=earlier.exists()):
         stem = _stem(table, name)
         with matplotlib.rc_context({"svg.hashsalt": "report"}):  # the same bytes each time
             folder.write(f"{stem}.svg", partial(figure.savefig, metadata={"Date": None}))
         written[caption] = folder.write(f"{stem}.png", partial(figure.savefig, dpi=160))
-    earlier = folder.path / f"{_stem(table, 'triggers')}.png"
     if _TRIGGERS not in written and earlier.exists():  # drawn when the records were there
         written[_TRIGGERS] = earlier
     return written
@@ -106,19 +106,32 @@ def _stem(table: Table, name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{table.name}-{name}")
 
 
-def _figures(table: Table) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of all that a table's runs have something for."""
+def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure]]:
+    """Name, caption and figure of all that a table's runs have something for.
+
+    Args:
+        has_gallery: whether there is a gallery of triggers, which a less complete one does not
+            replace.
+    """
     plain = table.runs[table.runs["label"].isin(table.labels()) & (table.runs["row"] != CLEAN)]
     rates = ["acc_before", "asr_before", "acc", "asr", "der", "seconds"]
     points = plain.groupby(["label", "row"], as_index=False)[rates].mean()
     points = points.rename(columns={"label": "defense", "row": "attack"})
+    seeds = plain.groupby("label")["seed"].nunique().to_dict()
     arrows = points.dropna(subset=rates[:4])
     if len(arrows):
-        yield "before-after", "What each defense does", plot.before_after(arrows, table.title)
+        yield (
+            "before-after",
+            "What each defense does",
+            plot.before_after(arrows, seeds, table.title),
+        )
     for label, group in plain.groupby("label"):
         panels = {str(row): m for row, g in group.groupby("row") if (m := _metrics(g)) is not None}
         if panels:
-            title = f"{label}, {table.title}: mean, and lowest to highest of the seeds"
+            count = int(group["seed"].nunique())
+            title = f"{label}, {table.title}: " + (
+                f"mean, and lowest to highest of up to {count} seeds" if count > 1 else "one seed"
+            )
             yield f"curves-{label}", f"{label} by round", plot.curves_with_bands(panels, title)
     for method, grid in table.ablations.items():
         for attack in grid.columns:
@@ -129,7 +142,7 @@ def _figures(table: Table) -> Iterator[tuple[str, str, Figure]]:
     costs = points[points["seconds"] > 0].dropna(subset=["der"])
     if len(costs):
         yield "cost", "Time and effect, a point an attack", plot.cost(costs, table.title)
-    triggers = _gallery(table)
+    triggers = _gallery(table, has_gallery)
     if triggers is not None:
         yield "triggers", _TRIGGERS, triggers
 
@@ -153,19 +166,26 @@ def _variants(grid: Grid, attack: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
 
 
-def _gallery(table: Table) -> Figure | None:
-    """Triggers of the first record of each attack whose tensors are there."""
+def _gallery(table: Table, has_one: bool) -> Figure | None:
+    """Triggers of the first record of each attack whose tensors are there.
+
+    Where there is a gallery and some attack has no such record: None.
+    """
     undefended = table.runs[(table.runs["label"] == UNDEFENDED) & (table.runs["row"] != CLEAN)]
     needed = ("attack_result.pt", "poison.pt", "summary.json")
+    is_whole = [all((Path(f) / name).is_file() for name in needed) for f in undefended["folder"]]
+    firsts = undefended[is_whole].drop_duplicates("attack")
+    if has_one and len(firsts) < undefended["attack"].nunique():
+        logger.info("the gallery of triggers stays: tensors of some attacks are not there")
+        return None
     by_kind: dict[tuple[object, ...], list[Path]] = {}
-    for folder in map(Path, undefended.drop_duplicates("attack")["folder"]):
-        if all((folder / name).is_file() for name in needed):
-            try:
-                attack = load_attack(folder)
-            except UserError as error:
-                logger.warning("warning: no picture of its trigger: %s", error)
-                continue
-            by_kind.setdefault((attack.image_shape, attack.dataset_path), []).append(folder)
+    for folder in map(Path, firsts["folder"]):
+        try:
+            attack = load_attack(folder)
+        except UserError as error:
+            logger.warning("warning: no picture of its trigger: %s", error)
+            continue
+        by_kind.setdefault((attack.image_shape, attack.dataset_path), []).append(folder)
     if not by_kind:
         return None
     try:  # one kind of images fits into a picture

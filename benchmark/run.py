@@ -33,7 +33,7 @@ from benchmark import slurm
 from benchmark.grid import Cell, cells_of, read_grid
 from utils.errors import UserError
 from utils.folders import RunFolder
-from utils.runtime import ROOT, Progress, logger, run_script
+from utils.runtime import ROOT, Progress, clock, logger, run_script
 
 
 class Board:
@@ -42,6 +42,9 @@ class Board:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.states = {cell.name: "done" if cell.is_done else "waiting" for cell in cells}
         self._progress = Progress(len(cells), "grid", "cell", initial=self.count("done"))
+        self._script = {cell.name: cell.script for cell in cells}
+        self._since: dict[str, float] = {}
+        self._seconds: dict[str, list[float]] = {}
 
     def __enter__(self) -> "Board":
         self._progress.__enter__()
@@ -58,12 +61,31 @@ class Board:
         if self.states[cell.name] == state:
             return
         self.states[cell.name] = state
+        if state == "running":
+            self._since[cell.name] = time.monotonic()
+        elif state == "done" and cell.name in self._since:
+            took = time.monotonic() - self._since[cell.name]
+            self._seconds.setdefault(cell.script, []).append(took)
         if state in slurm.ENDED:
             self._progress.advance()
         logger.info("%-8s %s%s", state, cell.name, f"  ({note})" if note else "")
         self._progress.show(summary(self.states.values()))
         if state in slurm.ENDED and self._progress.done < self._progress.total:
-            logger.info("%s, ETA %s", summary(self.states.values()), self._progress.eta())
+            logger.info("%s, ETA %s", summary(self.states.values()), self.eta())
+
+    def eta(self) -> str:
+        """Time left: for each cell what its script took so far, divided by how many run at once."""
+        known = {script: sum(took) / len(took) for script, took in self._seconds.items()}
+        if not known:
+            return "?"
+        others = sum(known.values()) / len(known)  # for a script that has not ended yet
+        left = 0.0
+        for name, state in self.states.items():
+            if state not in slurm.ENDED:
+                usual = known.get(self._script[name], others)
+                since = self._since.get(name) if state == "running" else None
+                left += usual if since is None else max(0, usual - (time.monotonic() - since))
+        return clock(left / max(1, self.count("running")))
 
 
 def summary(states: Iterable[str]) -> str:
@@ -76,10 +98,21 @@ def log_of(cell: Cell, root: Path) -> Path:
     return root / ".grid" / "logs" / f"{cell.name.replace('/', '-')}.log"
 
 
+def mark_of(cell: Cell, root: Path) -> Path:
+    """The empty file that says that a cell's last run has failed."""
+    return log_of(cell, root).with_suffix(".failed")
+
+
+def is_elsewhere(cell: Cell) -> bool:
+    """Whether another process is writing the cell, e.g. what a closed terminal has left running."""
+    return cell.is_begun and RunFolder(cell.folder).is_taken
+
+
 def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> None:
     """Runs the cells that are not done, `jobs` at once; threads and GPUs are shared out.
 
-    A defense starts when its attack is done, and is skipped if that has failed.
+    A defense starts when its attack is done, and is skipped if that has failed. What another
+    process is writing is waited for.
 
     Raises:
         KeyboardInterrupt: once every process that ran has ended.
@@ -93,6 +126,8 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
                     del running[slot]
                     ended_well = process.returncode == 0 and cell.is_done
                     note = f"exit code {process.returncode}, {log_of(cell, root)}"
+                    if not ended_well:
+                        mark_of(cell, root).touch()
                     board.set(cell, *(("done",) if ended_well else ("failed", note)))
             for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
                 waiting.remove(cell)
@@ -103,6 +138,8 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
                     board.set(cell, "skipped", "its attack failed")
             for slot in set(range(jobs)) - set(running):
                 ready = [c for c in waiting if c.attack is None or c.attack.is_done]
+                while ready and is_elsewhere(ready[0]):
+                    board.set(ready.pop(0), "running", "by another process")
                 if ready:
                     waiting.remove(ready[0])
                     running[slot] = (_start(ready[0], root, slot, jobs), ready[0])
@@ -119,6 +156,7 @@ def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[byt
     """The cell's script, in a session of its own: Ctrl-C is ours to pass on, once."""
     log = log_of(cell, root)
     log.parent.mkdir(parents=True, exist_ok=True)
+    mark_of(cell, root).unlink(missing_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -158,9 +196,11 @@ def main() -> None:
     cells = cells_of(grid, root)
     queue = slurm.Queue(root, grid.slurm) if flags.executor == "slurm" else None
     if flags.status:
-        states = states_of(cells, queue)
-        for name, state in states.items():
-            print(f"{state:12} {name}")
+        states = states_of(cells, root, queue)
+        for cell in cells:
+            log = queue.log_of(cell) if queue else log_of(cell, root)
+            end = f"  (see {log})" if states[cell.name] == "failed" else ""
+            print(f"{states[cell.name]:12} {cell.name}{end}")
         print(f"{len(cells)} cells: {summary(states.values())}")
         return
 
@@ -186,15 +226,25 @@ def main() -> None:
         )
 
 
-def states_of(cells: Sequence[Cell], queue: "slurm.Queue | None") -> dict[str, str]:
-    """State of every cell, from the records and the queue."""
+def states_of(cells: Sequence[Cell], root: Path, queue: "slurm.Queue | None") -> dict[str, str]:
+    """State of every cell, from the records, the notes beside them, and the queue."""
     queued = {} if queue is None else queue.states()
-    return {
-        cell.name: "done"
-        if cell.is_done
-        else queued.get(cell.name) or ("interrupted" if cell.is_begun else "waiting")
-        for cell in cells
-    }
+    states: dict[str, str] = {}
+    for cell in cells:
+        if cell.is_done:
+            state = "done"
+        elif cell.name in queued:
+            state = queued[cell.name]
+        elif queue is None and is_elsewhere(cell):
+            state = "running"
+        elif cell.attack is not None and states[cell.attack.name] == "failed":
+            state = "skipped"
+        elif mark_of(cell, root).exists() if queue is None else queue.has_had(cell):
+            state = "failed"
+        else:
+            state = "interrupted" if cell.is_begun else "waiting"
+        states[cell.name] = state
+    return states
 
 
 if __name__ == "__main__":

@@ -112,6 +112,10 @@ class Queue:
             if job in known
         }
 
+    def has_had(self, cell: Cell) -> bool:
+        """Whether a cell was ever submitted: if it is neither queued nor done, its job failed."""
+        return cell.name in self._ids
+
     def log_of(self, cell: Cell) -> str:
         return str(self._logs / f"{self._ids.get(cell.name, '*')}_0_log.out")
 

@@ -135,7 +135,9 @@ def read_runs(under: Path, without: Path | None = None) -> tuple[pd.DataFrame, l
             problems.append(f"{folder}: has no scores; left out")
         found += [{"record": name, **row} for row in rows]
     runs = pd.DataFrame(found)
-    return (runs, problems) if runs.empty else _without_repeats(runs, problems)
+    if not runs.empty:
+        runs, problems = _without_repeats(runs, problems)
+    return runs, [problem.replace(f"{under}{os.sep}", "") for problem in problems]
 
 
 def _find(under: Path, without: Path | None) -> dict[Path, list[Path]]:
@@ -237,7 +239,10 @@ def _row(
 
 
 def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
-    """Two records of one cell and seed would pass for two seeds: the first by name is taken."""
+    """Two records of one cell and seed would pass for two seeds: the first by name is taken.
+
+    Of another recipe they are a variant, named after its record.
+    """
     numbers = ["pratio", "image_size", "train_images", "test_images", "seed", *METRICS, "seconds"]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
     runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
@@ -252,7 +257,14 @@ def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFr
         "pratio",
         "seed",
     ]
-    known = undefended[undefended["seed"].notna()]
+    for _, attack in undefended.groupby(cell[:-1], dropna=False, sort=False):
+        usual = attack["config"].value_counts(sort=False).idxmax()
+        for _, same in attack[attack["seed"].notna()].groupby("seed"):
+            for record in same.loc[same["config"] != usual, "record"] if len(same) > 1 else ():
+                name = re.sub(r"[-_.]?s?\d+$", "", record.rpartition("/")[2])
+                of_it = runs["record"] == record
+                runs.loc[of_it, "attack"] = runs.loc[of_it, "attack"] + f" ({name})"
+    known = runs[(runs["label"] == UNDEFENDED) & runs["seed"].notna()]
     for _, same in known.groupby(cell, dropna=False, sort=False):
         for repeat in same["record"].iloc[1:]:
             first = same["record"].iloc[0]

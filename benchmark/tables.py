@@ -45,7 +45,7 @@ def legend(grids: Sequence[Grid]) -> list[str]:
     numbers = [number for row in rows for number in row.numbers.values()]
     lines = ["Percent" + ("; mean ± sample standard deviation over seeds" * _any_sd(numbers))]
     if any(" (" in value_text(n, row) for row in rows for n in row.numbers.values()):
-        lines[0] += "; (k): k seeds, or attacks, where the row has more"
+        lines[0] += "; (k): k seeds, or attacks, where that is not the row's number"
     if any(number.is_best for number in numbers):
         lines[0] += "; bold: the best"
     return [f"{lines[0]}.", *(f"{flag}: {FLAGS[flag]}." for flag in sorted(used))]
@@ -152,8 +152,9 @@ def markdown_text(text: str) -> str:
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """A `table*` for each grid; needs the packages booktabs and textcomp."""
-    parts = ["% \\usepackage{booktabs}\n% \\usepackage{textcomp}\n"]
+    """A `table*` for each grid, as wide as the page; says which packages it needs."""
+    packages = ("booktabs", "graphicx", "textcomp")
+    parts = ["".join(f"% \\usepackage{{{name}}}\n" for name in packages)]
     for table in tables:
         parts.append(_latex_grid(table, table.main, table.title, table.name))
         for method, grid in table.ablations.items():
@@ -179,7 +180,7 @@ def _latex_grid(table: Table, grid: Grid, title: str, name: str) -> str:
         r"\centering\small\setlength{\tabcolsep}{3pt}",
         rf"\caption{{{caption}}}",
         rf"\label{{tab:{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}}}",
-        rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
+        rf"\resizebox{{\textwidth}}{{!}}{{\begin{{tabular}}{{lr{'r' * len(columns)}}}",
         r"\toprule",
         rf" & & {' & '.join(groups)} \\",
         " ".join(rules),
@@ -189,7 +190,8 @@ def _latex_grid(table: Table, grid: Grid, title: str, name: str) -> str:
         *([r"\midrule"] if grid.foot else []),
         *(_latex_row(row, columns) for row in grid.foot),
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}}",
+        rf"\par\vspace{{2pt}}\footnotesize {latex_text(made_by(table)[1])}",
         r"\end{table*}",
     ]
     return "\n".join(lines) + "\n"

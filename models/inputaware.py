@@ -44,7 +44,7 @@ class PixelGenerator(nn.Sequential):
 
 
 def widths_for(size: int) -> tuple[int, ...] | None:
-    """The published widths for 32 pixels and all larger multiples of 8; else those for 28.
+    """The published widths for 32 pixels, for all multiples of 8 from 24 on; else those for 28.
 
     Three halvings of 16 pixels would leave 2 x 2. None for a size that is no multiple of 4.
     """

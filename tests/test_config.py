@@ -199,6 +199,8 @@ def test_a_whole_number_is_fine_for_a_float(toy: Path) -> None:
         (["--flip", "--lr", "0.5"], "flip", True),
         (["--flip", "false"], "flip", False),
         (["--widths", "4,5,6"], "widths", (4, 5, 6)),
+        (["--widths", "[4, 5, 6]"], "widths", (4, 5, 6)),
+        (["--widths", "[]"], "widths", ()),
         (["--name", "null"], "name", None),
         (["--name", "17"], "name", "17"),
     ],
@@ -225,8 +227,8 @@ def test_flags_become_the_type_of_their_field(argv: list[str], field: str, value
         ('flip: "true"', "flip", "true or false"),
         ("dataset: mnist", "dataset", "one of digits, cifar10"),
         ("dataset: 3", "dataset", "one of digits, cifar10"),
-        ("widths: 3", "widths", "a list of int"),
-        ("widths: [wide]", "widths", "a list of int"),
+        ("widths: 3", "widths", "a list of int, separated by commas"),
+        ("widths: [wide]", "widths", "a list of int, separated by commas"),
         ("name: 3", "name", "text or null"),
     ],
 )
@@ -248,7 +250,7 @@ def test_a_yaml_value_of_the_wrong_type_is_refused(
         ("rounds", "null", "int >= 1"),
         ("flip", "maybe", "true or false"),
         ("dataset", "mnist", "one of digits, cifar10"),
-        ("widths", "1,wide", "a list of int"),
+        ("widths", "1,wide", "a list of int, separated by commas"),
     ],
 )
 def test_a_flag_of_the_wrong_type_is_refused(flag: str, value: str, allowed: str) -> None:
@@ -493,7 +495,7 @@ def test_dump_keeps_text_as_text(toy: Path, name: str) -> None:
         (str, "text"),
         (Annotated[str | None, Field()], "text or null"),
         (Annotated[Literal["a", "b"], Field()], "one of a, b"),
-        (Annotated[tuple[float, ...], Field()], "a list of float"),
+        (Annotated[tuple[float, ...], Field()], "a list of float, separated by commas"),
     ],
 )
 def test_allowed_values_in_words(annotation: Any, words: str) -> None:

@@ -1,5 +1,8 @@
 """What attacks that control training share: batch layout, partners, stored images, augmentation."""
 
+import dataclasses
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,3 +293,70 @@ def test_a_control_s_trigger_becomes_one_of_stored_images(tiny_data: Dataset) ->
     found = trigger(images, torch.arange(600) % 200)
     assert found.dtype == torch.uint8
     assert found[:, 0, 0, 0].tolist() == [7 + i % 200 for i in range(600)]
+
+
+@pytest.mark.parametrize("size", [16, 28, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["wanet", "inputaware", "bpp"])
+def test_every_control_works_at_every_size(
+    name: str, channels: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of training, then both triggers on stored images of that shape."""
+    monkeypatch.setattr(prototype, "ROOT", tmp_path)
+    source = torch.Generator().manual_seed(0)
+    shape = (channels, size, size)
+    images = torch.randint(0, 200, (12, *shape), dtype=torch.uint8, generator=source)
+    split = Labelled(images, torch.arange(12) % 3)
+    data = Dataset("c", split, split, ("a", "b", "c"), (0.5,) * channels, (0.25,) * channels)
+    module = importlib.import_module(f"attack.{name}")
+    kind = {"wanet": "WaNet", "inputaware": "InputAware", "bpp": "Bpp"}[name]
+    short = {"mask_epochs": 1} if name == "inputaware" else {}
+    settings = module.Config.load("cifar10", pratio=0.25, batch_size=12, **short)
+    made = getattr(module, kind)(settings, setting(data))
+    made.before_training()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, 3))
+    loss = made.loss(model, images, split.labels)
+    loss.backward()
+    made.update()
+    assert loss.isfinite()
+    for apply in (made.trigger, made.cross):
+        with torch.no_grad():
+            changed = apply(images / 255, torch.arange(12))
+        assert changed.shape == (12, *shape)
+        assert 0 <= changed.min() <= changed.max() <= 1
+        assert not torch.equal(stored(changed, data, truncate=False), images)
+
+
+def test_what_cannot_work_is_refused_before_training(
+    tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target that is every test image's label; a trigger that changes nothing."""
+    plans: list[Any] = []
+    monkeypatch.setattr(controlled, "run_plan", lambda _, plan: plans.append(plan))
+    control = Idle()
+    controlled.run_controlled(Config, lambda *_: control)
+    (plan,) = plans
+    with pytest.raises(UserError, match="changes no pixel"):
+        plan(config(batch_size=4), setting(tiny_data))
+    assert control.trained == 1
+    one = dataclasses.replace(tiny_data, test=tiny_data.test.at(torch.tensor([0, 3])))
+    with pytest.raises(UserError, match=r"^--attack_target: every test image has label 0"):
+        plan(config(batch_size=4), setting(one))
+    assert control.trained == 1
+
+
+class Idle:
+    """A control whose triggers do nothing."""
+
+    trained = 0
+
+    def before_training(self) -> None:
+        self.trained += 1
+
+    def poisoned_per_batch(self, batch_size: int) -> tuple[int, int]:
+        return 1, 1
+
+    def trigger(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return images
+
+    cross = trigger

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,48 @@ def test_a_failure_costs_its_defenses_alone_and_done_cells_are_skipped(stubs: Pa
     with run.Board(cells) as board:
         run.run_local(cells, stubs, 2, board)
     assert (stubs / "order.txt").read_text().split()[len(ran) :] == ["bad1"]  # tried again
+
+
+def test_the_status_tells_what_failed_and_what_another_process_runs(stubs: Path) -> None:
+    cells = stub_cells(stubs, "bad1", "a1", "a2")
+    assert set(run.states_of(cells, stubs, None).values()) == {"waiting"}
+    with run.Board(cells) as board:
+        run.run_local(cells[:2], stubs, 1, board)
+    cells[2].folder.mkdir()
+    (cells[2].folder / "config.yaml").write_text("")
+    holds = "import sys, time; from utils.folders import RunFolder; from pathlib import Path;"
+    holds += "RunFolder(Path(sys.argv[1])).lock(); print('held', flush=True); time.sleep(60)"
+    call = [sys.executable, "-c", holds, str(cells[2].folder)]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        states = run.states_of(cells, stubs, None)
+        assert [states[cell.name] for cell in cells] == [
+            *("failed", "skipped", "running", "waiting", "waiting", "waiting")
+        ]
+        thread = threading.Timer(1.0, other.kill)
+        thread.start()
+        with run.Board(cells[2:]) as board:
+            run.run_local(cells[2:], stubs, 1, board)
+    assert set(board.states.values()) == {"done"}
+    assert (stubs / "order.txt").read_text().split()[1:3] == ["a2", "d"]  # it was waited for
+
+
+def test_the_time_left_is_of_each_script(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack took 100 s, its defense 20 s; 30 s into the second attack 70 and 20 are left."""
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    cells = stub_cells(stubs, "a1", "a2")
+    board = run.Board(cells)
+    board.set(cells[0], "running")
+    assert board.eta() == "?"
+    for cell, end in zip(cells, (100.0, 120.0), strict=False):
+        board.set(cell, "running")
+        now[0] = end
+        board.set(cell, "done")
+    board.set(cells[2], "running")
+    now[0] = 150.0
+    assert board.eta() == "0:01:30"
 
 
 def test_one_job_runs_a_record_to_its_end_before_the_next(stubs: Path) -> None:

@@ -198,7 +198,7 @@ def test_deepfool_gives_up() -> None:
 
 def search(model: nn.Module, images: torch.Tensor, **overrides: object) -> torch.Tensor:
     config = Config.load("cifar10", **overrides)
-    return search_pattern(model.eval(), images, images, config)
+    return search_pattern(model.eval(), images, images, config)[0]
 
 
 def random_images() -> torch.Tensor:
@@ -236,7 +236,7 @@ def test_strength_bounds_the_searched_pattern() -> None:
 
 
 def test_images_of_the_target_teach_nothing() -> None:
-    """All are class 0 already: the pattern stays zero, and the pipeline refuses such a trigger."""
+    """All are class 0 already: the pattern stays zero, which `prepare` refuses."""
     assert search(two_classes(bias=-99), random_images()).abs().max() == 0
 
 
@@ -282,7 +282,11 @@ class Remembering(Setting):
     """Keeps the keys, and caches nothing."""
 
     def cached(
-        self, kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, torch.Tensor]]
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        compute: Callable[[], dict[str, torch.Tensor]],
+        version: int = 1,
     ) -> dict[str, torch.Tensor]:
         KEYS.append((kind, dict(key)))
         return compute()
@@ -304,9 +308,9 @@ def test_the_search_is_prepared_with_a_clean_model(
 
     def found(
         model: nn.Module, images: torch.Tensor, held_out: torch.Tensor, config: Config
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, list[float]]:
         seen.update(images=images, held_out=held_out)
-        return images[0]
+        return images[0], [0.125, 0.25]
 
     monkeypatch.setattr(lf, "clean_model", clean)
     monkeypatch.setattr(lf, "search_pattern", found)
@@ -318,6 +322,7 @@ def test_the_search_is_prepared_with_a_clean_model(
         pattern = prepare(Config.load("cifar10", search=True, **changes), setting)
         assert pattern is not None
         assert pattern.shape == (3, 8, 8)
+    assert setting.facts["search"] == {"passes": 2, "changed_predictions": 0.25}
     assert asked == [100, 3, 100, 100, 100]
     assert [kind for kind, _ in KEYS] == ["lf-pattern"] * 5
     keys = [key for _, key in KEYS]
@@ -328,3 +333,13 @@ def test_the_search_is_prepared_with_a_clean_model(
     labels = torch.arange(9) % 3
     order = torch.cat([torch.nonzero(labels == label).flatten() for label in range(3)])
     assert torch.equal(seen["held_out"], tiny_data.test.images[order].float() / 255)
+
+
+def test_a_search_that_finds_nothing_is_refused_and_not_kept(
+    tiny_data: Dataset, tiny_model: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lf, "clean_model", lambda *_: tiny_model.eval())
+    monkeypatch.setattr(lf, "search_pattern", lambda *_: (torch.zeros(3, 8, 8), [0.0]))
+    setting = Remembering(tiny_data, torch.device("cpu"), "fp32")
+    with pytest.raises(UserError, match=r"^--search: .* --search_steps"):
+        prepare(Config.load("cifar10", search=True), setting)

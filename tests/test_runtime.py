@@ -247,6 +247,21 @@ def test_a_log_file_is_closed_after_an_error(bare_logger: None, tmp_path: Path) 
 # --- progress -----------------------------------------------------------------------------------
 
 
+def test_progress_says_a_line_a_minute_off_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step each 25 s: after 75 s, and not again before 135 s."""
+    caplog.set_level(logging.INFO, logger="sau")
+    now = [0.0]
+    monkeypatch.setattr("utils.runtime.time.monotonic", lambda: now[0])
+    progress = Progress(10, "making images hard", "image")
+    progress.show("ACC 50 %")
+    for _ in range(5):
+        now[0] += 25
+        progress.advance()
+    assert caplog.messages == ["making images hard: image 3 of 10  ACC 50 %  ETA 0:02:55"]
+
+
 def test_progress_is_silent_off_a_terminal_and_counts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -261,16 +276,20 @@ def test_progress_is_silent_off_a_terminal_and_counts(
 
 def test_the_time_left_follows_the_rate_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 s for a fifth of the steps leave 4,000 s: 1 h, 6 min, 40 s. Nothing is left at last."""
-    clock = iter([100.0, 1100.0, 5100.0])
-    monkeypatch.setattr("utils.runtime.time.monotonic", lambda: next(clock))
+    now = [100.0]
+    monkeypatch.setattr("utils.runtime.time.monotonic", lambda: now[0])
     progress = Progress(10, "training")
     progress.advance(2)
+    now[0] = 1100.0
     assert progress.eta() == "1:06:40"
+    now[0] = 5100.0
     progress.advance(8)
     assert progress.eta() == "0:00:00"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
     number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +297,7 @@ def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
     seen = []
     now = [100.0]
     monkeypatch.setattr("utils.runtime.time.monotonic", lambda: now[0])
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
     def main() -> None:
         defer_signals(True)
@@ -288,5 +308,19 @@ def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
 
     with pytest.raises(SystemExit) as end:
         run_script(main)
+    signal.signal(signal.SIGHUP, earlier)
     assert end.value.code == code
     assert seen == [number, number]
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    seen = []
+
+    def main() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        seen.append("went on")
+
+    run_script(main)
+    signal.signal(signal.SIGHUP, earlier)
+    assert seen == ["went on"]

@@ -1,14 +1,15 @@
 """SIG: the stripes to the grey level, and images of the target class alone."""
 
-import logging
 import math
 import runpy
+from typing import Any
 
 import pytest
 import torch
 
 from attack import prototype
 from attack.sig import Config, make_trigger
+from utils.data import Dataset
 from utils.errors import UserError
 from utils.runtime import ROOT
 
@@ -115,18 +116,29 @@ def test_the_script_poisons_the_target_class_alone(monkeypatch: pytest.MonkeyPat
     assert not torch.equal(first.index, other.index)
 
 
-def test_the_ratio_is_of_all_images_and_capped_by_the_class(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Of 100 images of ten classes, 10 % are the whole class; 20 % too, with a warning."""
+def test_the_ratio_is_of_all_images_and_capped_by_the_class() -> None:
+    """Of 100 images of ten classes, 10 % are the whole class; 20 % too."""
     labels = torch.arange(100) % 10
     rng = torch.Generator().manual_seed(0)
     whole = prototype.clean_label(Config.load("cifar10"), labels, 10, rng)
     assert whole.index.tolist() == list(range(0, 100, 10))
-    with caplog.at_level(logging.WARNING):
-        capped = prototype.clean_label(Config.load("cifar10", pratio=0.2), labels, 10, rng)
+    capped = prototype.clean_label(Config.load("cifar10", pratio=0.2), labels, 10, rng)
     assert capped.index.tolist() == whole.index.tolist()
-    assert "20 poisoned images wanted, but class 0 has 10" in caplog.text
+
+
+def test_a_capped_ratio_is_said_in_the_summary(
+    tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of 12 are 6 images, but the class has 4."""
+    plans: list[Any] = []
+    monkeypatch.setattr(prototype, "run_plan", lambda _, plan: plans.append(plan))
+    prototype.run(Config, make_trigger, choose=prototype.clean_label)
+    setting = prototype.Setting(tiny_data, torch.device("cpu"), "fp32")
+    plans[0](Config.load("cifar10", pratio=0.5, attack_target=1), setting)
+    (warning,) = setting.warnings
+    assert warning.startswith("6 poisoned images wanted, but class 1 has 4; ")
+    plans[0](Config.load("cifar10", pratio=0.25), setting)
+    assert setting.warnings == [warning]
 
 
 def test_all_to_all_is_refused() -> None:

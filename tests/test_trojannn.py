@@ -181,13 +181,20 @@ def test_the_patch_is_grey_levels_inside_the_disc(
 def test_the_patch_depends_on_the_seed_alone(
     setting: Setting, tiny_model: Classifier, choice: str
 ) -> None:
-    """The clean model is trained once, then read from the cache; a global draw changes nothing."""
+    """Model and patch are made once, then read from the cache; a global draw changes nothing."""
     first = prepare(config(neuron_choice=choice), setting)
-    (cached,) = (attack.prototype.ROOT / "data/cache").iterdir()
+    facts = dict(setting.facts)
+    cached = sorted((attack.prototype.ROOT / "data/cache").iterdir())
+    assert [file.name.rpartition("-")[0] for file in cached] == ["clean-model", "trojan-patch"]
     torch.rand(7)
+    setting.facts.clear()
     assert torch.equal(first, prepare(config(neuron_choice=choice), setting))
-    assert list(cached.parent.iterdir()) == [cached]
-    cached.unlink()
+    assert setting.facts == facts
+    assert sorted(cached[0].parent.iterdir()) == cached
+    cached[1].unlink()
+    assert torch.equal(first, prepare(config(neuron_choice=choice), setting))
+    for file in cached:
+        file.unlink()
     assert torch.equal(first, prepare(config(neuron_choice=choice), setting))
     assert first.dtype == torch.uint8
     assert first.shape == (3, 8, 8)

@@ -177,7 +177,7 @@ def allowed_values(annotation: Any) -> str:
     if get_origin(base) is Literal:
         return "one of " + ", ".join(map(str, options))
     if get_origin(base) is tuple:
-        return f"a list of {allowed_values(options[0])}"
+        return f"a list of {allowed_values(options[0])}, separated by commas"
     null = ""
     if options:
         base, null = options[0], " or null"
@@ -299,7 +299,10 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
     if is_text and value.lower() in ("null", "none") and type(None) in get_args(_base(annotation)):
         value = None
     if get_origin(_base(annotation)) is tuple:
-        return TypeAdapter(annotation).validate_python(value.split(",") if is_text else value)
+        if is_text:  # 1,2,3, with or without the brackets that YAML and --help write
+            inner = value.strip().removeprefix("[").removesuffix("]")
+            value = inner.split(",") if inner else []
+        return TypeAdapter(annotation).validate_python(value)
     checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
     if isinstance(checked, float | int) and not abs(checked) <= _LARGEST[type(checked)]:
         raise ValueError("torch has no such number")

@@ -91,6 +91,10 @@ class RunFolder:
             )
 
     @property
+    def _lock(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.lock")
+
+    @property
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
 
@@ -106,7 +110,7 @@ class RunFolder:
         Raises:
             UserError: if another process has it.
         """
-        path = self.path.with_name(f".{self.path.name}.lock")
+        path = self._lock
         if self.path in _LOCKS:
             return
         with writable(self.path):
@@ -124,6 +128,20 @@ class RunFolder:
                     break  # else the process before has just removed it
         atexit.register(_remove, path)
         _LOCKS[self.path] = file
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether another process is writing it."""
+        if self.path in _LOCKS:
+            return False
+        try:
+            with self._lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def _holds_files(self) -> bool:
         return not self.path.is_dir() or any(self.path.iterdir())

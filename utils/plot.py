@@ -139,12 +139,13 @@ def strip(images: torch.Tensor, height: int = 96) -> Image.Image:
     return Image.fromarray(torch.cat(parts, dim=2).mul(255).round().byte().permute(1, 2, 0).numpy())
 
 
-def before_after(points: pd.DataFrame, title: str) -> Figure:
+def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> Figure:
     """A panel for each defense: what it does to ASR and ACC, an arrow for each attack.
 
     Args:
         points: a row an arrow: `defense`, `attack`, and in [0, 1] `asr_before`, `acc_before`,
-            `asr`, `acc`.
+            `asr`, `acc`; means over the seeds that the defense has.
+        seeds: of each defense, how many at most.
     """
     attacks = sorted(set(points["attack"]))
     panels = list(points.groupby("defense"))
@@ -154,17 +155,19 @@ def before_after(points: pd.DataFrame, title: str) -> Figure:
     axes = list(figure.subplots(lines, count, squeeze=False, sharex=True, sharey=True).flat)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    for axis, (defense, rows) in zip(axes, panels, strict=False):
+    for axis, (name, rows) in zip(axes, panels, strict=False):
+        defense = str(name)
         for row in rows.to_dict("records"):
             hue, marker = _look(attacks.index(row["attack"]))
             start = (100 * row["asr_before"], 100 * row["acc_before"])
             end = (100 * row["asr"], 100 * row["acc"])
             arrow = {"arrowstyle": "->", "color": hue, "lw": 1.1, "alpha": 0.7, "shrinkB": 5}
-            axis.annotate("", end, start, arrowprops=arrow)
+            axis.annotate("", end, start, arrowprops=arrow, zorder=4)
             axis.plot(*start, marker, mfc="white", mec=hue, ms=7, clip_on=False)
             axis.plot(*end, marker, color=hue, mec="white", ms=9, mew=0.6, clip_on=False, zorder=3)
         axis.set(xlabel="ASR, percent", ylabel="ACC, percent", xlim=(-3, 103))
-        axis.set_title(_literal(str(defense)), fontsize=10)
+        of = f", {seeds[defense]} seed{'s' * (seeds[defense] > 1)}"
+        axis.set_title(_literal(defense) + of, fontsize=10)
         axis.label_outer()
         _plain(axis)
     shown = 100 * points[["acc", "acc_before"]].stack()
@@ -187,7 +190,7 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
 
     Args:
         panels: name -> the rows of all seeds' metrics: `round` and rates in [0, 1]. Only rounds
-            that most seeds have scored are drawn.
+            that as many seeds have scored as any are drawn.
     """
     count = min(4, len(panels))
     lines = -(-len(panels) // count)
@@ -281,7 +284,10 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
             ms=8,
             label=_literal(str(defense)),
         )
-    axis.set(xlabel="seconds of a run", ylabel="DER, percent")
+    axis.set(
+        xlabel="seconds of a run by the clock, other work on the machine included",
+        ylabel="DER, percent",
+    )
     ends = 0.8 * points["seconds"].min(), 1.25 * points["seconds"].max()
     if ends[1] > 10 * ends[0]:
         axis.set_xscale("log")

@@ -8,7 +8,7 @@ import torch
 
 from utils.data import Dataset, Labelled, Triggered, release
 from utils.errors import UserError
-from utils.runtime import Progress, logger
+from utils.runtime import Progress
 
 LabelMap = Literal["all2one", "all2all"]
 
@@ -106,7 +106,7 @@ def clean_label(labels: torch.Tensor, pratio: float, target: int, rng: torch.Gen
     """round(pratio * N) images of the target class, labels kept.
 
     The ratio is relative to the whole training set. A class with fewer images gives all that it
-    has, with a warning.
+    has.
 
     Args:
         labels: int64 (N,), true labels of the training set.
@@ -120,22 +120,18 @@ def clean_label(labels: torch.Tensor, pratio: float, target: int, rng: torch.Gen
     wanted = poison_count(len(labels), pratio)
     if len(members) == 0:
         raise UserError(f"--attack_target: class {target} has no training image; give another")
-    if wanted > len(members):
-        logger.warning(
-            "warning: %d poisoned images wanted, but class %d has %d; all of them are poisoned "
-            "(ratio %.4f of the training set)",
-            wanted,
-            target,
-            len(members),
-            len(members) / len(labels),
-        )
     index = members[torch.randperm(len(members), generator=rng)[:wanted]].sort().values
     return Choice(index, labels[index], torch.zeros(len(index), dtype=torch.uint8))
 
 
 def replace_images(clean: Labelled, choice: Choice, trigger: Trigger) -> PoisonedSet:
-    """The training set whose chosen images carry the trigger."""
+    """The training set whose chosen images carry the trigger.
+
+    Raises:
+        UserError: as `require_change` says.
+    """
     images = apply_trigger(trigger, clean.images, choice.index)
+    require_change(images, clean.images, choice.index)
     return PoisonedSet(clean, choice.index, images, choice.labels, choice.kinds)
 
 
@@ -144,7 +140,19 @@ def triggered_test_set(
 ) -> Triggered:
     """The test images that ASR and RA count.
 
-    All-to-one leaves out images whose true label is the target; all-to-all uses every image.
+    Raises:
+        UserError: as `test_images_to_trigger` and `require_change` say.
+    """
+    labels = data.test.labels
+    targets = map_labels(labels, label_map, target, len(data.classes))
+    index = test_images_to_trigger(data, label_map, target)
+    images = apply_trigger(trigger, data.test.images, index)
+    require_change(images, data.test.images, index)
+    return Triggered(images, targets[index], labels[index], index)
+
+
+def test_images_to_trigger(data: Dataset, label_map: LabelMap, target: int) -> torch.Tensor:
+    """int64 (M,): all test images, without those whose true label is the target (all-to-one).
 
     Raises:
         UserError: if no test image is left.
@@ -157,8 +165,7 @@ def triggered_test_set(
             f"--attack_target: every test image has label {target}; give another target or more "
             "classes"
         )
-    images = apply_trigger(trigger, data.test.images, index)
-    return Triggered(images, targets[index], labels[index], index)
+    return index
 
 
 def apply_trigger(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -170,23 +177,31 @@ def apply_trigger(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -
 
     Returns:
         uint8 (M, C, H, W), a copy.
-
-    Raises:
-        UserError: if the trigger changes not a single pixel (a silent failure that would look like
-            label noise).
     """
     result = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8)
-    is_changed = False
     with Progress(len(index), "placing the trigger", "image") as progress:
         for rows, part in zip(result.split(_CHUNK), index.split(_CHUNK), strict=True):
             clean = images[part]
             release(images)
-            rows.copy_(trigger(clean.clone(), part))
-            is_changed = is_changed or not torch.equal(rows, clean)
+            rows.copy_(trigger(clean, part))
             progress.advance(len(part))
-    if not is_changed:
-        raise UserError("the trigger changes no pixel of any image; make it stronger or larger")
     return result
+
+
+def require_change(changed: torch.Tensor, images: torch.Tensor, index: torch.Tensor) -> None:
+    """Refuses a trigger that does nothing, a silent failure that would look like label noise.
+
+    Args:
+        changed: uint8 (M, C, H, W), what the trigger made of some images of a split.
+        images, index: the whole split, and which these are.
+
+    Raises:
+        UserError: if not a single pixel differs.
+    """
+    for rows, part in zip(changed.split(_CHUNK), index.split(_CHUNK), strict=True):
+        if not torch.equal(rows, images[part]):
+            return
+    raise UserError("the trigger changes no pixel of any image; make it stronger or larger")
 
 
 def poison_count(count: int, pratio: float) -> int:

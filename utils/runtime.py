@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Precision = Literal["auto", "fp32", "bf16"]
 
 SAME_REQUEST = 1.0  # seconds
+SAY_EVERY = 60.0  # seconds
 
 logger = logging.getLogger("sau")
 
@@ -42,8 +43,9 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
     A `UserError` is printed, one line a problem, and exits with 2, and so is what the system
-    refuses (no access, no space); Ctrl-C exits with 130, SIGTERM with 143. Of several processes the
-    first one speaks for all; another one only of what it alone has met.
+    refuses (no access, no space); Ctrl-C exits with 130, SIGTERM with 143, a closed terminal with
+    129. Of several processes the first one speaks for all; another one only of what it alone has
+    met.
     """
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
@@ -101,7 +103,7 @@ class _Stop:
 
 
 def defer_signals(deferred: bool) -> None:
-    """Between True and False, SIGINT and SIGTERM wait for `stop_signal` to be asked."""
+    """Between True and False, a signal to end waits for `stop_signal` to be asked."""
     _Stop.is_deferred = deferred
 
 
@@ -112,7 +114,7 @@ def stop_signal() -> int | None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """A first SIGINT or SIGTERM waits where work can be resumed; any other one ends it at once.
+    """A first SIGINT, SIGTERM or SIGHUP waits where work can be resumed; another ends it at once.
 
     What comes within a second of the first is still the first: schedulers and launchers signal all
     processes of a job, and each of these passes it on to its children.
@@ -130,7 +132,10 @@ def _signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(signal.SIGHUP)  # the terminal is closed
+    before = {n: signal.signal(n, handle) for n in numbers}
     try:
         yield
     finally:
@@ -372,7 +377,7 @@ def peak_memory_mib(device: torch.device) -> dict[str, float]:
 
 
 class Progress:
-    """A bar with an ETA on a terminal; elsewhere silent, its owner logs lines.
+    """A bar with an ETA on a terminal; elsewhere a line a minute, beside what its owner logs.
 
     Args:
         total: number of steps.
@@ -384,7 +389,8 @@ class Progress:
     def __init__(self, total: int, description: str, unit: str = "batch", initial: int = 0) -> None:
         self.total = total
         self.done = self._initial = initial
-        self._start = time.monotonic()
+        self._start = self._said = time.monotonic()
+        self._description, self._unit, self._text = description, unit, ""
         self._redirect = logging_redirect_tqdm(loggers=[logger])
         self._bar = tqdm(
             total=total,
@@ -410,16 +416,28 @@ class Progress:
         """Counts finished steps."""
         self.done += steps
         self._bar.update(steps)
+        if self._bar.disable and time.monotonic() - self._said >= SAY_EVERY:
+            self._said = time.monotonic()
+            logger.info(
+                "%s: %s %d of %d  %s  ETA %s",
+                *(self._description, self._unit, self.done, self.total, self._text, self.eta()),
+            )
 
     def show(self, text: str) -> None:
         """Shows live values behind the bar."""
+        self._text = text
         self._bar.set_postfix_str(text)
 
     def eta(self) -> str:
         """Time left at the rate so far, as h:mm:ss."""
         elapsed = time.monotonic() - self._start
-        left = round(elapsed * (self.total - self.done) / max(self.done - self._initial, 1))
-        return f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        return clock(elapsed * (self.total - self.done) / max(self.done - self._initial, 1))
+
+
+def clock(seconds: float) -> str:
+    """A time as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def _git_commit() -> str | None:
