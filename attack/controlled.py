@@ -87,13 +87,17 @@ def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], C
         labels = (config.attack_label_trans, config.attack_target)
         # What cannot work is refused before anything is trained.
         poison.poison_count(len(data.train), config.pratio)
-        poison.test_images_to_trigger(data, *labels)
+        index = poison.test_images_to_trigger(data, *labels)
         control = make_control(config, setting)
-        _tell_counts(config, control)
+        in_batch = poison.whole_share(config.pratio, config.batch_size)
+        logger.info(
+            "%d of each batch of %d images are poisoned, %.2f %%",
+            *(in_batch, config.batch_size, 100 * in_batch / config.batch_size),
+        )
         control.before_training()
         trigger = _as_trigger(control.trigger, setting, config.truncate)
         cross_trigger = _as_trigger(control.cross, setting, config.truncate)
-        poison.triggered_test_set(data, trigger, *labels)
+        poison.require_effect(trigger, data.test.images, index)
 
         def exported() -> poison.PoisonedSet:
             counts = control.poisoned_per_batch
@@ -117,17 +121,6 @@ def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], C
         )
 
     run_plan(config_class, plan)
-
-
-def _tell_counts(config: ControlledConfig, control: Control) -> None:
-    """How many images of a batch are poisoned: a whole number, so not quite the ratio asked for."""
-    if config.pratio * config.batch_size >= 1:  # else it is drawn for each batch
-        poisoned, crossed = control.poisoned_per_batch(config.batch_size)
-        logger.info(
-            "of each batch of %d images %d are poisoned (%.2f %%); on %d is a trigger that must "
-            "not fire",
-            *(config.batch_size, poisoned, 100 * poisoned / config.batch_size, crossed),
-        )
 
 
 def stored(images: torch.Tensor, data: Dataset, truncate: bool) -> torch.Tensor:

@@ -113,9 +113,8 @@ def train_mask(
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr_M, betas=BETAS)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, MASK_MILESTONES, gamma=0.1)
     network.train()
-    with Progress(
-        config.mask_epochs * -(-len(images) // batch_size), "training the mask"
-    ) as progress:
+    steps = config.mask_epochs * -(-len(images) // batch_size)
+    with Progress(steps, "training the mask", says=False) as progress:
 
         def say(epoch: int, total: int, losses: dict[str, float], _: dict[str, Any]) -> None:
             text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())

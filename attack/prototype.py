@@ -381,7 +381,7 @@ def clean_model(
 
     key = recipe(config, setting) | dict(variant or {}) | {"epochs": epochs}
     state = setting.cached("clean-model", key, compute)
-    model = _bare_model(config, data)
+    model = bare_model(config, data)
     model.network.load_state_dict(state)
     return prepare_model(model, setting.device, setting.precision).eval().requires_grad_(False)
 
@@ -424,7 +424,8 @@ def _network_size(config: TrainingConfig) -> int | None:
     return pretrained_size(config.model, config.image_size) if config.pretrained else None
 
 
-def _bare_model(config: TrainingConfig, data: Dataset) -> Classifier:
+def bare_model(config: TrainingConfig, data: Dataset) -> Classifier:
+    """The configured architecture for the data, with new weights from the global generator."""
     return build_model(
         config.model,
         len(data.classes),
@@ -437,7 +438,7 @@ def _bare_model(config: TrainingConfig, data: Dataset) -> Classifier:
 
 def _new_model(config: TrainingConfig, data: Dataset) -> Classifier:
     """A model as training starts with it; its new weights are from the global generator."""
-    model = _bare_model(config, data)
+    model = bare_model(config, data)
     if config.pretrained:
         logger.info("starting from %s", load_pretrained(model.network, config.model))
     return model

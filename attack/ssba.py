@@ -147,8 +147,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (1 - step / config.encoder_steps) / (1 - DECAY_FROM))
     )
-    read_at: int | None = None
-    with Progress(config.encoder_steps, "training the encoder", "step") as progress:
+    read_at, steps = None, config.encoder_steps
+    with Progress(steps, "training the encoder", "step", says=False) as progress:
         for step in range(1, config.encoder_steps + 1):
             index = torch.randint(len(images), (config.encoder_batch_size,), generator=rng)
             message = random_bits(len(index), config.message_bits, rng)
@@ -184,7 +184,8 @@ def prepare(config: Config, setting: Setting) -> Encoder:
     """The trained encoder; its bit accuracy on test images is logged.
 
     Raises:
-        UserError: if test images give back fewer bits than `min_bit_accuracy`.
+        UserError: if it learns nothing, or test images give back fewer bits than
+            `min_bit_accuracy`.
     """
     data = setting.data
     names = ("message_bits", "residual", "pixel_weight", "common_weight", "random_seed")

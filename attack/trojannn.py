@@ -36,8 +36,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, Setting, clean_model, recipe, run
-from models import Classifier, build_model
+from attack.prototype import AttackConfig, Setting, bare_model, clean_model, recipe, run
+from models import Classifier
 from utils.data import truncated
 from utils.errors import UserError
 from utils.poison import Trigger
@@ -148,7 +148,7 @@ def invert(
 
 def prepare(config: Config, setting: Setting) -> torch.Tensor:
     """The patch, uint8 (C, H, W), 0 outside the disc; its features before and after are logged."""
-    last_linear(build_model(config.model, 2, image_size=config.image_size).network)  # in time
+    last_linear(bare_model(config, setting.data).network)  # refused before training one
     names = "neurons neuron_choice feature_target iterations step_size start reach normalize"
     names += " clean_epochs"
     key = recipe(config, setting) | {name: getattr(config, name) for name in names.split()}

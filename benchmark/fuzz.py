@@ -36,11 +36,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-from attack import badnet, external
+from attack import badnet
 from defense import ft, sau
 from interop.backdoorbench import export_record
 from models import build_model
-from utils import datasets, folders, pipeline, poison, record
+from utils import datasets, folders, pipeline, poison, record, weights
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
 from utils.images import read_image
@@ -253,7 +253,7 @@ def cases(good: Path) -> dict[str, Case]:
         else:
             path.write_bytes(damaged(path.read_bytes(), rng))
         model = build_model("preactresnet18", 10)
-        external.fill(model, external.read_checkpoint(path), "preactresnet18")
+        weights.fill(model, weights.read_state_dict(path), "preactresnet18")
 
     def interrupted(folder: Path, rng: random.Random) -> None:
         run = folders.RunFolder(folder / "x")

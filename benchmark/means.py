@@ -143,7 +143,7 @@ def _notes(runs: pd.DataFrame) -> tuple[str, ...]:
         for what, values in (("commits", runs["commit"]), ("environments", made_by))
         if _majority(values) is None
     ]
-    mixture = (f"Made by {' and '.join(mixed)}, see below.",) if mixed else ()
+    mixture = (f"Made by {' and '.join(mixed)}.",) if mixed else ()
     if len(sizes) < 2:
         return mixture
     text = f"{sizes[0]} training and {sizes[1]} test images"
@@ -242,13 +242,17 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
         found = [row.numbers[heading, metric] for row in rows if (heading, metric) in row.numbers]
         of = (UNDEFENDED, "asr" if metric == "der" else metric)
         if found:
-            flags = "".join(f for f in "acrv" if any(f in n.flags for n in found))
+            flags = "".join(f for f in "acgrv" if any(f in n.flags for n in found))
             flags += "m" * (len(found) < sum(of in row.numbers for row in rows))
             flags += "s" * (metric == "acc" and all(n.seeds == 1 for n in found))
             mean = sum(n.mean for n in found) / len(found)
             own = runs[(runs["label"] == heading) & (runs["row"] != CLEAN)]
             by_seed = own.pivot_table(metric, "seed", "row")
-            is_whole = len(by_seed) > 1 and bool(by_seed.notna().to_numpy().all())
+            is_whole = (
+                len(by_seed) > 1
+                and by_seed.shape[1] == len(found)
+                and bool(by_seed.notna().to_numpy().all() and own["seed"].notna().all())
+            )
             sd = float(by_seed.mean(axis=1).std()) if is_whole else None
             numbers[heading, metric] = Number(mean, sd, len(found), flags)
     return Row(f"mean of {len(rows)} attacks", None, "", numbers)

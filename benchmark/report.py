@@ -174,7 +174,7 @@ def _gallery(table: Table, has_one: bool) -> Figure | None:
     undefended = table.runs[(table.runs["label"] == UNDEFENDED) & (table.runs["row"] != CLEAN)]
     needed = ("attack_result.pt", "poison.pt", "summary.json")
     is_whole = [all((Path(f) / name).is_file() for name in needed) for f in undefended["folder"]]
-    firsts = undefended[is_whole].drop_duplicates("attack")
+    firsts = undefended.loc[is_whole].drop_duplicates("attack")
     if has_one and len(firsts) < undefended["attack"].nunique():
         logger.info("the gallery of triggers stays: tensors of some attacks are not there")
         return None

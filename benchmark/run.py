@@ -37,11 +37,16 @@ from utils.runtime import ROOT, Progress, clock, logger, run_script
 
 
 class Board:
-    """Tells how far the grid is: a bar on a terminal, a line a change elsewhere."""
+    """Tells how far the grid is: a bar on a terminal, a line a change elsewhere.
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
+    Args:
+        jobs: how many cells run at once; None if that is not known.
+    """
+
+    def __init__(self, cells: Sequence[Cell], jobs: int | None = None) -> None:
+        self._jobs = jobs
         self.states = {cell.name: "done" if cell.is_done else "waiting" for cell in cells}
-        self._progress = Progress(len(cells), "grid", "cell", initial=self.count("done"))
+        self._progress = Progress(len(cells), "grid", "cell", self.count("done"), says=False)
         self._script = {cell.name: cell.script for cell in cells}
         self._since: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {}
@@ -57,7 +62,7 @@ class Board:
         return sum(found == state for found in self.states.values())
 
     def set(self, cell: Cell, state: str, note: str = "") -> None:
-        """A cell's new state: waiting, queued, running, done, failed, or skipped."""
+        """A cell's new state: waiting, queued, running, elsewhere, done, failed, or skipped."""
         if self.states[cell.name] == state:
             return
         self.states[cell.name] = state
@@ -85,7 +90,8 @@ class Board:
                 usual = known.get(self._script[name], others)
                 since = self._since.get(name) if state == "running" else None
                 left += usual if since is None else max(0, usual - (time.monotonic() - since))
-        return clock(left / max(1, self.count("running")))
+        cells = sum(state not in slurm.ENDED for state in self.states.values())
+        return clock(left / max(1, min(self._jobs or self.count("running"), cells)))
 
 
 def summary(states: Iterable[str]) -> str:
@@ -103,9 +109,17 @@ def mark_of(cell: Cell, root: Path) -> Path:
     return log_of(cell, root).with_suffix(".failed")
 
 
+def has_failed(cell: Cell, root: Path) -> bool:
+    """Whether the cell's last run has failed; one by hand since then is not counted."""
+    mark, checkpoint = mark_of(cell, root), cell.folder / "checkpoint.pt"
+    if not mark.exists():
+        return False
+    return not checkpoint.exists() or checkpoint.stat().st_mtime <= mark.stat().st_mtime
+
+
 def is_elsewhere(cell: Cell) -> bool:
     """Whether another process is writing the cell, e.g. what a closed terminal has left running."""
-    return cell.is_begun and RunFolder(cell.folder).is_taken
+    return not cell.is_done and RunFolder(cell.folder).is_taken
 
 
 def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> None:
@@ -139,7 +153,7 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
             for slot in set(range(jobs)) - set(running):
                 ready = [c for c in waiting if c.attack is None or c.attack.is_done]
                 while ready and is_elsewhere(ready[0]):
-                    board.set(ready.pop(0), "running", "by another process")
+                    board.set(ready.pop(0), "elsewhere", "another process runs it")
                 if ready:
                     waiting.remove(ready[0])
                     running[slot] = (_start(ready[0], root, slot, jobs), ready[0])
@@ -207,7 +221,7 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     RunFolder(root / ".grid").lock()
     logger.info("%d cells in %s, %d done", len(cells), root, sum(c.is_done for c in cells))
-    with Board(cells) as board:
+    with Board(cells, None if queue else flags.jobs) as board:
         try:
             if queue is not None:
                 queue.run(cells, board.set, detach=flags.detach)
@@ -239,8 +253,10 @@ def states_of(cells: Sequence[Cell], root: Path, queue: "slurm.Queue | None") ->
             state = "running"
         elif cell.attack is not None and states[cell.attack.name] == "failed":
             state = "skipped"
-        elif mark_of(cell, root).exists() if queue is None else queue.has_had(cell):
+        elif has_failed(cell, root) if queue is None else queue.has_lost(cell):
             state = "failed"
+        elif cell.is_done:  # by now
+            state = "done"
         else:
             state = "interrupted" if cell.is_begun else "waiting"
         states[cell.name] = state

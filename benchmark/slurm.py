@@ -112,9 +112,17 @@ class Queue:
             if job in known
         }
 
-    def has_had(self, cell: Cell) -> bool:
-        """Whether a cell was ever submitted: if it is neither queued nor done, its job failed."""
-        return cell.name in self._ids
+    def has_lost(self, cell: Cell) -> bool:
+        """Whether a cell that is not queued was submitted and is not done: its job failed.
+
+        Waits a little for a shared file system, which may be late.
+        """
+        if cell.name not in self._ids:
+            return False
+        end = time.monotonic() + _POLL
+        while not cell.is_done and time.monotonic() < end:
+            time.sleep(0.5)
+        return not cell.is_done
 
     def log_of(self, cell: Cell) -> str:
         return str(self._logs / f"{self._ids.get(cell.name, '*')}_0_log.out")

@@ -41,6 +41,7 @@ Text = Annotated[
     AfterValidator(without_places),
     AfterValidator(_printable),
 ]
+Line = Annotated[str, AfterValidator(lambda text: _printable(text)[:300])]  # cut, not refused
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -71,7 +72,7 @@ class _Facts(BaseModel):
     versions: dict[Text, Text] = {}
     commit: Text | None = None
     config_sha256: Text | None = None
-    warnings: list[Text] = []
+    warnings: list[Line] = []
     files: dict[Text, Text] = {}
 
 
@@ -137,7 +138,7 @@ def read_runs(under: Path, without: Path | None = None) -> tuple[pd.DataFrame, l
     runs = pd.DataFrame(found)
     if not runs.empty:
         runs, problems = _without_repeats(runs, problems)
-    return runs, [problem.replace(f"{under}{os.sep}", "") for problem in problems]
+    return runs, [problem.removeprefix(f"{under}{os.sep}") for problem in problems]
 
 
 def _find(under: Path, without: Path | None) -> dict[Path, list[Path]]:
@@ -257,13 +258,10 @@ def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFr
         "pratio",
         "seed",
     ]
-    for _, attack in undefended.groupby(cell[:-1], dropna=False, sort=False):
-        usual = attack["config"].value_counts(sort=False).idxmax()
-        for _, same in attack[attack["seed"].notna()].groupby("seed"):
-            for record in same.loc[same["config"] != usual, "record"] if len(same) > 1 else ():
-                name = re.sub(r"[-_.]?s?\d+$", "", record.rpartition("/")[2])
-                of_it = runs["record"] == record
-                runs.loc[of_it, "attack"] = runs.loc[of_it, "attack"] + f" ({name})"
+    attacks = undefended[undefended["attack"] != CLEAN]
+    for _, attack in attacks.groupby(cell[:-1], dropna=False, sort=False):
+        if attack[attack["seed"].notna()].groupby("seed")["config"].nunique().max() > 1:
+            runs = _with_variants(runs, attack)
     known = runs[(runs["label"] == UNDEFENDED) & runs["seed"].notna()]
     for _, same in known.groupby(cell, dropna=False, sort=False):
         for repeat in same["record"].iloc[1:]:
@@ -271,3 +269,21 @@ def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFr
             problems.append(f"{repeat}: is of the same attack and seed as {first}; left out")
             runs = runs[runs["record"] != repeat]
     return runs.reset_index(drop=True), problems
+
+
+def _with_variants(runs: pd.DataFrame, attack: pd.DataFrame) -> pd.DataFrame:
+    """The runs with the recipes of an attack told apart: the first by name keeps its name.
+
+    Another one is named after its records without their seeds, as a grid names them.
+    """
+    base, names = attack["config"].iloc[0], dict[str, str]()
+    renamed = runs["attack"].copy()
+    for record, config in zip(attack["record"], attack["config"], strict=True):
+        if config == base:
+            continue
+        name = re.sub(r"-s\d+$", "", record.rpartition("/")[2])
+        if names.setdefault(name, config) != config:
+            name += f" {config[:6]}"
+        of_it = runs["record"] == record
+        renamed[of_it] = runs.loc[of_it, "attack"] + f" ({name})"
+    return runs.assign(attack=renamed)

@@ -9,7 +9,10 @@ import pandas as pd
 from benchmark.means import FLAGS, Grid, Number, Row, Table
 from benchmark.summaries import CLEAN, METRICS, UNDEFENDED
 
-_MADE_BY = "config: hash of the recipe without its seed; a commit with + had changed files."
+_MADE_BY = (
+    "config: hash of the recipe without its seed; seconds: of a run by the clock, with other work "
+    "on the machine; a commit with + had changed files."
+)
 _LATEX = {
     "\\": r"\textbackslash{}",
     "^": r"\textasciicircum{}",
@@ -70,13 +73,19 @@ def made_by(table: Table) -> tuple[pd.DataFrame, str]:
     def seeds(values: pd.Series) -> str:
         return ", ".join(str(int(value)) for value in sorted(values.dropna())) or "-"
 
+    def span(values: pd.Series) -> str:
+        low, high = (f"{values.min():,.0f}", f"{values.max():,.0f}") if values.any() else ("-", "-")
+        return low if low == high else f"{low} to {high}"
+
     short = known.assign(
         config=known["config"].str[:12],
         commit=known["commit"].map(lambda commit: commit[:10] + "+" * commit.endswith("+")),
         device=known["device"] + " " + known["device_name"] + ", " + known["precision"],
     )
     columns = dict.fromkeys(("config", "commit", "versions", "device"), distinct)
-    grouped = short.groupby(["row", "label"], as_index=False).agg({"seed": seeds, **columns})
+    grouped = short.groupby(["row", "label"], as_index=False).agg(
+        {"seed": seeds, "seconds": span, **columns}
+    )
     order = ["is_clean", "row", "is_defense", "label"]
     grouped = grouped.assign(
         is_clean=grouped["row"] == CLEAN, is_defense=grouped["label"] != UNDEFENDED
@@ -180,7 +189,8 @@ def _latex_grid(table: Table, grid: Grid, title: str, name: str) -> str:
         r"\centering\small\setlength{\tabcolsep}{3pt}",
         rf"\caption{{{caption}}}",
         rf"\label{{tab:{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}}}",
-        rf"\resizebox{{\textwidth}}{{!}}{{\begin{{tabular}}{{lr{'r' * len(columns)}}}",
+        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
         r"\toprule",
         rf" & & {' & '.join(groups)} \\",
         " ".join(rules),
@@ -191,7 +201,6 @@ def _latex_grid(table: Table, grid: Grid, title: str, name: str) -> str:
         *(_latex_row(row, columns) for row in grid.foot),
         r"\bottomrule",
         r"\end{tabular}}",
-        rf"\par\vspace{{2pt}}\footnotesize {latex_text(made_by(table)[1])}",
         r"\end{table*}",
     ]
     return "\n".join(lines) + "\n"

@@ -185,6 +185,21 @@ def small_batch(data: Dataset) -> dict[str, Any]:
     return {"refused": None}
 
 
+def preparation_that_fails(data: Dataset) -> dict[str, Any]:
+    """What the first process refuses while the others wait for it."""
+
+    def compute() -> dict[str, torch.Tensor]:
+        raise UserError(f"nothing comes of it in process {distributed.rank()}")
+
+    with mock.patch.object(prototype, "ROOT", Path(sys.argv[1]).parent):
+        setting = prototype.Setting(data, torch.device("cpu"), "fp32")
+        try:
+            setting.cached("nothing", {}, compute)
+        except UserError as error:
+            return {"refused": str(error)}
+    return {"refused": None}
+
+
 def preparation(data: Dataset) -> dict[str, Any]:
     """What is cached is computed by one process, which trains alone, and read by all."""
     computed: list[int] = []
@@ -215,6 +230,7 @@ SCENES: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "ft": fine_tuning,
     "scores": scores,
     "preparation": preparation,
+    "preparation that fails": preparation_that_fails,
     "careless": careless,
     "small batch": small_batch,
 }

@@ -84,6 +84,7 @@ def test_what_is_cached_is_computed_once(found: dict[str, Any]) -> None:
     ("scene", "message"),
     [
         ("careless", "does not train data-parallel; start it without torchrun"),
+        ("preparation that fails", "nothing comes of it in process 0"),
         ("small batch", "the last batch has 1 of 37 images, fewer than the 2 processes"),
     ],
 )

@@ -137,7 +137,7 @@ def test_the_change_is_as_large_as_ever(name: str, largest: int | None, expected
 def test_the_reference_on_cifar10(
     name: str, mean: float | None, norm: float, changed: float | None
 ) -> None:
-    """Mean difference in grey levels, mean L2 norm, share of pixels changed, within 3 %.
+    """Mean difference in grey levels, mean L2 norm, share of pixels changed, within 3.5 %.
 
     WaNet's differ by a fifth from seed to seed, and with the texture that the files have kept.
     """

@@ -223,8 +223,7 @@ def test_the_status_tells_what_failed_and_what_another_process_runs(stubs: Path)
     assert set(run.states_of(cells, stubs, None).values()) == {"waiting"}
     with run.Board(cells) as board:
         run.run_local(cells[:2], stubs, 1, board)
-    cells[2].folder.mkdir()
-    (cells[2].folder / "config.yaml").write_text("")
+    cells[2].folder.mkdir()  # as a run that still prepares its trigger
     holds = "import sys, time; from utils.folders import RunFolder; from pathlib import Path;"
     holds += "RunFolder(Path(sys.argv[1])).lock(); print('held', flush=True); time.sleep(60)"
     call = [sys.executable, "-c", holds, str(cells[2].folder)]
@@ -258,6 +257,14 @@ def test_the_time_left_is_of_each_script(stubs: Path, monkeypatch: pytest.Monkey
     board.set(cells[2], "running")
     now[0] = 150.0
     assert board.eta() == "0:01:30"
+
+    cells = stub_cells(stubs, "a1", "a2", "a3", "a4", "a5")[::2]
+    board = run.Board(cells, jobs=2)
+    for cell in cells[:2]:
+        board.set(cell, "running")
+    now[0] += 100
+    board.set(cells[0], "done")  # one is about to end, three have not begun
+    assert board.eta() == "0:02:30"
 
 
 def test_one_job_runs_a_record_to_its_end_before_the_next(stubs: Path) -> None:

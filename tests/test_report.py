@@ -214,16 +214,45 @@ def test_without_a_majority_no_commit_is_flagged(two_attacks: Path) -> None:
         path.write_text(json.dumps(facts | {"commit": f"{number:040d}"}))
     table = the_table(two_attacks)
     assert "g" not in table.main.flags()
-    assert table.notes[-1] == f"Made by {number + 1} commits, see below."
+    assert table.notes[-1] == f"Made by {number + 1} commits."
+
+
+def test_a_mean_over_seeds_that_some_attacks_lack_has_no_deviation(two_attacks: Path) -> None:
+    shutil.rmtree(two_attacks / "sig-1")
+    table = the_table(two_attacks)
+    assert printed(table, "mean of 2 attacks", UNDEFENDED)[0] == "92.00"
+
+
+def test_clean_models_alone_are_a_table_too(tmp_path: Path) -> None:
+    """Two recipes of one seed are no attacks; one of them is left out, and said."""
+    for name, config in (("prototype-0", "b" * 64), ("prototype-1", "e" * 64)):
+        more = {"pratio": None, "attack_label_trans": None, "seed": 0, "config_sha256": config}
+        attack(tmp_path / "record", name, 0.9, None, **more)
+    runs, (problem,) = read_runs(tmp_path / "record")
+    assert set(runs["attack"]) == {CLEAN}
+    assert problem.startswith("prototype-1: is of the same attack and seed as prototype-0")
+    assert report("--under", tmp_path / "record", "--to", tmp_path / "to") == 0
+
+
+def test_a_long_warning_is_cut_and_costs_nothing(two_attacks: Path) -> None:
+    path = two_attacks / "sig-0/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": ["x" * 1000]}))
+    runs, problems = read_runs(two_attacks)
+    assert problems == []
+    assert [len(text) for texts in runs["warnings"] for text in texts] == [300]
 
 
 def test_another_recipe_of_the_same_seed_is_a_row_of_its_own(two_attacks: Path) -> None:
     """The names of a grid's variants; a repeat of the same recipe is left out and named."""
     facts = json.loads((two_attacks / "sig-0/summary.json").read_text())
-    write(two_attacks / "digits-net-sig_strong-s0", facts | {"config_sha256": "e" * 64})
+    for seed in (0, 1, 2):  # more seeds than sig itself
+        strong = {"config_sha256": "e" * 64, "seed": seed}
+        write(two_attacks / f"sig_strong-s{seed}", facts | strong)
+    write(two_attacks / "sig_s2-s0", facts | {"config_sha256": "f" * 64})
     write(two_attacks / "sig-00", facts)
     runs, problems = read_runs(two_attacks)
-    assert set(runs["attack"]) == {"blended", CLEAN, "sig", "sig (digits-net-sig_strong)"}
+    counts = runs[runs["label"] == UNDEFENDED].groupby("attack").size().to_dict()
+    assert counts == {"blended": 2, CLEAN: 1, "sig": 2, "sig (sig_s2)": 1, "sig (sig_strong)": 3}
     assert problems == ["sig-00: is of the same attack and seed as sig-0; left out"]
 
 
@@ -293,11 +322,19 @@ def test_what_made_the_numbers(two_attacks: Path) -> None:
     """What all share is said once; a recipe that a summary does not have is a dash."""
     path = two_attacks / "sig-0/summary.json"
     path.write_text(path.read_text().replace('"config_sha256"', '"other"'))
+    for seed, seconds in ((0, 1234.4), (1, 1239.6)):
+        result = two_attacks / f"sig-{seed}/defense/sau/summary.json"
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"seconds": seconds}))
+        result = two_attacks / f"sig-{seed}/summary.json"
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"seconds": None}))
     facts, note = tables.made_by(the_table(two_attacks))
-    assert list(facts) == ["attack", "defense", "seeds", "config"]
+    assert list(facts) == ["attack", "defense", "seeds", "seconds", "config"]
     by_cell = facts.set_index(["attack", "defense"])
     assert by_cell.loc[("sig", UNDEFENDED), "config"] == "-; bbbbbbbbbbbb"
     assert by_cell.loc[("sig", "sau"), "seeds"] == "0, 1"
+    assert by_cell.loc[("sig", "sau"), "seconds"] == "1,234 to 1,240"
+    assert by_cell.loc[("blended", "sau"), "seconds"] == "10"
+    assert by_cell.loc[("sig", UNDEFENDED), "seconds"] == "-"
     assert "All: commit aaaaaaaaaa; versions python 3.11.7 torch 2.14.1; device cpu" in note
 
 

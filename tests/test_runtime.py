@@ -297,7 +297,7 @@ def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
     seen = []
     now = [100.0]
     monkeypatch.setattr("utils.runtime.time.monotonic", lambda: now[0])
-    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    monkeypatch.setattr("signal.getsignal", lambda _: signal.SIG_DFL)  # tests may be under nohup
 
     def main() -> None:
         defer_signals(True)
@@ -308,7 +308,6 @@ def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
 
     with pytest.raises(SystemExit) as end:
         run_script(main)
-    signal.signal(signal.SIGHUP, earlier)
     assert end.value.code == code
     assert seen == [number, number]
 
@@ -321,6 +320,8 @@ def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
         seen.append("went on")
 
-    run_script(main)
-    signal.signal(signal.SIGHUP, earlier)
+    try:
+        run_script(main)
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
     assert seen == ["went on"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmark import slurm
+from benchmark import run, slurm
 from benchmark.grid import Slurm, cells_of, read_grid
 from tests.test_end_to_end import cache, workplace
 from utils.errors import UserError
@@ -93,6 +93,7 @@ def test_a_grid_outlives_its_submitter_and_a_preemption(
     states: dict[str, str] = {}
     queue.run(cells, lambda cell, state, note="": states.__setitem__(cell.name, state), False)
     assert list(states.values()) == ["done", "done", "failed", "skipped"]
+    assert list(run.states_of(cells, root, queue).values()) == list(states.values())
     assert queue._ids[badnet.name] == job  # the second call has submitted nothing
     assert pd.read_csv(metrics)["epoch"].tolist() == list(range(1, 21))
     log = Path(queue.log_of(badnet)).read_text()

@@ -285,6 +285,15 @@ def test_another_start_follows_one_that_was_given_up(
     assert caplog.text.count("starts again") == 2
 
 
+def test_an_encoder_that_never_learned_is_refused_and_not_kept(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssba, "train", lambda *_: False)
+    with pytest.raises(UserError, match=r"learned nothing from 5 starts; .* --message_bits"):
+        prepare(config(), setting)
+    assert list((attack.prototype.ROOT / "data/cache").glob("*.pt")) == []
+
+
 def test_the_encoder_is_trained_once_and_disturbs_no_draw(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -166,6 +166,14 @@ def test_the_published_steps_leave_four_values(tiny_model: Classifier) -> None:
     assert (patch[mask == 0] == 0).all()
 
 
+def test_another_version_of_the_code_reads_no_earlier_file(setting: Setting) -> None:
+    made = iter([torch.tensor(1), torch.tensor(2)])
+    for version in (1, 2, 2, 1):
+        found = setting.cached("x", {"a": 1}, lambda: {"v": next(made)}, version)
+        assert int(found["v"]) == version
+    assert len(list((attack.prototype.ROOT / "data/cache").iterdir())) == 2
+
+
 def test_the_patch_is_grey_levels_inside_the_disc(
     setting: Setting, tiny_model: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

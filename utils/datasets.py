@@ -280,9 +280,9 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     if not left_out:
         return dataset
     warning = (
-        f"--dataset_path: {len(left_out)} files or folders are left out, such as {left_out[0]}; "
-        "pictures are in the folder of a class and have one of the endings "
-        + " ".join(sorted(IMAGE_SUFFIXES))
+        f"--dataset_path: {len(left_out)} files or folders are left out, such as "
+        f"{left_out[0].relative_to(path)}; pictures are in the folder of a class and have one of "
+        f"the endings {' '.join(sorted(IMAGE_SUFFIXES))}"
     )
     return replace(dataset, warnings=(warning,))
 

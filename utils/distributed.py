@@ -86,15 +86,25 @@ def main_alone() -> Iterator[bool]:
         with main_alone() as is_mine:
             if is_mine:
                 ...
+
+    Raises:
+        UserError: in all processes, if the first one does.
     """
     global _alone
     is_mine, outer = is_main(), _alone
     _alone = True
+    error: UserError | None = None
     try:
         yield is_mine
+    except UserError as raised:
+        error = raised
     finally:
         _alone = outer
-    barrier()
+    of_main = from_main(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if of_main is not None:
+        raise UserError(of_main)
 
 
 def from_main(value: Any) -> Any:

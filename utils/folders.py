@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -113,6 +114,7 @@ class RunFolder:
         path = self._lock
         if self.path in _LOCKS:
             return
+        tries_until = time.monotonic() + 0.5  # somebody may just ask whether it is taken
         with writable(self.path):
             path.parent.mkdir(parents=True, exist_ok=True)
             while True:
@@ -120,6 +122,10 @@ class RunFolder:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    file.close()
+                    if time.monotonic() < tries_until:
+                        time.sleep(0.05)
+                        continue
                     raise UserError(
                         f"{self.path}: another process is writing it; wait for it, or give another "
                         "name"
@@ -135,7 +141,7 @@ class RunFolder:
         if self.path in _LOCKS:
             return False
         try:
-            with self._lock.open() as file:
+            with os.fdopen(os.open(self._lock, os.O_RDONLY | os.O_NOFOLLOW)) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True

@@ -28,6 +28,7 @@ class Triggers(NamedTuple):
 KINDS = ("poison", "cover", "cross")
 
 _CHUNK = 1024  # images that a trigger is given at once
+_NO_EFFECT = "the trigger changes no pixel of any image; make it stronger or larger"
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,20 @@ def require_change(changed: torch.Tensor, images: torch.Tensor, index: torch.Ten
     for rows, part in zip(changed.split(_CHUNK), index.split(_CHUNK), strict=True):
         if not torch.equal(rows, images[part]):
             return
-    raise UserError("the trigger changes no pixel of any image; make it stronger or larger")
+    raise UserError(_NO_EFFECT)
+
+
+def require_effect(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -> None:
+    """`require_change` of a trigger that is still to be placed; as few images as it takes.
+
+    Raises:
+        UserError: if not a single pixel would differ.
+    """
+    for part in index.split(_CHUNK // 16):
+        clean = images[part]
+        if not torch.equal(trigger(clean.clone(), part), clean):
+            return
+    raise UserError(_NO_EFFECT)
 
 
 def poison_count(count: int, pratio: float) -> int:
@@ -235,10 +249,13 @@ def count_in_batch(ratio: float, batch_size: int, rng: torch.Generator) -> int:
         ratio: in [0, 1].
         rng: on the CPU; draws in the second case only.
     """
-    wanted = ratio * batch_size
-    if wanted >= 1:
-        return int(wanted + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    return int(torch.rand((), generator=rng) < wanted)
+    whole = whole_share(ratio, batch_size)
+    return whole or int(torch.rand((), generator=rng) < ratio * batch_size)
+
+
+def whole_share(ratio: float, batch_size: int) -> int:
+    """int(ratio * batch_size)."""
+    return int(ratio * batch_size + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def partners(count: int, rng: torch.Generator) -> torch.Tensor:

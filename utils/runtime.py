@@ -384,13 +384,21 @@ class Progress:
         description: what is being done.
         unit: what a step is.
         initial: steps that were done earlier.
+        says: whether it logs; else its owner alone does.
     """
 
-    def __init__(self, total: int, description: str, unit: str = "batch", initial: int = 0) -> None:
+    def __init__(
+        self,
+        total: int,
+        description: str,
+        unit: str = "batch",
+        initial: int = 0,
+        says: bool = True,
+    ) -> None:
         self.total = total
         self.done = self._initial = initial
         self._start = self._said = time.monotonic()
-        self._description, self._unit, self._text = description, unit, ""
+        self._description, self._unit, self._text, self._says = description, unit, "", says
         self._redirect = logging_redirect_tqdm(loggers=[logger])
         self._bar = tqdm(
             total=total,
@@ -416,7 +424,7 @@ class Progress:
         """Counts finished steps."""
         self.done += steps
         self._bar.update(steps)
-        if self._bar.disable and time.monotonic() - self._said >= SAY_EVERY:
+        if self._says and self._bar.disable and time.monotonic() - self._said >= SAY_EVERY:
             self._said = time.monotonic()
             logger.info(
                 "%s: %s %d of %d  %s  ETA %s",
