@@ -189,7 +189,7 @@ def _latex_grid(table: Table, grid: Grid, title: str, name: str) -> str:
         r"\centering\small\setlength{\tabcolsep}{3pt}",
         rf"\caption{{{caption}}}",
         rf"\label{{tab:{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}}}",
-        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{"
         rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
         r"\toprule",
         rf" & & {' & '.join(groups)} \\",

@@ -195,9 +195,13 @@ def preparation_that_fails(data: Dataset) -> dict[str, Any]:
         setting = prototype.Setting(data, torch.device("cpu"), "fp32")
         try:
             setting.cached("nothing", {}, compute)
+            refused = None
         except UserError as error:
-            return {"refused": str(error)}
-    return {"refused": None}
+            refused = str(error)
+    everybody: list[str | None] = [None] * distributed.processes()
+    if distributed.processes() > 1:
+        torch.distributed.all_gather_object(everybody, refused)
+    return {"refused": refused, "others": everybody[1:]}
 
 
 def preparation(data: Dataset) -> dict[str, Any]:

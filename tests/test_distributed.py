@@ -84,13 +84,17 @@ def test_what_is_cached_is_computed_once(found: dict[str, Any]) -> None:
     ("scene", "message"),
     [
         ("careless", "does not train data-parallel; start it without torchrun"),
-        ("preparation that fails", "nothing comes of it in process 0"),
         ("small batch", "the last batch has 1 of 37 images, fewer than the 2 processes"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(found: dict[str, Any], scene: str, message: str) -> None:
     assert message in found["two"][scene]["refused"]
     assert found["one"][scene]["refused"] is None
+
+
+def test_what_the_first_process_refuses_ends_all_with_its_words(found: dict[str, Any]) -> None:
+    said = "nothing comes of it in process 0"
+    assert found["two"]["preparation that fails"] == {"refused": said, "others": [said]}
 
 
 def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
