@@ -166,7 +166,7 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
             axis.plot(*start, marker, mfc="white", mec=hue, ms=7, clip_on=False)
             axis.plot(*end, marker, color=hue, mec="white", ms=9, mew=0.6, clip_on=False, zorder=3)
         axis.set(xlabel="ASR, percent", ylabel="ACC, percent", xlim=(-3, 103))
-        of = f", {seeds[defense]} seed{'s' * (seeds[defense] > 1)}"
+        of = ", one seed" if seeds[defense] == 1 else f", up to {seeds[defense]} seeds"
         axis.set_title(_literal(defense) + of, fontsize=10)
         axis.label_outer()
         _plain(axis)
