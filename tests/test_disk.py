@@ -16,7 +16,7 @@ import attack.prototype as prototype
 from benchmark import stress
 from tests.conftest import make_small
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from utils import images, pipeline, record
+from utils import folders, images, pipeline
 from utils.errors import UserError
 from utils.runtime import ROOT, file_log, logger
 
@@ -73,14 +73,14 @@ def try_every_file(
     script: str, flags: list[object], root: Path, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> set[str]:
     """Lets a run fail at each of its files in turn; gives their names."""
-    with refusing(record, "", OSError(), False) as asked:
+    with refusing(folders, "", OSError(), False) as asked:
         assert run_script(ROOT / script, *flags, *OFTEN) == 0
     shutil.rmtree(folder)
     before = contents(root)
     capsys.readouterr()
     for number, name in enumerate(dict.fromkeys(asked)):
         error = next(REFUSED)
-        with refusing(record, name, error, number % 2 == 0):
+        with refusing(folders, name, error, number % 2 == 0):
             assert run_script(ROOT / script, *flags, *OFTEN, "--overwrite") == 2
         assert one_error(capsys) == (
             f"error: {folder / name}: could not be written ({error.strerror}); make space or make "
