@@ -102,7 +102,7 @@ class _ByTiles(torch.autograd.Function):
     def forward(
         ctx: Any, images: torch.Tensor, weight: torch.Tensor, product: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(images, weight, product)
+        ctx.save_for_backward(images, weight)  # not the product, which is four times as large
         most = weight.shape[0]
         return joined([from_tiles(spread(x) @ product, x) for x in blocks(images, most)])
 
@@ -110,9 +110,8 @@ class _ByTiles(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
-        images, weight, product = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative, which depends on the weight
-            product = transform(weight)
+        images, weight = ctx.saved_tensors
+        product = transform(weight)
         of_images, of_weight = [], torch.zeros_like(product)
         parts = blocks(gradient, weight.shape[1]), blocks(images, weight.shape[0])
         for g, x in zip(*parts, strict=True):
