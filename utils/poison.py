@@ -28,7 +28,6 @@ class Triggers(NamedTuple):
 KINDS = ("poison", "cover", "cross")
 
 _CHUNK = 1024  # images that a trigger is given at once
-_NO_EFFECT = "the trigger changes no pixel of any image; make it stronger or larger"
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,10 @@ def replace_images(clean: Labelled, choice: Choice, trigger: Trigger) -> Poisone
     """The training set whose chosen images carry the trigger.
 
     Raises:
-        UserError: as `require_change` says.
+        UserError: as `require_effect` says.
     """
+    require_effect(trigger, clean.images, choice.index)
     images = apply_trigger(trigger, clean.images, choice.index)
-    require_change(images, clean.images, choice.index)
     return PoisonedSet(clean, choice.index, images, choice.labels, choice.kinds)
 
 
@@ -142,13 +141,13 @@ def triggered_test_set(
     """The test images that ASR and RA count.
 
     Raises:
-        UserError: as `test_images_to_trigger` and `require_change` say.
+        UserError: as `test_images_to_trigger` and `require_effect` say.
     """
     labels = data.test.labels
     targets = map_labels(labels, label_map, target, len(data.classes))
     index = test_images_to_trigger(data, label_map, target)
+    require_effect(trigger, data.test.images, index)
     images = apply_trigger(trigger, data.test.images, index)
-    require_change(images, data.test.images, index)
     return Triggered(images, targets[index], labels[index], index)
 
 
@@ -189,24 +188,14 @@ def apply_trigger(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -
     return result
 
 
-def require_change(changed: torch.Tensor, images: torch.Tensor, index: torch.Tensor) -> None:
+def require_effect(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -> None:
     """Refuses a trigger that does nothing, a silent failure that would look like label noise.
 
+    Tries it on as few images as it takes.
+
     Args:
-        changed: uint8 (M, C, H, W), what the trigger made of some images of a split.
-        images, index: the whole split, and which these are.
-
-    Raises:
-        UserError: if not a single pixel differs.
-    """
-    for rows, part in zip(changed.split(_CHUNK), index.split(_CHUNK), strict=True):
-        if not torch.equal(rows, images[part]):
-            return
-    raise UserError(_NO_EFFECT)
-
-
-def require_effect(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -> None:
-    """`require_change` of a trigger that is still to be placed; as few images as it takes.
+        images: uint8 (N, C, H, W), the whole split.
+        index: int64 (M,), which of them shall get it.
 
     Raises:
         UserError: if not a single pixel would differ.
@@ -215,7 +204,7 @@ def require_effect(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) 
         clean = images[part]
         if not torch.equal(trigger(clean.clone(), part), clean):
             return
-    raise UserError(_NO_EFFECT)
+    raise UserError("the trigger changes no pixel of any image; make it stronger or larger")
 
 
 def poison_count(count: int, pratio: float) -> int:
