@@ -91,6 +91,8 @@ class Bpp:
     A negative is x + (trigger(x') - x') for another training image x', clamped, labelled as x.
     """
 
+    learns_trigger = False
+
     def __init__(self, config: Config, setting: Setting) -> None:
         self._config = config
         self._data = setting.data

@@ -6,6 +6,7 @@ the record gets what the control leaves for stored images.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Protocol, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from attack.prototype import AttackConfig, Plan, Setting, run_plan
 from utils import poison
-from utils.data import Dataset, Labelled, as_float, augment_affine
+from utils.data import Dataset, Labelled, Triggered, as_float, augment_affine
 from utils.runtime import generator, logger
 from utils.train import Step
 
@@ -45,7 +46,13 @@ class AffineConfig(ControlledConfig):
 
 
 class Control(Step, Protocol):
-    """An attacker who controls training: a batch step, and what it leaves for stored images."""
+    """An attacker who controls training: a batch step, and what it leaves for stored images.
+
+    Attributes:
+        learns_trigger: whether training changes what `trigger` and `cross` do.
+    """
+
+    learns_trigger: bool
 
     def before_training(self) -> None:
         """Trains the attack's own networks, if that comes first; shows its progress."""
@@ -110,11 +117,14 @@ def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], C
             images = poison.apply_trigger(cross_trigger, data.test.images, everything)
             return Labelled(images, data.test.labels)
 
+        def triggered() -> Triggered:
+            return poison.triggered_test_set(data, trigger, *labels)
+
         return Plan(
             training=poison.unpoisoned(data.train),
             step=control,
-            triggered=lambda: poison.triggered_test_set(data, trigger, *labels),
-            cross=cross,
+            triggered=triggered if control.learns_trigger else cache(triggered),
+            cross=cross if control.learns_trigger else cache(cross),
             exported=exported,
             drop_last=False,
             whole=True,

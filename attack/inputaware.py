@@ -148,6 +148,8 @@ class InputAware:
         UserError: if the networks cannot halve the images twice.
     """
 
+    learns_trigger = True
+
     def __init__(self, config: Config, setting: Setting) -> None:
         self._config = config
         self._setting = setting

@@ -116,6 +116,8 @@ def warp(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 class WaNet:
     """The attacker's training: warped, noisily warped and clean images in every batch."""
 
+    learns_trigger = False
+
     def __init__(self, config: Config, setting: Setting) -> None:
         self._config = config
         self._num_classes = len(setting.data.classes)

@@ -64,7 +64,11 @@ def purify(
     model = copy.deepcopy(model)
     learner = loop.parallel(model)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.wd
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.sgd_momentum,
+        weight_decay=config.wd,
+        fused=device.type == "cuda",
     )
     steps = -(-len(images) // config.batch_size)
     scheduler = Scheduler(optimizer, config.lr_scheduler, config.n_rounds, steps)

@@ -42,10 +42,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import DefenseConfig, run
 from models.convolution import constant_weights
+from models.graphed import Graphed
 from utils.data import as_float
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.runtime import evaluating, frozen, generator, images_at_once
 from utils.train import Loop
+
+KERNEL_IMAGES = 128  # a GPU is given multiples of them in the inner loop: few shapes, see Graphed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +121,25 @@ def shared_perturbation(
             # L_adv pushes a model only until it is fooled; L_share acts until the image is shared.
             ce = F.cross_entropy(logits, labels[active], reduction="none")
             ref_ce = F.cross_entropy(ref_logits, labels[active], reduction="none")
-            adversarial_loss = (ce[~fooled].sum() + ref_ce[~ref_fooled].sum()) / (2 * len(images))
-            divergence = jensen_shannon(logits, ref_logits)[~shared].sum() / len(images)
+            pushed = ce.where(~fooled, 0).sum() + ref_ce.where(~ref_fooled, 0).sum()
+            adversarial_loss = pushed / (2 * len(images))
+            divergence = jensen_shannon(logits, ref_logits).where(~shared, 0).sum() / len(images)
             loss = config.beta_2 * divergence - config.beta_1 * adversarial_loss
             (gradient,) = torch.autograd.grad(loss, moving)
 
             delta[active] -= config.adv_lr * gradient.sign()
             delta = project(delta, config.trigger_norm, config.norm_type)
-            active = active[~shared]
-            if len(active) == 0:
+            left = int((~shared).sum())
+            if left == 0:
                 break
+            # Unshared ones first; shared ones fill up to a size for which a GPU has its kernels.
+            active = active[shared.int().argsort(stable=True)][: _in_kernels(left, images.device)]
     return delta
+
+
+def _in_kernels(count: int, device: torch.device) -> int:
+    """As many images on a CPU; on a GPU up to the next of few sizes, for each has its kernels."""
+    return count if device.type == "cpu" else -(-count // KERNEL_IMAGES) * KERNEL_IMAGES
 
 
 def jensen_shannon(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
@@ -212,12 +223,14 @@ def purify(
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     model = copy.deepcopy(model).eval()
     learner = loop.parallel(model)
+    attacked = Graphed(model), Graphed(reference)
     optimizer = torch.optim.Adam(
         [weight for weight in model.parameters() if weight.requires_grad],
         lr=config.lr,
         betas=(config.adam_beta_1, config.adam_beta_2),
         weight_decay=config.wd,
         amsgrad=config.amsgrad,
+        fused=device.type == "cuda",
     )
     with torch.no_grad():  # the reference on clean images never changes
         ref_logits = torch.cat(
@@ -232,13 +245,12 @@ def purify(
         for index in loop.batches(len(images), config.batch_size, order):
             x, y = as_float(images[index], device), labels[index].to(device)
             ref_clean = ref_logits[index.to(device)]
-            parts = (t.split(images_at_once(device)) for t in (x, y, ref_clean.argmax(1)))
+            parts = (t.split(images_at_once(device, x)) for t in (x, y, ref_clean.argmax(1)))
             with constant_weights():
                 delta = torch.cat(
                     [
                         shared_perturbation(
-                            model,
-                            reference,
+                            *attacked,
                             x_part,
                             y_part,
                             config,

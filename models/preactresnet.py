@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.batchnorm import BatchNorm2d
 from models.convolution import Conv3x3
 
 
@@ -22,9 +23,9 @@ class PreActBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.bn1 = BatchNorm2d(in_channels)
         self.conv1 = Conv3x3(in_channels, channels, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.conv2 = Conv3x3(channels, channels)
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or in_channels != channels:

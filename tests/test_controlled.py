@@ -222,6 +222,8 @@ def test_published_runs_move_the_images_of_a_batch_alike(tiny_data: Dataset) -> 
 class Brighter:
     """A control whose trigger brightens image i by i grey levels, whose cross blackens."""
 
+    learns_trigger = True
+
     def __init__(self, config: Config, setting: prototype.Setting) -> None:
         self.trained = False
 
@@ -348,6 +350,7 @@ def test_what_cannot_work_is_refused_before_training(
 class Idle:
     """A control whose triggers do nothing."""
 
+    learns_trigger = False
     trained = 0
 
     def before_training(self) -> None:

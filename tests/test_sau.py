@@ -318,7 +318,7 @@ def test_the_images_of_a_pass_do_not_change_the_result(
     config = Config.load(n_rounds=2, batch_size=10, pgd_init=start)
     results = []
     for size in (256, 3):
-        monkeypatch.setattr(sau, "images_at_once", lambda _, size=size: size)
+        monkeypatch.setattr(sau, "images_at_once", lambda *_, size=size: size)
         results.append(purify(model, images, labels, config).state_dict())
     for name, value in results[0].items():
         assert torch.allclose(value, results[1][name], atol=1e-6), name

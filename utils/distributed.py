@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.batchnorm import BatchNorm2d
 from utils.errors import UserError
 
 # While the first process prepares something alone, e.g. decodes images, the others wait so long.
@@ -272,6 +273,8 @@ class _SynchronisedBatchNorm(nn.BatchNorm2d):
 
 def _synchronise(model: nn.Module) -> None:
     for module in model.modules():
-        is_ordinary = type(module) is nn.BatchNorm2d and module.affine and module.momentum
+        is_ordinary = (
+            type(module) in (nn.BatchNorm2d, BatchNorm2d) and module.affine and module.momentum
+        )
         if is_ordinary and module.track_running_stats:
             module.__class__ = _SynchronisedBatchNorm  # same weights, statistics and keys

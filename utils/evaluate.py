@@ -27,7 +27,7 @@ def predict(
         return torch.zeros(0, dtype=torch.int64)
     with evaluating(model), constant_weights(), torch.inference_mode():
         predictions = []
-        for batch in images.split(batch_size or images_at_once(device)):
+        for batch in images.split(batch_size or images_at_once(device, images)):
             predictions.append(model(as_float(batch, device)).argmax(1))
             release(images)
     return torch.cat(predictions).cpu()

@@ -330,9 +330,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def images_at_once(device: torch.device) -> int:
-    """Images a pass where the result does not depend on it: few stay in the caches of a CPU."""
-    return 32 if device.type == "cpu" else 256
+def images_at_once(device: torch.device, images: torch.Tensor) -> int:
+    """Images a pass where the result does not depend on it: few stay in the caches of a CPU.
+
+    Args:
+        device: where they are computed on.
+        images: (N, C, H, W); of large ones a GPU's memory holds fewer.
+    """
+    if device.type == "cpu":
+        return 32
+    return max(1, min(1024, (1 << 23) // (images.shape[2] * images.shape[3])))
 
 
 def pick_precision(name: Precision, device: torch.device) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.graphed import Graphed
 from utils import distributed
 from utils.data import as_float, augment, keep_on, release
 from utils.errors import UserError, one_line
@@ -86,7 +87,7 @@ class Loop:
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The module to train a model through; it shares the model's weights."""
-        return distributed.parallel(model)
+        return distributed.parallel(model) if distributed.processes() > 1 else Graphed(model)
 
     def backward(self, loss: torch.Tensor) -> None:
         """The backward pass of a mean over this process's images, as part of the whole batch."""
@@ -264,7 +265,7 @@ def train_classifier(
         )
     batches = _Batches(data, next(model.parameters()).device)
     learner = loop.parallel(model)
-    if whole and learner is not model:
+    if whole and distributed.processes() > 1:
         learner = distributed.Gathered(learner)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
@@ -357,27 +358,26 @@ class _Batches:
     """Batches on a device; replaced images are looked up, never copied into the set."""
 
     def __init__(self, data: PoisonedSet, device: torch.device) -> None:
+        self._images = keep_on(device, data.clean.images)
         # The slot of an image among the replacements, or -1.
         slot = torch.full((len(data),), -1, dtype=torch.int64)
         slot[data.index] = torch.arange(len(data.index))
         labels = data.clean.labels.clone()
         labels[data.index] = data.labels
-        self._slot = slot
-        self._labels = labels
-        self._images = keep_on(device, data.clean.images)
-        self._replaced = data.images
+        self._slot, self._replaced, self._labels = (
+            part.to(self._images.device) for part in (slot, data.images, labels)
+        )
         self._device = device
 
     def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 (B, C, H, W) and int64 (B,) at int64 CPU indices, on the device."""
-        place = index.to(self._images.device)
+        place = index.to(self._images.device, non_blocking=True)
         images = self._images[place]
         release(self._images)
-        slot = self._slot[index]
-        replaced = torch.nonzero(slot >= 0).flatten()
-        images[replaced.to(images.device)] = self._replaced[
-            slot[replaced].to(self._replaced.device)
-        ].to(images.device)
-        return images.to(self._device, non_blocking=True), self._labels[index].to(
+        if len(self._replaced):
+            slot = self._slot[place]
+            replaced = self._replaced[slot.clamp(min=0)]
+            images = torch.where((slot < 0).view(-1, 1, 1, 1), images, replaced)
+        return images.to(self._device, non_blocking=True), self._labels[place].to(
             self._device, non_blocking=True
         )
