@@ -67,7 +67,8 @@ class Graphed(nn.Module):
         # Recording takes some passes, which must not count in BatchNorm's statistics.
         buffers = {buffer: buffer.clone() for buffer in self.model.buffers()}
         try:
-            return torch.cuda.make_graphed_callables(shell, (sample,))
+            torch.cuda.make_graphed_callables(shell, (sample,))
+            return shell
         except RuntimeError as error:
             logger.info("no CUDA graph of this network: %s", str(error).splitlines()[0][:200])
             self._is_plain = False

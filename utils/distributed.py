@@ -273,8 +273,7 @@ class _SynchronisedBatchNorm(nn.BatchNorm2d):
 
 def _synchronise(model: nn.Module) -> None:
     for module in model.modules():
-        is_ordinary = (
-            type(module) in (nn.BatchNorm2d, BatchNorm2d) and module.affine and module.momentum
-        )
-        if is_ordinary and module.track_running_stats:
+        if type(module) not in (nn.BatchNorm2d, BatchNorm2d):
+            continue
+        if module.affine and module.momentum and module.track_running_stats:
             module.__class__ = _SynchronisedBatchNorm  # same weights, statistics and keys
