@@ -6,18 +6,15 @@ for one shape of images and one state of the network, so that each gets its own;
 where they are, as they are then.
 """
 
-import logging
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 FIRST = 3  # calls that are not replayed: a shape that is rare is not worth a recording
-MOST_VALUES = 1 << 22  # of a batch of images; larger ones keep a GPU busy, and a copy costs memory
-
-logger = logging.getLogger("sau")
+MOST_VALUES = 1 << 21  # of a batch of images; larger ones keep a GPU busy, and a copy costs memory
 
 
 class Graphed(nn.Module):
@@ -35,7 +32,7 @@ class Graphed(nn.Module):
         super().__init__()
         self.model = model
         self._calls: Counter[Any] = Counter()
-        self._recorded: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self._recorded: dict[Any, _Passes] = {}
         self._is_plain = is_plain(model)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -44,59 +41,91 @@ class Graphed(nn.Module):
         Shape:
             As the network's.
         """
-        learns = any(weight.requires_grad for weight in self.model.parameters())
+        learning = [weight for weight in self.model.parameters() if weight.requires_grad]
         if (
             images.device.type != "cuda"
             or not self._is_plain
             or not torch.is_grad_enabled()
-            or not (learns or images.requires_grad)
+            or not (learning or images.requires_grad)
             or images.numel() > MOST_VALUES
         ):
             return self.model(images)
-        state = images.shape, images.requires_grad, learns, self.model.training
+        state = images.shape, images.requires_grad, len(learning), self.model.training
         self._calls[state] += 1
         if self._calls[state] <= FIRST:
             return self.model(images)
         if state not in self._recorded:
-            self._recorded[state] = self._record(images)
-        return self._recorded[state](images)
-
-    def _record(self, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        sample = images.detach().clone().requires_grad_(images.requires_grad)
-        shell = _Shell(self.model)
-        # Recording takes some passes, which must not count in BatchNorm's statistics.
-        buffers = {buffer: buffer.clone() for buffer in self.model.buffers()}
-        try:
-            torch.cuda.make_graphed_callables(shell, (sample,))
-            return shell
-        except RuntimeError as error:
-            logger.info("no CUDA graph of this network: %s", str(error).splitlines()[0][:200])
-            self._is_plain = False
-            return self.model
-        finally:
-            for buffer, before in buffers.items():
-                buffer.copy_(before)
+            self._recorded[state] = _Passes(self.model, images)
+        output: torch.Tensor = _Replay.apply(self._recorded[state], images, *learning)
+        return output
 
 
-class _Shell(nn.Module):
-    """What torch changes in place; the network itself stays as it is, and can be copied."""
+class _Passes:
+    """Both passes of a network as it is now, recorded, with the tensors that they read and write.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
+    Attributes:
+        images, gradient: what the passes read: the input, and the gradient of the output.
+        output: what the forward pass writes.
+        gradients: what the backward pass writes: of the images, or None, and of the weights.
+    """
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images)
+    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+        self.images = images.detach().clone().requires_grad_(images.requires_grad)
+        # The same memory under other names: what autograd knows of a weight belongs to the stream
+        # on which it was used first, and a recording has a stream of its own.
+        weights = {
+            name: weight.detach().requires_grad_(weight.requires_grad)
+            for name, weight in model.named_parameters()
+        }
+        wanted = [x for x in (self.images, *weights.values()) if x.requires_grad]
+        # A recording takes some passes, which must not count in BatchNorm's statistics.
+        buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+        stream = torch.cuda.Stream(images.device)
+        stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(stream):
+            for _ in range(FIRST):
+                output = functional_call(model, weights, (self.images,))
+                torch.autograd.grad(output, wanted, torch.zeros_like(output))
+            del output
+        torch.cuda.current_stream(images.device).wait_stream(stream)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, stream=stream):
+            output = functional_call(model, weights, (self.images,))
+        self.gradient = torch.zeros_like(output)
+        with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
+            found = torch.autograd.grad(output, wanted, self.gradient)
+        self.output = output.detach()
+        self.gradients = found if images.requires_grad else (None, *found)
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
+
+
+class _Replay(torch.autograd.Function):
+    """The recorded passes as an operation of images and weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, passes: _Passes, images: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.passes = passes
+        passes.images.copy_(images)
+        passes.forward.replay()
+        return passes.output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.passes.gradient.copy_(gradient)
+        ctx.passes.backward.replay()
+        return None, *(None if g is None else g.detach() for g in ctx.passes.gradients)
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether all modules are torch's, torchvision's or this project's, without hooks.
+    """Whether all modules are torch's or this project's, without hooks.
 
-    The user's own may do something else in each call that a recording would not repeat.
+    Others may do something else in each call, which a recording would not repeat.
     """
     return not any(
-        type(module).__module__.split(".")[0] not in ("torch", "torchvision", "models")
+        type(module).__module__.split(".")[0] not in ("torch", "models")
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
