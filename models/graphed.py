@@ -22,7 +22,8 @@ class Graphed(nn.Module):
 
     The numbers are the network's own. Its output, and the gradients, are overwritten by the next
     call with images of that shape: backward comes before. What needs no gradient, or is no plain
-    network (see `is_plain`), is called as it is, and so is everything on a CPU.
+    network (see `is_plain`), is called as it is, and so is everything on a CPU, or on a GPU more
+    than half of whose memory is taken: a recording keeps all that its passes need.
 
     Args:
         model: its weights stay its own, and must stay where they are in memory.
@@ -32,7 +33,7 @@ class Graphed(nn.Module):
         super().__init__()
         self.model = model
         self._calls: Counter[Any] = Counter()
-        self._recorded: dict[Any, _Passes] = {}
+        self._recorded: dict[Any, _Passes | None] = {}
         self._is_plain = is_plain(model)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -55,8 +56,13 @@ class Graphed(nn.Module):
         if self._calls[state] <= FIRST:
             return self.model(images)
         if state not in self._recorded:
-            self._recorded[state] = _Passes(self.model, images)
-        output: torch.Tensor = _Replay.apply(self._recorded[state], images, *learning)
+            free, total = torch.cuda.mem_get_info(images.device)
+            has_room = free > total // 2
+            self._recorded[state] = _Passes(self.model, images) if has_room else None
+        passes = self._recorded[state]
+        if passes is None:
+            return self.model(images)
+        output: torch.Tensor = _Replay.apply(passes, images, *learning)
         return output
 
 

@@ -212,6 +212,9 @@ def test_a_clean_model_has_no_asr_and_can_be_defended(workplace: Path) -> None:
     assert after["der"] is None
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU with --deterministic only: test_reproducible.py"
+)
 def test_the_same_seed_gives_the_same_files(workplace: Path, badnet: Path) -> None:
     """Weights and metrics (but for the seconds) are equal bit by bit."""
     assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "again")) == 0

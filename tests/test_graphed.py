@@ -174,6 +174,16 @@ def test_weights_are_read_as_they_are_and_memory_does_not_grow() -> None:
 
 
 @needs_gpu
+def test_a_full_gpu_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4, 9))
+    model = classifier("cuda").train()
+    learner = Graphed(model)
+    for _ in range(graphed.FIRST + 2):
+        learner(split().images.cuda() / 255).sum().backward()
+    assert list(learner._recorded.values()) == [None]
+
+
+@needs_gpu
 def test_the_user_s_own_network_is_called_as_it_is() -> None:
     """One that asks the GPU for a number, which no recording can."""
 
