@@ -42,13 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import DefenseConfig, run
 from models.convolution import constant_weights
-from models.graphed import Graphed
 from utils.data import as_float
 from utils.perturb import Norm, Start, initial_perturbation, project
-from utils.runtime import evaluating, frozen, generator, images_at_once
+from utils.runtime import evaluating, frozen, generator, images_at_once, rounded_up
 from utils.train import Loop
-
-KERNEL_IMAGES = 128  # a GPU is given multiples of them in the inner loop: few shapes, see Graphed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +82,8 @@ def shared_perturbation(
     """Perturbations that make images shared adversarial examples (inner problem, PGD).
 
     Both models are used in eval mode, without gradients of their weights, and are given back as
-    they were. A shared image has no gradient, so it stays shared: it leaves the later steps, which
-    changes nothing.
+    they were. A shared image has no gradient, so it stays shared: it can leave the later steps,
+    which changes nothing.
 
     Args:
         model: h, from (N, C, H, W) float in [0, 1] to (N, K) logits.
@@ -107,9 +104,8 @@ def shared_perturbation(
             predictions = model(images).argmax(1)
             if ref_predictions is None:
                 ref_predictions = reference(images).argmax(1)
-        active = torch.arange(
-            len(images), device=images.device
-        )  # the images that are not shared yet
+        # The images that are not shared yet, and with `rounded_up` some that are.
+        active = torch.arange(len(images), device=images.device)
         for _ in range(config.adv_steps):
             moving = delta[active].requires_grad_()
             adversarial = images[active] + moving
@@ -132,14 +128,10 @@ def shared_perturbation(
             left = int((~shared).sum())
             if left == 0:
                 break
-            # Unshared ones first; shared ones fill up to a size for which a GPU has its kernels.
-            active = active[shared.int().argsort(stable=True)][: _in_kernels(left, images.device)]
+            # Unshared ones first; shared ones fill up, where there must be more.
+            first = shared.int().argsort(stable=True)[: rounded_up(images.device, left)]
+            active = active[first]
     return delta
-
-
-def _in_kernels(count: int, device: torch.device) -> int:
-    """As many images on a CPU; on a GPU up to the next of few sizes, for each has its kernels."""
-    return count if device.type == "cpu" else -(-count // KERNEL_IMAGES) * KERNEL_IMAGES
 
 
 def jensen_shannon(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
@@ -223,7 +215,7 @@ def purify(
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     model = copy.deepcopy(model).eval()
     learner = loop.parallel(model)
-    attacked = Graphed(model), Graphed(reference)
+    attacked = loop.alone(model), loop.alone(reference)
     optimizer = torch.optim.Adam(
         [weight for weight in model.parameters() if weight.requires_grad],
         lr=config.lr,
@@ -245,7 +237,8 @@ def purify(
         for index in loop.batches(len(images), config.batch_size, order):
             x, y = as_float(images[index], device), labels[index].to(device)
             ref_clean = ref_logits[index.to(device)]
-            parts = (t.split(images_at_once(device, x)) for t in (x, y, ref_clean.argmax(1)))
+            few = images_at_once(device, x.shape[-1])
+            parts = (tensor.split(few) for tensor in (x, y, ref_clean.argmax(1)))
             with constant_weights():
                 delta = torch.cat(
                     [

@@ -11,8 +11,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`; parameters, state dict and numbers are the same.
 
     In eval mode it is a linear map of the features, and so its gradient is that map without the
-    shift. torch computes it in another memory order, which on a GPU makes it five times as slow,
-    and the convolution before it has to put it right.
+    shift. torch computes it in another memory order, which is slower on a GPU, and copies it back.
 
     Shape:
         (N, C, H, W) float -> (N, C, H, W) float.
@@ -23,12 +22,13 @@ class BatchNorm2d(nn.BatchNorm2d):
             features.device.type != "cuda"
             or self.training
             or not (torch.is_grad_enabled() and features.requires_grad)
+            or not self.affine
             or self.weight.requires_grad
             or self.bias.requires_grad
+            or self.running_mean is None
+            or self.running_var is None
         ):
             return super().forward(features)
-        assert self.running_mean is not None
-        assert self.running_var is not None
         moments = self.running_mean, self.running_var
         return _Linear.apply(features, *moments, self.weight, self.bias, self.eps)
 

@@ -2,31 +2,43 @@
 
 With images of 32 pixels a GPU does the work of a layer faster than Python can ask for the next one.
 A CUDA graph is the list of all kernels of a pass, recorded once and then started at once. It holds
-for one shape of images and one state of the network, so that each gets its own; weights are read
-where they are, as they are then.
+for one shape of images and one state of the network, so each gets its own. A replay reads the
+weights' current values at the addresses that were recorded.
 """
 
+import logging
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 FIRST = 3  # calls that are not replayed: a shape that is rare is not worth a recording
+WARM_UP = 3  # passes before a recording, in which kernels are chosen
 MOST_VALUES = 1 << 21  # of a batch of images; larger ones keep a GPU busy, and a copy costs memory
+
+# What does the same in every call, whatever the numbers; `models` does, too.
+KNOWN = (
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+)
+
+logger = logging.getLogger("sau")
 
 
 class Graphed(nn.Module):
     """Calls a network, forward and backward by CUDA graphs where that is possible and worth it.
 
-    The numbers are the network's own. Its output, and the gradients, are overwritten by the next
-    call with images of that shape: backward comes before. What needs no gradient, or is no plain
-    network (see `is_plain`), is called as it is, and so is everything on a CPU, or on a GPU more
-    than half of whose memory is taken: a recording keeps all that its passes need.
+    The kernels, and so the numbers, are the network's own. Its output is overwritten by the next
+    call with images of that shape: backward comes first, or raises RuntimeError. Called as it is,
+    without a graph, is what needs no gradient, what is not plain (`is_plain`), and everything on a
+    CPU, or on a GPU more than half of whose memory is taken: a recording keeps all that its passes
+    need.
 
     Args:
-        model: its weights stay its own, and must stay where they are in memory.
+        model: its weights stay its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,34 +48,68 @@ class Graphed(nn.Module):
         self._recorded: dict[Any, _Passes | None] = {}
         self._is_plain = is_plain(model)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without recordings, which are of this network alone."""
+        return {**self.__dict__, "_calls": Counter(), "_recorded": {}}
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The network's output.
 
         Shape:
             As the network's.
+
+        Raises:
+            RuntimeError: in backward, if there was another call meanwhile, or a backward pass.
         """
-        learning = [weight for weight in self.model.parameters() if weight.requires_grad]
         if (
             images.device.type != "cuda"
             or not self._is_plain
             or not torch.is_grad_enabled()
-            or not (learning or images.requires_grad)
             or images.numel() > MOST_VALUES
         ):
             return self.model(images)
-        state = images.shape, images.requires_grad, len(learning), self.model.training
+        return self._replayed(images)
+
+    def _replayed(self, images: torch.Tensor) -> torch.Tensor:
+        learning = [weight for weight in self.model.parameters() if weight.requires_grad]
+        if not (learning or images.requires_grad):
+            return self.model(images)
+        state = state_of(self.model, images)
         self._calls[state] += 1
         if self._calls[state] <= FIRST:
             return self.model(images)
         if state not in self._recorded:
-            free, total = torch.cuda.mem_get_info(images.device)
-            has_room = free > total // 2
-            self._recorded[state] = _Passes(self.model, images) if has_room else None
+            self._recorded[state] = self._record(images)
         passes = self._recorded[state]
         if passes is None:
             return self.model(images)
         output: torch.Tensor = _Replay.apply(passes, images, *learning)
         return output
+
+    def _record(self, images: torch.Tensor) -> "_Passes | None":
+        """The passes; None where there is no room, or torch cannot record them."""
+        free, total = torch.cuda.mem_get_info(images.device)
+        if free <= total // 2:
+            return None
+        # A recording takes some passes, which must not count in BatchNorm's statistics.
+        buffers = {buffer: buffer.clone() for buffer in self.model.buffers()}
+        try:
+            return _Passes(self.model, images)
+        except RuntimeError as error:  # out of memory, for one
+            logger.info("no CUDA graph of this network: %s", str(error).splitlines()[0][:200])
+            return None
+        finally:
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
+
+
+def state_of(model: nn.Module, images: torch.Tensor) -> tuple[Any, ...]:
+    """All on which a recording depends."""
+    return (
+        (images.shape, images.dtype, images.device, images.requires_grad),
+        tuple((weight.data_ptr(), weight.requires_grad) for weight in model.parameters()),
+        tuple(module.training for module in model.modules()),
+    )
 
 
 class _Passes:
@@ -73,9 +119,11 @@ class _Passes:
         images, gradient: what the passes read: the input, and the gradient of the output.
         output: what the forward pass writes.
         gradients: what the backward pass writes: of the images, or None, and of the weights.
+        calls: how many passes there were; a backward pass follows its own forward pass.
     """
 
     def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+        self.calls = 0
         self.images = images.detach().clone().requires_grad_(images.requires_grad)
         # The same memory under other names: what autograd knows of a weight belongs to the stream
         # on which it was used first, and a recording has a stream of its own.
@@ -84,26 +132,23 @@ class _Passes:
             for name, weight in model.named_parameters()
         }
         wanted = [x for x in (self.images, *weights.values()) if x.requires_grad]
-        # A recording takes some passes, which must not count in BatchNorm's statistics.
-        buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(stream):
-            for _ in range(FIRST):
+        with torch.cuda.device(images.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    output = functional_call(model, weights, (self.images,))
+                    torch.autograd.grad(output, wanted, torch.zeros_like(output))
+                del output
+            torch.cuda.current_stream().wait_stream(stream)
+            self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.forward, stream=stream):
                 output = functional_call(model, weights, (self.images,))
-                torch.autograd.grad(output, wanted, torch.zeros_like(output))
-            del output
-        torch.cuda.current_stream(images.device).wait_stream(stream)
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, stream=stream):
-            output = functional_call(model, weights, (self.images,))
-        self.gradient = torch.zeros_like(output)
-        with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
-            found = torch.autograd.grad(output, wanted, self.gradient)
+            self.gradient = torch.zeros_like(output)
+            with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
+                found = torch.autograd.grad(output, wanted, self.gradient)
         self.output = output.detach()
         self.gradients = found if images.requires_grad else (None, *found)
-        for buffer, before in buffers.items():
-            buffer.copy_(before)
 
 
 class _Replay(torch.autograd.Function):
@@ -113,25 +158,38 @@ class _Replay(torch.autograd.Function):
     def forward(
         ctx: Any, passes: _Passes, images: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
-        ctx.passes = passes
+        passes.calls += 1
+        ctx.passes, ctx.weights, ctx.call = passes, weights, passes.calls
         passes.images.copy_(images)
         passes.forward.replay()
         return passes.output.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.passes.gradient.copy_(gradient)
-        ctx.passes.backward.replay()
-        return None, *(None if g is None else g.detach() for g in ctx.passes.gradients)
+        passes = ctx.passes
+        if ctx.call != passes.calls:
+            raise RuntimeError("a network called by CUDA graphs was called again before backward")
+        passes.calls += 1
+        for weight, recorded in zip(ctx.weights, passes.gradients[1:], strict=True):
+            # torch takes what it is given for the weight's gradient; the replay would overwrite it.
+            if weight.grad is not None and weight.grad.data_ptr() == recorded.data_ptr():
+                weight.grad = weight.grad.clone()
+        passes.gradient.copy_(gradient)
+        passes.backward.replay()
+        return None, *(None if g is None else g.detach() for g in passes.gradients)
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether all modules are torch's or this project's, without hooks.
+    """Whether all modules are of a kind that does the same in every call, without hooks.
 
-    Others may do something else in each call, which a recording would not repeat.
+    Others may not, and a recording would go on doing what they did once.
     """
     return not any(
-        type(module).__module__.split(".")[0] not in ("torch", "models")
+        (type(module) not in KNOWN and type(module).__module__.split(".")[0] != "models")
+        or isinstance(module, Graphed)
+        or getattr(module, "momentum", 0) is None  # BatchNorm asks how many batches there were
+        or "forward" in vars(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

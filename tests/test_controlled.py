@@ -279,6 +279,17 @@ def test_a_controlled_run_is_planned(tiny_data: Dataset, monkeypatch: pytest.Mon
     assert exported.labels.tolist() == [1, own[1], own[2], 1, own[4], own[5], 1, own[7]]
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_trigger_that_never_changes_is_placed_once(
+    learns: bool, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each evaluation asks for triggered and cross images."""
+    monkeypatch.setattr(Brighter, "learns_trigger", learns)
+    plan = plan_of(monkeypatch)(config(batch_size=5), setting(tiny_data))
+    for images in (plan.triggered, plan.cross):
+        assert (images() is images()) is not learns
+
+
 def test_a_ratio_that_poisons_nothing_is_refused(
     tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

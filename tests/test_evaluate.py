@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import utils.evaluate
+from models import Resize
 from utils.data import Dataset, Labelled
 from utils.evaluate import evaluate, predict
 from utils.metrics import Rate, Scores
@@ -62,6 +64,23 @@ def test_the_model_predicts_in_eval_mode_and_gets_its_mode_back() -> None:
     model = Reader().train()
     assert predict(model, images_naming(2, 0, 1), CPU).tolist() == [2, 0, 1]
     assert model.training
+
+
+def test_a_network_that_enlarges_images_gets_fewer_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sides = []
+
+    def at_once(_: torch.device, side: int) -> int:
+        sides.append(side)
+        return 2
+
+    monkeypatch.setattr(utils.evaluate, "images_at_once", at_once)
+    images = torch.zeros(3, 3, 4, 5, dtype=torch.uint8)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for model in (head, nn.Sequential(Resize(7), head)):
+        assert predict(model, images, torch.device("cpu")).tolist() == [0, 0, 0]
+    assert sides == [5, 7]
 
 
 def test_acc_counts_the_clean_test_set(data: Dataset) -> None:

@@ -2,10 +2,14 @@
 
 import copy
 import dataclasses
+import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from defense import sau
@@ -39,12 +43,181 @@ def classifier(device: str = "cpu", precision: str = "fp32") -> nn.Module:
     return prepare(model, torch.device(device), precision)
 
 
-def test_plain_networks_are_told_from_the_user_s_own() -> None:
+class StandIn:
+    """Passes "recorded" on a CPU: each replay writes into the same memory, as a CUDA graph does."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+        self.calls = 0
+        self.images = images.detach().clone().requires_grad_(images.requires_grad)
+        weights = {
+            name: weight.detach().requires_grad_(weight.requires_grad)
+            for name, weight in model.named_parameters()
+        }
+        wanted = [x for x in (self.images, *weights.values()) if x.requires_grad]
+        outputs: list[torch.Tensor] = []
+
+        def forward() -> None:
+            with torch.enable_grad():
+                outputs[:] = [functional_call(model, weights, (self.images,))]
+            self.output.copy_(outputs[0].detach())
+
+        def backward() -> None:
+            found = torch.autograd.grad(outputs[0], wanted, self.gradient)
+            for kept, new in zip(self.gradients[-len(found) :], found, strict=True):
+                kept.copy_(new)
+
+        self.output = torch.zeros_like(model(images).detach())
+        self.gradient = torch.zeros_like(self.output)
+        found = tuple(torch.zeros_like(x) for x in wanted)
+        self.gradients: Any = found if images.requires_grad else (None, *found)
+        self.forward, self.backward = (SimpleNamespace(replay=f) for f in (forward, backward))
+
+
+@pytest.fixture
+def learner(monkeypatch: pytest.MonkeyPatch) -> Graphed:
+    """A small network in float64 that is replayed, with the stand-in, from the fourth call on."""
+    monkeypatch.setattr(graphed, "_Passes", StandIn)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (9, 10))
+    monkeypatch.setattr(Graphed, "forward", Graphed._replayed)
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)
+    return Graphed(nn.Sequential(*layers).double())
+
+
+def batches(count: int) -> torch.Tensor:
+    return torch.rand(count, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_replayed_training_is_training(learner: Graphed, to_none: bool) -> None:
+    """Weights and statistics after nine steps, the gradients dropped or set to 0."""
+    states = []
+    for called in (copy.deepcopy(learner.model), learner):
+        optimizer = torch.optim.SGD(called.parameters(), lr=0.1, momentum=0.9)
+        for images in batches(9):
+            optimizer.zero_grad(set_to_none=to_none)
+            called(images).square().sum().backward()
+            optimizer.step()
+        states.append(getattr(called, "model", called).state_dict())
+    assert len(learner._recorded) == 1
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], rtol=0, atol=1e-12), name
+
+
+def test_gradients_add_up_over_two_backward_passes(learner: Graphed) -> None:
+    usual = copy.deepcopy(learner.model)
+    for images in batches(8):
+        for called in (usual, learner):
+            called(images).square().sum().backward()
+    pairs = zip(gradients(usual), gradients(learner), strict=True)
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-9) for pair in pairs)
+
+
+def test_the_images_gradient(learner: Graphed) -> None:
+    """Without those of weights, as in an inner loop."""
+    learner.eval().requires_grad_(False)
+    usual = copy.deepcopy(learner.model)
+    for batch in batches(6):
+        found = []
+        for called in (usual, learner):
+            images = batch.clone().requires_grad_()
+            found += torch.autograd.grad(called(images).square().sum(), images)
+        assert torch.allclose(*found, rtol=0, atol=1e-12)
+    assert len(learner._recorded) == 1
+
+
+def test_another_call_before_backward_is_refused(learner: Graphed) -> None:
+    for images in batches(5):
+        learner(images).sum().backward()
+    first, second = batches(2)
+    loss = learner(first).sum() + learner(second).sum()
+    with pytest.raises(RuntimeError, match="called again before backward"):
+        loss.backward()
+    loss = learner(first).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="called again before backward"):
+        loss.backward()
+
+
+def test_each_state_has_a_recording_of_its_own(learner: Graphed) -> None:
+    """What is frozen, which module is in which mode, type, shape, and weights in another place."""
+    model, images = learner.model, batches(1)[0]
+    assert isinstance(model, nn.Sequential)
+    states = [graphed.state_of(model, images)]
+
+    def changed() -> None:
+        states.append(graphed.state_of(model, images))
+        assert len(set(states)) == len(states)
+
+    model[1].eval()
+    changed()
+    for number in (0, 4):
+        model[number].requires_grad_(False)
+        changed()
+    model[4].weight.data = model[4].weight.data.clone()
+    changed()
+    for other in (images.float(), images[1:], images.clone().requires_grad_()):
+        images = other
+        changed()
+
+
+def test_what_cannot_be_recorded_is_called_as_it_is(
+    learner: Graphed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line is logged; statistics that the failure has changed are put back."""
+
+    def fails(model: nn.Module, images: torch.Tensor) -> None:
+        model(images + 1)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(graphed, "_Passes", fails)
+    usual = copy.deepcopy(learner.model)
+    with caplog.at_level("INFO", logger="sau"):
+        for images in batches(6):
+            assert torch.equal(learner(images), usual(images))
+    assert [record.message for record in caplog.records] == [
+        "no CUDA graph of this network: CUDA out of memory."
+    ]
+    for name, value in usual.state_dict().items():
+        assert torch.equal(value, learner.model.state_dict()[name]), name
+
+
+def test_a_full_gpu_records_nothing(learner: Graphed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4, 9))
+    for images in batches(6):
+        learner(images).sum().backward()
+    assert list(learner._recorded.values()) == [None]
+
+
+def test_a_copy_has_no_recordings(learner: Graphed) -> None:
+    for images in batches(5):
+        learner(images).sum().backward()
+    assert learner._recorded
+    for copied in (copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))):
+        assert not copied._recorded
+        assert torch.equal(copied(images), learner.model(images))
+
+
+def test_plain_networks_are_told_from_others() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     assert is_plain(network)
     assert is_plain(classifier())
-    assert not is_plain(build_model("resnet18", 10))
-    assert not is_plain(nn.Sequential(network, Own()))
+    for other in (
+        Own(),
+        nn.Dropout(),
+        nn.BatchNorm2d(3, momentum=None),
+        Graphed(network),
+        nn.DataParallel(network),
+        build_model("resnet18", 10),  # torchvision's own blocks
+    ):
+        assert not is_plain(nn.Sequential(network, other)), other
+    patched = nn.Linear(3, 2)
+    patched.forward = lambda images: images  # type: ignore[method-assign]
+    assert not is_plain(patched)
     network[1].register_forward_hook(lambda *_: None)
     assert not is_plain(network)
 
@@ -55,6 +228,7 @@ def test_on_a_cpu_a_network_is_called_as_it_is() -> None:
     images = torch.rand(4, 3)
     for _ in range(graphed.FIRST + 2):
         assert torch.equal(learner(images), network(images))
+    assert not learner._calls
     assert list(learner.parameters()) == list(network.parameters())
 
 
@@ -137,12 +311,13 @@ def test_a_recording_leaves_everything_as_it_was() -> None:
     loss.backward()
     model.zero_grad()
     before = copy.deepcopy(model.state_dict())
-    graphed._Passes(model, images)
+    state = torch.cuda.get_rng_state()
+    assert learner._record(images) is not None
+    assert torch.equal(torch.cuda.get_rng_state(), state)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(weight.grad is None for weight in model.parameters())
     assert all(module.training for module in model.modules())
-    assert torch.rand(3, device="cuda").max() < 1
     copied = copy.deepcopy(model).eval()
     with torch.no_grad():
         assert torch.equal(copied(images), Graphed(copied)(images))
@@ -171,16 +346,6 @@ def test_weights_are_read_as_they_are_and_memory_does_not_grow() -> None:
         reserved.append(torch.cuda.memory_reserved())
     assert len(learner._recorded) == 1
     assert reserved[-1] == reserved[20]
-
-
-@needs_gpu
-def test_a_full_gpu_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4, 9))
-    model = classifier("cuda").train()
-    learner = Graphed(model)
-    for _ in range(graphed.FIRST + 2):
-        learner(split().images.cuda() / 255).sum().backward()
-    assert list(learner._recorded.values()) == [None]
 
 
 @needs_gpu

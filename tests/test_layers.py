@@ -23,6 +23,7 @@ LAYERS = (
     ("benchmark", 0),
     ("utils.errors", 0),
     ("utils.distributed", 1),
+    ("models.batchnorm", 0),
     ("models.convolution", 0),
     ("models", 1),
     ("models.*", 1),

@@ -23,10 +23,12 @@ from utils.runtime import (
     file_log,
     frozen,
     generator,
+    images_at_once,
     logger,
     peak_memory_mib,
     pick_device,
     pick_precision,
+    rounded_up,
     run_script,
     seed_everything,
     stop_signal,
@@ -116,6 +118,17 @@ def test_frozen_weights_need_no_gradient_and_get_their_own_state_back() -> None:
 
 
 # --- device and precision -----------------------------------------------------------------------
+
+
+def test_images_at_once_are_few_on_a_cpu_and_fewer_the_larger_on_a_gpu() -> None:
+    gpu = torch.device("cuda")
+    assert images_at_once(torch.device("cpu"), 32) == 32
+    assert [images_at_once(gpu, side) for side in (32, 64, 224, 4000)] == [1024, 1024, 167, 1]
+
+
+def test_counts_are_rounded_up_on_a_gpu() -> None:
+    assert [rounded_up(torch.device("cuda"), count) for count in (1, 128, 129)] == [128, 128, 256]
+    assert rounded_up(torch.device("cpu"), 129) == 129
 
 
 def test_a_device_by_name() -> None:

@@ -324,6 +324,28 @@ def test_the_images_of_a_pass_do_not_change_the_result(
         assert torch.allclose(value, results[1][name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("multiple", [3, 8, 100])
+def test_shared_images_that_fill_up_change_nothing(
+    multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the inner loop goes on with more images than are left; to the last bit."""
+    model = small_network(0, batch_norm=True)
+    images, labels = problem(0, count=24)
+    config = Config.load(n_rounds=2, batch_size=24)
+    reference = purify(model, images, labels, config)
+    usual = shared_perturbation(model, reference, images, labels, config)
+    sizes = []
+
+    def rounded_up(_: torch.device, count: int) -> int:
+        sizes.append(count)
+        return -(-count // multiple) * multiple
+
+    monkeypatch.setattr(sau, "rounded_up", rounded_up)
+    filled = shared_perturbation(model, reference, images, labels, config)
+    assert any(count < 24 and count % multiple for count in sizes), "nothing was filled up"
+    assert torch.equal(filled, usual)
+
+
 def test_a_loss_that_is_not_finite_is_refused_with_its_round() -> None:
     model = small_network(0, batch_norm=False)
     images, labels = problem(0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import utils.train
 from models import Classifier
 from utils.data import Dataset, Labelled, as_float
 from utils.errors import UserError
@@ -431,3 +432,21 @@ def test_multi_step_falls_to_a_tenth_every_hundred_epochs() -> None:
     multiplier = lr_multiplier("multi_step", epochs=600, steps_per_epoch=2)
     factors = [multiplier(step) for step in (0, 199, 200, 400, 800, 1000)]
     assert factors == pytest.approx([1, 1, 0.1, 0.01, 1e-4, 1e-4])
+
+
+def test_a_gpu_takes_clean_and_poisoned_images_together_or_neither(
+    tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 clean images and 3 that replace some, asked for at once."""
+    asked = []
+    monkeypatch.setattr(utils.train, "fits", lambda _, count: asked.append(count))
+    images = tiny_data.train.images
+    poisoned = PoisonedSet(
+        tiny_data.train,
+        torch.tensor([1, 4, 7]),
+        images[:3],
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, dtype=torch.uint8),
+    )
+    train_classifier(Scalar(), poisoned, Mean(), **recipe())
+    assert asked == [images.nbytes + images[:3].nbytes]

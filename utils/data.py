@@ -223,9 +223,11 @@ def augment_affine(
     return moved + background
 
 
+def fits(device: torch.device, count: int) -> bool:
+    """Whether as many bytes take at most half of a GPU's free memory; no on a CPU."""
+    return device.type == "cuda" and count <= torch.cuda.mem_get_info(device)[0] // 2
+
+
 def keep_on(device: torch.device, images: torch.Tensor) -> torch.Tensor:
-    """The images on the GPU if they take at most half of its free memory; else where they are."""
-    if device.type != "cuda":
-        return images
-    free, _ = torch.cuda.mem_get_info(device)
-    return images.to(device) if images.nbytes <= free // 2 else images
+    """The images on the GPU if they fit; else where they are."""
+    return images.to(device) if fits(device, images.nbytes) else images

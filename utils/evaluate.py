@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models import Resize
 from models.convolution import constant_weights
 from utils import distributed
 from utils.data import Labelled, Triggered, as_float, release
@@ -27,10 +28,16 @@ def predict(
         return torch.zeros(0, dtype=torch.int64)
     with evaluating(model), constant_weights(), torch.inference_mode():
         predictions = []
-        for batch in images.split(batch_size or images_at_once(device, images)):
+        for batch in images.split(batch_size or images_at_once(device, _side(model, images))):
             predictions.append(model(as_float(batch, device)).argmax(1))
             release(images)
     return torch.cat(predictions).cpu()
+
+
+def _side(model: nn.Module, images: torch.Tensor) -> int:
+    """Of the images that the network computes on: some enlarge them first."""
+    resized = [module.size for module in model.modules() if isinstance(module, Resize)]
+    return max([*images.shape[2:], *resized])
 
 
 def evaluate(

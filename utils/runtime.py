@@ -330,16 +330,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def images_at_once(device: torch.device, images: torch.Tensor) -> int:
+def images_at_once(device: torch.device, side: int) -> int:
     """Images a pass where the result does not depend on it: few stay in the caches of a CPU.
 
     Args:
         device: where they are computed on.
-        images: (N, C, H, W); of large ones a GPU's memory holds fewer.
+        side: of the images, in pixels; of large ones a GPU's memory holds fewer.
     """
-    if device.type == "cpu":
-        return 32
-    return max(1, min(1024, (1 << 23) // (images.shape[2] * images.shape[3])))
+    return 32 if device.type == "cpu" else max(1, min(1024, (1 << 23) // side**2))
+
+
+def rounded_up(device: torch.device, count: int) -> int:
+    """How many images to compute on where `count` are needed: on a GPU a multiple of 128.
+
+    So that few shapes occur, for each of which it chooses its kernels and records its passes.
+    """
+    return count if device.type == "cpu" else -(-count // 128) * 128
 
 
 def pick_precision(name: Precision, device: torch.device) -> str:

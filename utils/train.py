@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.graphed import Graphed
 from utils import distributed
-from utils.data import as_float, augment, keep_on, release
+from utils.data import as_float, augment, fits, release
 from utils.errors import UserError, one_line
 from utils.poison import PoisonedSet
 from utils.runtime import random_states, restore_random_states
@@ -86,8 +86,18 @@ class Loop:
         self._weight = 1.0
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The module to train a model through; it shares the model's weights."""
+        """The module to train a model through; it shares the model's weights.
+
+        Backward comes before the next call, see `models.graphed`.
+        """
         return distributed.parallel(model) if distributed.processes() > 1 else Graphed(model)
+
+    def alone(self, model: nn.Module) -> nn.Module:
+        """The module to call a model through where each process works on images of its own.
+
+        Backward comes before the next call, see `models.graphed`.
+        """
+        return model if distributed.processes() > 1 else Graphed(model)
 
     def backward(self, loss: torch.Tensor) -> None:
         """The backward pass of a mean over this process's images, as part of the whole batch."""
@@ -358,7 +368,8 @@ class _Batches:
     """Batches on a device; replaced images are looked up, never copied into the set."""
 
     def __init__(self, data: PoisonedSet, device: torch.device) -> None:
-        self._images = keep_on(device, data.clean.images)
+        has_room = fits(device, data.clean.images.nbytes + data.images.nbytes)
+        self._images = data.clean.images.to(device) if has_room else data.clean.images
         # The slot of an image among the replacements, or -1.
         slot = torch.full((len(data),), -1, dtype=torch.int64)
         slot[data.index] = torch.arange(len(data.index))
