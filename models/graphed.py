@@ -15,6 +15,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from utils.errors import first_line
+
 FIRST = 3  # calls that are not replayed: a shape that is rare is not worth a recording
 WARM_UP = 3  # passes before a recording, in which kernels are chosen
 MOST_VALUES = 1 << 21  # of a batch of images; larger ones keep a GPU busy, and a copy costs memory
@@ -96,7 +98,7 @@ class Graphed(nn.Module):
         try:
             return _Passes(self.model, images)
         except RuntimeError as error:  # out of memory, for one
-            logger.info("no CUDA graph of this network: %s", str(error).splitlines()[0][:200])
+            logger.info("no CUDA graph of this network: %s", first_line(error))
             return None
         finally:
             for buffer, before in buffers.items():
@@ -132,7 +134,14 @@ class _Passes:
             for name, weight in model.named_parameters()
         }
         wanted = [x for x in (self.images, *weights.values()) if x.requires_grad]
-        with torch.cuda.device(images.device):
+        found = self._record(model, weights, wanted)
+        self.gradients = found if images.requires_grad else (None, *found)
+
+    def _record(
+        self, model: nn.Module, weights: dict[str, torch.Tensor], wanted: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Sets the passes and what they use; returns the gradients of what is wanted."""
+        with torch.cuda.device(self.images.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -148,7 +157,7 @@ class _Passes:
             with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
                 found = torch.autograd.grad(output, wanted, self.gradient)
         self.output = output.detach()
-        self.gradients = found if images.requires_grad else (None, *found)
+        return found
 
 
 class _Replay(torch.autograd.Function):

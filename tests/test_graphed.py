@@ -43,18 +43,14 @@ def classifier(device: str = "cpu", precision: str = "fp32") -> nn.Module:
     return prepare(model, torch.device(device), precision)
 
 
-class StandIn:
+class StandIn(graphed._Passes):
     """Passes "recorded" on a CPU: each replay writes into the same memory, as a CUDA graph does."""
 
-    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
-        self.calls = 0
-        self.images = images.detach().clone().requires_grad_(images.requires_grad)
-        weights = {
-            name: weight.detach().requires_grad_(weight.requires_grad)
-            for name, weight in model.named_parameters()
-        }
-        wanted = [x for x in (self.images, *weights.values()) if x.requires_grad]
+    def _record(
+        self, model: nn.Module, weights: dict[str, torch.Tensor], wanted: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         outputs: list[torch.Tensor] = []
+        gradients = tuple(torch.zeros_like(x) for x in wanted)
 
         def forward() -> None:
             with torch.enable_grad():
@@ -63,14 +59,14 @@ class StandIn:
 
         def backward() -> None:
             found = torch.autograd.grad(outputs[0], wanted, self.gradient)
-            for kept, new in zip(self.gradients[-len(found) :], found, strict=True):
+            for kept, new in zip(gradients, found, strict=True):
                 kept.copy_(new)
 
-        self.output = torch.zeros_like(model(images).detach())
+        self.output = torch.zeros_like(model(self.images).detach())
         self.gradient = torch.zeros_like(self.output)
-        found = tuple(torch.zeros_like(x) for x in wanted)
-        self.gradients: Any = found if images.requires_grad else (None, *found)
-        self.forward, self.backward = (SimpleNamespace(replay=f) for f in (forward, backward))
+        passes: Any = (SimpleNamespace(replay=replay) for replay in (forward, backward))
+        self.forward, self.backward = passes
+        return gradients
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.runtime import (
     Precision,
     Progress,
@@ -338,3 +338,10 @@ def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
     finally:
         signal.signal(signal.SIGHUP, earlier)
     assert seen == ["went on"]
+
+
+def test_the_first_line_of_an_exception() -> None:
+    """Whatever its text; its type where there is none."""
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(ValueError("x" * 300)) == "x" * 200
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"

@@ -20,6 +20,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, cut to 200 characters; its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of choices, or ''."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)

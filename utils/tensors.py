@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 
 def _spelled(module: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,5 +134,5 @@ def explained(path: Path, expected: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a damaged file raises anything from zipfile's to unpickling errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise UserError(f"{path}: is not {expected} ({reason})") from error

@@ -90,7 +90,7 @@ class Loop:
 
         Backward comes before the next call, see `models.graphed`.
         """
-        return distributed.parallel(model) if distributed.processes() > 1 else Graphed(model)
+        return self.alone(distributed.parallel(model))
 
     def alone(self, model: nn.Module) -> nn.Module:
         """The module to call a model through where each process works on images of its own.

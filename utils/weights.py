@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from models import Classifier
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.tensors import NUMPY, load_tensors, not_finite
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
@@ -27,7 +27,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         else:
             content = load_tensors(path, NUMPY)  # numpy's numbers beside weights
     except Exception as error:  # a file of another kind raises anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise UserError(
             f"--state_dict: {path} cannot be read as plain tensors ({reason}); give a file of "
             "torch.save(model.state_dict(), path), or .safetensors"
