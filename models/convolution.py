@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 POINTS = (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)  # where the polynomials are evaluated, beside infinity
 TILE, PLACES = 4, 6  # outputs and inputs of a tile, along a side
@@ -37,7 +37,8 @@ FEWEST_CHANNELS = 128  # with fewer, moving the 36 values costs more than is sav
 FEWEST_CHANNELS_LEARNING = 64  # likewise where the weight gradient is needed, which gains most
 FEWEST_TILES = 64  # of a batch, or transforming the weight costs more than is saved
 FEWEST_TILES_KEPT = 16  # likewise where the transformed weight is kept
-BLOCK = 2_500_000  # transformed values at a time; more leave the caches
+BLOCK = 700_000  # transformed values at a time; more leave the caches
+PRODUCT = 2_400_000  # transformed weights at a time, likewise
 FEW_PIXELS = 16  # of an output map up to which patches are worth a copy
 
 
@@ -88,7 +89,7 @@ class Conv3x3(nn.Conv2d):
             and count * height * width >= tiles * TILE**2
             and min(self.in_channels, self.out_channels) >= channels
         ):
-            return _ByTiles.apply(images, self.weight, transformed(self.weight))
+            return _ByTiles.apply(images, self.weight, kept(self.weight))
         outputs = -(-height // self.stride[0]) * -(-width // self.stride[1])
         if learns and self.in_channels >= FEWEST_CHANNELS and outputs <= FEW_PIXELS:
             return _ByPatches.apply(images, self.weight, self.stride[0])
@@ -100,26 +101,37 @@ class _ByTiles(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, images: torch.Tensor, weight: torch.Tensor, product: torch.Tensor
+        ctx: Any, images: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(images, weight)  # not the product, which is four times as large
-        most = weight.shape[0]
-        return joined([from_tiles(spread(x) @ product, x) for x in blocks(images, most)])
+        ctx.save_for_backward(images, weight)  # not what it becomes, which is four times as large
+        outputs = map_like(images, weight.shape[0])
+        for part in at_once(weight):
+            product = transform(weight[part]) if kept is None else kept[:, :, part]
+            for x, y in blocks(weight, images, outputs[:, part]):
+                from_tiles(torch.bmm(spread(x), product), out=y)
+        return outputs
 
     @staticmethod
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         images, weight = ctx.saved_tensors
-        product = transform(weight)
-        of_images, of_weight = [], torch.zeros_like(product)
-        parts = blocks(gradient, weight.shape[1]), blocks(images, weight.shape[0])
-        for g, x in zip(*parts, strict=True):
-            values = to_tiles(g)
-            if ctx.needs_input_grad[0]:
-                of_images.append(unspread(values @ product.mT, g))
-            of_weight += spread(x).mT @ values
-        return joined(of_images) if of_images else None, untransform(of_weight), None
+        if torch.is_grad_enabled():  # second derivatives are the library's
+            of_images = conv2d_input(images.shape, weight, gradient, padding=1)
+            return of_images, conv2d_weight(images, weight.shape, gradient, padding=1), None
+        of_images = map_like(images, weight.shape[1])
+        of_weight = torch.empty_like(weight)
+        for part in at_once(weight):
+            product = transform(weight[part])
+            of_product = torch.empty(product.shape, dtype=product.dtype)
+            maps = blocks(weight, images, gradient[:, part], of_images)
+            for number, (x, g, of_x) in enumerate(maps):
+                values, known = to_tiles(g), spread(x).mT
+                torch.baddbmm(of_product, known, values, beta=min(number, 1), out=of_product)
+                if ctx.needs_input_grad[0]:
+                    unspread(torch.bmm(values, product.mT), out=of_x, adds=part.start > 0)
+            of_weight[part] = untransform(of_product)
+        return of_images if ctx.needs_input_grad[0] else None, of_weight, None
 
 
 class _ByPatches(torch.autograd.Function):
@@ -160,17 +172,27 @@ def patch_gradient(images: torch.Tensor, gradient: torch.Tensor, stride: int) ->
     return product.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
 
 
-def blocks(images: torch.Tensor, channels: int) -> tuple[torch.Tensor, ...]:
-    """The images in equal parts whose tiles stay in the caches, of this many channels as well."""
-    count, own, height, width = images.shape
-    values = max(channels, own) * height * width * PLACES**2 // TILE**2
-    parts = -(-count * values // BLOCK)
-    return images.split(-(-count // parts))
+def map_like(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """An empty map of the same places, (N, channels, H, W), channels-last in memory."""
+    count, _, height, width = images.shape
+    return images.new_empty(count, height, width, channels).permute(0, 3, 1, 2)
 
 
-def joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """What `blocks` has cut."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def at_once(weight: torch.Tensor) -> Iterator[slice]:
+    """Equal parts of the outputs, whose transformed weights stay in the caches."""
+    count, channels = weight.shape[:2]
+    parts = -(-count * channels * PLACES**2 // PRODUCT)
+    size = -(-count // parts)
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def blocks(weight: torch.Tensor, *maps: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Maps in equal parts, whose tiles stay in the caches as far as the weight does."""
+    count, _, height, width = maps[0].shape
+    values = max(weight.shape[:2]) * height * width * PLACES**2 // TILE**2
+    most = max(BLOCK, min(PRODUCT, PLACES**2 * weight.shape[0] * weight.shape[1]))
+    parts = -(-count * values // most)
+    return zip(*(part.split(-(-count // parts)) for part in maps), strict=True)
 
 
 @cache
@@ -207,11 +229,11 @@ def side(length: int, dtype: torch.dtype) -> torch.Tensor:
     return whole[:, :, 1:-1].reshape(PLACES * tiles, length).contiguous()
 
 
-def transformed(weight: torch.Tensor) -> torch.Tensor:
-    """`transform`, without gradients, kept inside `constant_weights`."""
+def kept(weight: torch.Tensor) -> torch.Tensor | None:
+    """`transform`, without gradients, inside `constant_weights`; else None."""
+    if _Kept.weights is None:
+        return None
     with torch.inference_mode(False), torch.no_grad():
-        if _Kept.weights is None:
-            return transform(weight)
         if weight not in _Kept.weights:
             _Kept.weights[weight] = transform(weight)
         return _Kept.weights[weight]
@@ -241,26 +263,30 @@ def spread(images: torch.Tensor) -> torch.Tensor:
     return values.permute(2, 4, 0, 1, 3, 5).reshape(PLACES**2, -1, channels)
 
 
-def unspread(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """B transposed: (36, N * H / 4 * W / 4, C) -> (N, C, H, W) of the size of another map."""
-    count, _, height, width = like.shape
-    channels = values.shape[2]
+def unspread(values: torch.Tensor, out: torch.Tensor, adds: bool) -> None:
+    """B transposed: (36, N * H / 4 * W / 4, C) -> (N, C, H, W), channels-last in memory.
+
+    Args:
+        adds: whether it is added to what is in `out`; else it replaces that.
+    """
+    count, channels, height, width = out.shape
     rows, columns = (side(length, values.dtype).t() for length in (height, width))
     tiles = values.view(PLACES, PLACES, count, height // TILE, width // TILE, channels)
     flat = tiles.permute(2, 3, 0, 4, 1, 5).reshape(-1, columns.shape[1], channels)
     summed = (columns @ flat).view(count, rows.shape[1], width * channels)
-    return (rows @ summed).view(count, height, width, channels).permute(0, 3, 1, 2)
+    flat_out = out.permute(0, 2, 3, 1).view(count, height, width * channels)
+    rows = rows.expand(count, -1, -1)
+    torch.baddbmm(flat_out, rows, summed, beta=int(adds), out=flat_out)
 
 
-def from_tiles(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A: (36, N * H / 4 * W / 4, O) -> (N, O, H, W) of the size of another map."""
-    count, _, height, width = like.shape
-    outputs = values.shape[2]
-    tiles = (matrices(values.dtype)["AA"] @ values.reshape(PLACES**2, -1)).view(
-        TILE, TILE, count, height // TILE, width // TILE, outputs
-    )
-    flat = tiles.permute(2, 3, 0, 4, 1, 5).reshape(count, height, width, outputs)
-    return flat.permute(0, 3, 1, 2)
+def from_tiles(values: torch.Tensor, out: torch.Tensor) -> None:
+    """A: (36, N * H / 4 * W / 4, O) -> (N, O, H, W), channels-last in memory."""
+    count, outputs, height, width = out.shape
+    shape = count, height // TILE, width // TILE, outputs
+    by_image = values.view(PLACES**2, count, -1).transpose(0, 1)
+    tiles = (matrices(values.dtype)["AA"] @ by_image).view(count, TILE, TILE, *shape[1:])
+    places = out.permute(0, 2, 3, 1).view(count, shape[1], TILE, shape[2], TILE, outputs)
+    places.copy_(tiles.permute(0, 3, 1, 4, 2, 5))
 
 
 def to_tiles(images: torch.Tensor) -> torch.Tensor:

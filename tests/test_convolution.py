@@ -56,7 +56,7 @@ def gradients_equal(layer: Conv3x3, images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("block", [1, 10**9])
+@pytest.mark.parametrize(("block", "product", "times"), [(1, 1, 7), (10**9, 10**9, 1), (1, 800, 2)])
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (12, 4), (4, 16)])
 @pytest.mark.usefixtures("anywhere")
 def test_tiles_equal_the_library_in_float64(
@@ -64,14 +64,17 @@ def test_tiles_equal_the_library_in_float64(
     monkeypatch: pytest.MonkeyPatch,
     size: tuple[int, int],
     block: int,
+    product: int,
+    times: int,
     memory: torch.memory_format,
 ) -> None:
-    """An image at a time, and all at once."""
+    """An image and an output at a time, all at once, and four outputs at a time and then three."""
     monkeypatch.setattr(convolution, "BLOCK", block)
+    monkeypatch.setattr(convolution, "PRODUCT", product)
     torch.manual_seed(0)
     images = torch.rand(3, 5, *size).double().contiguous(memory_format=memory)
     gradients_equal(Conv3x3(5, 7).double(), images)
-    assert calls == ["transform", "transform", "untransform"]
+    assert calls == ["transform"] * times + ["transform", "untransform"] * times
 
 
 @pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
