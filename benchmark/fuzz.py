@@ -67,7 +67,7 @@ def small(num_classes: int) -> nn.Module:
 def make_data() -> Dataset:
     """Random images under CIFAR-10's name, which BackdoorBench knows."""
     source = torch.Generator().manual_seed(0)
-    splits = [
+    train, test = [
         Labelled(
             torch.randint(0, 200, (count, 3, 32, 32), dtype=torch.uint8, generator=source),
             torch.arange(count) % 10,
@@ -75,7 +75,7 @@ def make_data() -> Dataset:
         for count in (40, 30)
     ]
     mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
-    return Dataset("cifar10", *splits, tuple(map(str, range(10))), mean, std)
+    return Dataset("cifar10", train, test, tuple(map(str, range(10))), mean, std)
 
 
 def write_record(folder: Path, data: Dataset) -> None:
@@ -190,10 +190,12 @@ def unlearn(loop: Loop) -> None:
 
 def write_checkpoint(path: Path) -> None:
     """The checkpoint after the first batch."""
-    loop = Loop(after_batch=lambda _: path.exists() or torch.save(content(), path))
 
-    def content() -> dict[str, Any]:
-        return {"loop": loop.snapshot(), "rows": [], "seconds": 1.5}
+    def after_batch(_: int) -> None:
+        if not path.exists():
+            torch.save({"loop": loop.snapshot(), "rows": [], "seconds": 1.5}, path)
+
+    loop = Loop(after_batch=after_batch)
 
     unlearn(loop)
 

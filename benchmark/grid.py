@@ -158,19 +158,20 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
 
 
 def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
+    pratios: list[float | None] = [*grid.pratios] or [None]
     for dataset, model, attack, seed, pratio in itertools.product(
-        grid.datasets, grid.models, grid.attacks, grid.seeds, grid.pratios or [None]
+        grid.datasets, grid.models, grid.attacks, grid.seeds, pratios
     ):
         own = dict(grid.attacks[attack])
         script = own.pop("script", attack)
         if "pratio" in own or script == "prototype":
-            if pratio != (grid.pratios or [None])[0]:
+            if pratio != pratios[0]:
                 continue  # one record, whatever the axis
             pratio = None
         axes = [dataset, re.sub(r"[^A-Za-z0-9_.+]", "_", model), attack]
         axes += [] if pratio is None else [f"p{pratio:g}"]
         record = "-".join([*axes, f"s{seed}"])
-        where = {"record_path": str(root), "random_seed": seed}
+        where: dict[str, str | int] = {"record_path": str(root), "random_seed": seed}
         attacked = Cell(
             record,
             f"attack/{script}.py",

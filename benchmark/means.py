@@ -120,10 +120,10 @@ def _table(runs: pd.DataFrame, names: list[str]) -> Table:
     name += f"-{sum(n == name or n.startswith(name + '-') for n in names) + 1}" * (name in names)
 
     cells = _cells(runs)
-    variant = [is_variant(row.label, row.method) for row in runs.itertuples()]
+    variant = [is_variant(*names) for names in zip(runs["label"], runs["method"], strict=True)]
     plain = [UNDEFENDED, *sorted(set(runs.loc[[not v for v in variant], "label"]) - {UNDEFENDED})]
     ablations = {
-        method: _ablation(method, sorted(set(group["label"])), cells)
+        str(method): _ablation(str(method), sorted(set(group["label"])), cells)
         for method, group in runs[variant].groupby("method")
     }
     return Table(name, title, runs, _main(plain, runs, cells), ablations, _notes(runs))

@@ -200,11 +200,11 @@ def _record(name: str, runs: pd.DataFrame, pictures: Pictures) -> dict[str, Any]
     return {
         "name": name,
         "about": f"{first['row']} on {first['dataset']}, {first['model']}",
-        "runs": [_run(run, pictures) for run in runs.to_dict("records")],
+        "runs": [_run(run, pictures) for _, run in runs.iterrows()],
     }
 
 
-def _run(run: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
+def _run(run: pd.Series, pictures: Pictures) -> dict[str, Any]:
     folder = Path(run["folder"])
     rates = [f"{m.upper()} {100 * run[m]:.2f} %" for m in tables.METRICS if run[m] == run[m]]
     facts = [

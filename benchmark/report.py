@@ -117,7 +117,7 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
     rates = ["acc_before", "asr_before", "acc", "asr", "der", "seconds"]
     points = plain.groupby(["label", "row"], as_index=False)[rates].mean()
     points = points.rename(columns={"label": "defense", "row": "attack"})
-    seeds = plain.groupby("label")["seed"].nunique().to_dict()
+    seeds = {str(label): group["seed"].nunique() for label, group in plain.groupby("label")}
     arrows = points.dropna(subset=rates[:4])
     if len(arrows):
         yield (

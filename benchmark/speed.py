@@ -189,9 +189,10 @@ def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
     )
     x, y = images[: config.batch_size], labels[: config.batch_size].to(bench.device)
     purified = sau.purify(bench.model, bench.clean.images, labels, config)
-    models = purified, bench.model.eval()
-    own = sau.shared_perturbation(*models, x, y, config)
-    usual = literal.perturbation(*map(literal.plain_network, models), x, y, config)
+    reference = bench.model.eval()
+    own = sau.shared_perturbation(purified, reference, x, y, config)
+    networks = literal.plain_network(purified), literal.plain_network(reference)
+    usual = literal.perturbation(*networks, x, y, config)
     same = 100 * float((own == usual).float().mean())
     rows = rows_of(
         "round",

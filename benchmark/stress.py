@@ -16,6 +16,7 @@ known, and the same command goes on after the rows that are there.
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import os
 import random
@@ -271,7 +272,8 @@ class Table:
         self._path = path
         self.rows: list[dict[str, Any]] = []
         if path is not None and path.exists():
-            self.rows = pd.read_csv(path, dtype=str).to_dict("records")
+            with path.open(encoding="utf-8", newline="") as file:
+                self.rows = list(csv.DictReader(file))
 
     def add(self, run: str, what: str, find: Callable[[], str]) -> None:
         """A row, which is found out unless it is known."""

@@ -181,7 +181,7 @@ def _rows(
     """A record's runs; the scores before a defense stand in where the attack's summary has none."""
     defenses = list(defenses)
     facts = attack or (defenses[0][1] if defenses else None)
-    before = attack if attack and attack.acc is not None else None
+    before: _Attack | _Scores | None = attack if attack and attack.acc is not None else None
     if before is None and defenses:
         before = defenses[0][1].before
     if facts is None or before is None:

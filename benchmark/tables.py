@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
@@ -111,7 +111,7 @@ def _markdown_table(table: Table) -> str:
         parts.append(_markdown_grid(grid))
     parts.append("  \n".join(markdown_text(line) for line in legend(grids)))
     facts, note = made_by(table)
-    lines = [_pipes(list(facts)), _pipes(["---"] * len(facts.columns))]
+    lines = [_pipes(list(facts.columns)), _pipes(["---"] * len(facts.columns))]
     lines += [_pipes([markdown_text(str(v)) for v in row]) for row in facts.to_numpy().tolist()]
     parts += [
         "<details><summary>What made these numbers</summary>",
@@ -226,7 +226,7 @@ def tidy(tables: Sequence[Table]) -> str:
     rows = []
     for table in tables:
         for (row, label), runs in table.runs.groupby(["row", "label"], sort=False):
-            first: Mapping[str, object] = runs.iloc[0].to_dict()
+            first = runs.iloc[0]
             shared = {
                 name: first[name]
                 for name in ("dataset", "model", "train_images", "test_images", "pratio")

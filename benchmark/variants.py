@@ -103,7 +103,7 @@ def fold(network: nn.Module) -> None:
     """Folds the second BatchNorm of each block into the convolution before it; in place."""
     for block in network.modules():
         if isinstance(block, preactresnet.PreActBlock):
-            block.conv1 = fuse_conv_bn_eval(block.conv1, block.bn2)  # type: ignore[assignment]
+            block.conv1 = fuse_conv_bn_eval(block.conv1, block.bn2)
             block.bn2 = nn.Identity()  # type: ignore[assignment]
 
 
