@@ -7,9 +7,10 @@ matrices,
 
     output = A (B input * G weight)        * multiplies channels, for each of the 36 places
 
-and the gradients are the same with the maps transposed. In float32 its error is that of the
-library's convolution (1.1e-6 to 0.9e-6, relative), because of the points chosen below; the usual
-0, 1, -1, 2, -2 have three times as much. Parameters and state dict are those of `torch.nn.Conv2d`.
+and the gradients are the same with the maps transposed. In float32 its error is nearly that of
+the library's convolution (relative, 1.1e-6 beside 0.9e-6), because of the points chosen below; the
+usual 0, 1, -1, 2, -2 have three times as much. Parameters and state dict are those of
+`torch.nn.Conv2d`.
 
 Where the maps are smaller than a tile, the weight gradient alone is a single product of matrices.
 
@@ -37,8 +38,8 @@ FEWEST_CHANNELS = 128  # with fewer, moving the 36 values costs more than is sav
 FEWEST_CHANNELS_LEARNING = 64  # likewise where the weight gradient is needed, which gains most
 FEWEST_TILES = 64  # of a batch, or transforming the weight costs more than is saved
 FEWEST_TILES_KEPT = 16  # likewise where the transformed weight is kept
-BLOCK = 700_000  # transformed values at a time; more leave the caches
-PRODUCT = 2_400_000  # transformed weights at a time, likewise
+PRODUCT = 2_400_000  # transformed weights at a time; more leave the caches
+BLOCK = 700_000  # transformed values at a time, likewise, or as many as there are weights
 FEW_PIXELS = 16  # of an output map up to which patches are worth a copy
 
 
@@ -71,7 +72,8 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if (
-            images.device.type != "cpu"
+            self.bias is not None
+            or images.device.type != "cpu"
             or images.dtype not in (torch.float32, torch.float64)
             or images.dtype != self.weight.dtype
             or torch.is_autocast_enabled("cpu")
@@ -89,7 +91,7 @@ class Conv3x3(nn.Conv2d):
             and count * height * width >= tiles * TILE**2
             and min(self.in_channels, self.out_channels) >= channels
         ):
-            return _ByTiles.apply(images, self.weight, kept(self.weight))
+            return _ByTiles.apply(images, self.weight, kept_transform(self.weight))
         outputs = -(-height // self.stride[0]) * -(-width // self.stride[1])
         if learns and self.in_channels >= FEWEST_CHANNELS and outputs <= FEW_PIXELS:
             return _ByPatches.apply(images, self.weight, self.stride[0])
@@ -97,7 +99,12 @@ class Conv3x3(nn.Conv2d):
 
 
 class _ByTiles(torch.autograd.Function):
-    """Everything by tiles; the transformed weight is an argument, because it may be kept."""
+    """By tiles, forwards and backwards.
+
+    The transformed weight is an argument where it is kept. Where it is large it is made for a part
+    of the outputs at a time, and the images are spread anew for each, which costs less than moving
+    it. Second derivatives are the library's.
+    """
 
     @staticmethod
     def forward(
@@ -116,14 +123,14 @@ class _ByTiles(torch.autograd.Function):
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         images, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives are the library's
+        if torch.is_grad_enabled():  # for second derivatives
             of_images = conv2d_input(images.shape, weight, gradient, padding=1)
             return of_images, conv2d_weight(images, weight.shape, gradient, padding=1), None
         of_images = map_like(images, weight.shape[1])
         of_weight = torch.empty_like(weight)
         for part in at_once(weight):
             product = transform(weight[part])
-            of_product = torch.empty(product.shape, dtype=product.dtype)
+            of_product = weight.new_empty(product.shape)  # contiguous, as torch's is the fast way
             maps = blocks(weight, images, gradient[:, part], of_images)
             for number, (x, g, of_x) in enumerate(maps):
                 values, known = to_tiles(g), spread(x).mT
@@ -174,12 +181,14 @@ def patch_gradient(images: torch.Tensor, gradient: torch.Tensor, stride: int) ->
 
 def map_like(images: torch.Tensor, channels: int) -> torch.Tensor:
     """An empty map of the same places, (N, channels, H, W), channels-last in memory."""
-    count, _, height, width = images.shape
-    return images.new_empty(count, height, width, channels).permute(0, 3, 1, 2)
+    shape = images.shape[0], channels, *images.shape[2:]
+    return torch.empty(
+        shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last
+    )
 
 
 def at_once(weight: torch.Tensor) -> Iterator[slice]:
-    """Equal parts of the outputs, whose transformed weights stay in the caches."""
+    """Parts of the outputs, equal but for the last; what becomes of each stays in the caches."""
     count, channels = weight.shape[:2]
     parts = -(-count * channels * PLACES**2 // PRODUCT)
     size = -(-count // parts)
@@ -187,7 +196,7 @@ def at_once(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def blocks(weight: torch.Tensor, *maps: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Maps in equal parts, whose tiles stay in the caches as far as the weight does."""
+    """Maps in parts, equal but for the last, whose tiles stay in the caches beside the weight."""
     count, _, height, width = maps[0].shape
     values = max(weight.shape[:2]) * height * width * PLACES**2 // TILE**2
     most = max(BLOCK, min(PRODUCT, PLACES**2 * weight.shape[0] * weight.shape[1]))
@@ -229,7 +238,7 @@ def side(length: int, dtype: torch.dtype) -> torch.Tensor:
     return whole[:, :, 1:-1].reshape(PLACES * tiles, length).contiguous()
 
 
-def kept(weight: torch.Tensor) -> torch.Tensor | None:
+def kept_transform(weight: torch.Tensor) -> torch.Tensor | None:
     """`transform`, without gradients, inside `constant_weights`; else None."""
     if _Kept.weights is None:
         return None
@@ -264,10 +273,11 @@ def spread(images: torch.Tensor) -> torch.Tensor:
 
 
 def unspread(values: torch.Tensor, out: torch.Tensor, adds: bool) -> None:
-    """B transposed: (36, N * H / 4 * W / 4, C) -> (N, C, H, W), channels-last in memory.
+    """B transposed, of (36, N * H / 4 * W / 4, C).
 
     Args:
-        adds: whether it is added to what is in `out`; else it replaces that.
+        out: (N, C, H, W), channels-last in memory.
+        adds: whether the result is added to what is in `out`; else it replaces that.
     """
     count, channels, height, width = out.shape
     rows, columns = (side(length, values.dtype).t() for length in (height, width))
@@ -280,7 +290,11 @@ def unspread(values: torch.Tensor, out: torch.Tensor, adds: bool) -> None:
 
 
 def from_tiles(values: torch.Tensor, out: torch.Tensor) -> None:
-    """A: (36, N * H / 4 * W / 4, O) -> (N, O, H, W), channels-last in memory."""
+    """A, of (36, N * H / 4 * W / 4, O).
+
+    Args:
+        out: (N, O, H, W), channels-last in memory, or some of its channels; is replaced.
+    """
     count, outputs, height, width = out.shape
     shape = count, height // TILE, width // TILE, outputs
     by_image = values.view(PLACES**2, count, -1).transpose(0, 1)

@@ -32,11 +32,10 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        activated = F.relu(self.bn1(features), inplace=True)
+        activated = F.relu(self.bn1(features))
         # The projection reads the activated features, the identity the raw ones.
         shortcut = features if self.shortcut is None else self.shortcut(activated)
-        hidden = F.relu(self.bn2(self.conv1(activated)), inplace=True)
-        return self.conv2(hidden) + shortcut
+        return self.conv2(F.relu(self.bn2(self.conv1(activated)))) + shortcut
 
 
 class PreActResNet(nn.Module):

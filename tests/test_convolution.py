@@ -14,7 +14,7 @@ from models.preactresnet import preactresnet18
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Which of our own ways is used: `transform` is called once for each weight by tiles."""
+    """Which of our own ways is used: `transform` once a pass for each part of a weight by tiles."""
     seen: list[str] = []
 
     def watch(name: str) -> None:
@@ -68,11 +68,12 @@ def test_tiles_equal_the_library_in_float64(
     times: int,
     memory: torch.memory_format,
 ) -> None:
-    """An image and an output at a time, all at once, and four outputs at a time and then three."""
+    """An image and an output at a time, all at once, and parts that are not equal: outputs by 4
+    and 3; images of one tile by 3 and 2, larger ones singly."""
     monkeypatch.setattr(convolution, "BLOCK", block)
     monkeypatch.setattr(convolution, "PRODUCT", product)
     torch.manual_seed(0)
-    images = torch.rand(3, 5, *size).double().contiguous(memory_format=memory)
+    images = torch.rand(5, 5, *size).double().contiguous(memory_format=memory)
     gradients_equal(Conv3x3(5, 7).double(), images)
     assert calls == ["transform"] * times + ["transform", "untransform"] * times
 
@@ -107,7 +108,7 @@ def test_second_derivatives_exist(
         results.append(torch.autograd.grad(penalty, (images, layer.weight)))
     for mine, other in zip(*results, strict=True):
         assert torch.allclose(mine, other, rtol=1e-9, atol=1e-12)
-    assert ("patch_gradient" in calls) == (way == "patch_gradient")
+    assert ("patch_gradient" in calls, "transform" in calls) == (way != "tiles", way == "tiles")
 
 
 def test_a_tile_by_hand() -> None:
@@ -203,9 +204,13 @@ def test_autocast_and_other_types_are_the_librarys(calls: list[str]) -> None:
     assert calls == []
 
 
-def test_weights_are_transformed_once_while_they_stay(calls: list[str]) -> None:
+@pytest.mark.parametrize("product", [10**9, 128 * 36 * 50])
+def test_weights_are_transformed_once_while_they_stay(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, product: int
+) -> None:
     """Also from inference mode, whose tensors could not be used for gradients later; and after
-    the context a changed weight counts."""
+    the context a changed weight counts. All outputs at a time, and 43, 43 and 42 of them."""
+    monkeypatch.setattr(convolution, "PRODUCT", product)
     layer = Conv3x3(128, 128).requires_grad_(False)
     images = torch.rand(16, 128, 4, 4)
     with constant_weights():
@@ -214,6 +219,7 @@ def test_weights_are_transformed_once_while_they_stay(calls: list[str]) -> None:
         with constant_weights():
             before = layer(images)
     assert calls == ["transform"]
+    assert torch.allclose(before, F.conv2d(images, layer.weight, padding=1), rtol=1e-4, atol=1e-5)
     layer.weight.mul_(2)
     with constant_weights():
         after = layer(images)
