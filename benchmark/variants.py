@@ -12,6 +12,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -138,6 +139,26 @@ def inner_loop(bench: Bench) -> Group:
     }
 
 
+def layer(bench: Bench, channels: int, side: int, count: int = 128) -> Group:
+    """A convolution forwards, and backwards to the image and to the weight."""
+    layout = torch.channels_last
+    images = torch.rand(count, channels, side, side, device=bench.device)
+    images = images.contiguous(memory_format=layout).requires_grad_()
+    convolution = preactresnet.Conv3x3(channels, channels).to(bench.device)
+    convolution.to(memory_format=layout)
+
+    def passes(patch: Callable[[], Any]) -> Callable[[], Callable[[], object]]:
+        def call() -> None:
+            with patch():
+                outputs = convolution(images)
+                outputs.backward(outputs.detach())
+
+        return lambda: call
+
+    what = f"{count} maps of {side} x {side}, {channels} channels"
+    return {what: passes(nullcontext), f"{what}: the library": passes(librarys_convolutions)}
+
+
 @contextmanager
 def weights_learn() -> Iterator[None]:
     """The inner loop computes the gradients of weights, too, by the library's convolutions."""
@@ -154,6 +175,15 @@ def nullcontext_of(*_: nn.Module) -> Any:
     return nullcontext()
 
 
+SHAPES = (64, 32), (128, 16), (256, 8), (512, 4)  # PreAct-ResNet18's channels and maps
+PARTS: dict[str, list[Callable[[Bench], Group]]] = {
+    "training": [training],
+    "inference": [inference],
+    "inner_loop": [inner_loop],
+    "layers": [partial(layer, channels=channels, side=side) for channels, side in SHAPES],
+}
+
+
 def main() -> None:
     """Measures the groups and prints seconds and ratios."""
     parser = argparse.ArgumentParser(
@@ -163,16 +193,18 @@ def main() -> None:
         "--result_file", required=True, help="record of a BadNets attack at 32 pixels"
     )
     parser.add_argument("--record_path", type=Path, help="folder of all records")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="what to vary")
     parser.add_argument("--repeats", type=int, default=3, help="turns that count")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
     folder = folders.find_record(flags.result_file, flags.record_path)
     bench = load(folder, 64, 64, pick_device(flags.device), flags.repeats)
-    for group in (training, inference, inner_loop):
-        seconds = interleaved(group(bench), bench.repeats, bench.device)
-        ours = next(iter(seconds.values()))
-        for name, took in seconds.items():
-            logger.info("%-40s %8.3f s  %.2f times as long", name, took, took / ours)
+    for part in flags.parts:
+        for make in PARTS[part]:
+            seconds = interleaved(make(bench), bench.repeats, bench.device)
+            ours = next(iter(seconds.values()))
+            for name, took in seconds.items():
+                logger.info("%-50s %8.3f s  %.2f times as long", name, took, took / ours)
 
 
 if __name__ == "__main__":
