@@ -120,7 +120,7 @@ def _table(runs: pd.DataFrame, names: list[str]) -> Table:
     name += f"-{sum(n == name or n.startswith(name + '-') for n in names) + 1}" * (name in names)
 
     cells = _cells(runs)
-    variant = [is_variant(*names) for names in zip(runs["label"], runs["method"], strict=True)]
+    variant = [is_variant(*pair) for pair in zip(runs["label"], runs["method"], strict=True)]
     plain = [UNDEFENDED, *sorted(set(runs.loc[[not v for v in variant], "label"]) - {UNDEFENDED})]
     ablations = {
         str(method): _ablation(str(method), sorted(set(group["label"])), cells)

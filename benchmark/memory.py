@@ -57,15 +57,15 @@ def random_set(name: str, side: int, train: int, test: int) -> Callable[..., Dat
 
     def load(path: Path | None, image_size: int) -> Dataset:
         source = torch.Generator().manual_seed(0)
-        parts = (
+        splits = [
             Labelled(
                 torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=source),
                 torch.arange(count) % 10,
             )
             for count in (train, test)
-        )
+        ]
         names = tuple(str(label) for label in range(10))
-        return Dataset(name, next(parts), next(parts), names, (0.5,) * 3, (0.25,) * 3)
+        return Dataset(name, splits[0], splits[1], names, (0.5,) * 3, (0.25,) * 3)
 
     return load
 

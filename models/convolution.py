@@ -130,7 +130,7 @@ class _ByTiles(torch.autograd.Function):
         of_weight = torch.empty_like(weight)
         for part in at_once(weight):
             product = transform(weight[part])
-            of_product = weight.new_empty(product.shape)  # contiguous, as torch's is the fast way
+            of_product = weight.new_empty(product.shape)  # contiguous, for torch's fast way
             maps = blocks(weight, images, gradient[:, part], of_images)
             for number, (x, g, of_x) in enumerate(maps):
                 values, known = to_tiles(g), spread(x).mT
@@ -296,10 +296,11 @@ def from_tiles(values: torch.Tensor, out: torch.Tensor) -> None:
         out: (N, O, H, W), channels-last in memory, or some of its channels; is replaced.
     """
     count, outputs, height, width = out.shape
-    shape = count, height // TILE, width // TILE, outputs
+    rows, columns = height // TILE, width // TILE
     by_image = values.view(PLACES**2, count, -1).transpose(0, 1)
-    tiles = (matrices(values.dtype)["AA"] @ by_image).view(count, TILE, TILE, *shape[1:])
-    places = out.permute(0, 2, 3, 1).view(count, shape[1], TILE, shape[2], TILE, outputs)
+    tiles = matrices(values.dtype)["AA"] @ by_image
+    tiles = tiles.view(count, TILE, TILE, rows, columns, outputs)
+    places = out.permute(0, 2, 3, 1).view(count, rows, TILE, columns, TILE, outputs)
     places.copy_(tiles.permute(0, 3, 1, 4, 2, 5))
 
 
