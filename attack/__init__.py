@@ -1,0 +1,11 @@
+"""Attacks, a file each."""
+
+from pathlib import Path
+
+_PIPELINES = ("__init__", "__main__", "prototype", "controlled", "external")
+
+
+def names() -> list[str]:
+    """The names of all attacks; a clean model and imported ones are none."""
+    found = (path.stem for path in Path(__file__).parent.glob("*.py"))
+    return sorted(name for name in found if name not in _PIPELINES)

@@ -40,7 +40,7 @@ from attack.controlled import (
 from attack.prototype import Setting
 from utils.data import as_float
 from utils.poison import count_in_batch, partners
-from utils.runtime import generator
+from utils.runtime import Draws, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def dither(images: torch.Tensor, levels: int) -> torch.Tensor:
     return (result * 255).round() / 255
 
 
-class Bpp:
+class Bpp(Draws):
     """The attacker's training: quantized, negative and clean images in every batch.
 
     A negative is x + (trigger(x') - x') for another training image x', clamped, labelled as x.
@@ -96,8 +96,9 @@ class Bpp:
     def __init__(self, config: Config, setting: Setting) -> None:
         self._config = config
         self._data = setting.data
-        self._augment = affine_augmentation(config, setting)
         seed, count = config.random_seed, len(setting.data.train)
+        self._crops = generator(seed, "augmentation", setting.device)
+        self._augment = affine_augmentation(config, setting, self._crops)
         self._partner = generator(seed, "negative partners")
         self._fixed_partners = partners(count, generator(seed, "partners of stored images"))
         self._coin = generator(seed, "poisoned batches")

@@ -162,14 +162,17 @@ def labels_of_batch(
 
 
 def affine_augmentation(
-    config: AffineConfig, setting: Setting
+    config: AffineConfig, setting: Setting, rng: torch.Generator | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The augmentation of WaNet and BPP: float (N, C, H, W) on the device -> the same.
 
     What comes in from outside is 0 in normalized space, as published: the dataset's mean.
+
+    Args:
+        rng: on the device; None for one of its own.
     """
     mean = torch.tensor(setting.data.mean, device=setting.device)
-    rng = generator(config.random_seed, "augmentation", setting.device)
+    rng = rng or generator(config.random_seed, "augmentation", setting.device)
 
     def augment(images: torch.Tensor) -> torch.Tensor:
         count, channels = images.shape[:2]

@@ -31,14 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attack import prototype
 from models import build_model, check_model, model_identity, prepare
 from utils import config as configuration
-from utils import folders, pipeline, poison, record
+from utils import folders, poison, record
 from utils.data import Dataset, Triggered
 from utils.datasets import DatasetName, class_name, load_dataset
 from utils.errors import UserError
 from utils.evaluate import evaluate
 from utils.images import IMAGE_SUFFIXES, decoded
-from utils.metrics import FAILED_ASR, Scores, rate_label
+from utils.metrics import FAILED_ASR, Scores
 from utils.runtime import Precision, file_log, logger, pick_device, pick_precision, run_script
+from utils.training import ending
+from utils.training.findings import Findings
 from utils.weights import fill, read_state_dict
 
 
@@ -192,9 +194,13 @@ def import_model(config: Config) -> folders.RunFolder:
             pictures.append(
                 prototype.draw_trigger(folder, model, data, triggered, "external", device)
             )
-        warnings = _warnings(scores, len(data.classes))
-        folder.write_summary(
-            {
+        result = ending.table(scores)
+        if triggered is None:
+            result += "\nno triggered images, so no ASR; give --bd_test_dir to have one"
+        ending.finish_run(
+            folder,
+            Findings(),
+            facts={
                 "attack": "external",
                 **scores.counts(),
                 "dataset": data.name,
@@ -202,18 +208,13 @@ def import_model(config: Config) -> folders.RunFolder:
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
-                "warnings": [*data.warnings, *warnings],
-                **pipeline.run_facts(config, started, device, precision),
-                "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
-            }
+            },
+            warnings=[*data.warnings, *_warnings(scores, len(data.classes))],
+            result=result,
+            pictures=pictures,
+            files=["attack_result.pt", "poison.pt"],
+            run=ending.run_facts(config, started, device, precision),
         )
-        for warning in warnings:
-            logger.warning("warning: %s", warning)
-        for rate_name, rate in scores.rates().items():
-            logger.info("%-9s %8s  (%d of %d)", rate_label(rate_name), rate, rate.hits, rate.total)
-        if triggered is None:
-            logger.info("no triggered images, so no ASR; give --bd_test_dir to have one")
-        pipeline.log_paths(folder, pictures)
     return folder
 
 

@@ -177,7 +177,11 @@ def prepare(config: Config, setting: Setting) -> Hard:
         easy,
         hard,
     )
-    setting.facts["surrogate_recognises"] = {"images": len(members), "clean": easy, "hard": hard}
+    setting.findings.facts["surrogate_recognises"] = {
+        "images": len(members),
+        "clean": easy,
+        "hard": hard,
+    }
     return Hard(index, made["images"])
 
 

@@ -37,7 +37,7 @@ from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError
 from utils.evaluate import predict
 from utils.files import prepare_folder
-from utils.metrics import FAILED_ASR, Scores, rate_label
+from utils.metrics import FAILED_ASR, Scores
 from utils.runtime import (
     ROOT,
     Precision,
@@ -52,6 +52,8 @@ from utils.runtime import (
 )
 from utils.tensors import explained, load_tensors
 from utils.train import Loop, Schedule, Step, Supervised, train_classifier
+from utils.training import ending
+from utils.training.findings import Findings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,20 +118,14 @@ class Setting:
     """What an attack may use beside its configuration to prepare its trigger.
 
     Attributes:
-        facts: plain data that the attack wants in `summary.json`, under `preparation`.
-        warnings: lines for `summary.json`; see `warn`.
+        findings: what the attack found while it prepared itself. Its facts stand in `summary.json`
+            under `preparation`.
     """
 
     data: Dataset
     device: torch.device
     precision: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def warn(self, text: str) -> None:
-        """Logs a warning now, and keeps it for the summary."""
-        logger.warning("warning: %s", text)
-        self.warnings.append(text)
+    findings: Findings = field(default_factory=Findings)
 
     def cached(
         self,
@@ -235,7 +231,7 @@ def run(
         wanted = poison.poison_count(len(data.train), config.pratio)
         poisoned_images = int((choice.kinds == poison.KINDS.index("poison")).sum())
         if poisoned_images < wanted:
-            setting.warn(
+            setting.findings.warn(
                 f"{wanted} poisoned images wanted, but class {config.attack_target} has "
                 f"{poisoned_images}; all of them are poisoned (ratio "
                 f"{poisoned_images / len(data.train):.4f} of the training set)"
@@ -297,8 +293,9 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
         watch = pipeline.Watch(
             folder, "epoch", score, config.eval_every, config.checkpoint_every, checkpoint
         )
-        _train(config, model, plan, watch.start(config.epochs))
-        assert watch.scores is not None  # the last epoch is always scored
+        loop = watch.start()
+        _train(config, model, plan, loop)
+        scores = watch.finish(model)
         if not distributed.is_main():
             return folder
         triggered, exported = plan.triggered(), plan.exported()
@@ -316,15 +313,16 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
         record.save_attack(folder, model, data, exported, triggered, plan.cross(), facts)
         title = f"{name} on {data.name}"
         pictures = [
-            pipeline.save_figure(folder, "curves.png", plot.curves(watch.metrics, "epoch", title))
+            ending.save_figure(folder, "curves.png", plot.curves(watch.metrics, "epoch", title))
         ]
         if triggered is not None:
             pictures.append(draw_trigger(folder, model, data, triggered, name, device))
-        warnings = _warnings(watch.scores, len(data.classes))
-        folder.write_summary(
-            {
+        ending.finish_run(
+            folder,
+            loop.findings,
+            facts={
                 "attack": name,
-                **watch.scores.counts(),
+                **scores.counts(),
                 "seed": config.random_seed,
                 "dataset": data.name,
                 "model": model_name,
@@ -334,17 +332,18 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
-                **({"preparation": setting.facts} if setting.facts else {}),
-                "warnings": [*data.warnings, *setting.warnings, *warnings],
-                **pipeline.run_facts(config, started - watch.earlier, device, precision),
-                "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
-            }
+                **({"preparation": setting.findings.facts} if setting.findings.facts else {}),
+            },
+            warnings=[
+                *data.warnings,
+                *setting.findings.warnings,
+                *_warnings(scores, len(data.classes)),
+            ],
+            result=ending.table(scores),
+            pictures=pictures,
+            files=["attack_result.pt", "poison.pt"],
+            run=ending.run_facts(config, started - watch.earlier, device, precision),
         )
-        for warning in warnings:
-            logger.warning("warning: %s", warning)
-        for rate_name, rate in watch.scores.rates().items():
-            logger.info("%-9s %8s  (%d of %d)", rate_label(rate_name), rate, rate.hits, rate.total)
-        pipeline.log_paths(folder, pictures)
     return folder
 
 
@@ -376,7 +375,8 @@ def clean_model(
         )
         plan = _clean_plan(config, setting)
         plan = replace(plan, step=step or plan.step)
-        _train(replace(config, epochs=epochs), model, plan, watch.start(epochs))
+        _train(replace(config, epochs=epochs), model, plan, watch.start())
+        watch.finish(model)
         return record.model_state(model)
 
     key = recipe(config, setting) | dict(variant or {}) | {"epochs": epochs}
@@ -526,14 +526,13 @@ def draw_trigger(
         [data.classes[p] for p in predict(model, images, device).tolist()]
         for images in (clean, changed)
     ]
-    figure = pipeline.difference_grid(
-        as_float(clean),
-        as_float(changed),
-        ("clean", "triggered"),
-        (predictions[0], predictions[1]),
+    rows = {"clean": as_float(clean), "triggered": as_float(changed)}
+    figure = plot.image_grid(
+        rows | ending.difference(*rows.values()),
+        dict(zip(rows, predictions, strict=True)),
         f"{name} on {data.name}: images, and the class that the model gives them",
     )
-    return pipeline.save_figure(folder, "trigger.png", figure)
+    return ending.save_figure(folder, "trigger.png", figure)
 
 
 def _warnings(scores: Scores, num_classes: int) -> list[str]:

@@ -35,7 +35,7 @@ from attack.controlled import AffineConfig, affine_augmentation, labels_of_batch
 from attack.prototype import Setting
 from utils.data import as_float
 from utils.poison import count_in_batch
-from utils.runtime import generator
+from utils.runtime import Draws, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def warp(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
-class WaNet:
+class WaNet(Draws):
     """The attacker's training: warped, noisily warped and clean images in every batch."""
 
     learns_trigger = False
@@ -121,8 +121,9 @@ class WaNet:
     def __init__(self, config: Config, setting: Setting) -> None:
         self._config = config
         self._num_classes = len(setting.data.classes)
-        self._augment = affine_augmentation(config, setting)
         seed, size = config.random_seed, setting.data.image_shape[-1]
+        self._crops = generator(seed, "augmentation", setting.device)
+        self._augment = affine_augmentation(config, setting, self._crops)
         field = flow_field(config.k, size, generator(seed, "warp"))
         self.grid = warping_grid(field, config.s, config.grid_rescale).to(setting.device)
         self._noise = generator(seed, "warp noise", setting.device)

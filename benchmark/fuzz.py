@@ -265,7 +265,7 @@ def cases(good: Path) -> dict[str, Case]:
         watch = pipeline.Watch(
             run, "epoch", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True)
         )
-        unlearn(watch.start(2))
+        unlearn(watch.start())
 
     return {
         "record": own_record,

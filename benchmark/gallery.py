@@ -16,10 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import folders, pipeline, plot, record
+from utils import folders, plot, record
 from utils.data import as_float
 from utils.errors import UserError
 from utils.runtime import logger, run_script
+from utils.training import ending
 
 COUNT = 6  # images of a row
 
@@ -83,7 +84,7 @@ def write(records: list[Path], to: Path) -> None:
     strips.path.mkdir(parents=True, exist_ok=True)
     title = f"Triggers on {dataset}: test images, and the amplified change"
     figure = plot.image_grid(gallery_rows(clean, triggered), {}, title)
-    logger.info("picture: %s", pipeline.save_figure(folder, "attacks.png", figure))
+    logger.info("picture: %s", ending.save_figure(folder, "attacks.png", figure))
     for name, images in triggered.items():
         difference, _ = plot.amplified(images - clean)
         strip = plot.strip(torch.stack([clean[-1], images[-1], difference[-1]]))

@@ -112,7 +112,7 @@ def long_run(kind: str, root: Path) -> dict[str, Any]:
         if kind == "epochs":
             prototype.run(badnet.Config, badnet.make_trigger)
         else:
-            base.run(sau.Config, sau.purify, perturb=sau.shared_perturbation)
+            base.run(sau.Config, sau.purify)
     growth = after[ROUNDS] / after[SETTLED] - 1
     return {"kind": kind, "resident_mib": after, "growth": round(growth, 4)}
 

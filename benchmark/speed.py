@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import literal
 from defense import sau
 from models import Classifier, build_model, prepare
-from utils import folders, pipeline, plot, record
+from utils import folders, plot, record
 from utils.data import Dataset, Labelled, Triggered, as_float, augment
 from utils.errors import UserError
 from utils.evaluate import evaluate
@@ -53,6 +53,7 @@ from utils.runtime import (
     run_script,
 )
 from utils.train import Loop, Supervised, train_classifier
+from utils.training import ending
 
 
 @dataclass(frozen=True)
@@ -444,7 +445,7 @@ def write(rows: list[Row], to: Path, machine: Mapping[str, object]) -> None:
     ratios = {f"{row.part}: {row.what}": row.ratio for row in rows if row.ratio is not None}
     if ratios:
         figure = plot.bars(ratios, "times as fast as the first of its part", title)
-        pipeline.save_figure(folder, "speed.png", figure)
+        ending.save_figure(folder, "speed.png", figure)
     logger.info("%s", title)
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x"

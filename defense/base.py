@@ -1,8 +1,10 @@
-"""The pipeline that every defense script runs: record -> purify -> scores, files, pictures.
+"""What a defense sees, and the pipeline that every defense script runs.
 
-A defense gives its configuration and `purify(model, images, labels, config, loop)`. Dataset, model,
-normalization and target come from the record. Test images and triggers are used for the report
-alone.
+A defense gives its configuration and `purify(model, images, labels, config, loop)`. The bases of
+its configuration say what it sees and which flags it has. The pipeline reads a record, hands over
+what the defense may see, scores and saves the model that it gives back, and draws what it found.
+Dataset, model, normalization and target come from the record. Test images and triggers are used for
+the report alone.
 """
 
 import sys
@@ -10,19 +12,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from models import Classifier, prepare
+from models import prepare
 from utils import config as configuration
 from utils import distributed, folders, pipeline, plot, record
-from utils.data import Dataset, Labelled, Triggered, as_float, keep_on
+from utils.data import Dataset, Triggered, as_float, keep_on
 from utils.errors import UserError
 from utils.evaluate import predict
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
+from utils.records.defense import save_defense
 from utils.runtime import (
     Precision,
     deterministic,
@@ -34,11 +37,19 @@ from utils.runtime import (
     run_script,
     seed_everything,
 )
+from utils.train import Loop, Schedule
+from utils.training import ending, selection
+from utils.training.findings import Findings
+from utils.training.selection import acceptable as acceptable  # public under this name, too
+from utils.training.selection import hold_out as hold_out
+
+Sees = Literal["nothing", "clean", "poisoned"]
+Selection = Literal["fixed", "val"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseConfig(configuration.Config):
-    """What all defenses have in common."""
+    """The record, and how the defense runs."""
 
     result_file: Annotated[
         str | None, Field(description="record, ours or BackdoorBench's: its name, or its folder")
@@ -62,35 +73,152 @@ class DefenseConfig(configuration.Config):
     dataset_path: Annotated[
         str | None, Field(description="where the images are now; null for the record's path")
     ]
-    ratio: Annotated[float, Field(gt=0, le=1, description="clean subset / clean training set")]
-    index: Annotated[
-        str | None,
-        Field(description="file of the clean subset's indices, one a line; null draws them"),
-    ]
-    n_rounds: Annotated[int, Field(ge=1, description="passes over the clean subset")]
-    batch_size: Annotated[int, Field(ge=1, description="images a step")]
     random_seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn")]
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
     deterministic: Annotated[
         bool, Field(description="the same bits every time on a GPU too; may be slower")
     ]
+
+    advice = "change its flags, see --help"  # what to do where ACC falls by more than 10 points
+
+    @property
+    def sees(self) -> Sees:
+        """Which images the defense is given."""
+        return "nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanData(DefenseConfig):
+    """The clean subset that the defense sees."""
+
+    ratio: Annotated[float, Field(gt=0, le=1, description="clean subset / clean training set")]
+    index: Annotated[
+        str | None,
+        Field(description="file of the clean subset's indices, one a line; null draws them"),
+    ]
+
+    advice = "give more images (--ratio), or change its flags, see --help"
+
+    @property
+    def sees(self) -> Sees:
+        return "clean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut(CleanData):
+    """Selection on a held-out part of the clean subset."""
+
+    selection: Annotated[
+        Selection, Field(description="level chosen on held-out images, or the author's fixed value")
+    ]
+    val_ratio: Annotated[
+        float, Field(gt=0, lt=1, description="held-out images / clean subset (selection val)")
+    ]
+    acc_ratio: Annotated[
+        float,
+        Field(ge=0, le=1, description="relative loss of held-out accuracy that is accepted (val)"),
+    ]
+
+    advice = "lower --acc_ratio, or give more images (--ratio)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonedData(DefenseConfig):
+    """The part of the training set that the defense sees."""
+
+    ratio: Annotated[float, Field(gt=0, le=1, description="images that it sees / training set")]
+    index: Annotated[
+        str | None, Field(description="file of their indices, one a line; null draws them")
+    ]
+    data: Annotated[
+        Literal["poisoned", "clean"],
+        Field(description="the training set as the attacker has left it, or a clean subset"),
+    ]
+
+    @property
+    def sees(self) -> Sees:
+        return self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds(DefenseConfig):
+    """Passes over the images."""
+
+    n_rounds: Annotated[
+        int, Field(ge=0, description="passes over the images, of the last phase; 0 changes nothing")
+    ]
+    batch_size: Annotated[int, Field(ge=1, description="images a step")]
     eval_every: Annotated[int, Field(ge=1, description="rounds between two evaluations")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Augmented(DefenseConfig):
+    """Random changes of the images."""
+
+    crop_padding: Annotated[int, Field(ge=0, le=64, description="pixels around a random crop")]
+    flip: Annotated[bool, Field(description="mirror images at random")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned(CleanData, Rounds, Augmented):
+    """Fine-tuning with SGD."""
+
+    lr: Annotated[float, Field(gt=0, description="peak learning rate of SGD")]
+    lr_scheduler: Annotated[Schedule, Field(description="how the learning rate changes")]
+    sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]
+    wd: Annotated[float, Field(ge=0, description="weight decay of SGD")]
+
+    advice = "lower --lr, or give more images (--ratio)"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a defense is given.
+
+    Attributes:
+        index: int64 (N,), positions in the training set, ascending.
+        images, labels: uint8 (N, C, H, W) and int64 (N,).
+    """
+
+    index: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
 C = TypeVar("C", bound=DefenseConfig)
-Purify = Callable[..., nn.Module]
-Perturb = Callable[..., torch.Tensor]
+C_contra = TypeVar("C_contra", bound=DefenseConfig, contravariant=True)
 Caption = Callable[[torch.Tensor], list[str]]
 
 
-def run(config_class: type[C], purify: Purify, perturb: Perturb | None = None) -> None:
+class Purify(Protocol[C_contra]):
+    """What every defense has: from a model and images to another model."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        config: C_contra,
+        loop: Loop | None = None,
+    ) -> nn.Module:
+        """A purified copy in eval mode; the model itself is left as it is.
+
+        Args:
+            model: any module from (N, C, H, W) float in [0, 1] to (N, K) logits.
+            images: (N, C, H, W), float in [0, 1] or uint8; N is 0 where the defense sees nothing.
+            labels: (N,) int64.
+            config: of the defense.
+            loop: counts phases, rounds and batches, and takes what is found.
+        """
+
+
+def run(config_class: type[C], purify: Purify[C]) -> None:
     """Runs a defense script: flags and a record -> a purified model beside it.
 
     Args:
         config_class: the defense's configuration; its module's name is the defense's name.
         purify: (model, images, labels, config, loop) -> model.
-        perturb: (model, reference, images, labels, config) -> delta, for `perturbations.png`.
     """
     module = sys.modules[config_class.__module__]
 
@@ -98,14 +226,12 @@ def run(config_class: type[C], purify: Purify, perturb: Perturb | None = None) -
         config = config_class.from_command_line(
             sys.argv[1:], module.__doc__ or "", _dataset_of_record
         )
-        defend(config, Path(str(module.__file__)).stem, purify, perturb)
+        defend(config, Path(str(module.__file__)).stem, purify)
 
     run_script(main)
 
 
-def defend(
-    config: C, name: str, purify: Purify, perturb: Perturb | None = None
-) -> folders.RunFolder:
+def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     """Purifies a record's model and writes the result beside it.
 
     Returns:
@@ -126,14 +252,15 @@ def defend(
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     data = attack.load_dataset(config.dataset_path)
-    index = clean_subset(len(data.train), config)
-    clean = data.train.at(index)
+    given = seen_images(config, attack, data)
     seed_everything(config.random_seed)
     backdoored = prepare(attack.build(config.model), device, precision)
 
     distributed.barrier()  # all have found the folder free before one writes into it
     checkpoint = folder.start(config.dump(), config.resume)
-    folder.write_text("clean_index.txt", "".join(f"{number}\n" for number in index.tolist()))
+    listed = {"clean": "clean_index.txt", "poisoned": "poisoned_index.txt"}.get(config.sees)
+    if listed:
+        folder.write_text(listed, "".join(f"{number}\n" for number in given.index.tolist()))
     with file_log() as open_log, deterministic(config.deterministic):
         open_log(folder.log, append=checkpoint is not None)
         logger.info(
@@ -145,41 +272,33 @@ def defend(
             device,
             precision,
         )
-        logger.info("%d clean images of %d", len(index), len(data.train))
-        warnings = _subset_warnings(clean, data)
+        logger.info("%s", _said_of(given, config, data))
         if attack.triggered is None:
             logger.info("the record has no triggered images: ACC alone is reported, no ASR or DER")
         score = pipeline.scorer(data.test, lambda: attack.triggered, device)
         before = score(backdoored)
         logger.info("before  %s", before)
+        rounds = config if isinstance(config, Rounds) else None
         watch = pipeline.Watch(
-            folder, "round", score, config.eval_every, config.checkpoint_every, checkpoint
+            folder,
+            "round",
+            score,
+            rounds.eval_every if rounds else 1,
+            config.checkpoint_every,
+            checkpoint,
         )
-        loop = watch.start(config.n_rounds, before)
-        model = purify(backdoored, keep_on(device, clean.images), clean.labels, config, loop)
-        after = watch.scores
-        assert after is not None  # the last round is always scored
-        assert isinstance(model, Classifier)  # a copy of the model that was given
+        loop = watch.start(before)
+        if config.sees == "clean":
+            _warn_of_classes(given, data, loop.findings)
+        images = keep_on(device, given.images)
+        model = purify(backdoored, images, given.labels, config, loop)
+        after = watch.finish(model)
         if not distributed.is_main():
             return folder
-        folder.write_tensors(
-            "defense_result.pt",
-            {
-                "model": record.model_state(model),
-                "model_name": attack.model_name,
-                "model_sha256": attack.model_sha256,
-                "network_size": attack.network_size,
-                "num_classes": attack.num_classes,
-                "image_shape": list(attack.image_shape),
-                "mean": list(attack.mean),
-                "std": list(attack.std),
-                "defense": name,
-                "attack_sha256": attack.sha256,
-            },
-        )
+        save_defense(folder, model, attack, name)
         title = f"{name} against {attack.attack} on {data.name}"
         pictures = [
-            pipeline.save_figure(folder, "curves.png", plot.curves(watch.metrics, "round", title))
+            ending.save_figure(folder, "curves.png", plot.curves(watch.metrics, "round", title))
         ]
 
         def caption(images: torch.Tensor) -> list[str]:
@@ -189,67 +308,92 @@ def defend(
 
         if attack.triggered is not None:
             pictures.append(_draw_before_after(folder, caption, attack.triggered, data, title))
-        if perturb is not None:
-
-            def perturbed(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-                x, y = images.to(device), labels.to(device)
-                return perturb(backdoored, backdoored, x, y, config).cpu()
-
-            pictures.append(_draw_perturbations(folder, caption, perturbed, clean, title))
-        warnings += _result_warnings(before, after)
+        pictures += ending.draw_findings(folder, loop.findings, caption, title)
         der = defense_effectiveness_rating(before, after)
-        folder.write_summary(
-            {
+        result = comparison(before, after, der)
+        verdict = loop.findings.verdict and ending.judged(loop.findings.verdict, attack)
+        if verdict:
+            result += f"\n{_said_of_verdict(verdict, data)}"
+        ending.finish_run(
+            folder,
+            loop.findings,
+            facts={
                 "defense": name,
                 "attack": attack.attack,
                 "before": before.counts(),
                 "after": after.counts(),
                 "der": der,
+                **({"verdict": verdict} if verdict else {}),
                 "seed": config.random_seed,
                 "dataset": attack.dataset,
                 "model": attack.model_name,
-                "clean_images": len(index),
-                "rounds": config.n_rounds,
-                "warnings": [*data.warnings, *warnings],
-                **pipeline.run_facts(config, started - watch.earlier, device, precision),
+                "sees": config.sees,
+                "seen_images": len(given.index),
+                "clean_images": len(given.index) if config.sees == "clean" else 0,
+                "rounds": getattr(config, "n_rounds", None),
+                "purify_seconds": round(watch.training_seconds, 2),
                 "attack_sha256": attack.sha256,
-                "files": record.file_hashes(folder, "defense_result.pt", "clean_index.txt"),
-            }
+            },
+            warnings=[*data.warnings, *_result_warnings(before, after, config.advice)],
+            result=result,
+            pictures=pictures,
+            files=["defense_result.pt", *filter(None, [listed])],
+            run=ending.run_facts(config, started - watch.earlier, device, precision),
         )
-        for warning in warnings:
-            logger.warning("warning: %s", warning)
-        logger.info("%s", comparison(before, after, der))
-        pipeline.log_paths(folder, pictures)
     return folder
 
 
-def clean_subset(count: int, config: DefenseConfig) -> torch.Tensor:
-    """The defender's images: those of the file `index`, or round(ratio * count) drawn at random.
+def seen_images(config: DefenseConfig, attack: record.AttackRecord, data: Dataset) -> Given:
+    """The images that a defense may see, and their labels.
 
-    They depend on the seed and the number of training images only.
+    Raises:
+        UserError: if there is none, or the record has no poisoned training set.
+    """
+    if isinstance(config, PoisonedData) and config.sees == "poisoned":
+        if attack.poison_index is None or len(attack.poison_index) == 0:
+            raise UserError(
+                f"{attack.folder}: has no poisoned training images, which this defense looks at; "
+                "give the record of an attack, or --data clean"
+            )
+        poisoned = attack.poisoned_set(data)
+        index = drawn_index(poisoned.stored_labels(), config)
+        chosen = poisoned.at(index)
+    elif isinstance(config, (CleanData, PoisonedData)):
+        index = drawn_index(data.train.labels, config)
+        chosen = data.train.at(index)
+    else:
+        index = torch.zeros(0, dtype=torch.int64)
+        chosen = data.train.at(index)
+    return Given(index, chosen.images, chosen.labels)
+
+
+def drawn_index(labels: torch.Tensor, config: CleanData | PoisonedData) -> torch.Tensor:
+    """Which training images: those of the file `index`, or a share of each class, drawn at random.
+
+    They depend on the seed and the labels of the training set only.
+
+    Args:
+        labels: int64 (N,), of the training set.
 
     Returns:
-        int64 indices into the clean training set, ascending.
+        int64 indices into the training set, ascending.
 
     Raises:
         UserError: if there is none.
     """
+    count = len(labels)
     if config.index is not None:
         index = record.read_index(Path(config.index), count)
         if len(index) == 0:
             raise UserError(f"--index: {config.index} is empty; name at least one image")
         return index
-    size = round(config.ratio * count)
-    if size == 0:
+    if round(config.ratio * count) == 0:
         raise UserError(
             f"--ratio: {config.ratio:g} of {count} training images is none; give at least "
             f"{1 / count:.2g}"
         )
-    return (
-        torch.randperm(count, generator=generator(config.random_seed, "clean subset"))[:size]
-        .sort()
-        .values
-    )
+    rng = generator(config.random_seed, "clean subset")
+    return selection.drawn_by_class(labels, config.ratio, rng)
 
 
 def comparison(before: Scores, after: Scores, der: float | None) -> str:
@@ -290,28 +434,7 @@ def _draw_before_after(
         {name: caption(images) for name, images in rows.items()},
         f"{title}: test images; label before | after",
     )
-    return pipeline.save_figure(folder, "before_after.png", figure)
-
-
-def _draw_perturbations(
-    folder: folders.RunFolder,
-    caption: Caption,
-    perturb: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    clean: Labelled,
-    title: str,
-) -> Path:
-    """perturbations.png: adversarial examples of the model before, and both models' labels."""
-    chosen = clean.at(_spread(len(clean)))
-    images = as_float(chosen.images)
-    changed = images + perturb(images, chosen.labels)
-    figure = pipeline.difference_grid(
-        images,
-        changed,
-        ("clean", "adversarial"),
-        (caption(images), caption(changed)),
-        f"{title}: shared adversarial examples of the model before; label before | after",
-    )
-    return pipeline.save_figure(folder, "perturbations.png", figure)
+    return ending.save_figure(folder, "before_after.png", figure)
 
 
 def _spread(count: int) -> torch.Tensor:
@@ -319,20 +442,41 @@ def _spread(count: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(8, count)).long()
 
 
-def _subset_warnings(clean: Labelled, data: Dataset) -> list[str]:
-    counts = torch.bincount(clean.labels, minlength=len(data.classes))
+def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:
+    """A line on what the defense is given."""
+    count, total = len(given.index), len(data.train)
+    return {
+        "nothing": "sees no images",
+        "clean": f"{count} clean images of {total}",
+        "poisoned": f"{count} of the {total} images of the poisoned training set",
+    }[config.sees]
+
+
+def _said_of_verdict(verdict: Mapping[str, Any], data: Dataset) -> str:
+    """A line on a verdict, and whether it is right."""
+    names = ", ".join(f"{target} ({data.classes[target]})" for target in verdict["targets"])
+    text = f"backdoored, target {names}" if verdict["is_backdoored"] else "no backdoor found"
+    judgement = {True: "right", False: "wrong", None: "the record does not tell"}
+    text = f"verdict: {text}; {judgement[verdict['is_right']]}"
+    if verdict["is_backdoored"] and verdict["target_found"] is False:
+        text += ", but the target is another class"
+    return text
+
+
+def _warn_of_classes(given: Given, data: Dataset, findings: Findings) -> None:
+    """Warns of classes without an image."""
+    counts = torch.bincount(given.labels, minlength=len(data.classes))
     lacking = [
         name for name, count in zip(data.classes, counts.tolist(), strict=True) if count == 0
     ]
-    if not lacking:
-        return []
-    return [
-        f"the clean subset lacks {len(lacking)} of {len(data.classes)} classes "
-        f"({', '.join(lacking[:10])}); raise --ratio"
-    ]
+    if lacking:
+        findings.warn(
+            f"the clean subset lacks {len(lacking)} of {len(data.classes)} classes "
+            f"({', '.join(lacking[:10])}); raise --ratio"
+        )
 
 
-def _result_warnings(before: Scores, after: Scores) -> list[str]:
+def _result_warnings(before: Scores, after: Scores, advice: str) -> list[str]:
     found = []
     if before.asr is not None and before.asr.value < FAILED_ASR:
         found.append(
@@ -340,7 +484,6 @@ def _result_warnings(before: Scores, after: Scores) -> list[str]:
         )
     if before.acc.value - after.acc.value > 0.1:
         found.append(
-            f"the defense cost more than 10 points of ACC ({before.acc} -> {after.acc}); "
-            "lower --lr or give more images"
+            f"the defense cost more than 10 points of ACC ({before.acc} -> {after.acc}); {advice}"
         )
     return found

@@ -27,6 +27,8 @@ from utils.errors import UserError
 from utils.poison import KINDS, PoisonedSet
 from utils.runtime import logger, run_script
 from utils.tensors import explained, load_tensors
+from utils.training import ending
+from utils.training.findings import Findings
 
 # Their columns of attack_df.csv that metrics.csv has, and our names of them.
 _COLUMNS = {
@@ -151,8 +153,10 @@ def import_record(
         facts,
     )
     poison = int((poisoned.kinds == KINDS.index("poison")).sum())
-    folder.write_summary(
-        {
+    ending.finish_run(
+        folder,
+        Findings(),
+        facts={
             **facts,
             "dataset": attack.dataset,
             "pratio": poison / len(data.train) if len(poisoned.index) else None,
@@ -160,10 +164,13 @@ def import_record(
             "poisoned_images": poison,
             "imported_from": "BackdoorBench",
             "imported_sha256": attack.sha256,
-            "files": record.file_hashes(folder, "attack_result.pt", "poison.pt"),
-        }
+        },
+        warnings=[],
+        result="",
+        pictures=[],
+        files=["attack_result.pt", "poison.pt"],
+        run={},
     )
-    logger.info("record: %s", folder.path)
     return folder
 
 

@@ -41,6 +41,8 @@ class Normalize(nn.Module):
         (N, C, H, W) float in [0, 1] -> (N, C, H, W) float.
     """
 
+    does_the_same = True
+
     mean: torch.Tensor
     std: torch.Tensor
 
@@ -59,6 +61,8 @@ class Resize(nn.Module):
     Shape:
         (N, C, H, W) float -> (N, C, S, S) float.
     """
+
+    does_the_same = True
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -79,6 +83,8 @@ class Classifier(nn.Module):
     Shape:
         (N, C, H, W) float in [0, 1] -> (N, num_classes) float logits.
     """
+
+    does_the_same = True
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

@@ -17,6 +17,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         (N, C, H, W) float -> (N, C, H, W) float.
     """
 
+    does_the_same = True
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if (
             features.device.type != "cuda"

@@ -67,6 +67,8 @@ class Conv3x3(nn.Conv2d):
         (N, in_channels, H, W) float -> (N, out_channels, ceil(H / stride), ceil(W / stride)) float.
     """
 
+    does_the_same = True
+
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride, padding=1, bias=False)
 

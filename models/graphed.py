@@ -7,6 +7,7 @@ weights' current values at the addresses that were recorded.
 """
 
 import logging
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -21,7 +22,8 @@ FIRST = 3  # calls that are not replayed: a shape that is rare is not worth a re
 WARM_UP = 3  # passes before a recording, in which kernels are chosen
 MOST_VALUES = 1 << 21  # of a batch of images; larger ones keep a GPU busy, and a copy costs memory
 
-# What does the same in every call, whatever the numbers; `models` does, too.
+# Of torch's modules those that do the same in every call, whatever the numbers. A class of `models`
+# says so of itself, by `does_the_same = True`.
 KNOWN = (
     *(nn.Sequential, nn.Identity, nn.Flatten, nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU),
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
@@ -33,11 +35,10 @@ logger = logging.getLogger("sau")
 class Graphed(nn.Module):
     """Calls a network, forward and backward by CUDA graphs where that is possible and worth it.
 
-    The kernels, and so the numbers, are the network's own. Its output is overwritten by the next
-    call with images of that shape: backward comes first, or raises RuntimeError. Called as it is,
-    without a graph, is what needs no gradient, what is not plain (`is_plain`), and everything on a
-    CPU, or on a GPU more than half of whose memory is taken: a recording keeps all that its passes
-    need.
+    The kernels, and so the numbers, are the network's own. The network is called as it is, without
+    a graph, where no gradient is needed, where it is not plain at that time (`is_plain`), where it
+    is called again before the backward pass of the call before, on a CPU, and on a GPU more than
+    half of whose memory is taken: a recording keeps all that its passes need.
 
     Args:
         model: its weights stay its own.
@@ -48,7 +49,6 @@ class Graphed(nn.Module):
         self.model = model
         self._calls: Counter[Any] = Counter()
         self._recorded: dict[Any, _Passes | None] = {}
-        self._is_plain = is_plain(model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without recordings, which are of this network alone."""
@@ -61,18 +61,16 @@ class Graphed(nn.Module):
             As the network's.
 
         Raises:
-            RuntimeError: in backward, if there was another call meanwhile, or a backward pass.
+            RuntimeError: in a second backward pass of one call.
         """
-        if (
-            images.device.type != "cuda"
-            or not self._is_plain
-            or not torch.is_grad_enabled()
-            or images.numel() > MOST_VALUES
-        ):
+        is_small = images.numel() <= MOST_VALUES
+        if images.device.type != "cuda" or not (torch.is_grad_enabled() and is_small):
             return self.model(images)
         return self._replayed(images)
 
     def _replayed(self, images: torch.Tensor) -> torch.Tensor:
+        if not is_plain(self.model):  # asked each time, because hooks come and go
+            return self.model(images)
         learning = [weight for weight in self.model.parameters() if weight.requires_grad]
         if not (learning or images.requires_grad):
             return self.model(images)
@@ -83,7 +81,7 @@ class Graphed(nn.Module):
         if state not in self._recorded:
             self._recorded[state] = self._record(images)
         passes = self._recorded[state]
-        if passes is None:
+        if passes is None or passes.is_awaited:
             return self.model(images)
         output: torch.Tensor = _Replay.apply(passes, images, *learning)
         return output
@@ -110,7 +108,10 @@ def state_of(model: nn.Module, images: torch.Tensor) -> tuple[Any, ...]:
     return (
         (images.shape, images.dtype, images.device, images.requires_grad),
         tuple((weight.data_ptr(), weight.requires_grad) for weight in model.parameters()),
-        tuple(module.training for module in model.modules()),
+        tuple(
+            (module.training, getattr(module, "track_running_stats", None))
+            for module in model.modules()
+        ),
     )
 
 
@@ -126,6 +127,7 @@ class _Passes:
 
     def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
         self.calls = 0
+        self._call: weakref.ref[_Call] | None = None
         self.images = images.detach().clone().requires_grad_(images.requires_grad)
         # The same memory under other names: what autograd knows of a weight belongs to the stream
         # on which it was used first, and a recording has a stream of its own.
@@ -136,6 +138,19 @@ class _Passes:
         wanted = [x for x in (self.images, *weights.values()) if x.requires_grad]
         found = self._record(model, weights, wanted)
         self.gradients = found if images.requires_grad else (None, *found)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a backward pass may still come, which reads what the forward pass has written."""
+        call = None if self._call is None else self._call()
+        return call is not None and not call.is_over
+
+    def begin(self) -> "_Call":
+        """What the graph of a new forward pass is to keep for as long as it lives."""
+        self.calls += 1
+        call = _Call(self.calls)
+        self._call = weakref.ref(call)
+        return call
 
     def _record(
         self, model: nn.Module, weights: dict[str, torch.Tensor], wanted: list[torch.Tensor]
@@ -160,6 +175,14 @@ class _Passes:
         return found
 
 
+class _Call:
+    """A forward pass whose backward pass may come, as long as this lives."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.is_over = False
+
+
 class _Replay(torch.autograd.Function):
     """The recorded passes as an operation of images and weights."""
 
@@ -167,8 +190,7 @@ class _Replay(torch.autograd.Function):
     def forward(
         ctx: Any, passes: _Passes, images: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
-        passes.calls += 1
-        ctx.passes, ctx.weights, ctx.call = passes, weights, passes.calls
+        ctx.passes, ctx.weights, ctx.call = passes, weights, passes.begin()
         passes.images.copy_(images)
         passes.forward.replay()
         return passes.output.detach()
@@ -177,9 +199,9 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         passes = ctx.passes
-        if ctx.call != passes.calls:
-            raise RuntimeError("a network called by CUDA graphs was called again before backward")
-        passes.calls += 1
+        if ctx.call.is_over or ctx.call.number != passes.calls:
+            raise RuntimeError("there is one backward pass for each call of a CUDA graph")
+        ctx.call.is_over = True
         for weight, recorded in zip(ctx.weights, passes.gradients[1:], strict=True):
             # torch takes what it is given for the weight's gradient; the replay would overwrite it.
             if weight.grad is not None and weight.grad.data_ptr() == recorded.data_ptr():
@@ -195,7 +217,7 @@ def is_plain(model: nn.Module) -> bool:
     Others may not, and a recording would go on doing what they did once.
     """
     return not any(
-        (type(module) not in KNOWN and type(module).__module__.split(".")[0] != "models")
+        (type(module) not in KNOWN and "does_the_same" not in vars(type(module)))
         or isinstance(module, Graphed)
         or getattr(module, "momentum", 0) is None  # BatchNorm asks how many batches there were
         or "forward" in vars(module)

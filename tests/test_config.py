@@ -565,8 +565,36 @@ def test_each_shipped_yaml_is_read_by_a_script_and_names_fields_only(path: Path)
     script = "/".join(path.relative_to(ROOT / "config").parts[:-1])
     assert script in CONFIGS
     assert path.stem in {"default", "config", *get_args(DatasetName)}
-    fields = {field.name for field in dataclasses.fields(CONFIGS[script])}
+    module = sys.modules[CONFIGS[script].__module__]
+    classes = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Config)
+        and value.__module__ == module.__name__
+    ]
+    fields = {field.name for owner in classes for field in dataclasses.fields(owner)}
     assert set(read_yaml(path)) <= fields
+
+
+def test_every_flag_of_a_base_has_one_home() -> None:
+    """No file of a method repeats what its base's files say for the same dataset."""
+    for path in YAML_FILES:
+        folder, method = path.relative_to(ROOT / "config").parts[:2]
+        base = {"attack": "prototype", "defense": "base"}[folder]
+        if method in (base, "external"):
+            continue
+        dataset = path.stem if path.stem in get_args(DatasetName) else None
+        general = read_yaml(next((ROOT / "config" / folder / base).glob("[dc]*[tg].yaml")))
+        special = ROOT / "config" / folder / base / f"{dataset}.yaml"
+        known = general | (read_yaml(special) if special.exists() else {})
+        own = path.with_name("config.yaml" if folder == "defense" else "default.yaml")
+        overridden = set(read_yaml(own)) if dataset and own.exists() else set()
+        own_fields = CONFIGS[f"{folder}/{method}"].__annotations__
+        for name, value in read_yaml(path).items():
+            if name in own_fields:
+                continue
+            assert name in overridden or known.get(name, object()) != value, f"{path}: {name}"
 
 
 @pytest.mark.parametrize("script", CONFIGS)

@@ -126,17 +126,61 @@ def test_the_images_gradient(learner: Graphed) -> None:
     assert len(learner._recorded) == 1
 
 
-def test_another_call_before_backward_is_refused(learner: Graphed) -> None:
+def replays(learner: Graphed) -> int:
+    """How many passes were replayed so far."""
+    return sum(passes.calls for passes in learner._recorded.values() if passes is not None)
+
+
+def test_another_call_before_backward_goes_the_plain_way(learner: Graphed) -> None:
+    """Of two calls before one backward pass the second is not replayed; gradients are right."""
     for images in batches(5):
         learner(images).sum().backward()
-    first, second = batches(2)
-    loss = learner(first).sum() + learner(second).sum()
-    with pytest.raises(RuntimeError, match="called again before backward"):
-        loss.backward()
-    loss = learner(first).sum()
+    usual = copy.deepcopy(learner.model)
+    before = replays(learner)
+    found = []
+    for called in (learner, usual):
+        first, second = batches(2)
+        called.zero_grad()
+        (called(first).square().sum() + 2 * called(second).square().sum()).backward()
+        found.append(gradients(called))
+    assert replays(learner) == before + 1
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-9) for pair in zip(*found, strict=True))
+
+
+def test_after_a_loss_that_is_thrown_away_calls_are_replayed_again(learner: Graphed) -> None:
+    for images in batches(5):
+        learner(images).sum().backward()
+    image = batches(1)[0]
+    loss = learner(image).sum()
+    before = replays(learner)
+    learner(image).sum().backward()
+    assert replays(learner) == before  # the loss before may still want its backward pass
+    del loss
+    learner(image).sum().backward()
+    assert replays(learner) == before + 1
+
+
+def test_a_second_backward_pass_of_one_call_is_refused(learner: Graphed) -> None:
+    for images in batches(5):
+        learner(images).sum().backward()
+    loss = learner(batches(1)[0]).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="called again before backward"):
+    with pytest.raises(RuntimeError, match="one backward pass for each call"):
         loss.backward()
+
+
+def test_hooks_that_come_and_go_are_noticed(learner: Graphed) -> None:
+    """While there is a hook the network is called as it is; afterwards it is replayed again."""
+    for images in batches(5):
+        learner(images).sum().backward()
+    seen: list[int] = []
+    before = replays(learner)
+    hook = learner.model[2].register_forward_hook(lambda *_: seen.append(1))
+    learner(batches(1)[0]).sum().backward()
+    hook.remove()
+    assert (seen, replays(learner)) == ([1], before)
+    learner(batches(1)[0]).sum().backward()
+    assert (seen, replays(learner)) == ([1], before + 1)
 
 
 def test_each_state_has_a_recording_of_its_own(learner: Graphed) -> None:
@@ -150,6 +194,8 @@ def test_each_state_has_a_recording_of_its_own(learner: Graphed) -> None:
         assert len(set(states)) == len(states)
 
     model[1].eval()
+    changed()
+    model[1].track_running_stats = False
     changed()
     for number in (0, 4):
         model[number].requires_grad_(False)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from defense import sau
 from defense.sau import Config, jensen_shannon, purify, shared_perturbation, unlearning_loss
 from models import build_model
 from tests import oracle
 from utils.errors import UserError
 from utils.runtime import generator
+from utils.training import parts
 
 NORMS = {"L_inf": 0.2, "L1": 12.0, "L2": 1.2, "Reg": 0.2}
 STARTS = ("zero", "random", "max", "min")
@@ -318,7 +318,7 @@ def test_the_images_of_a_pass_do_not_change_the_result(
     config = Config.load(n_rounds=2, batch_size=10, pgd_init=start)
     results = []
     for size in (256, 3):
-        monkeypatch.setattr(sau, "images_at_once", lambda *_, size=size: size)
+        monkeypatch.setattr(parts, "images_at_once", lambda *_, size=size: size)
         results.append(purify(model, images, labels, config).state_dict())
     for name, value in results[0].items():
         assert torch.allclose(value, results[1][name], atol=1e-6), name
@@ -340,7 +340,7 @@ def test_shared_images_that_fill_up_change_nothing(
         sizes.append(count)
         return -(-count // multiple) * multiple
 
-    monkeypatch.setattr(sau, "rounded_up", rounded_up)
+    monkeypatch.setattr(parts, "rounded_up", rounded_up)
     filled = shared_perturbation(model, reference, images, labels, config)
     assert any(count < 24 and count % multiple for count in sizes), "nothing was filled up"
     assert torch.equal(filled, usual)

@@ -33,11 +33,16 @@ C = TypeVar("C", bound="Config")
 
 
 class _Layer(NamedTuple):
-    """Values of one source: a file, or the flags, whose text is converted ("0.1" -> 0.1)."""
+    """Values of one source: a file, or the flags, whose text is converted ("0.1" -> 0.1).
+
+    Attributes:
+        others: names that may stand in it although the class has no such field.
+    """
 
     source: str
     values: Mapping[str, Any]
     is_flags: bool = False
+    others: frozenset[str] = frozenset()
 
     def where(self, key: str) -> str:
         return f"--{key}" if self.is_flags else f"{self.source}: {key}"
@@ -48,7 +53,9 @@ class Config:
     """Base of every method's configuration.
 
     The defaults of a class are `config/<folder>/<module>/default.yaml` (or `config.yaml`), then
-    `<dataset>.yaml` beside it, for the module of each class from the base down to itself.
+    `<dataset>.yaml` beside it, for the module of each class from the base down to itself. A
+    module's files may set fields of all configuration classes of that module; each class takes
+    those that it has.
     """
 
     @classmethod
@@ -249,7 +256,7 @@ def _bounds(annotation: Any) -> dict[str, float]:
 
 def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
     """The YAML files of a class, base class first, in each folder the general one first."""
-    files: dict[Path, Path] = {}  # path -> the checkout that it belongs to, each once
+    layers: dict[Path, _Layer] = {}  # each file once
     for owner in reversed(cls.__mro__):
         file = getattr(sys.modules[owner.__module__], "__file__", None)  # a notebook has none
         if owner is Config or not issubclass(owner, Config) or not file:
@@ -259,9 +266,23 @@ def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
         folder = root / "config" / script.parent.name / script.stem
         for name in ("default", "config", dataset):
             path = folder / f"{name}.yaml"
-            if name and path.exists():
-                files[path] = root
-    return [_Layer(str(path.relative_to(root)), read_yaml(path)) for path, root in files.items()]
+            if name and path.exists() and path not in layers:
+                source = str(path.relative_to(root))
+                layers[path] = _Layer(source, read_yaml(path), others=_fields_of_module(owner))
+    return list(layers.values())
+
+
+def _fields_of_module(owner: type[Config]) -> frozenset[str]:
+    """The names of the fields of all configuration classes that the module of one defines."""
+    classes = [
+        value
+        for value in vars(sys.modules[owner.__module__]).values()
+        if isinstance(value, type)
+        and issubclass(value, Config)
+        and dataclasses.is_dataclass(value)
+        and value.__module__ == owner.__module__
+    ]
+    return frozenset(field.name for found in classes for field in dataclasses.fields(found))
 
 
 def _merge(layers: Iterable[_Layer]) -> dict[str, Any]:
@@ -276,6 +297,8 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
     refused = {problem.split(":")[0].removeprefix("--") for problem in problems}
     for layer in layers:
         for key, value in layer.values.items():
+            if key not in hints and key in layer.others:
+                continue
             if key not in hints:
                 found.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
                 continue
@@ -323,13 +346,40 @@ def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str:
+    """The description, then the flags, those of the method first, then base by base."""
     lines = [description.strip(), "", "flags, with their values as resolved from the YAML files:"]
-    for name, annotation in _hints(cls).items():
-        info = _field_info(annotation)
-        value = values.get(name)
-        if not isinstance(value, str):
-            value = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-        lines.append(f"  --{name} {value}")
-        lines.append(f"        {info.description if info else ''} [{allowed_values(annotation)}]")
+    hints = _hints(cls)
+    for title, names in _groups(cls).items():
+        lines += ["", title]
+        for name in names:
+            info = _field_info(hints[name])
+            value = values.get(name)
+            if not isinstance(value, str):
+                value = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+            lines.append(f"  --{name} {value}")
+            lines.append(
+                f"        {info.description if info else ''} [{allowed_values(hints[name])}]"
+            )
+    lines += ["", "Your own files"]
     lines += [f"  --{name} FILE\n        {text}" for name, text in USER_FILES.items()]
     return "\n".join(lines)
+
+
+def _groups(cls: type[Config]) -> dict[str, list[str]]:
+    """Title -> names of fields: of each class those that it adds, itself first."""
+    groups: dict[str, list[str]] = {}
+    for owner in cls.__mro__:
+        if not issubclass(owner, Config) or not dataclasses.is_dataclass(owner):
+            continue
+        inherited = {
+            name
+            for base in owner.__mro__[1:]
+            if dataclasses.is_dataclass(base)
+            for name in _hints(base)
+        }
+        own = [name for name in _hints(owner) if name not in inherited]
+        has_docstring = owner.__doc__ and not owner.__doc__.startswith(f"{owner.__name__}(")
+        title = owner.__doc__.splitlines()[0] if owner.__doc__ and has_docstring else "This method"
+        if own:
+            groups.setdefault(title.rstrip("."), []).extend(own)
+    return groups

@@ -263,10 +263,11 @@ class _SynchronisedBatchNorm(nn.BatchNorm2d):
         mean, count = sums[:-1] / sums[-1].detach(), sums[-1].item()
         centered = features - mean.view(shape)
         variance = _Total.apply(centered.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
         scale = self.weight / (variance + self.eps).sqrt()
         return centered * scale.view(shape) + self.bias.view(shape)
 

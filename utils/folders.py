@@ -36,6 +36,8 @@ class _Checkpoint(TypedDict):
     loop: dict[str, Any]
     rows: list[dict[str, float | int]]
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    phase_rows: NotRequired[list[dict[str, str | float | int]]]
+    training_seconds: NotRequired[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     model_sha256: NotRequired[str | None]
 
 
@@ -239,8 +241,9 @@ class RunFolder:
         """Plain data and CPU tensors, which `torch.load(..., weights_only=True)` reads."""
         self.write(name, lambda path: _save(path, content))
 
-    def write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
-        self.write("metrics.csv", lambda path: pd.DataFrame(rows).to_csv(path, index=False))
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]], name: str = "metrics.csv") -> None:
+        """A table as CSV, a line a row."""
+        self.write(name, lambda path: pd.DataFrame(rows).to_csv(path, index=False))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Says that the run is done."""

@@ -1,47 +1,44 @@
-"""What the attack and the defense pipeline share: watching a run, its pictures and facts."""
+"""What the attack and the defense pipeline share while they train: scores, log, checkpoints."""
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
-from utils import plot
-from utils.config import Config, parse_yaml
 from utils.data import Labelled, Triggered, keep_on
 from utils.evaluate import evaluate
-from utils.folders import FREE_TO_CHANGE, RunFolder
+from utils.folders import RunFolder
 from utils.metrics import Scores
-from utils.runtime import (
-    Progress,
-    Stopped,
-    defer_signals,
-    environment,
-    logger,
-    peak_memory_mib,
-    stop_signal,
-)
+from utils.runtime import Progress, Stopped, defer_signals, logger, stop_signal
 from utils.train import Loop
+from utils.training.findings import Findings
 
 
 class Watch:
     """Scores a model while it is trained, writes `metrics.csv` and the log, shows progress.
 
+    The rows of `metrics.csv` are the rounds of the main phase. Rounds of earlier phases, if a
+    method has some, are in `phases.csv`, with their losses.
+
     Args:
-        folder: where `metrics.csv` goes; None writes none.
+        folder: where the files go; None writes none.
         unit: "epoch" or "round".
         score: from a model to its scores.
-        eval_every: rounds between two evaluations, >= 1; the last round is always evaluated.
+        eval_every: rounds between two evaluations, >= 1. The last round is not scored, because
+            `finish` scores the model that comes out.
         checkpoint_every: seconds between two checkpoints, >= 0; they are made after a batch.
         checkpoint: from where to go on, from `RunFolder.start`; None for a fresh run.
+
+    Attributes:
+        scores: the latest ones.
+        earlier: seconds of the run before, if this one goes on with it.
+        training_seconds: what the method itself took so far, without scores, files and pictures.
     """
 
     def __init__(
@@ -58,87 +55,149 @@ class Watch:
         self._score = score
         self._eval_every = eval_every
         self._rows: list[dict[str, float]] = []
+        self._phase_rows: list[dict[str, Any]] = []
         self._started = time.monotonic()
         self._progress: Progress | None = None
-        self._rounds = 0
+        self._phase = ""
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
-        self._saved = time.monotonic()
+        self._saved = self._resumed_at = time.monotonic()
         self._loop = Loop()
         self.scores: Scores | None = None
         self.earlier = 0.0
+        self.training_seconds = 0.0
         if checkpoint is not None:
             self._rows = list(checkpoint["rows"])
+            self._phase_rows = list(checkpoint.get("phase_rows", []))
             self.earlier = checkpoint["seconds"]
+            self.training_seconds = checkpoint.get("training_seconds", 0.0)
             self._started -= self.earlier
 
-    def start(self, rounds: int, before: Scores | None = None) -> Loop:
+    def start(self, before: Scores | None = None) -> Loop:
         """The loop that a method counts with; `before` becomes row 0."""
-        self._rounds = rounds
         resume = None if self._checkpoint is None else self._checkpoint["loop"]
         if before is not None and resume is None:
             self._rows.append({self._unit: 0, **before.values(), "seconds": 0.0})
         self._loop = Loop(self._after_round, self._after_batch, resume=resume)
         defer_signals(self._folder is not None)
+        self._resumed_at = time.monotonic()
         return self._loop
+
+    def finish(self, model: nn.Module) -> Scores:
+        """The scores of the model that a method gave; they complete the last row."""
+        with self._paused():
+            if self._progress:
+                self._progress.__exit__()
+            self.scores = self._score(model)
+            if self._rows and self._rows[-1][self._unit]:
+                seconds = self._rows[-1].pop("seconds")
+                self._rows[-1] |= {**self.scores.values(), "seconds": seconds}
+            if self._folder is not None:
+                self._folder.write_metrics(self._rows)
+        defer_signals(False)
+        logger.info("result  %s", self.scores)
+        return self.scores
+
+    @property
+    def findings(self) -> Findings:
+        """What the method found so far."""
+        return self._loop.findings
 
     @property
     def metrics(self) -> pd.DataFrame:
         """One row a round: the unit, mean losses, rates in [0, 1], seconds since the start."""
         return pd.DataFrame(self._rows)
 
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What is done inside is not the method's own time."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.training_seconds += time.monotonic() - self._resumed_at
+        try:
+            yield
+        finally:
+            self._resumed_at = time.monotonic()
+
     def _after_batch(self, batches: int) -> None:
         number, batch = self._loop.position
-        if self._progress is None:
+        if self._progress is None or self._phase != self._loop.phase:
+            if self._progress is not None:
+                self._progress.__exit__()
+            self._phase = self._loop.phase
             done = (number - 1) * batches + batch - 1
-            self._progress = Progress(self._rounds * batches, self._unit, initial=done).__enter__()
+            total, name = self._loop.total * batches, self._phase or self._unit
+            self._progress = Progress(total, name, initial=done).__enter__()
         self._progress.advance()
         stop = stop_signal()
-        if self._folder is None or not (
-            stop or time.monotonic() - self._saved >= self._checkpoint_every
-        ):
+        if not stop and time.monotonic() - self._saved < self._checkpoint_every:
             return
+        if self._folder is not None:
+            with self._paused():
+                self._save(stop, batches)
+
+    def _save(self, stop: int | None, batches: int) -> None:
+        """Writes a checkpoint; raises Stopped if this is the end."""
+        assert self._folder is not None
         self._folder.write_checkpoint(
             {
                 "loop": self._loop.snapshot(),
                 "rows": self._rows,
+                "phase_rows": self._phase_rows,
                 "seconds": time.monotonic() - self._started,
+                "training_seconds": self.training_seconds,
             }
         )
         self._saved = time.monotonic()
         if stop:
-            self._progress.__exit__()
+            if self._progress:
+                self._progress.__exit__()
+            number, batch = self._loop.position
             raise Stopped(
                 stop,
-                f"stopped in {self._unit} {number} after batch {batch} of {batches}; go on with "
+                f"stopped in {self._name()} {number} after batch {batch} of {batches}; go on with "
                 "the same command and --resume",
             )
+
+    def _name(self) -> str:
+        """Of what is counted: "round", or "teacher, round" in a phase of that name."""
+        return f"{self._loop.phase}, {self._unit}" if self._loop.phase else self._unit
 
     def _after_round(
         self, number: int, total: int, losses: Mapping[str, float], state: Mapping[str, Any]
     ) -> None:
-        is_last = number == total
-        row: dict[str, float] = {self._unit: number}
+        with self._paused():
+            self._report(number, total, losses, state.get("model"))
+        if stop_signal() and self._loop.position[1] == 0:  # no batches, and so no checkpoint
+            defer_signals(False)
+            raise Stopped(stop_signal() or 0, f"stopped in {self._name()} {number}")
+
+    def _report(
+        self, number: int, total: int, losses: Mapping[str, float], model: nn.Module | None
+    ) -> None:
+        is_main, is_last = self._loop.phase == "", self._loop.is_last
+        if is_main and is_last:
+            defer_signals(False)
+        row: dict[str, Any] = {self._unit: number}
         row |= {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
         text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        if is_last or number % self._eval_every == 0:
-            self.scores = self._score(state["model"])
+        if model is not None and not (is_main and is_last) and number % self._eval_every == 0:
+            self.scores = self._score(model)
             row |= self.scores.values()
             text += f"  {self.scores}"
         row["seconds"] = round(time.monotonic() - self._started, 2)
-        self._rows.append(row)
-        if self._folder is not None:
+        if is_main:
+            self._rows.append(row)
+        else:
+            self._phase_rows.append({"phase": self._loop.phase, **row})
+        if self._folder is not None and is_main:
             self._folder.write_metrics(self._rows)
-        eta = self._progress.eta() if self._progress else "?"
-        logger.info(
-            "%s %d/%d  %s  %s", self._unit, number, total, text, "" if is_last else f"ETA {eta}"
-        )
+        elif self._folder is not None:
+            self._folder.write_metrics(self._phase_rows, "phases.csv")
+        eta = f"ETA {self._progress.eta()}" if self._progress and not is_last else ""
+        logger.info("%s %d/%d  %s  %s", self._name(), number, total, text, eta)
         if self._progress:
             self._progress.show(str(self.scores or ""))
-            if is_last:
-                self._progress.__exit__()
-        if is_last:
-            defer_signals(False)
 
 
 def scorer(
@@ -154,65 +213,3 @@ def scorer(
     """
     test = replace(test, images=keep_on(device, test.images))
     return lambda model: evaluate(model, test, triggered(), device, cross=cross())
-
-
-def save_figure(folder: RunFolder, name: str, figure: Figure) -> Path:
-    """Writes a PNG; returns its path."""
-    return folder.write(name, lambda path: figure.savefig(path, dpi=160))
-
-
-def log_paths(folder: RunFolder, pictures: Sequence[Path]) -> None:
-    """Says where the results are."""
-    logger.info("record: %s", folder.path)
-    for path in pictures:
-        logger.info("picture: %s", path)
-
-
-def difference_grid(
-    clean: torch.Tensor,
-    changed: torch.Tensor,
-    names: tuple[str, str],
-    captions: tuple[list[str], list[str]],
-    title: str,
-) -> Figure:
-    """Clean images, changed images and their amplified difference.
-
-    Args:
-        clean, changed: float (N, C, H, W).
-        names: of the first two rows.
-        captions: texts under the images of the first two rows.
-    """
-    difference, scale = plot.amplified(changed - clean)
-    last = f"difference\nx {scale:.3g}"
-    return plot.image_grid(
-        {names[0]: clean, names[1]: changed, last: difference},
-        {names[0]: captions[0], names[1]: captions[1]},
-        title,
-    )
-
-
-def run_facts(
-    config: Config, started: float, device: torch.device, precision: str
-) -> dict[str, Any]:
-    """Recipe, seconds, peak memory and environment for `summary.json`."""
-    return {
-        "config_sha256": recipe_sha256(parse_yaml(config.dump(), "the configuration")),
-        "seconds": round(time.monotonic() - started, 1),
-        **peak_memory_mib(device),
-        **environment(device, precision),
-    }
-
-
-def recipe_sha256(values: Mapping[str, Any]) -> str:
-    """Of a configuration without its seed, and without what says where it runs and writes."""
-    own = {
-        *FREE_TO_CHANGE,
-        "random_seed",
-        "result_file",
-        "dataset_path",
-        "device",
-        "eval_every",
-        "deterministic",
-    }
-    recipe = {name: value for name, value in values.items() if name not in own}
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

@@ -51,6 +51,21 @@ class PoisonedSet:
     def __len__(self) -> int:
         return len(self.clean)
 
+    def stored_labels(self) -> torch.Tensor:
+        """int64 (N,): the labels of the whole set, as the attacker has left them."""
+        labels = self.clean.labels.clone()
+        labels[self.index] = self.labels
+        return labels
+
+    def at(self, index: torch.Tensor) -> Labelled:
+        """The rows at int64 indices, as the attacker has left them."""
+        slot = torch.full((len(self),), -1, dtype=torch.int64)
+        slot[self.index] = torch.arange(len(self.index))
+        slot = slot[index]
+        images = self.clean.at(index).images.clone()
+        images[slot >= 0] = self.images[slot[slot >= 0]]
+        return Labelled(images, self.stored_labels()[index])
+
 
 def map_labels(
     labels: torch.Tensor, label_map: LabelMap, target: int, num_classes: int

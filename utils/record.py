@@ -88,6 +88,36 @@ def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
     return {path.name: _sha256(path) for path in found if path.exists()}
 
 
+def checked_model(name: str, sha256: str | None, given: str | None) -> str:
+    """The name to build a record's model by.
+
+    Args:
+        name, sha256: what the record says of its network; the latter of a user's file.
+        given: the user's `--model`; a file is run only if it is given here.
+
+    Raises:
+        UserError: if that is not the record's, or has to be given and is not.
+    """
+    if not is_user_file(name):
+        if given not in (None, name):
+            raise UserError(f"--model: {given}, but the record says {name}; leave the flag out")
+        return name
+    if given is None:
+        raise UserError(
+            f"--model: the record's network is made by a file of yours, {name}, which is run only "
+            "if you name it; give --model and its path"
+        )
+    found, found_sha256 = model_identity(given)
+    if found_sha256 is None or found.rpartition(":")[2] != name.rpartition(":")[2]:
+        raise UserError(f"--model: {given}, but the record says {name}; give that file")
+    if found_sha256 != sha256:
+        raise UserError(
+            f"--model: {given} is not the file that the record was made with, whose sha256 is "
+            f"{sha256}; give that file"
+        )
+    return given
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackRecord(ABC):
     """An attack's record of any format, checked against itself.
@@ -127,28 +157,7 @@ class AttackRecord(ABC):
         Raises:
             UserError: if that is not the record's, or has to be given and is not.
         """
-        if not is_user_file(self.model_name):
-            if given not in (None, self.model_name):
-                raise UserError(
-                    f"--model: {given}, but the record says {self.model_name}; leave the flag out"
-                )
-            return self.model_name
-        if given is None:
-            raise UserError(
-                f"--model: the record's network is made by a file of yours, {self.model_name}, "
-                "which is run only if you name it; give --model and its path"
-            )
-        name, sha256 = model_identity(given)
-        if sha256 is None or name.rpartition(":")[2] != self.model_name.rpartition(":")[2]:
-            raise UserError(
-                f"--model: {given}, but the record says {self.model_name}; give that file"
-            )
-        if sha256 != self.model_sha256:
-            raise UserError(
-                f"--model: {given} is not the file that the record was made with, whose sha256 is "
-                f"{self.model_sha256}; give that file"
-            )
-        return given
+        return checked_model(self.model_name, self.model_sha256, given)
 
     def build(self, given: str | None = None) -> Classifier:
         """The record's model, in eval mode, on the CPU.
@@ -290,7 +299,7 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
     except UserError as error:
         raise UserError(f"{folder}: {str(error).removeprefix('--model: ')}") from None
     try:
-        _check_state(source.state)
+        check_state(source.state)
         state = backdoorbench.fit_state(source.state, network.state_dict())
     except ValueError as error:
         raise UserError(f"{folder}: its weights do not fit {source.model_name} ({error})") from None
@@ -348,14 +357,14 @@ def _load_own(folder: Path) -> AttackRecord:
             poison_index=None,
             **_PLAIN.validate_python(content),
         )
-        _check_state(record.state)
+        check_state(record.state)
     if not poison.exists():
         return record
     with explained(poison, _EXPECTED):
         return _with_poison(record, load_tensors(poison))
 
 
-def _check_state(state: Mapping[str, Any]) -> None:
+def check_state(state: Mapping[str, Any]) -> None:
     """Raises ValueError unless all weights are finite tensors."""
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):

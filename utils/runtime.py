@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from logging.handlers import MemoryHandler
@@ -244,25 +243,32 @@ def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> to
         device: where it draws.
     """
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
-    made = _Generator(device)
+    made = torch.Generator(device)
     made.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    _GENERATORS[purpose] = made
     return made
 
 
-class _Generator(torch.Generator):
-    """torch's own cannot be referred to weakly."""
+class Draws:
+    """An object whose state is that of the generators among its attributes."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states by the names of the attributes."""
+        return {name: rng.get_state() for name, rng in self._generators().items()}
 
-# Those in use, by purpose, so that a checkpoint has the states of all.
-_GENERATORS: "weakref.WeakValueDictionary[str, _Generator]" = weakref.WeakValueDictionary()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        for name, rng in self._generators().items():
+            rng.set_state(state[name])
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        values = vars(self).items()
+        return {name: value for name, value in values if isinstance(value, torch.Generator)}
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all sources of randomness, as plain data and tensors."""
+    """The states of the global generators of Python, NumPy and torch, as plain data and tensors."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     return {
-        "generators": {purpose: made.get_state() for purpose, made in _GENERATORS.items()},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": random.getstate(),
@@ -271,10 +277,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Puts `random_states` back; generators that are no longer in use are left out."""
-    for purpose, state in states["generators"].items():
-        if purpose in _GENERATORS:
-            _GENERATORS[purpose].set_state(state)
+    """Puts `random_states` back."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

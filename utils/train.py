@@ -13,10 +13,17 @@ from utils import distributed
 from utils.data import as_float, augment, fits, release
 from utils.errors import UserError, one_line
 from utils.poison import PoisonedSet
-from utils.runtime import random_states, restore_random_states
+from utils.runtime import Draws, random_states, restore_random_states
+from utils.training.findings import Findings
 
 Schedule = Literal[
-    "constant", "cosine", "cosine_100", "one_cycle", "multi_step", "reduce_on_plateau"
+    "constant",
+    "cosine",
+    "cosine_100",
+    "cosine_100_steps",
+    "one_cycle",
+    "multi_step",
+    "reduce_on_plateau",
 ]
 
 
@@ -30,7 +37,7 @@ class Step(Protocol):
         """Called after each step of the model's optimizer, for networks of the attack's own."""
 
 
-class Supervised:
+class Supervised(Draws):
     """Ordinary training: crop, flip, cross-entropy. The step of all attacks that only poison data.
 
     Args:
@@ -52,19 +59,25 @@ class Supervised:
 
 
 class Loop:
-    """Rounds and batches of a training run.
+    """Phases, rounds and batches of a training run.
 
     A method writes its two `for` statements with it and reports its losses; a pipeline watches
-    through the two callbacks. Without callbacks it only counts.
+    through the callbacks. Without callbacks it only counts. What else the method finds goes into
+    `findings`.
 
     With several processes (`utils.distributed`) it gives each its own part of every batch. A method
-    trains data-parallel if it trains through `parallel(model)` and calls `backward(loss)`.
+    trains data-parallel if it trains through `parallel(model)` and calls `backward(loss)`; one that
+    draws batches and does not is refused.
 
     Args:
         after_round: called with (round from 1, total rounds, mean losses, state) after each round.
         after_batch: called with (number of batches in the round) after each batch.
         rate: the flag of the learning rate, for the message when a loss is not finite.
         resume: what `snapshot` gave; the loop goes on after that batch.
+
+    Attributes:
+        phase: the name of the present phase; "" for a method's main one.
+        findings: what the method found.
     """
 
     def __init__(
@@ -74,28 +87,35 @@ class Loop:
         rate: str = "--lr",
         resume: Mapping[str, Any] | None = None,
     ) -> None:
+        self.phase = ""
+        self.findings = Findings()
         self._rate = rate
         self._resume = resume
         self._state: dict[str, Any] = {}
-        self._round = self._batch = 0
+        self._done: dict[str, dict[str, Any]] = {}
+        self._total = self._round = self._batch = 0
+        self._is_open = self._has_ended = self._ends = False
+        self._generator: torch.Generator | None = None
         self._order: torch.Tensor | None = None
         self._after_round = after_round
         self._after_batch = after_batch
         self._sums: dict[str, torch.Tensor] = {}
         self._images = 0
         self._weight = 1.0
+        self._is_shared = False
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The module to train a model through; it shares the model's weights.
 
-        Backward comes before the next call, see `models.graphed`.
+        Backward comes before the next call where that is possible, see `models.graphed`.
         """
+        self._is_shared = True
         return self.alone(distributed.parallel(model))
 
     def alone(self, model: nn.Module) -> nn.Module:
         """The module to call a model through where each process works on images of its own.
 
-        Backward comes before the next call, see `models.graphed`.
+        Backward comes before the next call where that is possible, see `models.graphed`.
         """
         return model if distributed.processes() > 1 else Graphed(model)
 
@@ -103,34 +123,79 @@ class Loop:
         """The backward pass of a mean over this process's images, as part of the whole batch."""
         (loss * self._weight if self._weight != 1 else loss).backward()
 
-    def rounds(self, total: int, **state: Any) -> Iterator[int]:
+    def rounds(
+        self,
+        total: int,
+        phase: str = "",
+        model: nn.Module | None = None,
+        rate: str | None = None,
+        **state: Any,
+    ) -> Iterator[int]:
         """1 to total; a resumed loop begins with the round that it was in.
 
+        A method may have several phases, one after the other. When a run is resumed, one that was
+        done restores its state as it was at its end and gives no round.
+
         Args:
-            state: what a round changes: `model`, `optimizer`, `generator`, ... All that has a
-                `state_dict`, and all of `utils.runtime.generator`, is part of a snapshot.
+            phase: its name, another one for each phase. The main phase, which `n_rounds` counts and
+                the report follows, has none.
+            model: what a pipeline scores after a round; part of the state.
+            rate: the flag of the phase's learning rate, for the message when a loss is not finite.
+            state: what rounds change: all that has a `state_dict`, generators, tensors, and
+                dictionaries of tensors. A snapshot keeps it.
 
         Raises:
-            UserError: if a round's mean loss is not finite.
+            UserError: if a round's mean loss is not finite, or a snapshot is of another run.
         """
-        self._state = state
-        first = 1 if self._resume is None else self._restore(self._resume, total)
+        if self._is_open or phase in self._done or self._has_ended:
+            raise ValueError(
+                f"phase {phase!r}: a phase is left by stop(), is run once, and none follows the "
+                "main one"
+            )
+        self._state = state if model is None else {"model": model, **state}
+        self.phase, self._total, self._round, self._batch = phase, total, 0, 0
+        self._generator = self._order = None
+        self._sums, self._images, self._ends = {}, 0, False
+        first = 1
+        if self._resume is not None:
+            done = self._phases_done()
+            if phase in done:
+                self._put_back(done[phase])
+                self._done[phase] = done[phase]
+                return
+            first = self._restore(self._resume, total)
+        self._is_open = True
         for number in range(first, total + 1):
             self._round = number
             if self._resume is None:
                 self._sums, self._images, self._batch = {}, 0, 0
             yield number
             losses = self.losses()
-            if "model" in state:
-                distributed.require_equal(state["model"])
+            if model is not None:
+                distributed.require_equal(model)
             broken = [name for name, value in losses.items() if not math.isfinite(value)]
             if broken:
+                where = f"round {number} of {total}" + (f" ({phase})" if phase else "")
                 raise UserError(
-                    f"the loss '{broken[0]}' is not finite in round {number} of {total}; give a "
-                    f"smaller {self._rate}"
+                    f"the loss '{broken[0]}' is not finite in {where}; give a smaller "
+                    f"{rate or self._rate}"
                 )
             if self._after_round:
-                self._after_round(number, total, losses, state)
+                self._after_round(number, total, losses, self._state)
+            if self._ends:
+                break
+        self._is_open, self._has_ended = False, phase == ""
+        if phase and self._after_batch:  # else nobody takes snapshots
+            self._done[phase] = _kept(self._objects())
+
+    def stop(self) -> None:
+        """Makes the present round the last one of its phase."""
+        self._ends = True
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the present round is the last one of its phase."""
+        return self._ends or self._round == self._total
 
     def batches(
         self,
@@ -139,6 +204,7 @@ class Loop:
         generator: torch.Generator,
         drop_last: bool = False,
         whole: bool = False,
+        steps: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """A fresh permutation of range(count) in batches of int64 indices.
 
@@ -149,16 +215,29 @@ class Loop:
             generator: on the CPU, so that the order is the same on every device.
             drop_last: whether to leave out a last batch that is not full.
             whole: give every process the whole batch; for `distributed.Gathered`.
+            steps: so many batches of images drawn with replacement, instead of a permutation.
         """
-        done = 0
+        if distributed.processes() > 1 and not (self._is_shared or whole):
+            raise UserError(
+                "this method does not train data-parallel; start it without torchrun, in one "
+                "process"
+            )
+        done, now = 0, None
         if self._resume is not None:
             try:
+                now = self._resume["order_after"]
+                generator.set_state(now)  # tried before anything is drawn
                 generator.set_state(self._resume["order"])  # for the same permutation once more
             except (KeyError, TypeError, RuntimeError) as error:
                 raise _not_of_this_run(error) from None
             done, self._resume = self._batch, None
-        self._order = generator.get_state()
-        batches = torch.randperm(count, generator=generator).split(batch_size)
+        self._generator, self._order = generator, generator.get_state()
+        if steps is None:
+            batches = torch.randperm(count, generator=generator).split(batch_size)
+        else:
+            batches = tuple(torch.randint(count, (steps, batch_size), generator=generator))
+        if now is not None:  # what was drawn from it for other things after the permutation
+            generator.set_state(now)
         if drop_last and len(batches[-1]) < batch_size:
             batches = batches[:-1]
         if batches and len(batches[-1]) < distributed.processes():
@@ -180,21 +259,59 @@ class Loop:
         """The round, and how many of its batches are done."""
         return self._round, self._batch
 
+    @property
+    def total(self) -> int:
+        """How many rounds the present phase has."""
+        return self._total
+
     def snapshot(self) -> dict[str, Any]:
-        """Plain data and tensors from which a loop like this one can go on after this batch."""
+        """Plain data and tensors from which a loop like this one can go on after this batch.
+
+        Raises:
+            TypeError: if a part of the state is of a kind that cannot be kept.
+        """
         return {
+            "done": self._done,
+            "phase": self.phase,
             "round": self._round,
             "batch": self._batch,
             "order": self._order,
+            "order_after": None if self._generator is None else self._generator.get_state(),
             "sums": dict(self._sums),
             "images": self._images,
-            "random": random_states(),
-            "objects": {
-                name: value.state_dict()
-                for name, value in self._state.items()
-                if hasattr(value, "state_dict")
-            },
+            **self._objects(),
         }
+
+    def _objects(self) -> dict[str, Any]:
+        """What has changed so far, as it is now."""
+        return {
+            "random": random_states(),
+            "objects": {name: _state_of(name, value) for name, value in self._state.items()},
+            "findings": self.findings.state_dict(),
+        }
+
+    def _phases_done(self) -> Mapping[str, Any]:
+        try:
+            done = self._resume["done"]  # type: ignore[index]
+            return {str(phase): dict(state) for phase, state in done.items()}
+        except Exception as error:  # a damaged file holds anything
+            raise _not_of_this_run(error) from None
+
+    def _put_back(self, kept: Mapping[str, Any]) -> None:
+        """Restores the objects of the present phase, and the global generators.
+
+        Raises:
+            UserError: if what was kept is of another run.
+        """
+        try:
+            if kept["objects"].keys() != self._state.keys():
+                raise ValueError(f"it has {', '.join(map(str, kept['objects']))}")
+            for name, value in self._state.items():
+                _restore_state(name, value, kept["objects"][name])
+            self.findings.load_state_dict(kept["findings"])
+            restore_random_states(kept["random"])
+        except Exception as error:  # optimizers and generators raise whatever they stumble over
+            raise _not_of_this_run(error) from None
 
     def _restore(self, snapshot: Mapping[str, Any], total: int) -> int:
         """Puts a snapshot into the objects of the round that it was taken in; returns its number.
@@ -202,20 +319,20 @@ class Loop:
         Raises:
             UserError: if it is of another run.
         """
+        self._put_back(snapshot)
         try:
+            if snapshot["phase"] != self.phase:
+                raise ValueError(f"phase {snapshot['phase']!r} instead of {self.phase!r}")
             number, self._batch = int(snapshot["round"]), int(snapshot["batch"])
             self._images = int(snapshot["images"])
             if not (1 <= number <= total and self._batch >= 0 and self._images >= 0):
                 raise ValueError(f"round {number} of {total}, batch {self._batch}")
-            for name, state in snapshot["objects"].items():
-                self._state[name].load_state_dict(state)
-            restore_random_states(snapshot["random"])
-            device = next(self._state["model"].parameters()).device
+            device = _device_of(self._state)
             self._sums = {
                 name: value.to(device).reshape(()) for name, value in snapshot["sums"].items()
             }
             return number
-        except Exception as error:  # optimizers and generators raise whatever they stumble over
+        except Exception as error:  # a damaged file holds anything
             raise _not_of_this_run(error) from None
 
     def losses(self) -> dict[str, float]:
@@ -232,6 +349,67 @@ class Loop:
         self._images += count
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
+
+
+def _state_of(name: str, value: Any) -> Any:
+    """What a checkpoint keeps of a part of a phase's state."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()):
+        return {key: tensor.detach() for key, tensor in value.items()}
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        return value.state_dict()
+    raise TypeError(
+        f"{name}: {type(value).__name__} is no state that can be kept; give what has a state_dict, "
+        "a generator, a tensor, or a dictionary of tensors"
+    )
+
+
+@torch.no_grad()
+def _restore_state(name: str, value: Any, state: Any) -> None:
+    """Puts what `_state_of` gave back into the same object."""
+    if isinstance(value, torch.Generator):
+        value.set_state(state)
+    elif isinstance(value, torch.Tensor):
+        if value.shape != state.shape:
+            raise ValueError(f"{name} has the shape {tuple(state.shape)}")
+        value.copy_(state)
+    elif isinstance(value, dict):
+        device = _device_of(value)
+        for key in [key for key in value if key not in state]:
+            del value[key]
+        for key, tensor in state.items():
+            if key in value and value[key].shape == tensor.shape:
+                value[key].copy_(tensor)
+            else:
+                value[key] = tensor.to(device).clone()
+    else:
+        value.load_state_dict(state)
+
+
+def _device_of(state: Mapping[str, Any]) -> torch.device:
+    """Where the tensors of a state are; the CPU where it has none."""
+    for value in state.values():
+        if isinstance(value, nn.Module):
+            value = next(value.parameters(), None)
+        elif isinstance(value, dict):
+            value = next(iter(value.values()), None)
+        if isinstance(value, torch.Tensor):
+            return value.device
+    return torch.device("cpu")
+
+
+def _kept(value: Any) -> Any:
+    """Plain data and tensors as they are now, the tensors copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, Mapping):
+        return {key: _kept(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_kept(inner) for inner in value)
+    return value
 
 
 def _not_of_this_run(error: Exception) -> UserError:
@@ -282,8 +460,9 @@ def train_classifier(
     )
     steps_per_epoch = len(data) // batch_size if drop_last else -(-len(data) // batch_size)
     scheduler = Scheduler(optimizer, schedule, epochs, steps_per_epoch)
-    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "order": order}
-    for _ in loop.rounds(epochs, **state, step=step):
+    for _ in loop.rounds(
+        epochs, model=model, optimizer=optimizer, scheduler=scheduler, order=order, step=step
+    ):
         model.train()
         for index in loop.batches(len(data), batch_size, order, drop_last, whole):
             loss = step.loss(learner, *batches.take(index))
@@ -342,10 +521,10 @@ def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Call
 
     `cosine` falls from 1 to 0 over the epochs, constant within one. `cosine_100` does so over 100
     epochs, however many there are, as published: after 50 it is at a half, and after more than 100
-    it rises again. `one_cycle` changes at
-    every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0. `multi_step`
-    falls to a tenth after 100, 200, 300 and 400 epochs, as WaNet, Input-Aware and BPP were
-    published: with 100 epochs or fewer it is constant.
+    it rises again; `cosine_100_steps` so over 100 steps, as FT-SAM was published. `one_cycle`
+    changes at every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0.
+    `multi_step` falls to a tenth after 100, 200, 300 and 400 epochs, as WaNet, Input-Aware and BPP
+    were published: with 100 epochs or fewer it is constant.
     """
     total = max(epochs * steps_per_epoch, 1)
 
@@ -359,6 +538,7 @@ def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Call
             0.5 * (1 + math.cos(math.pi * min(step // steps_per_epoch, epochs) / epochs))
         ),
         "cosine_100": lambda step: 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / 100)),
+        "cosine_100_steps": lambda step: 0.5 * (1 + math.cos(math.pi * step / 100)),
         "one_cycle": one_cycle,
         "multi_step": lambda step: 0.1 ** min(step // steps_per_epoch // 100, 4),
     }[schedule]

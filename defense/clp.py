@@ -1,0 +1,108 @@
+"""CLP: channel-Lipschitzness pruning. Sees no images at all.
+
+Zheng, Tang, Li, Liu. *Data-free Backdoor Removal Based on Channel Lipschitzness.* ECCV 2022,
+arXiv 2208.03111.
+
+A channel that serves a backdoor reacts strongly to small changes: the Lipschitz bound of its
+convolution and BatchNorm stands out in its layer, and the channel is pruned.
+
+    L_k = sigma_max(W_k) |gamma_k| / sqrt(running variance_k)        pruned where L > mean + u sd
+
+    python defense/clp.py --result_file badnet_demo
+
+`pairs` says which convolution belongs to a BatchNorm. `order`, as published, takes the last one
+that was registered before it: in networks that normalize before they convolve (PreAct-ResNet18)
+that is not always the one whose output it normalizes. `direct` takes only BatchNorm layers whose
+input is a convolution's output. In a layer of ten channels or fewer u = 3 can prune nothing. It
+often misses Blended, LF, SIG and SSBA, and may cost much accuracy.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from defense.base import DefenseConfig, run
+from models.parts import Pairs, convolutions_before, named_channels, norms, silenced
+from utils.train import Loop
+from utils.training.selection import outliers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DefenseConfig):
+    n_rounds: Annotated[
+        int, Field(ge=0, description="how often outliers are pruned; 0 changes nothing")
+    ]
+    u: Annotated[float, Field(ge=0, description="standard deviations from which on to prune")]
+    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
+    pairs: Annotated[
+        Pairs, Field(description="convolution of a BatchNorm: by order, or the direct one alone")
+    ]
+
+    advice = "raise --u"
+
+
+def channel_lipschitz(
+    conv_weight: torch.Tensor, bn_weight: torch.Tensor, running_var: torch.Tensor
+) -> torch.Tensor:
+    """The largest singular value of each output channel's weights, times |gamma| / sqrt(variance).
+
+    Args:
+        conv_weight: (C, I, kh, kw); a channel's is seen as a matrix (I, kh kw).
+        bn_weight, running_var: (C,). A variance of 0 gives infinity.
+
+    Returns:
+        (C,) float32.
+    """
+    singular = torch.linalg.matrix_norm(conv_weight.detach().float().flatten(2), ord=2)
+    return singular * bn_weight.detach().float().abs() / running_var.float().sqrt()
+
+
+def purify(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: Config,
+    loop: Loop | None = None,
+) -> nn.Module:
+    """A copy of a classifier with outlying channels pruned; the model itself is left as it is.
+
+    Args:
+        model: any module from (N, C, H, W) float in [0, 1] to (N, K) logits, with BatchNorm.
+        images: (N, C, H, W); only C, H and W are read, N may be 0.
+        labels: not read.
+        config: `Config.load(...)`.
+        loop: takes what was pruned.
+
+    Returns:
+        The pruned model, in eval mode.
+
+    Raises:
+        UserError: if the network has no convolution with a BatchNorm behind it.
+    """
+    loop = loop or Loop()
+    convolutions_before(model, config.pairs, images.shape[1:])  # refused even with no rounds
+    model, pruned = silenced(model, {}, config.prune_bias), []
+    for _ in loop.rounds(config.n_rounds):
+        layers = norms(model)
+        channels = {}
+        for name, convolution in convolutions_before(model, config.pairs, images.shape[1:]).items():
+            variance = layers[name].running_var
+            assert variance is not None  # convolutions_before gives no others
+            bounds = channel_lipschitz(convolution.weight, layers[name].weight, variance)
+            channels[name] = outliers(bounds, config.u)
+        model = silenced(model, channels, config.prune_bias)
+        pruned += named_channels(channels)
+    loop.findings.tables["pruned"] = pruned
+    loop.findings.say(f"{len(pruned)} channels pruned", pruned_channels=len(pruned))
+    return model
+
+
+if __name__ == "__main__":
+    run(Config, purify)

@@ -1,0 +1,139 @@
+"""EP: entropy pruning. Sees a part of the poisoned training set, without marks and labels.
+
+Zheng, Tang, Li, Liu. *Pre-activation Distributions Expose Backdoor Neurons.* NeurIPS 2022 ("dde" in
+BackdoorBench's table).
+
+On a mixture of clean and poisoned images the pre-activations of a channel that serves a backdoor
+have two modes, and after standardization a lower entropy than those of its neighbours:
+
+    H = -sum p ln p    of a histogram of one value an image        pruned where H < mean - u sd
+
+    python defense/ep.py --result_file badnet_demo
+    python defense/ep.py --result_file badnet_demo --data clean --save_folder_name ep-clean
+
+It sees what other defenses do not: images that carry the trigger. `--data clean` is its control,
+the same on clean images, where there is no second mode and little should be pruned. It fails at low
+poisoning ratios, against all-to-all, WaNet and LF. Attacks that control training store poisoned
+images that were made after it. In a layer of ten channels or fewer u = 3 can prune nothing.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from defense.base import PoisonedData, Rounds, run
+from models.parts import named_channels, norms, recording, silenced
+from utils.data import as_float
+from utils.runtime import evaluating
+from utils.train import Loop
+from utils.training.selection import outliers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PoisonedData, Rounds):
+    u: Annotated[float, Field(ge=0, description="standard deviations from which on to prune")]
+    bin_width: Annotated[
+        float, Field(gt=0, description="of the histogram, in standard deviations of a channel")
+    ]
+    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
+
+    advice = "raise --u"
+
+
+def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:
+    """The entropy of each channel's histogram, natural logarithm.
+
+    Channels are standardized (unbiased deviation). Bins start at the smallest value of the whole
+    layer, and there are int(range / bin_width) of them; values behind the last bin, and values on
+    an edge, are counted nowhere.
+
+    Args:
+        values: (C, B) float, B values a channel.
+        bin_width: > 0, in standard deviations.
+
+    Returns:
+        (C,) float64, >= 0; NaN for a channel whose values are all the same.
+    """
+    values = values.double()
+    deviation = values.std(1, keepdim=True)
+    z = (values - values.mean(1, keepdim=True)) / deviation
+    is_known = (deviation > 0).squeeze(1) & z.isfinite().all(1)
+    entropy = torch.full_like(deviation.squeeze(1), torch.nan)
+    if not is_known.any():
+        return entropy
+    z = z[is_known]
+    low = z.min()
+    bins = int((z.max() - low) / bin_width)
+    edges = low + bin_width * torch.arange(bins + 1, device=z.device, dtype=z.dtype)
+    place = torch.bucketize(z, edges)  # edges[place - 1] < z <= edges[place]
+    is_counted = (place >= 1) & (place <= bins) & (z < edges[place.clamp(max=bins)])
+    counts = torch.zeros(len(z), bins + 2, device=z.device, dtype=z.dtype)
+    counts.scatter_add_(1, place, is_counted.to(z.dtype))
+    entropy[is_known] = torch.special.entr(counts / z.shape[1]).sum(1)
+    return entropy
+
+
+def largest_inputs(
+    model: nn.Module, images: torch.Tensor, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """The largest value of each channel that enters a BatchNorm, image by image, in eval mode.
+
+    Returns:
+        (C, N) float32 on the CPU, by the layer's name.
+    """
+    device = next(model.parameters()).device
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in norms(model)}
+    with evaluating(model), torch.no_grad(), recording(model, found, of="input") as inputs:
+        for batch in images.split(batch_size):
+            model(as_float(batch, device))
+            for name, features in inputs.items():
+                found[name].append(features.float().amax(dim=(2, 3)).cpu())
+    return {name: torch.cat(parts).T for name, parts in found.items() if parts}
+
+
+def purify(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: Config,
+    loop: Loop | None = None,
+) -> nn.Module:
+    """A copy of a classifier with outlying channels pruned; the model itself is left as it is.
+
+    Args:
+        model: any module from (N, C, H, W) float in [0, 1] to (N, K) logits, with BatchNorm.
+        images: (N, C, H, W), a mixture of clean and poisoned ones, float in [0, 1] or uint8.
+        labels: not read.
+        config: `Config.load(...)`.
+        loop: takes what was pruned.
+
+    Returns:
+        The pruned model, in eval mode.
+
+    Raises:
+        UserError: if the network has no BatchNorm.
+    """
+    loop = loop or Loop()
+    norms(model)  # refused even with no rounds
+    model, pruned = silenced(model, {}, config.prune_bias), []
+    for _ in loop.rounds(config.n_rounds):
+        channels = {
+            name: outliers(channel_entropy(values, config.bin_width), config.u, are_low=True)
+            for name, values in largest_inputs(model, images, config.batch_size).items()
+        }
+        model = silenced(model, channels, config.prune_bias)
+        pruned += named_channels(channels)
+    loop.findings.tables["pruned"] = pruned
+    loop.findings.say(f"{len(pruned)} channels pruned", pruned_channels=len(pruned))
+    return model
+
+
+if __name__ == "__main__":
+    run(Config, purify)

@@ -1,0 +1,101 @@
+"""What a defense may add to a network: a closed list, told as plain data in its record.
+
+A defense puts such a part in with `insert`; a record tells `changes_of` the network, and
+`apply_changes` makes the same network again, so that its weights fit.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+
+class Polarizer(nn.Sequential):
+    """A linear map of the channels and BatchNorm; it starts as the identity.
+
+    Shape:
+        (N, C, H, W) float -> (N, C, H, W) float.
+    """
+
+    does_the_same = True
+
+    def __init__(self, channels: int) -> None:
+        convolution = nn.Conv2d(channels, channels, 1, bias=False)
+        nn.init.dirac_(convolution.weight)
+        super().__init__(convolution, nn.BatchNorm2d(channels))
+        self.channels = channels
+
+
+class Preceded(nn.Sequential):
+    """A layer of a network behind a part that a defense has put before it."""
+
+    does_the_same = True
+
+    def __init__(self, part: nn.Module, layer: nn.Module) -> None:
+        super().__init__(OrderedDict(polarizer=part, layer=layer))
+
+    @property
+    def part(self) -> nn.Module:
+        """What stands before the layer."""
+        return self[0]
+
+
+KINDS: dict[str, type[Polarizer]] = {"polarizer": Polarizer}
+
+
+def insert(network: nn.Module, kind: str, layer: str, channels: int) -> nn.Module:
+    """Puts a new part before a layer of a network; in place.
+
+    Args:
+        network: the bare one.
+        kind: one of `KINDS`.
+        layer: name of the layer.
+        channels: of the layer's input.
+
+    Returns:
+        The part, on the layer's device.
+    """
+    parent_name, _, name = layer.rpartition(".")
+    parent = network.get_submodule(parent_name)
+    old = parent.get_submodule(name)
+    like = next(network.parameters())
+    # Its weights are set, not drawn: the global generator stays where it is.
+    with torch.random.fork_rng(devices=[]):
+        part = KINDS[kind](channels).to(like.device, like.dtype)
+    setattr(parent, name, Preceded(part, old))
+    return part
+
+
+def changes_of(network: nn.Module) -> list[dict[str, Any]]:
+    """What defenses have added to a network, in the order of its layers, as plain data."""
+    names = {kind: name for name, kind in KINDS.items()}
+    return [
+        {"kind": names[type(module.part)], "layer": layer, "channels": module.part.channels}
+        for layer, module in network.named_modules()
+        if isinstance(module, Preceded) and isinstance(module.part, Polarizer)
+    ]
+
+
+def apply_changes(network: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """A copy of a network with the parts that `changes_of` told of.
+
+    Raises:
+        UserError: for a kind, or a layer, that is not known.
+    """
+    network = copy.deepcopy(network)
+    for change in changes:
+        kind, layer, channels = (change.get(key) for key in ("kind", "layer", "channels"))
+        if (
+            kind not in KINDS
+            or layer not in dict(network.named_modules())
+            or type(channels) is not int
+            or not 1 <= channels <= 1 << 16
+        ):
+            raise UserError(f"the change {dict(change)!r} of a network is not known here")
+        insert(network, str(kind), str(layer), channels)
+    return network

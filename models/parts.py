@@ -1,0 +1,259 @@
+"""Parts of any network that defenses ask for or change: layers by name, features, channels.
+
+Names are those of the bare network (`Classifier.network`, else the module itself), as in a
+record's state dict: `layer4.1.bn2`. A network that lacks what is asked for is refused in one line.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models import Classifier, Resize
+from utils.errors import UserError, suggestion
+from utils.runtime import evaluating
+
+Pairs = Literal["order", "direct"]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network of a `Classifier`; any other module itself."""
+    return model.network if isinstance(model, Classifier) else model
+
+
+def layer(model: nn.Module, name: str, flag: str) -> nn.Module:
+    """A layer of the bare network by its name.
+
+    Args:
+        flag: that gave the name, for the message.
+
+    Raises:
+        UserError: if there is none, naming the nearest, or the last convolutions.
+    """
+    known = dict(bare(model).named_modules())
+    if name in known and name:
+        return known[name]
+    near = suggestion(name, known)
+    convolutions = [key for key, module in known.items() if isinstance(module, nn.Conv2d)]
+    late = f", e.g. one of its last convolutions: {', '.join(convolutions[-4:])}"
+    raise UserError(
+        f"{flag}: {name} is no layer of this network{near}; give one of its own"
+        + (late if convolutions and not near else "")
+    )
+
+
+def head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """The first linear layer inside the last top-level part of the bare network, with its name.
+
+    It takes the features: `linear`, `fc`, VGG's `classifier.0`, a ViT's `heads.head`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    network, prefix = bare(model), ""
+    if isinstance(network, nn.Sequential) and len(network) == 2 and isinstance(network[0], Resize):
+        network, prefix = network[1], "1."
+    children = list(network.named_children())
+    last, part = children[-1] if children else ("", network)
+    for inner, module in part.named_modules():
+        if isinstance(module, nn.Linear):
+            return prefix + ".".join(filter(None, (last, inner))), module
+    raise UserError(
+        "this network's last part has no linear layer, which this method works on; give another "
+        "method or network"
+    )
+
+
+def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """The BatchNorm layers with weights of their own, by name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = {
+        name: module
+        for name, module in bare(model).named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.affine
+    }
+    if not found:
+        raise UserError(
+            "this method works on the channels of BatchNorm layers (BatchNorm2d), and this network "
+            "has none; give another method or network"
+        )
+    return found
+
+
+def running_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """The layers of `norms` that keep running statistics.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = {name: norm for name, norm in norms(model).items() if norm.running_var is not None}
+    if not found:
+        raise UserError(
+            "this method reads the running statistics of BatchNorm, and this network keeps none; "
+            "give another method or network"
+        )
+    return found
+
+
+def convolutions_before(
+    model: nn.Module, pairs: Pairs, image_shape: Sequence[int]
+) -> dict[str, nn.Conv2d]:
+    """For BatchNorm layers with running statistics, the convolution before each, by their names.
+
+    Args:
+        pairs: `order` takes the last convolution that was registered before the layer. `direct`
+            takes the one whose output is the layer's input, found in a pass of one black image;
+            other layers are skipped.
+        image_shape: (C, H, W) of that image.
+
+    Raises:
+        UserError: if no layer has one.
+    """
+    wanted = running_norms(model)
+    found: dict[str, nn.Conv2d] = {}
+    if pairs == "order":
+        last: nn.Conv2d | None = None
+        for name, module in bare(model).named_modules():
+            last = module if isinstance(module, nn.Conv2d) else last
+            norm = wanted.get(name)  # one of another width has other channels
+            if norm and last and last.out_channels == norm.num_features:
+                found[name] = last
+    else:
+        convolutions = {
+            name: module
+            for name, module in bare(model).named_modules()
+            if isinstance(module, nn.Conv2d)
+        }
+        weight = next(model.parameters())
+        image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
+        with (
+            recording(model, convolutions) as outputs,
+            recording(model, wanted, of="input") as inputs,
+            evaluating(model),
+            torch.no_grad(),
+        ):
+            model(image)
+        for name, entered in inputs.items():
+            for other, left in outputs.items():
+                if entered is left:
+                    found[name] = convolutions[other]
+    if not found:
+        raise UserError(
+            "this method works on a convolution with a BatchNorm behind it, and this network has "
+            "no such pair; give another method or network"
+        )
+    return found
+
+
+@contextmanager
+def recording(
+    model: nn.Module, names: Iterable[str], of: Literal["input", "output"] = "output"
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, the dictionary that it gives holds what went into layers, or came out, the last time.
+
+        with recording(model, ["layer4"]) as features:
+            logits = model(images)
+        features["layer4"]
+
+    The layers' hooks are removed at the end.
+
+    Args:
+        names: of layers of the bare network.
+    """
+    layers = dict(bare(model).named_modules())
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, value: torch.Tensor) -> None:
+        found[name] = value
+
+    hooks = [
+        layers[name].register_forward_hook(
+            lambda _, inputs, output, name=name: keep(name, inputs[0] if of == "input" else output)
+        )
+        for name in names
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def scaled(
+    model: nn.Module,
+    scales: Mapping[str, torch.Tensor],
+    shifts: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """BatchNorm's weights times factors, as parameters for `torch.func.functional_call`.
+
+    The network behaves as if its layers had the weight gamma * scale and the bias beta * shift; its
+    own stay as they are, and gradients reach the factors.
+
+    Args:
+        scales: (C,) by the layer's name.
+        shifts: likewise; None leaves the biases.
+
+    Returns:
+        By the parameters' names in `model`.
+    """
+    layers = norms(model)
+    prefix = "network." if isinstance(model, Classifier) else ""
+    changed = {f"{prefix}{name}.weight": layers[name].weight * scales[name] for name in scales}
+    for name in shifts or ():
+        changed[f"{prefix}{name}.bias"] = layers[name].bias * shifts[name]  # type: ignore[index]
+    return changed
+
+
+def silenced(model: nn.Module, channels: Mapping[str, torch.Tensor], with_bias: bool) -> nn.Module:
+    """A copy in which channels give a constant: their BatchNorm's weight is 0.
+
+    All else stays bit for bit.
+
+    Args:
+        channels: bool (C,) by the layer's name: which ones.
+        with_bias: whether the bias becomes 0, too; else the constant is the bias.
+
+    Returns:
+        The copy, in eval mode.
+    """
+    model = copy.deepcopy(model).eval()
+    layers = norms(model)
+    with torch.no_grad():
+        for name, is_pruned in channels.items():
+            parameters = [layers[name].weight, *([layers[name].bias] if with_bias else [])]
+            for parameter in parameters:
+                parameter[is_pruned.to(parameter.device)] = 0
+    return model
+
+
+def named_channels(channels: Mapping[str, torch.Tensor]) -> list[dict[str, int | str]]:
+    """The chosen channels as rows of a table: layer, and number in it."""
+    return [
+        {"layer": name, "channel": number}
+        for name, chosen in channels.items()
+        for number in torch.nonzero(chosen).flatten().tolist()
+    ]
+
+
+@contextmanager
+def keeping_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm in train mode uses the batch's statistics and does not keep them."""
+    tracking = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

@@ -1,0 +1,161 @@
+"""How a run ends, said once for attacks, defenses and imports: pictures, tables, summary, log."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from utils import plot, record
+from utils.config import Config, parse_yaml
+from utils.folders import FREE_TO_CHANGE, RunFolder
+from utils.metrics import Scores, rate_label
+from utils.runtime import environment, logger, peak_memory_mib
+from utils.training.findings import Findings, Picture, Verdict
+
+Captions = Callable[[torch.Tensor], list[str]]
+
+
+def finish_run(
+    folder: RunFolder,
+    findings: Findings,
+    *,
+    facts: Mapping[str, Any],
+    warnings: Sequence[str],
+    result: str,
+    pictures: Sequence[Path],
+    files: Sequence[str],
+    run: Mapping[str, Any],
+) -> None:
+    """Writes what was found and then the summary, which says that the run is done; logs the result.
+
+    Args:
+        facts: the first entries of `summary.json`.
+        warnings: lines that nobody has logged so far; they stand in the summary with the findings'.
+        result: the lines to log at the end.
+        pictures: what was drawn before; see `draw_findings`.
+        files: names whose sha256 the summary has.
+        run: what `run_facts` tells; empty for an import, which runs nothing.
+    """
+    for name, rows in ((name, rows) for name, rows in findings.tables.items() if rows):
+        folder.write_metrics(rows, f"{name}.csv")
+    found = {"findings": findings.facts} if findings.facts else {}
+    folder.write_summary(
+        {
+            **facts,
+            **found,
+            "warnings": [*dict.fromkeys([*findings.warnings, *warnings])],
+            **run,
+            "files": record.file_hashes(folder, *files),
+        }
+    )
+    for warning in warnings:
+        logger.warning("warning: %s", warning)
+    for line in result.splitlines():
+        logger.info("%s", line)
+    logger.info("record: %s", folder.path)
+    for path in pictures:
+        logger.info("picture: %s", path)
+
+
+def draw_findings(
+    folder: RunFolder, findings: Findings, captions: Captions, title: str
+) -> list[Path]:
+    """A PNG for each picture that was found.
+
+    Args:
+        captions: from float images (N, C, H, W) to what to write under each.
+    """
+
+    def drawn(picture: Picture) -> Figure:
+        rows = {name: images.cpu() for name, images in picture.rows.items()}
+        texts = {
+            name: list(picture.captions.get(name, ())) or captions(images)
+            for name, images in rows.items()
+            if picture.is_labelled or name in picture.captions
+        }
+        if picture.is_compared:
+            rows |= difference(*list(rows.values())[:2])
+        return plot.image_grid(rows, texts, f"{title}: {picture.title}")
+
+    return [
+        save_figure(folder, f"{name}.png", drawn(picture))
+        for name, picture in findings.pictures.items()
+    ]
+
+
+def judged(verdict: Verdict, attack: record.AttackRecord) -> dict[str, Any]:
+    """A verdict as plain data, beside what the record says.
+
+    `is_right` tells whether it says of a backdoored model that it is one, and of a clean one that
+    it is none; `target_found` whether the attacker's class is among the targets. Either is None
+    where the record does not tell, and the second one where no single class is the target.
+    """
+    truth: bool | None = attack.attack != "prototype"
+    if truth and attack.triggered is None and attack.attack_target is None:
+        truth = None
+    has_target = bool(truth) and attack.attack_label_trans == "all2one"
+    return {
+        **asdict(verdict),
+        "is_right": None if truth is None else verdict.is_backdoored == truth,
+        "target_found": attack.attack_target in verdict.targets if has_target else None,
+    }
+
+
+def difference(clean: torch.Tensor, changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A row of the amplified difference of two rows of images, under its name.
+
+    Args:
+        clean, changed: float (N, C, H, W).
+    """
+    shown, scale = plot.amplified(changed - clean)
+    return {f"difference\nx {scale:.3g}": shown}
+
+
+def table(scores: Scores) -> str:
+    """A line a rate, with its counts."""
+    return "\n".join(
+        f"{rate_label(name):9} {rate!s:>8}  ({rate.hits} of {rate.total})"
+        for name, rate in scores.rates().items()
+    )
+
+
+def save_figure(folder: RunFolder, name: str, figure: Figure) -> Path:
+    """Writes a PNG; returns its path."""
+    return folder.write(name, lambda path: figure.savefig(path, dpi=160))
+
+
+def run_facts(
+    config: Config, started: float, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """Recipe, seconds, peak memory and environment for `summary.json`.
+
+    Args:
+        started: by `time.monotonic`, less the seconds of an earlier part of the run.
+    """
+    return {
+        "config_sha256": recipe_sha256(parse_yaml(config.dump(), "the configuration")),
+        "seconds": round(time.monotonic() - started, 1),
+        **peak_memory_mib(device),
+        **environment(device, precision),
+    }
+
+
+def recipe_sha256(values: Mapping[str, Any]) -> str:
+    """Of a configuration without its seed, and without what says where it runs and writes."""
+    own = {
+        *FREE_TO_CHANGE,
+        "random_seed",
+        "result_file",
+        "dataset_path",
+        "device",
+        "eval_every",
+        "deterministic",
+    }
+    recipe = {name: value for name, value in values.items() if name not in own}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,130 @@
+"""Pruning by masks: the level is fixed, or chosen on a held-out part of the clean images."""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from models.parts import named_channels, silenced
+from utils.evaluate import predict
+from utils.train import Loop
+from utils.training.selection import acceptable, hold_out, tried
+
+
+class Levels(Protocol):
+    """The flags that pruning by masks reads."""
+
+    @property
+    def selection(self) -> Literal["fixed", "val"]: ...
+    @property
+    def val_ratio(self) -> float: ...
+    @property
+    def acc_ratio(self) -> float: ...
+    @property
+    def random_seed(self) -> int: ...
+    @property
+    def pruning_max(self) -> float: ...
+    @property
+    def pruning_step(self) -> float: ...
+    @property
+    def pruning_number(self) -> float: ...
+    @property
+    def prune_bias(self) -> bool: ...
+
+
+C_contra = TypeVar("C_contra", bound=Levels, contravariant=True)
+
+
+class Learn(Protocol[C_contra]):
+    """How a method learns its masks."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        config: C_contra,
+        loop: Loop | None = None,
+    ) -> Mapping[str, torch.Tensor]:
+        """(C,) in [0, 1] by the layer's name."""
+
+
+C = TypeVar("C", bound=Levels)
+
+
+def pruned_by_masks(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: C,
+    loop: Loop,
+    learn: Learn[C],
+) -> nn.Module:
+    """A copy of the model without the channels whose mask, to four decimals, is at most the level.
+
+    `fixed` learns the masks on all images and takes the level `pruning_number`. `val` learns them
+    on a part, goes through the levels 0, pruning_step, ... pruning_max, and takes the last one
+    before the accuracy on the held-out images falls (`acceptable`).
+
+    Returns:
+        The copy, in eval mode; as it was, where no level is good.
+    """
+    if config.selection == "fixed":
+        masks = learn(model, images, labels, config, loop)
+        return _pruned(model, masks, config, loop, config.pruning_number)
+    fit, held = hold_out(labels, config.val_ratio, config.random_seed)
+    masks = learn(model, images[fit], labels[fit], config, loop)
+    levels = [
+        round(number * config.pruning_step, 10)
+        for number in range(int(config.pruning_max / config.pruning_step + 1e-9) + 1)
+    ]
+    device = next(model.parameters()).device
+
+    def accuracy(network: nn.Module) -> float:
+        hits = predict(network, images[held], device) == labels[held].cpu()
+        return float(hits.double().mean())
+
+    def of_level(level: float) -> float:
+        return accuracy(silenced(model, channels_up_to(masks, level), config.prune_bias))
+
+    before = accuracy(model)
+    accuracies = tried(levels, of_level, before, config.acc_ratio)
+    count = acceptable(accuracies, before, config.acc_ratio)
+    loop.findings.tables["levels"] = [
+        {"level": level, "held_out_acc": accuracy}
+        for level, accuracy in zip(levels, accuracies, strict=False)
+    ]
+    loop.findings.facts |= {"held_out_images": len(held), "held_out_acc_before": before}
+    if count == 0:
+        loop.findings.warn(
+            "no level of pruning kept the accuracy on held-out images, so the model is given back "
+            "as it was; raise --acc_ratio"
+        )
+        return silenced(model, {}, config.prune_bias)
+    return _pruned(model, masks, config, loop, levels[count - 1])
+
+
+def channels_up_to(masks: Mapping[str, torch.Tensor], level: float) -> dict[str, torch.Tensor]:
+    """bool (C,) by name: which masks, rounded to four decimals, are at most the level."""
+    return {name: (mask * 1e4).round() / 1e4 <= level + 1e-9 for name, mask in masks.items()}
+
+
+def _pruned(
+    model: nn.Module,
+    masks: Mapping[str, torch.Tensor],
+    config: Levels,
+    loop: Loop,
+    level: float,
+) -> nn.Module:
+    channels = channels_up_to(masks, level)
+    pruned = named_channels(channels)
+    total = sum(len(mask) for mask in masks.values())
+    loop.findings.tables["pruned"] = pruned
+    loop.findings.say(
+        f"level {level:g}: {len(pruned)} of {total} channels pruned",
+        level=level,
+        pruned_channels=len(pruned),
+        channels=total,
+    )
+    return silenced(model, channels, config.prune_bias)

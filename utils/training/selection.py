@@ -1,0 +1,107 @@
+"""How a defense chooses on its own clean images: a held-out part, levels, and outliers.
+
+No function here takes a test set.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from utils.runtime import generator
+
+
+def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits images into a part to fit on and a held-out part, class by class.
+
+    Of each class of n images round(share * n) are held out, at least one where the class has two
+    or more.
+
+    Args:
+        labels: int64 (N,).
+        share: in [0, 1].
+        seed: of the draw.
+
+    Returns:
+        Two int64 vectors of positions, ascending: to fit on, and held out.
+    """
+    held = drawn_by_class(labels, share, generator(seed, "held-out part"))
+    is_held = torch.zeros(len(labels), dtype=torch.bool)
+    is_held[held] = True
+    return torch.nonzero(~is_held).flatten(), held
+
+
+def drawn_by_class(labels: torch.Tensor, share: float, rng: torch.Generator) -> torch.Tensor:
+    """Positions of images drawn at random: of each class the same share, see `hold_out`.
+
+    Args:
+        labels: int64 (N,).
+        share: in [0, 1].
+        rng: on the CPU.
+
+    Returns:
+        int64 positions, ascending.
+    """
+    chosen = [torch.zeros(0, dtype=torch.int64)]
+    for label in labels.unique().tolist():
+        members = torch.nonzero(labels == label).flatten()
+        count = max(round(share * len(members)), int(len(members) > 1))
+        chosen.append(members[torch.randperm(len(members), generator=rng)[:count]])
+    return torch.cat(chosen).sort().values
+
+
+def acceptable(accuracies: Sequence[float], before: float, acc_ratio: float) -> int:
+    """How many levels may be taken, of levels that go further and further.
+
+    A level is good if its accuracy is at least (1 - acc_ratio) of the one before. The good levels
+    are counted from the start to the first one that is not.
+
+    Args:
+        accuracies: on held-out images, level by level, in [0, 1].
+        before: of the model as it was given, in [0, 1].
+        acc_ratio: relative loss that is accepted, in [0, 1].
+
+    Returns:
+        0 to len(accuracies). 0: none is good, and the model stays as it is.
+    """
+    limit = (1 - acc_ratio) * before
+    return next(
+        (count for count, accuracy in enumerate(accuracies) if accuracy < limit), len(accuracies)
+    )
+
+
+def tried(
+    levels: Iterable[float],
+    accuracy: Callable[[float], float],
+    before: float,
+    acc_ratio: float,
+) -> list[float]:
+    """The accuracies of levels, up to the first one that is not good (see `acceptable`)."""
+    accuracies: list[float] = []
+    for level in levels:
+        accuracies.append(accuracy(level))
+        if acceptable(accuracies, before, acc_ratio) < len(accuracies):
+            break
+    return accuracies
+
+
+def outliers(scores: torch.Tensor, u: float, are_low: bool = False) -> torch.Tensor:
+    """Which scores stand out: more than u standard deviations over the mean.
+
+    The deviation is that of a sample (divides by n - 1). Scores that are not finite are left out of
+    mean and deviation, and are no outliers. Of n equal scores and one other that one is
+    (n - 1) / sqrt(n) deviations away in a layer of n, so that u = 3 finds nothing among ten.
+
+    Args:
+        scores: (C,) float.
+        u: >= 0.
+        are_low: whether to look for scores under the mean instead.
+
+    Returns:
+        bool (C,).
+    """
+    is_finite = scores.isfinite()
+    known = scores[is_finite].double()
+    if len(known) < 2:
+        return torch.zeros_like(is_finite)
+    above = (scores.double() - known.mean()) * (-1 if are_low else 1)
+    return is_finite & (above > u * known.std())
