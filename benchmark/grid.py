@@ -11,10 +11,12 @@
     seeds: [0, 1, 2]
 
 What stands under a name are flags of its script, which is the name itself if `script` is left out.
-`attack_flags` and `defense_flags` are for all. `pratios: [0.1, 0.05]` is one more axis; an attack
-that names its own `pratio` stays out of it.
+`attack_flags` are for all attacks, and `defense_flags` for all defenses that take them. `pratios:
+[0.1, 0.05]` is one more axis; an attack that names its own `pratio` stays out of it. A defense that
+looks at the poisoned training set is not run on a clean model, which has none.
 """
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -26,10 +28,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from attack import names as attacks
+from defense import names as defenses
 from utils.config import Config, read_yaml
-from utils.errors import UserError
+from utils.errors import UserError, suggestion
 from utils.folders import FREE_TO_CHANGE, NAME
-from utils.runtime import ROOT
 
 _OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
@@ -148,9 +151,22 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
             made with other flags.
     """
     cells = list(_cells(grid, root))
-    problems = []
+    taken = {
+        name
+        for result, flags in grid.defenses.items()
+        for name in _fields("defense", str(flags.get("script", result)))
+    }
+    problems = [
+        f"defense_flags: {name}: no defense of the grid takes it{suggestion(name, taken)}"
+        for name in grid.defense_flags
+        if name not in taken
+    ]
+    checked: set[str] = set()  # a defense is given the same flags for every attack
     for cell in cells:
-        problems += _problems(cell) if cell.flags["random_seed"] == grid.seeds[0] else []
+        given = {name: value for name, value in cell.flags.items() if name not in _OWN}
+        key = f"{cell.script} {given}"
+        problems += _problems(cell) if key not in checked else []
+        checked.add(key)
         problems += _differences(cell)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
@@ -192,7 +208,12 @@ def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
             flags = dict(flags)
             script = flags.pop("script", result)
             flags |= {"model": model} if ":" in model else {}  # the user's file is named again
-            flags |= {**grid.defense_flags, **flags, **where}
+            taken = _fields("defense", str(script))
+            is_clean = attacked.script == "attack/prototype.py"
+            if is_clean and _sees(str(script), flags) == "poisoned":
+                continue  # a clean model has no poisoned set to look at
+            general = {k: v for k, v in grid.defense_flags.items() if k in taken}
+            flags |= {**general, **flags, **where}
             flags |= {"result_file": record, "save_folder_name": result}
             folder = root / record / "defense" / result
             yield Cell(f"{record}/{result}", f"defense/{script}.py", flags, folder, attacked)
@@ -201,15 +222,10 @@ def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
 def _problems(cell: Cell) -> list[str]:
     """What the cell's script would say of its flags."""
     folder, name = cell.script.removesuffix(".py").split("/")
-    scripts = sorted(
-        path.stem
-        for path in (ROOT / folder).glob("*.py")
-        if path.stem not in ("__init__", "base", "controlled", "external")
-    )
-    if name not in scripts:
-        return [f"{cell.script}: there is no such script; {folder} has {', '.join(scripts)}"]
-    module = importlib.import_module(f"{folder}.{name}")
-    config: type[Config] = getattr(module, "Config", None) or module.TrainingConfig
+    config = _config_class(folder, name)
+    if config is None:
+        known = ", ".join(_scripts(folder))
+        return [f"{cell.script}: there is no such script; {folder} has {known}"]
     flags = dict(cell.flags)
     try:
         config.load(flags.pop("dataset", None), **flags)  # a defense has it from the record
@@ -217,6 +233,34 @@ def _problems(cell: Cell) -> list[str]:
         lines = str(error).splitlines()
         return [f"{cell.script}: {line.removeprefix('override: ')}" for line in lines]
     return []
+
+
+def _scripts(folder: str) -> list[str]:
+    return defenses() if folder == "defense" else sorted([*attacks(), "prototype"])
+
+
+def _config_class(folder: str, name: str) -> type[Config] | None:
+    """The configuration of a script; None if there is no such script."""
+    if name not in _scripts(folder):
+        return None
+    module = importlib.import_module(f"{folder}.{name}")
+    found: type[Config] = getattr(module, "Config", None) or module.TrainingConfig
+    return found
+
+
+def _fields(folder: str, name: str) -> set[str]:
+    """The flags that a script takes; none if there is no such script."""
+    config = _config_class(folder, name)
+    return set() if config is None else {field.name for field in dataclasses.fields(config)}
+
+
+def _sees(name: str, flags: Mapping[str, Any]) -> str | None:
+    """Which images a defense is given with these flags; None where they are not allowed."""
+    config = _config_class("defense", name)
+    try:
+        return None if config is None else config.load(**flags).sees  # type: ignore[attr-defined]
+    except UserError:
+        return None  # said elsewhere
 
 
 def _differences(cell: Cell) -> list[str]:

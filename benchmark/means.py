@@ -18,6 +18,8 @@ FLAGS = {
     "c": "the defense collapsed: for a seed, ACC is under half of what it was",
     "g": "another commit than most of this table",
     "m": "mean over fewer attacks than without a defense",
+    "n": "the defense sees no images",
+    "p": "the defense sees a part of the poisoned training set, which the others do not see",
     "r": "seeds of different recipes",
     "s": "one seed only",
     "v": "other versions, precision or kind of device than most of this table",
@@ -167,6 +169,8 @@ def _cells(runs: pd.DataFrame) -> Cells:
     for (attack, label), group in runs.groupby(["row", "label"]):
         general = "g" * bool(commit is not None and (group["commit"] != commit).any())
         general += "r" * (group.loc[group["config"] != "-", "config"].nunique() > 1)
+        for flag, kind in (("n", "nothing"), ("p", "poisoned")):
+            general += flag * bool((group["sees"] == kind).any())
         general += "v" * bool(usual is not None and (made_by[group.index] != usual).any())
         failed = "a" * bool((group["asr_before"] < FAILED_ASR).any())
         collapsed = "c" * bool((group["acc"] < COLLAPSED * group["acc_before"]).any())
@@ -242,7 +246,7 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
         found = [row.numbers[heading, metric] for row in rows if (heading, metric) in row.numbers]
         of = (UNDEFENDED, "asr" if metric == "der" else metric)
         if found:
-            flags = "".join(f for f in "acgrv" if any(f in n.flags for n in found))
+            flags = "".join(f for f in "acgnprv" if any(f in n.flags for n in found))
             flags += "m" * (len(found) < sum(of in row.numbers for row in rows))
             flags += "s" * (metric == "acc" and all(n.seeds == 1 for n in found))
             mean = sum(n.mean for n in found) / len(found)
@@ -280,8 +284,8 @@ def _best(
 ) -> list[tuple[str, str]]:
     """Which of several rivals, (anything, heading) -> numbers, is best; all that print the same.
 
-    Those with fewer seeds or attacks than others, of a failed attack or a collapsed defense do not
-    compete.
+    Those with fewer seeds or attacks than others, of a failed attack, a collapsed defense, or one
+    that sees the poisoned training set do not compete.
     """
     numbers = {key: of[key[1], metric] for key, of in rivals.items()}
     most = max((number.seeds for number in numbers.values()), default=0)
@@ -290,7 +294,7 @@ def _best(
         for key, number in numbers.items()
         if number.seeds == most
         and not set("am") & set(number.flags)
-        and "c" not in rivals[key].get((key[1], "acc"), number).flags
+        and not set("cp") & set(rivals[key].get((key[1], "acc"), number).flags)
     }
     if len(fair) < 2:
         return []

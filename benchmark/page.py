@@ -27,6 +27,7 @@ _PICTURES = {
     "trigger.png": "trigger",
     "before_after.png": "labels before and after",
     "perturbations.png": "shared adversarial examples",
+    "triggers.png": "the smallest triggers, by class",
 }
 
 # Rows are put in the order of a column, empty cells last; once more turns the order around.

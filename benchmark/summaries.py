@@ -94,6 +94,8 @@ class _Defense(_Facts):
     before: _Scores
     after: _Scores
     der: Share | None = None
+    sees: Text | None = None
+    purify_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     attack_sha256: Text | None = None
 
 
@@ -221,6 +223,7 @@ def _row(
         "folder": folder,
         "label": label,
         "method": facts.defense if isinstance(facts, _Defense) else "",
+        "sees": (facts.sees or "clean") if isinstance(facts, _Defense) else "",
         "seed": facts.seed if facts else None,
         "acc": scores.acc,
         "asr": scores.asr,
@@ -229,6 +232,7 @@ def _row(
         "acc_total": scores.acc_total,
         "asr_total": scores.asr_total,
         "seconds": facts.seconds if facts else None,
+        "purify_seconds": facts.purify_seconds if isinstance(facts, _Defense) else None,
         "config": (facts.config_sha256 if facts else None) or "-",
         "commit": (facts.commit if facts else None) or "-",
         "versions": versions or "-",
@@ -245,6 +249,7 @@ def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFr
     Of another recipe they are a variant, named after its record.
     """
     numbers = ["pratio", "image_size", "train_images", "test_images", "seed", *METRICS, "seconds"]
+    numbers += ["purify_seconds"]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
     runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
     undefended = runs[runs["label"] == UNDEFENDED]

@@ -240,7 +240,7 @@ def purify(
     with evaluating(model), torch.no_grad():
         classes = model(as_float(images[:1], device)).shape[1]
     triggers = [invert_trigger(model, images, label, config, loop) for label in range(classes)]
-    norms = torch.stack([mask.sum() for mask, _ in triggers]).cpu()
+    norms = torch.stack([mask.sum().cpu() for mask, _ in triggers])
     flagged = flagged_classes(norms, config.mad_threshold)
     _report(loop, images, triggers, norms, flagged)
     model = copy.deepcopy(model).eval()

@@ -252,6 +252,13 @@ def _export_defense(source: Path, to: Path) -> None:
     path = source / "defense_result.pt"
     with explained(path, "a defense's result"):
         content = load_tensors(path)
+        if content.get("changes"):
+            logger.warning(
+                "warning: %s: the defense has changed the network, which BackdoorBench cannot make "
+                "again; skipped",
+                source,
+            )
+            return
         result = backdoorbench.model_result(
             content["model_name"], content["num_classes"], content["model"]
         )

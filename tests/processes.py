@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import defense
 from attack import bpp, inputaware, prototype, wanet
-from defense import ft, sau
 from models import Classifier, prepare
+from tests.every_defense import module, shortened
 from utils import distributed, poison
 from utils.data import Dataset, Labelled, Triggered
 from utils.errors import UserError
@@ -130,23 +131,24 @@ def controlled(module: Any, control: Any, **changes: Any) -> Callable[[Dataset],
     return run
 
 
-def unlearning(train_mode: bool) -> Callable[[Dataset], dict[str, Any]]:
-    """SAU on all training images; the last batch has 5, which two processes share unevenly."""
+def defended(name: str, **changes: Any) -> Callable[[Dataset], dict[str, Any]]:
+    """A defense on all training images; the last batch has 5, which two processes share unevenly.
+
+    Without what each process draws by itself: SAU's random start, and crops of such a batch.
+    """
 
     def run(data: Dataset) -> dict[str, Any]:
-        config = sau.Config.load("digits", batch_size=16, n_rounds=2, train_mode=train_mode)
-        loop = Recorder()
-        model = sau.purify(network(data), data.train.images, data.train.labels, config, loop)
+        model, loop = network(data), Recorder()
+        drawn = {"pgd_init": "max", "crop_padding": 0, "flip": False}
+        config = shortened(name, model, **drawn, **changes)
+        images, labels = data.train.images, data.train.labels
+        try:
+            model = module(name).purify(model, images, labels, config, loop)
+        except UserError as error:
+            return {"refused": str(error)}
         return {"steps": loop.steps, "weights": weights(model)}
 
     return run
-
-
-def fine_tuning(data: Dataset) -> dict[str, Any]:
-    config = ft.Config.load("digits", batch_size=16, n_rounds=2, crop_padding=0, flip=False)
-    loop = Recorder()
-    model = ft.purify(network(data), data.train.images, data.train.labels, config, loop)
-    return {"steps": loop.steps, "weights": weights(model)}
 
 
 def scores(data: Dataset) -> dict[str, Any]:
@@ -229,9 +231,8 @@ SCENES: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "wanet": controlled(wanet, wanet.WaNet),
     "bpp": controlled(bpp, bpp.Bpp),
     "inputaware": controlled(inputaware, inputaware.InputAware),
-    "sau": unlearning(train_mode=False),
-    "sau, train mode": unlearning(train_mode=True),
-    "ft": fine_tuning,
+    **{f"defense {name}": defended(name) for name in defense.names()},
+    "sau, train mode": defended("sau", train_mode=True),
     "scores": scores,
     "preparation": preparation,
     "preparation that fails": preparation_that_fails,

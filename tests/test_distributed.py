@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import defense
 from utils import distributed
 from utils.runtime import ROOT
 
@@ -19,9 +20,7 @@ SCENES = (
     "wanet",
     "bpp",
     "inputaware",
-    "sau",
     "sau, train mode",
-    "ft",
     "scores",
     "preparation",
 )
@@ -57,10 +56,9 @@ def flat(value: Any) -> list[Any]:
     return [leaf for inner in value for leaf in flat(inner)] if isinstance(value, list) else [value]
 
 
-@pytest.mark.parametrize("scene", SCENES)
-def test_two_processes_are_one(found: dict[str, Any], scene: str) -> None:
-    """Losses of each step, weights and statistics after training, and counts, in float64."""
-    one, two = (flat(found[name][scene]) for name in ("one", "two"))
+def assert_close(one: Any, two: Any) -> None:
+    """The same numbers, at least three."""
+    one, two = flat(one), flat(two)
     assert len(one) == len(two)
     assert len(one) >= 3
     assert all(
@@ -68,11 +66,33 @@ def test_two_processes_are_one(found: dict[str, Any], scene: str) -> None:
     )
 
 
+@pytest.mark.parametrize("scene", SCENES)
+def test_two_processes_are_one(found: dict[str, Any], scene: str) -> None:
+    """Losses of each step, weights and statistics after training, and counts, in float64."""
+    assert_close(found["one"][scene], found["two"][scene])
+
+
 def test_the_scenes_train(found: dict[str, Any]) -> None:
     """Equal would also be what stands still."""
-    for name in ("supervised", "wanet", "bpp", "inputaware", "sau", "ft"):
+    for name in ("supervised", "wanet", "bpp", "inputaware", "sau, train mode"):
         steps = [step[0] for step in found["two"][name]["steps"]]
         assert len(set(steps)) == len(steps)
+
+
+@pytest.mark.parametrize("name", defense.names())
+def test_a_defense_gives_the_same_in_two_processes_or_is_refused(
+    found: dict[str, Any], name: str
+) -> None:
+    """Losses of each step, weights and statistics, in float64; or a line says what to do."""
+    one, two = (found[number][f"defense {name}"] for number in ("one", "two"))
+    assert "refused" not in one
+    if "refused" in two:
+        assert "start it without torchrun" in two["refused"]
+        assert len(two["refused"].splitlines()) == 1
+        return
+    assert_close(one, two)
+    losses = [step[0] for step in two["steps"]]
+    assert len(set(losses)) == len(losses)
 
 
 def test_what_is_cached_is_computed_once(found: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import attack
+import defense
 from benchmark import run
 from benchmark.grid import Cell, cells_of, read_grid
 from benchmark.narrow import build as narrow_network
@@ -95,13 +97,33 @@ def test_the_narrow_network_is_the_wide_one_with_a_quarter_of_its_channels(size:
 def test_the_digits_grid_has_every_attack_and_every_defense(tmp_path: Path) -> None:
     grid = read_grid(ROOT / "benchmark/grids/digits.yaml")
     scripts = {cell.script for cell in cells_of(grid, tmp_path)}
-    others = ("__init__", "base", "controlled", "external")
     assert scripts == {
-        f"{folder}/{path.name}"
-        for folder in ("attack", "defense")
-        for path in (ROOT / folder).glob("*.py")
-        if path.stem not in others
+        *(f"attack/{name}.py" for name in [*attack.names(), "prototype"]),
+        *(f"defense/{name}.py" for name in defense.names()),
     }
+
+
+def test_a_clean_model_is_not_given_to_what_looks_at_poison(tmp_path: Path) -> None:
+    """EP by its usual flags needs a poisoned set; its control on clean images does not."""
+    grid = read_grid(ROOT / "benchmark/grids/digits.yaml")
+    names = {cell.name for cell in cells_of(grid, tmp_path)}
+    clean = "digits-preactresnet18-prototype-s0"
+    assert f"{clean}/ep_clean" in names
+    assert f"{clean}/ep" not in names
+    assert "digits-preactresnet18-badnet-s0/ep" in names
+
+
+def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> None:
+    """CLP sees no images, so that it has no ratio; a flag that nobody takes is refused."""
+    path = tmp_path / "x.yaml"
+    text = "datasets: [digits]\nmodels: [preactresnet18]\nattacks: [badnet]\nseeds: [0]\n"
+    path.write_text(text + "defenses: [clp, ft]\ndefense_flags: {ratio: 0.2}\n")
+    cells = {cell.name.rpartition("/")[2]: cell for cell in cells_of(read_grid(path), tmp_path)}
+    assert cells["ft"].flags["ratio"] == 0.2
+    assert "ratio" not in cells["clp"].flags
+    path.write_text(text + "defenses: [clp, ft]\ndefense_flags: {raito: 0.2}\n")
+    with pytest.raises(UserError, match=r"defense_flags: raito: no defense .* mean ratio"):
+        cells_of(read_grid(path), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +142,7 @@ def test_the_digits_grid_has_every_attack_and_every_defense(tmp_path: Path) -> N
         (
             "script: sau",
             "script: soa",
-            r"defense/soa.py: there is no such script; defense has ft, sau",
+            r"defense/soa.py: there is no such script; defense has anp, clp, .*, sau",
         ),
         (
             "epochs: 2",

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import attack
+import defense
 import utils.images
 from tests.test_end_to_end import cache, run_script, workplace
 from utils.runtime import ROOT
@@ -129,12 +131,17 @@ def test_the_python_examples_run(
     monkeypatch.chdir(workplace)
     run = shortened(["--save_folder_name", "badnet_demo", "--overwrite"], workplace)
     assert run_script(ROOT / "attack/badnet.py", *run) == 0
-    _, api, record = blocks("python")
+    _, api, record, purified = blocks("python")
     names: dict[str, object] = {}
     exec(compile(api, "README.md", "exec"), names)
     assert names["purified"] is not names["model"]
     exec(compile(record, "README.md", "exec"), {})
     assert "preactresnet18 3 0" in capsys.readouterr().out
+    run = shortened(["--result_file", "badnet_demo", "--overwrite"], workplace)
+    assert run_script(ROOT / "defense/sau.py", *run) == 0
+    assert len([line for line in purified.splitlines() if line]) <= 3
+    exec(compile(purified, "README.md", "exec"), names)
+    assert names["purified"](torch.rand(2, 3, 16, 16)).shape == (2, 3)  # type: ignore[operator]
 
 
 def test_pictures_links_and_make_targets_exist() -> None:
@@ -147,12 +154,8 @@ def test_pictures_links_and_make_targets_exist() -> None:
 
 
 def test_the_scripts_of_the_methods_tables_are_all_there_are() -> None:
-    scripts = {
-        f"{folder}/{path.name}"
-        for folder in ("attack", "defense")
-        for path in (ROOT / folder).glob("*.py")
-        if path.stem not in ("__init__", "controlled", "external", "base")
-    }
+    scripts = {f"defense/{name}.py" for name in defense.names()}
+    scripts |= {f"attack/{name}.py" for name in [*attack.names(), "prototype"]}
     commands = re.findall(r"`python (attack/(\w+)\.py)(?: --save_folder_name (\w+)_demo)?`", README)
     assert all(record in (name, "") for _, name, record in commands)
     listed = {path for path, _, _ in commands}

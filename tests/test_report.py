@@ -106,6 +106,31 @@ def printed(table: Table, name: str, label: str) -> list[str]:
     return [tables.value_text(n, row) + f" {n.flags}".rstrip() for n in found if n]
 
 
+def test_what_a_defense_sees_is_marked_and_does_not_compete(tmp_path: Path) -> None:
+    """EP on the poisoned set leaves the least, and is not the best beside those on clean images."""
+    record = attack(tmp_path, "blended-0", 0.9, 1.0)
+    defense(record, "ep", 0.9, 0.0, 0.9, sees="poisoned")
+    defense(record, "clp", 0.8, 0.5, 0.4, sees="nothing")
+    defense(record, "sau", 0.8, 0.1, 0.8, sees="clean", purify_seconds=7.25)
+    defense(record, "ft", 0.8, 0.2, 0.8)  # of earlier versions, which had no other kind
+    table = the_table(tmp_path)
+    found = numbers(table, "blended")
+    flags = {label: found[label, "acc"].flags for label in ("ep", "clp", "sau", "ft")}
+    assert {label: set("np") & set(text) for label, text in flags.items()} == {
+        "ep": {"p"},
+        "clp": {"n"},
+        "sau": set(),
+        "ft": set(),
+    }
+    assert [label for label in flags if found[label, "asr"].is_best] == ["sau"]
+    legend = tables.legend([table.main])
+    assert any(line.startswith("p: the defense sees a part of the poisoned") for line in legend)
+    assert any(line.startswith("n: the defense sees no images") for line in legend)
+    rows = tables.runs_csv(table.runs)
+    assert "purify_seconds" in rows.splitlines()[0]
+    assert ",7.25," in rows
+
+
 def report(*flags: object) -> int:
     return run_script(ROOT / "benchmark/report.py", *flags)
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from attack import bpp, inputaware, prototype, wanet
-from defense import ft, sau
 from tests import processes
 from utils import pipeline
 from utils.errors import UserError
@@ -53,24 +52,12 @@ def controlled(module: Any, control: Any) -> Callable[[Loop], torch.nn.Module]:
     return run
 
 
-def unlearned(module: Any, **changes: Any) -> Callable[[Loop], torch.nn.Module]:
-    def run(loop: Loop) -> torch.nn.Module:
-        data = processes.random_data()
-        config = module.Config.load("digits", batch_size=12, n_rounds=3, **changes)
-        model = processes.network(data)
-        return module.purify(model, data.train.images, data.train.labels, config, loop)
-
-    return run
-
-
 RUNS: dict[str, Callable[[Loop], torch.nn.Module]] = {
     "supervised": lambda loop: supervised(loop, "one_cycle"),
     "plateau": lambda loop: supervised(loop, "reduce_on_plateau"),
     "wanet": controlled(wanet, wanet.WaNet),
     "bpp": controlled(bpp, bpp.Bpp),
     "inputaware": controlled(inputaware, inputaware.InputAware),
-    "sau": unlearned(sau, pgd_init="random"),
-    "ft": unlearned(ft, crop_padding=2, flip=True),
 }
 
 

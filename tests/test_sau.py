@@ -1,6 +1,7 @@
 """SAU against its literal transcription, hand-derived values, and its public promises."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -370,10 +371,72 @@ def test_bf16_unlearns_like_fp32() -> None:
     assert torch.cosine_similarity(moves["fp32"], moves["bf16"], dim=0) > 0.5
 
 
-def test_weight_decay_and_learning_rate_act() -> None:
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("wd", 0.1),
+        ("lr", 1e-3),
+        ("adam_beta_1", 0.8),
+        ("adam_beta_2", 0.6),
+        ("amsgrad", False),
+        ("random_seed", 1),
+        ("batch_size", 6),
+        ("lmd_1", 0.5),
+        ("lmd_2", 0.5),
+        ("lmd_3", 0.0),
+    ],
+)
+def test_each_flag_of_the_outer_step_acts(flag: str, value: float) -> None:
+    """Three batches of four; the two runs differ in this flag alone.
+
+    The second moment is short, so that it also falls, which AMSGrad does not follow.
+    """
     model = small_network(0, batch_norm=False)
     images, labels = problem(0)
-    base = purify(model, images, labels, Config.load(n_rounds=1))[0].weight
-    for change in ({"wd": 0.1}, {"lr": 1e-3}, {"adam_beta_1": 0.5}, {"random_seed": 1}):
-        other = purify(model, images, labels, Config.load(n_rounds=1, batch_size=4, **change))
-        assert not torch.equal(base, other[0].weight), change
+    config = Config.load(n_rounds=1, batch_size=4, adam_beta_2=0.5)
+    base, other = (
+        purify(model, images, labels, flags)
+        for flags in (config, dataclasses.replace(config, **{flag: value}))
+    )
+    assert not torch.equal(base[0].weight, other[0].weight)
+
+
+def test_the_inner_loop_goes_on_for_a_single_image() -> None:
+    """One image that moves in the fifth step, alone, and beside others that are shared by then.
+
+    To the last bit as where all images take part in every step.
+    """
+    model, reference = models(0, batch_norm=True)
+    images, labels = problem(0, count=24)
+    config = Config.load(adv_lr=0.1, adv_steps=5)
+
+    def perturbation(index: torch.Tensor, steps: int = 5) -> torch.Tensor:
+        flags = dataclasses.replace(config, adv_steps=steps)
+        return shared_perturbation(model, reference, images[index], labels[index], flags)
+
+    def does_not_move(index: torch.Tensor, first: int) -> torch.Tensor:
+        """Which images stay where they are after so many steps."""
+        return (perturbation(index, first) == perturbation(index)).flatten(1).all(1)
+
+    everything = torch.arange(24)
+    late = torch.nonzero(~does_not_move(everything, 4)).flatten()[:1]
+    early = torch.nonzero(does_not_move(everything, 3)).flatten()
+    assert len(late) == 1
+    assert len(early) >= 1
+    for index in (late, torch.cat([early, late])):
+        expected = oracle.perturbation(
+            model,
+            reference,
+            images[index],
+            labels[index],
+            norm="L_inf",
+            start="max",
+            bound=0.2,
+            step=0.1,
+            steps=5,
+            beta_1=config.beta_1,
+            beta_2=config.beta_2,
+            generator=torch.Generator(),
+        )
+        assert torch.equal(perturbation(index), expected)
+        assert not bool(does_not_move(index, 4)[-1])

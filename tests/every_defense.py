@@ -1,0 +1,89 @@
+"""Every defense, in a configuration that takes no time and still changes a small network.
+
+What a defense has is read off its `Config`, so that a new one needs no word here. One that would do
+nothing within a few passes gets values of its own in `SPECIAL`.
+"""
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+import defense
+from defense.base import DefenseConfig
+from models.parts import bare
+
+MOST = 3  # passes, epochs, steps and the like, where the shipped value is more
+
+# By field. Thresholds are such that something exceeds them, and what can be drawn is drawn.
+VALUES: dict[str, Any] = {
+    "batch_size": 16,
+    "eval_every": 1,
+    "nb_iter": 9,
+    "u": 0.5,
+    "mad_threshold": 0.0,
+    "acc_ratio": 0.5,
+    "pruning_number": 0.9,
+    "pgd_init": "random",
+    "crop_padding": 2,
+    "flip": True,
+}
+
+# By the name of a defense; they go over those above.
+SPECIAL: dict[str, dict[str, Any]] = {}
+
+
+def module(name: str) -> ModuleType:
+    """The module of a defense."""
+    return importlib.import_module(f"defense.{name}")
+
+
+def fields(config: type[DefenseConfig] | DefenseConfig) -> list[str]:
+    """The names of a configuration's values."""
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def of_the_method(config: DefenseConfig) -> dict[str, Any]:
+    """The values beside those that every defense has, which say where and how it runs."""
+    of_all = fields(DefenseConfig)
+    return {name: getattr(config, name) for name in fields(config) if name not in of_all}
+
+
+def last_convolution(model: nn.Module) -> str:
+    """The name of a network's last Conv2d."""
+    modules = bare(model).named_modules()
+    return [name for name, part in modules if isinstance(part, nn.Conv2d)][-1]
+
+
+def shortened(name: str, model: nn.Module, **changes: Any) -> DefenseConfig:
+    """The configuration of a defense for the digits, with few passes.
+
+    Args:
+        model: the network that it is for.
+        changes: more values; those of fields that the defense lacks are ignored.
+    """
+    config = module(name).Config.load("digits")
+    counts = {
+        field: min(value, MOST)
+        for field, value in of_the_method(config).items()
+        if type(value) is int  # a bool is no count
+    }
+    layer = {"target_layer_name": last_convolution(model)}
+    values = {**counts, **VALUES, **layer, **SPECIAL.get(name, {}), **changes}
+    known = {field: value for field, value in values.items() if field in fields(config)}
+    return module(name).Config.load("digits", **known)
+
+
+def cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name and changes by id: each defense once, or once for each way in which it selects."""
+
+    def ways(name: str) -> list[str | None]:
+        return ["val", "fixed"] if "selection" in fields(module(name).Config) else [None]
+
+    return {
+        f"{name}-{way}" if way else name: (name, {"selection": way} if way else {})
+        for name in defense.names()
+        for way in ways(name)
+    }

@@ -1,0 +1,694 @@
+"""What holds for every defense, present and future: the contract that `defense/base.py` states.
+
+Names come from `defense.names()`, flags from each `Config`; see `every_defense.py`. That several
+processes give what one gives is in `test_distributed.py`.
+"""
+
+import copy
+import functools
+import json
+import math
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import defense
+import models
+from defense import base
+from models import Classifier, prepare
+from models.changes import changes_of
+from models.parts import bare
+from models.userfile import build_user_model
+from tests.conftest import Picture
+from tests.every_defense import cases, fields, module, of_the_method, shortened
+from tests.processes import Small
+from tests.test_end_to_end import cache, run_script, trained, workplace
+from utils import pipeline, plot, record
+from utils.config import USER_FILES, read_yaml
+from utils.data import Dataset, Labelled
+from utils.errors import UserError
+from utils.evaluate import evaluate
+from utils.records.defense import load_defense
+from utils.runtime import ROOT
+from utils.tensors import load_tensors
+from utils.train import Loop
+
+__all__ = ["cache", "workplace"]  # fixtures
+
+CPU = torch.device("cpu")
+NAMES = defense.names()
+every_defense = pytest.mark.parametrize("name", NAMES)
+every_case = pytest.mark.parametrize(("name", "changes"), cases().values(), ids=cases())
+
+# Values with which a defense changes nothing, by a field that it may have.
+IDENTITIES: dict[str, dict[str, Any]] = {
+    "n_rounds": {"n_rounds": 0},
+    "nb_iter": {"nb_iter": 0, "selection": "fixed"},
+    "u": {"u": 1e9},
+    "mad_threshold": {"mad_threshold": 1e9},
+}
+
+# Values with which a defense is plain fine-tuning, by its name.
+EQUALS_FT: dict[str, dict[str, Any]] = {"ft_sam": {"rho": 0.0, "label_smoothing": 0.0}}
+
+# A user's network without BatchNorm, as a file.
+PLAIN = """
+from torch import nn
+
+
+class Plain(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, stride=2)
+        self.last = nn.Linear(8, classes)
+
+    def forward(self, images):
+        return self.last(self.second(self.first(images).relu()).relu().mean((2, 3)))
+
+
+def build(num_classes, image_size):
+    return Plain(num_classes)
+"""
+
+
+# --- a network, its images, and what comes of them -----------------------------------------------
+
+
+def bright_data() -> Dataset:
+    """37 training and 21 test images of four classes, 16 pixels, which differ in brightness."""
+    source = torch.Generator().manual_seed(5)
+
+    def split(count: int) -> Labelled:
+        labels = torch.arange(count) % 4
+        noise = torch.randint(0, 100, (count, 3, 16, 16), generator=source)
+        return Labelled((noise + 50 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
+
+    means, deviations = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
+    return Dataset("bright", split(37), split(21), ("a", "b", "c", "d"), means, deviations)
+
+
+@functools.cache
+def _fitted() -> Classifier:
+    data = bright_data()
+    torch.manual_seed(3)
+    model = Classifier(Small(4), data.mean, data.std).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.train.images / 255), data.train.labels).backward()
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def fitted(dtype: torch.dtype = torch.float32) -> Classifier:
+    """A small network with BatchNorm that has learned `bright_data`."""
+    return copy.deepcopy(_fitted()).to(dtype)
+
+
+def differences(one: Any, other: Any, where: str) -> list[str]:
+    """Where two nested values differ; tensors bit for bit and in their type, NaN equals NaN."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if list(one) != list(other):
+            return [f"{where}: {list(one)} and {list(other)}"]
+        return [text for key in one for text in differences(one[key], other[key], f"{where} {key}")]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        if len(one) != len(other):
+            return [f"{where}: {len(one)} and {len(other)} entries"]
+        pairs = enumerate(zip(one, other, strict=True))
+        return [text for i, (a, b) in pairs for text in differences(a, b, f"{where} {i}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        is_same = one.dtype == other.dtype and torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+    elif isinstance(one, float) and isinstance(other, float):
+        is_same = one == other or (math.isnan(one) and math.isnan(other))
+    else:
+        is_same = type(one) is type(other) and one == other
+    return [] if is_same else [f"{where}: {one} and {other}"]
+
+
+@dataclass
+class Outcome:
+    """What a defense gave.
+
+    Attributes:
+        model: the one that `purify` returned.
+        rounds: phase, number, total and mean losses of each round.
+        findings: as plain data and tensors.
+    """
+
+    model: nn.Module = field(default_factory=nn.Identity)
+    rounds: list[tuple[Any, ...]] = field(default_factory=list)
+    findings: dict[str, Any] = field(default_factory=dict)
+
+    def differs_from(self, other: "Outcome") -> list[str]:
+        """Where weights, losses or findings are not the same, bit for bit."""
+        return [
+            *differences(self.model.state_dict(), other.model.state_dict(), "weights"),
+            *differences(self.rounds, other.rounds, "rounds"),
+            *differences(self.findings, other.findings, "findings"),
+        ]
+
+
+def outcome(
+    name: str,
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: base.DefenseConfig,
+    after_batch: Callable[[Loop, int], None] | None = None,
+    resume: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """What `purify` gives, and what its loop was told.
+
+    Args:
+        after_batch: called with the loop, and the number of batches in the round.
+        resume: a snapshot of the loop.
+    """
+    result = Outcome()
+
+    def after_round(number: int, total: int, losses: dict[str, float], _: dict[str, Any]) -> None:
+        result.rounds.append((loop.phase, number, total, dict(losses)))
+
+    watch = None if after_batch is None else lambda batches: after_batch(loop, batches)
+    loop = Loop(after_round, watch, resume=resume)
+    result.model = module(name).purify(model, images, labels, config, loop)
+    result.findings = loop.findings.state_dict()
+    return result
+
+
+def on_bright(name: str, changes: Mapping[str, Any], **how: Any) -> Outcome:
+    """The outcome for the fitted network and those of its training images that a defense sees."""
+    data, model = bright_data(), fitted()
+    config = shortened(name, model, **changes)
+    seen = data.train.at(torch.arange(0 if config.sees == "nothing" else len(data.train)))
+    return outcome(name, model, seen.images, seen.labels, config, **how)
+
+
+def disturb() -> None:
+    """Moves the global generators."""
+    torch.rand(7)
+    np.random.rand(7)
+    random.random()
+
+
+# --- what stays as it was ------------------------------------------------------------------------
+
+
+def look(*_: Any) -> None:
+    """A hook of the user's."""
+
+
+def hooks(model: nn.Module) -> list[tuple[str, str, list[Any]]]:
+    """Layer or weight, kind and functions of all hooks but those with which torch saves."""
+    owners = [*model.named_modules(), *model.named_parameters()]
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    kinds += ("_post_accumulate_grad_hooks",)
+    hooked = [(name, kind, getattr(owner, kind, None)) for name, owner in owners for kind in kinds]
+    return [(name, kind, list(functions.values())) for name, kind, functions in hooked if functions]
+
+
+def everything_of(model: nn.Module) -> dict[str, Any]:
+    """What a defense must not change."""
+    modules, weights = dict(model.named_modules()), dict(model.named_parameters())
+    return {
+        "state": {name: value.clone() for name, value in model.state_dict().items()},
+        "gradients": {name: weight.grad for name, weight in weights.items()},
+        "learns": {name: weight.requires_grad for name, weight in weights.items()},
+        "modes": {name: part.training for name, part in modules.items()},
+        "types": {name: type(part) for name, part in modules.items()},
+        "attributes": {name: sorted(vars(part)) for name, part in modules.items()},
+        "hooks": hooks(model),
+    }
+
+
+def name_in(result: nn.Module, weight: str) -> str:
+    """What a weight is called once a defense has put a part before the layer that it is in."""
+    for change in changes_of(result):
+        prefix = f"{change['layer']}."
+        if weight.startswith(prefix):
+            return f"{prefix}layer.{weight.removeprefix(prefix)}"
+    return weight
+
+
+@every_case
+def test_the_model_and_the_images_stay_as_they_were(name: str, changes: dict[str, Any]) -> None:
+    """A user's own module in mixed modes, with a frozen weight and a hook: nothing of it moves.
+
+    The result is in eval mode, trains what the model trained, shares no memory with it, and has no
+    hooks but those that came with the copy.
+    """
+    data, model = bright_data(), fitted().network.train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    model[2].register_forward_hook(look)
+    images, labels = data.train.images.clone(), data.train.labels.clone()
+    before = everything_of(model)
+    result = outcome(name, model, images, labels, shortened(name, model, **changes)).model
+    assert differences(before, everything_of(model), "model") == []
+    assert torch.equal(images, data.train.images)
+    assert torch.equal(labels, data.train.labels)
+
+    assert [layer for layer, part in result.named_modules() if part.training] == []
+    assert [functions for _, _, functions in hooks(result)] == [[look]]
+    weights = dict(result.named_parameters())
+    for weight, learns in before["learns"].items():
+        assert weights[name_in(result, weight)].requires_grad == learns, weight
+    memory = {value.data_ptr() for value in model.state_dict().values()}
+    assert not memory & {value.data_ptr() for value in result.state_dict().values()}
+
+
+@every_case
+def test_the_model_changes_here(name: str, changes: dict[str, Any]) -> None:
+    """Else what is equal in these tests would also be what stands still."""
+    result = on_bright(name, changes).model
+    assert differences(fitted().state_dict(), result.state_dict(), "weights") != []
+
+
+# --- same seed, same images, same bits -----------------------------------------------------------
+
+
+@every_case
+def test_the_same_seed_gives_the_same_bits(name: str, changes: dict[str, Any]) -> None:
+    """Weights, losses and findings, whatever was drawn from the global generators meanwhile."""
+    first = on_bright(name, changes)
+    disturb()
+    assert on_bright(name, changes).differs_from(first) == []
+
+
+@every_case
+def test_bytes_and_floats_are_the_same_images(name: str, changes: dict[str, Any]) -> None:
+    """uint8, and the same over 255; in float64, since their order in memory is not the same."""
+    data, model = bright_data(), fitted(torch.float64)
+    config = shortened(name, model, **changes)
+    state, other = (
+        outcome(name, model, images, data.train.labels, config).model.state_dict()
+        for images in (data.train.images, data.train.images.float() / 255)
+    )
+    assert state.keys() == other.keys()
+    for key, value in state.items():
+        assert torch.allclose(value.double(), other[key].double(), rtol=0, atol=1e-6), key
+
+
+@every_case
+def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
+    tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    """Cut after the first batch of each phase, and around the end of its first round.
+
+    Only a defense without any step of an optimizer may do without batches.
+    """
+    whole = on_bright(name, changes)
+    snapshots: dict[tuple[str, int, int], Path] = {}
+    steps: list[None] = []
+
+    def keep(loop: Loop, batches: int) -> None:
+        number, batch = loop.position
+        if (number, batch) in ((1, 1), (1, batches), (2, 1)):
+            path = tmp_path / f"{len(snapshots)}.pt"
+            torch.save(loop.snapshot(), path)
+            snapshots[loop.phase, number, batch] = path
+
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(None))
+    try:
+        watched = on_bright(name, changes, after_batch=keep)
+    finally:
+        hook.remove()
+    assert watched.differs_from(whole) == []
+    begun = [(phase, number) for phase, number, *_ in whole.rounds]
+    phases = {phase for phase, _ in begun} if steps else set()
+    assert {phase for phase, _, _ in snapshots} == phases
+    for (phase, number, batch), path in snapshots.items():
+        disturb()
+        snapshot = load_tensors(path)
+        resumed = on_bright(name, changes, after_batch=lambda *_: None, resume=snapshot)
+        rest = replace(whole, rounds=whole.rounds[begun.index((phase, number)) :])
+        cut = f"cut in phase {phase!r}, round {number}, after batch {batch}"
+        assert resumed.differs_from(rest) == [], cut
+
+
+# --- networks that lack something ----------------------------------------------------------------
+
+
+class Noting(Loop):
+    """A loop that notes the rounds that begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[tuple[str, int]] = []
+
+    def rounds(self, *arguments: Any, **named: Any) -> Iterator[int]:
+        for number in super().rounds(*arguments, **named):
+            self.begun.append((self.phase, number))
+            yield number
+
+
+@every_defense
+def test_a_network_without_batchnorm_works_or_is_refused_in_one_line(
+    tmp_path: Path, name: str
+) -> None:
+    """Refused before a round begins, by a line that names what it lacks; it stays as it was."""
+    (tmp_path / "plain.py").write_text(PLAIN, encoding="utf-8")
+    torch.manual_seed(3)
+    data, model = bright_data(), build_user_model(f"{tmp_path / 'plain.py'}:build", 4, 16)
+    before, loop, refused = everything_of(model), Noting(), None
+    config = shortened(name, model)
+    try:
+        result = module(name).purify(model, data.train.images, data.train.labels, config, loop)
+        assert result(data.test.images / 255).shape == (21, 4)
+    except UserError as error:
+        refused = str(error)
+    assert (refused is None) == bool(loop.begun)
+    assert refused is None or ("BatchNorm" in refused and len(refused.splitlines()) == 1)
+    assert differences(before, everything_of(model), "model") == []
+
+
+# --- configurations that change nothing ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        pytest.param(name, values, id=f"{name}-{given}")
+        for name in NAMES
+        for given, values in IDENTITIES.items()
+        if given in fields(module(name).Config)
+    ],
+)
+def test_the_identity_gives_the_model_bit_for_bit(name: str, values: dict[str, Any]) -> None:
+    """Without rounds, or with a threshold that nothing exceeds: weights, buffers and logits."""
+    data, model = bright_data(), fitted()
+    result = on_bright(name, values).model
+    assert differences(model.state_dict(), result.state_dict(), "weights") == []
+    images = data.test.images / 255
+    assert torch.equal(model(images), result(images))
+
+
+@pytest.mark.parametrize(("name", "values"), EQUALS_FT.items())
+def test_what_is_plain_fine_tuning_equals_ft_bit_for_bit(name: str, values: dict[str, Any]) -> None:
+    """With the schedule of FT, crops and mirrored images."""
+    schedule = {"lr_scheduler": "cosine"}
+    assert on_bright(name, {**schedule, **values}).differs_from(on_bright("ft", schedule)) == []
+
+
+# --- what is said of it --------------------------------------------------------------------------
+
+
+@every_defense
+def test_help_shows_the_flags_that_act_by_what_they_are_for(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fields of its `Config`, each below the first line of the class that brings it in."""
+    config = module(name).Config
+    assert run_script(ROOT / f"defense/{name}.py", "--help") == 0
+    text, title, shown = capsys.readouterr().out, "", {}
+    for line in text[text.index("\nflags, with") :].splitlines()[2:]:
+        if line.startswith("  --"):
+            shown[line.split()[0].removeprefix("--")] = title
+        elif line and not line.startswith(" "):
+            title = line
+    expected = dict.fromkeys(USER_FILES, "Your own files")
+    for flag in fields(config):
+        bringing = [
+            part for part in config.__mro__ if flag in vars(part).get("__annotations__", ())
+        ]
+        origin = bringing[-1]
+        docstring = "This method." if origin is config else str(origin.__doc__)
+        expected[flag] = docstring.splitlines()[0].rstrip(".")
+    assert shown == expected
+
+
+@every_defense
+def test_what_it_sees_is_what_its_bases_say(name: str) -> None:
+    """One kind of images, or none; who sees none has no flag that would choose some."""
+    config = module(name).Config.load()
+    assert config.sees in get_args(base.Sees)
+    if isinstance(config, base.PoisonedData):
+        kinds = ("poisoned", "clean")
+        assert tuple(replace(config, data=kind).sees for kind in kinds) == kinds
+    elif isinstance(config, base.CleanData):
+        assert config.sees == "clean"
+    else:
+        assert config.sees == "nothing"
+        assert not {"ratio", "index", "batch_size"} & {*fields(config)}
+
+
+# --- scripts -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts' usual network becomes a small one."""
+    monkeypatch.setitem(models.CONSTRUCTORS, "preactresnet18", Small)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures become ones that take no time."""
+    for drawing in ("curves", "image_grid"):
+        monkeypatch.setattr(plot, drawing, lambda *_: Picture())
+
+
+@pytest.fixture(scope="module")
+def attacked(workplace: Path) -> Path:
+    """The record of an attack."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.CONSTRUCTORS, "preactresnet18", Small)
+        return trained(workplace, "attacked", patch)
+
+
+def script_flags(attack: record.AttackRecord, name: str, model: nn.Module) -> list[str]:
+    """The flags of a shortened run on a record."""
+    values: dict[str, Any] = of_the_method(shortened(name, model, ratio=0.5, batch_size=9))
+    values |= {"result_file": attack.folder, "device": "cpu", "precision": "fp32"}
+    texts = {
+        flag: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        for flag, value in values.items()
+    }
+    return [part for flag, text in texts.items() for part in (f"--{flag}", text)]
+
+
+@dataclass(frozen=True)
+class Purified:
+    """What the script of the defense `name` left in `folder`, beside the record of `attack`."""
+
+    name: str
+    folder: Path
+    attack: record.AttackRecord
+    config: base.DefenseConfig
+
+    def again(self) -> Outcome:
+        """The same by hand, from the images that the defense may see."""
+        given = base.seen_images(self.config, self.attack, self.attack.load_dataset())
+        model = prepare(self.attack.build(), CPU, "fp32")
+        return outcome(self.name, model, given.images, given.labels, self.config)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of a defense's result, as they are stored."""
+    return load_tensors(folder / "defense_result.pt")["model"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def purified(request: pytest.FixtureRequest, attacked: Path) -> Purified:
+    """A finished run of a defense's script."""
+    name = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.CONSTRUCTORS, "preactresnet18", Small)
+        attack = record.load_attack(attacked)
+        flags = script_flags(attack, name, attack.build())
+        assert run_script(ROOT / f"defense/{name}.py", *flags) == 0
+    folder = attacked / "defense" / name
+    config = module(name).Config.load(**read_yaml(folder / "config.yaml"))
+    return Purified(name, folder, attack, config)
+
+
+def test_the_script_leaves_what_purify_gives(purified: Purified) -> None:
+    """`load_defense` makes the same model: weights, and logits of every test image.
+
+    It is in eval mode, and not the model before.
+    """
+    again, loaded = purified.again().model, load_defense(purified.folder)
+    assert differences(bare(loaded).state_dict(), bare(again).state_dict(), "weights") == []
+    assert differences(bare(loaded).state_dict(), purified.attack.state, "weights") != []
+    assert [layer for layer, part in loaded.named_modules() if part.training] == []
+    prepare(loaded, CPU, "fp32")  # the same order in memory
+    for images in (purified.attack.load_dataset().test.images, purified.attack.triggered.images):
+        assert torch.equal(loaded(images / 255), again(images / 255))
+
+
+def test_the_summary_tells_the_scores_of_the_model_that_is_saved(purified: Purified) -> None:
+    """Those of `load_defense` after and of the record before, with their counts, and DER.
+
+    `metrics.csv` begins with the scores before and ends with those after.
+    """
+    summary, attack = summary_of(purified.folder), purified.attack
+    test = attack.load_dataset().test
+    before, after = (
+        evaluate(model, test, attack.triggered, CPU)
+        for model in (attack.build(), load_defense(purified.folder))
+    )
+    assert summary["before"] == before.counts()
+    assert summary["after"] == after.counts()
+    drop = {rate: before.values()[rate] - after.values()[rate] for rate in ("acc", "asr")}
+    assert summary["der"] == (max(0, drop["asr"]) - max(0, drop["acc"]) + 1) / 2
+    metrics = pd.read_csv(purified.folder / "metrics.csv")
+    assert metrics["round"].iloc[0] == 0
+    for rate in before.values():
+        assert metrics[rate].iloc[0] == before.values()[rate]
+        assert metrics[rate].iloc[-1] == after.values()[rate]
+
+
+def test_the_summary_tells_what_was_seen_and_how_long_it_took(purified: Purified) -> None:
+    """The kind and number of images, whose indices stand in a file of that kind."""
+    summary, config, attack = summary_of(purified.folder), purified.config, purified.attack
+    assert summary["defense"] == purified.name
+    assert summary["attack_sha256"] == attack.sha256
+    assert summary["rounds"] == getattr(config, "n_rounds", None)
+    index = base.seen_images(config, attack, attack.load_dataset()).index
+    assert len(index) == (0 if config.sees == "nothing" else 18)  # half of 36
+    assert summary["sees"] == config.sees
+    assert summary["seen_images"] == len(index)
+    assert summary["clean_images"] == (len(index) if config.sees == "clean" else 0)
+    if config.sees != "nothing":
+        lines = (purified.folder / f"{config.sees}_index.txt").read_text().split()
+        assert [int(line) for line in lines] == index.tolist()
+    assert 0 <= summary["purify_seconds"] <= summary["seconds"] + 0.06  # both are rounded
+
+
+def test_the_script_leaves_these_files_and_no_others(purified: Purified) -> None:
+    """Those of every defense, the list of its images, and one for each picture and table found.
+
+    `phases.csv` has the rounds of the phases before the main one, if there are any.
+    """
+    again, folder = purified.again(), purified.folder
+    main = [number for phase, number, *_ in again.rounds if not phase]
+    earlier = [(phase, number) for phase, number, *_ in again.rounds if phase]
+    expected = ["config.yaml", "defense_result.pt", "metrics.csv", "summary.json", "log.txt"]
+    expected += ["curves.png", "before_after.png"]
+    if purified.config.sees != "nothing":
+        expected.append(f"{purified.config.sees}_index.txt")
+    if earlier:
+        expected.append("phases.csv")
+    expected += [f"{picture}.png" for picture in again.findings["pictures"]]
+    expected += [f"{table}.csv" for table, rows in again.findings["tables"].items() if rows]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(expected)
+    assert summary_of(folder).get("findings", {}) == again.findings["facts"]
+    assert pd.read_csv(folder / "metrics.csv")["round"].tolist() == [0, *main]
+    if earlier:
+        phases = pd.read_csv(folder / "phases.csv")
+        assert [*zip(phases["phase"], phases["round"], strict=True)] == earlier
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_test_sets_of_noise_change_no_weight(
+    purified: Purified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other test images, triggers and labels: other scores, and the same weights bit for bit."""
+    source = torch.Generator().manual_seed(1)
+
+    def noise(images: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=source)
+
+    attack, data = purified.attack, purified.attack.load_dataset()
+    test = Labelled(noise(data.test.images), data.test.labels.flip(0))
+    triggered = replace(attack.triggered, images=noise(attack.triggered.images))
+    monkeypatch.setattr(type(attack), "load_dataset", lambda *_: replace(data, test=test))
+    monkeypatch.setattr(record, "load_attack", lambda _: replace(attack, triggered=triggered))
+    config = replace(purified.config, save_folder_name=f"{purified.name}-noise")
+    folder = base.defend(config, purified.name, module(purified.name).purify).path
+    assert differences(weights_of(folder), weights_of(purified.folder), "weights") == []
+    summary = summary_of(folder)
+    assert summary["after"] == evaluate(load_defense(folder), test, triggered, CPU).counts()
+    assert summary["before"] != summary_of(purified.folder)["before"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_script_that_is_stopped_in_each_phase_goes_on(
+    purified: Purified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM comes in the first batch of each phase, and --resume follows each time.
+
+    Weights, tables and findings are those of the run in one go.
+    """
+    stopped: list[str] = []
+    asked: list[int] = []
+    after_batch = pipeline.Watch._after_batch
+
+    def ask(watch: pipeline.Watch, batches: int) -> None:
+        loop = watch._loop
+        if loop.position == (1, 1) and loop.phase not in stopped:
+            stopped.append(loop.phase)
+            asked.append(signal.SIGTERM)
+        after_batch(watch, batches)
+
+    monkeypatch.setattr(pipeline.Watch, "_after_batch", ask)
+    monkeypatch.setattr(pipeline, "stop_signal", lambda: asked[0] if asked else None)
+    folder = purified.folder.with_name(f"{purified.name}-stopped")
+    flags = script_flags(purified.attack, purified.name, purified.attack.build())
+    flags += ["--save_folder_name", folder.name]
+    script = ROOT / f"defense/{purified.name}.py"
+    code = run_script(script, *flags)
+    while code == 128 + signal.SIGTERM:
+        asked.clear()
+        disturb()
+        code = run_script(script, *flags, "--resume")
+    assert code == 0
+    phases = [phase for phase, *_ in purified.again().rounds]
+    assert stopped in ([], [*dict.fromkeys(phases)])
+
+    assert differences(weights_of(folder), weights_of(purified.folder), "weights") == []
+    for path in purified.folder.glob("*.csv"):
+        tables = (pd.read_csv(place / path.name) for place in (folder, purified.folder))
+        rows, expected = (table.drop(columns="seconds", errors="ignore") for table in tables)
+        assert rows.equals(expected), path.name
+    summary, whole = summary_of(folder), summary_of(purified.folder)
+    for key in ("before", "after", "findings", "verdict", "warnings"):
+        assert summary.get(key) == whole.get(key), key
+
+
+@pytest.fixture(scope="module")
+def plain_record(workplace: Path) -> tuple[Path, str]:
+    """The record of a user's network without BatchNorm, and the `--model` that it takes."""
+    (workplace / "plain.py").write_text(PLAIN, encoding="utf-8")
+    model = f"{workplace / 'plain.py'}:build"
+    with pytest.MonkeyPatch.context() as patch:
+        return trained(workplace, "plain", patch, model=model), model
+
+
+@every_defense
+@pytest.mark.usefixtures("no_pictures")
+def test_a_script_on_a_network_without_batchnorm_works_or_says_one_line(
+    name: str, plain_record: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network is made by a user's file. Its result loads again, or there is none."""
+    record_folder, model = plain_record
+    attack = record.load_attack(record_folder)
+    flags = script_flags(attack, name, attack.build(model))
+    code = run_script(ROOT / f"defense/{name}.py", *flags, "--model", model)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    folder = record_folder / "defense" / name
+    if code == 0:
+        test = attack.load_dataset().test
+        scores = evaluate(load_defense(folder, model), test, attack.triggered, CPU)
+        assert summary_of(folder)["after"] == scores.counts()
+    else:
+        assert code == 2
+        assert len(errors) == 1
+        assert "BatchNorm" in errors[0]
+        left = {path.name for path in folder.iterdir()}
+        assert not left & {"defense_result.pt", "summary.json", "checkpoint.pt"}

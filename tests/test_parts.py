@@ -1,0 +1,463 @@
+"""Parts of networks by name: heads, BatchNorm layers, convolutions, features, channels."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from models import Classifier, build_model
+from models.batchnorm import BatchNorm2d
+from models.parts import (
+    bare,
+    convolutions_before,
+    head,
+    keeping_statistics,
+    layer,
+    named_channels,
+    norms,
+    recording,
+    running_norms,
+    scaled,
+    silenced,
+)
+from models.preactresnet import PreActResNet
+from tests.networks import ConvNet, conv_net, copied, differing, problem
+from utils import distributed
+from utils.errors import UserError
+
+
+def classifier(network: nn.Module) -> Classifier:
+    """Normalization to (x - 0.5) / 0.25 before a network of double precision."""
+    return Classifier(network, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).double().eval()
+
+
+def without_norms() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 4)).double()
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# the bare network
+
+
+def test_the_bare_network_of_a_classifier_and_of_any_other_module() -> None:
+    network = conv_net()
+    assert bare(network) is network
+    assert bare(classifier(network)) is network
+
+
+# head
+
+
+@pytest.mark.parametrize(
+    ("model", "network_size", "name", "features"),
+    [
+        ("preactresnet18", None, "linear", 512),
+        ("resnet18", None, "fc", 512),
+        ("vgg19_bn", None, "classifier.0", 25_088),
+        ("vit_b_16", None, "heads.head", 768),
+        ("resnet18", 64, "1.fc", 512),
+        ("vit_b_16", 224, "1.heads.head", 768),
+    ],
+)
+def test_the_head_is_the_first_linear_layer_of_the_last_part(
+    model: str, network_size: int | None, name: str, features: int
+) -> None:
+    """VGG's features are 512 x 7 x 7 = 25,088; its other two linear layers come later."""
+    with torch.device("meta"):
+        network = build_model(model, 10, network_size=network_size)
+    found, module = head(network)
+    assert found == name
+    assert module is network.network.get_submodule(name)
+    assert module.in_features == features
+
+
+def test_the_head_of_a_plain_module() -> None:
+    """A sequence of two whose first part is no Resize is not looked through."""
+    network = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), nn.Linear(5, 3))
+    assert head(network) == ("1", network[1])
+    linear = nn.Linear(12, 3)
+    assert head(linear) == ("", linear)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 4, 1)),  # its linear layer is not in the last
+        nn.Conv2d(3, 4, 1),
+    ],
+)
+def test_a_network_without_a_head_is_refused_in_a_line(network: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]*last part has no linear layer[^\n]*$"):
+        head(network)
+
+
+# layer
+
+
+def test_a_layer_by_its_name_in_the_bare_network() -> None:
+    network = conv_net()
+    assert layer(network, "bn2", "--flag") is network.bn2
+    assert layer(classifier(network), "bn2", "--flag") is network.bn2
+
+
+def test_an_unknown_layer_names_its_flag_and_the_nearest_one() -> None:
+    with pytest.raises(UserError, match=r"^--flag: bn3 is no layer[^\n]*did you mean bn\d[^\n]*$"):
+        layer(conv_net(), "bn3", "--flag")
+
+
+def test_an_unknown_layer_far_from_all_names_the_last_convolutions() -> None:
+    with pytest.raises(UserError, match=r"^--flag: xyz is no layer[^\n]*conv1, conv2$"):
+        layer(conv_net(), "xyz", "--flag")
+    with pytest.raises(UserError, match=r"^--flag: xyz is no layer[^\n]*own$"):
+        layer(nn.Sequential(nn.Linear(3, 3)), "xyz", "--flag")
+
+
+def test_the_whole_network_is_no_layer() -> None:
+    with pytest.raises(UserError, match="--flag: "):
+        layer(conv_net(), "", "--flag")
+
+
+# norms
+
+
+class Norms(nn.Module):
+    """Layers of which two are BatchNorm2d with weights, and one of these keeps statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False))
+        self.a = BatchNorm2d(3, track_running_stats=False)
+        self.flat = nn.BatchNorm1d(3)
+        self.group = nn.GroupNorm(1, 3)
+
+
+def test_norms_are_batchnorm_of_maps_with_weights_in_the_order_of_registration() -> None:
+    network = Norms()
+    assert list(norms(network)) == ["z.0", "a"]  # a subclass counts, too
+    assert norms(network)["z.0"] is network.z[0]
+    assert list(norms(Classifier(network, (0.5,), (0.5,)))) == ["z.0", "a"]
+
+
+def test_running_norms_keep_statistics() -> None:
+    network = Norms()
+    assert running_norms(network) == {"z.0": network.z[0]}
+
+
+def test_a_network_without_batchnorm_is_refused_in_a_line() -> None:
+    for ask in (norms, running_norms):
+        with pytest.raises(UserError, match=r"^[^\n]*BatchNorm2d[^\n]*has none[^\n]*$"):
+            ask(without_norms())
+    lone = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(UserError, match=r"^[^\n]*running statistics of BatchNorm[^\n]*$"):
+        running_norms(lone)
+
+
+# convolutions_before
+
+
+class Odd(nn.Module):
+    """A BatchNorm before any convolution, one behind a sum, one of another width, one direct."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(3)
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.summed = nn.BatchNorm2d(4)
+        self.wide = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 5, 1)
+        self.direct = nn.BatchNorm2d(5)
+        self.forgetful = nn.BatchNorm2d(5, track_running_stats=False)
+        self.linear = nn.Linear(5, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.conv1(self.first(images))
+        features = self.summed(features + 1)
+        features = self.direct(self.conv2(self.wide(torch.cat([features, features], 1))))
+        return self.linear(self.forgetful(features).mean(dim=(2, 3)))
+
+
+def test_the_convolution_before_by_order() -> None:
+    """`first` comes before any, `wide` has 8 channels where the last convolution gives 4."""
+    network = Odd()
+    pairs = convolutions_before(network, "order", (3, 8, 8))
+    assert pairs == {"summed": network.conv1, "direct": network.conv2}
+
+
+def test_the_convolution_before_directly() -> None:
+    """Only `direct` takes the very output of a convolution."""
+    network = Odd().train()
+    network.summed.eval()
+    pairs = convolutions_before(network, "direct", (3, 8, 8))
+    assert pairs == {"direct": network.conv2}
+    assert network.direct.training
+    assert not network.summed.training
+    assert hooks(network) == 0
+    assert float(network.direct.num_batches_tracked) == 0
+
+
+def test_a_network_without_a_pair_is_refused_in_a_line() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
+    for pairs in ("order", "direct"):
+        with pytest.raises(UserError, match=r"^[^\n]*no such pair[^\n]*$"):
+            convolutions_before(network, pairs, (3, 8, 8))
+        with pytest.raises(UserError, match="BatchNorm2d"):
+            convolutions_before(without_norms(), pairs, (3, 8, 8))
+
+
+# recording
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_recording_keeps_what_goes_in_and_what_comes_out(wrapped: bool) -> None:
+    network = conv_net()
+    model = classifier(network) if wrapped else network
+    images, _ = problem()
+    entering = (images - 0.5) / 0.25 if wrapped else images
+    with torch.no_grad():
+        maps = network.conv1(entering)
+        with recording(model, ["bn1", "linear"]) as outputs:
+            logits = model(images)
+        with recording(model, ["bn1"], of="input") as inputs:
+            model(images)
+    assert list(outputs) == ["bn1", "linear"]
+    assert torch.equal(outputs["linear"], logits)
+    assert torch.equal(outputs["bn1"], network.bn1(maps))
+    assert list(inputs) == ["bn1"]
+    assert torch.equal(inputs["bn1"], maps)
+
+
+def test_recording_keeps_the_last_call_alone() -> None:
+    network = conv_net()
+    with torch.no_grad(), recording(network, ["linear"]) as features:
+        assert features == {}
+        for seed in (0, 1):
+            logits = network(problem(seed)[0])
+            assert torch.equal(features["linear"], logits)
+
+
+def test_recording_leaves_the_gradient_of_a_feature() -> None:
+    network = conv_net()
+    with recording(network, ["bn1"]) as features:
+        network(problem()[0])
+    assert features["bn1"].requires_grad
+
+
+def test_recording_removes_its_hooks_at_the_end_and_on_an_error() -> None:
+    network = conv_net()
+    with recording(network, ["conv1", "bn1"]):
+        assert hooks(network) == 2
+    assert hooks(network) == 0
+    with pytest.raises(ZeroDivisionError), recording(network, ["conv1", "bn1"]):
+        raise ZeroDivisionError
+    assert hooks(network) == 0
+
+
+def test_recording_of_an_unknown_layer_leaves_no_hook() -> None:
+    network = conv_net()
+    with pytest.raises(KeyError), recording(network, ["conv1", "nothing"]):
+        pass
+    assert hooks(network) == 0
+
+
+# scaled
+
+
+def factors(network: ConvNet, seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {name: torch.rand_like(norm.weight) for name, norm in norms(network).items()}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("has_shifts", [False, True])
+def test_scaled_weights_make_the_network_with_changed_weights(
+    wrapped: bool, is_training: bool, has_shifts: bool
+) -> None:
+    network = conv_net()
+    model = classifier(network) if wrapped else network
+    scales, shifts = factors(network, 0), factors(network, 1)
+    changed = copy.deepcopy(model).train(is_training)
+    for name, norm in norms(changed).items():
+        norm.weight.data *= scales[name]
+        if has_shifts:
+            norm.bias.data *= shifts[name]
+    before = copied(model.state_dict())
+    model.train(is_training)
+    images, _ = problem()
+    parameters = scaled(model, scales, shifts if has_shifts else None)
+    with torch.no_grad():
+        assert torch.equal(functional_call(model, parameters, (images,)), changed(images))
+    kept = {name: value for name, value in model.state_dict().items() if "running" not in name}
+    assert [n for n, v in kept.items() if not torch.equal(v, before[n]) and "num" not in n] == []
+
+
+def test_scaled_takes_some_of_the_layers() -> None:
+    """One factor of 0 on a layer's only used channel changes that layer alone."""
+    network = conv_net()
+    parameters = scaled(network, {"bn2": torch.zeros(8, dtype=torch.float64)})
+    assert list(parameters) == ["bn2.weight"]
+    assert parameters["bn2.weight"].tolist() == [0.0] * 8
+
+
+def test_the_gradient_of_a_scale_is_gamma_times_that_of_the_weight() -> None:
+    """The layer sees gamma m, so dL/dm = gamma dL/d(gamma m)."""
+    network = conv_net()
+    images, labels = problem()
+    scales = {name: value.requires_grad_() for name, value in factors(network, 0).items()}
+    logits = functional_call(network, scaled(network, scales), (images,))
+    nn.functional.cross_entropy(logits, labels).backward()
+    changed = copy.deepcopy(network)
+    for name, norm in norms(changed).items():
+        norm.weight.data *= scales[name].detach()
+    changed.zero_grad()
+    nn.functional.cross_entropy(changed(images), labels).backward()
+    for name, norm in norms(network).items():
+        expected = norm.weight * norms(changed)[name].weight.grad
+        assert torch.allclose(scales[name].grad, expected, rtol=1e-12, atol=0)
+        assert bool(expected.abs().max() > 0)
+
+
+# silenced
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_silenced_channel_gives_a_constant(with_bias: bool) -> None:
+    """Its scale is 0, so it gives its shift, or 0 with the bias, for each image and pixel."""
+    network = conv_net()
+    network.bn1.bias.data[2] = 0.5
+    chosen = torch.zeros(6, dtype=torch.bool)
+    chosen[2] = True
+    quiet = silenced(network, {"bn1": chosen}, with_bias)
+    with torch.no_grad(), recording(quiet, ["bn1"]) as features:
+        quiet(problem()[0])
+    assert features["bn1"][:, 2].unique().tolist() == [0.0 if with_bias else 0.5]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_silenced_leaves_all_else_bit_for_bit(with_bias: bool, wrapped: bool) -> None:
+    network = conv_net()
+    model = (classifier(network) if wrapped else network).train()
+    before = copied(model.state_dict())
+    chosen = torch.tensor([True, False] * 4)
+    quiet = silenced(model, {"bn2": chosen}, with_bias)
+    assert not any(module.training for module in quiet.modules())
+    assert all(module.training for module in model.modules())
+    assert differing(model.state_dict(), before) == []
+    prefix = "network." if wrapped else ""
+    moved = ["bn2.weight", "bn2.bias"] if with_bias else ["bn2.weight"]
+    assert differing(quiet.state_dict(), before) == [f"{prefix}{name}" for name in moved]
+    for name in moved:
+        value = before[prefix + name].clone()
+        value[chosen] = 0
+        assert torch.equal(quiet.state_dict()[prefix + name], value)
+    assert [w.requires_grad for w in quiet.parameters()] == [True] * len(list(model.parameters()))
+
+
+def test_silencing_nothing_is_a_copy() -> None:
+    network = conv_net()
+    for channels in ({}, {"bn1": torch.zeros(6, dtype=torch.bool)}):
+        quiet = silenced(network, channels, with_bias=True)
+        assert differing(quiet.state_dict(), network.state_dict()) == []
+        assert quiet.bn1.weight.data_ptr() != network.bn1.weight.data_ptr()
+
+
+# named_channels
+
+
+def test_the_chosen_channels_as_rows_of_a_table() -> None:
+    chosen = {"a.bn": torch.tensor([False, True, True]), "b": torch.tensor([False])}
+    assert named_channels({**chosen, "c": torch.tensor([True])}) == [
+        {"layer": "a.bn", "channel": 1},
+        {"layer": "a.bn", "channel": 2},
+        {"layer": "c", "channel": 0},
+    ]
+
+
+# keeping_statistics
+
+
+def test_batchnorm_uses_the_batch_s_statistics_and_keeps_its_own() -> None:
+    network = conv_net().train()
+    images, _ = problem()
+    other = copy.deepcopy(network)
+    before = copied(network.state_dict())
+    with torch.no_grad():
+        with keeping_statistics(network):
+            logits = network(images)
+        expected = other(images)
+        in_eval_mode = other.eval()(images)
+    assert differing(network.state_dict(), before) == []
+    assert torch.equal(logits, expected)
+    assert not torch.allclose(logits, in_eval_mode)
+    with torch.no_grad():  # and outside they move again
+        network(images)
+    assert differing(network.state_dict(), before) == [
+        f"{name}.{part}"
+        for name in ("bn1", "bn2")
+        for part in ("running_mean", "running_var", "num_batches_tracked")
+    ]
+
+
+def test_eval_mode_stays_eval_mode_where_statistics_are_kept() -> None:
+    network = conv_net()
+    images, _ = problem()
+    with torch.no_grad(), keeping_statistics(network):
+        kept = network(images)
+    with torch.no_grad():
+        assert torch.equal(kept, network(images))
+
+
+def test_statistics_move_again_after_an_error_and_only_where_they_did() -> None:
+    network = Norms()
+    with pytest.raises(ZeroDivisionError), keeping_statistics(network):
+        assert not network.z[0].track_running_stats
+        raise ZeroDivisionError
+    assert network.z[0].track_running_stats
+    assert network.z[1].track_running_stats
+    assert network.flat.track_running_stats
+    assert not network.a.track_running_stats
+
+
+def test_batchnorm_of_several_processes_keeps_its_statistics_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two processes with the same images: twice the sums and twice the count, the same moments."""
+    network = conv_net().train()
+    images, _ = problem()
+    alone = copy.deepcopy(network)(images)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "total", lambda values: 2 * values)
+    distributed._synchronise(network)
+    assert type(network.bn1) is distributed._SynchronisedBatchNorm
+    before = copied(network.state_dict())
+    with torch.no_grad(), keeping_statistics(network):
+        logits = network(images)
+    assert torch.allclose(logits, alone, rtol=0, atol=1e-10)
+    assert differing(network.state_dict(), before) == []
+    with torch.no_grad():
+        network(images)
+    assert len(differing(network.state_dict(), before)) == 6
+
+
+# several of them on the usual network
+
+
+def test_the_usual_network_has_sixteen_batchnorm_layers_of_3392_channels() -> None:
+    """Two for each of eight blocks; the first of a stage has the channels of the stage before.
+
+    First ones: 64 + 64 + 64 + 128 + 128 + 256 + 256 + 512 = 1472; second ones:
+    2 (64 + 128 + 256 + 512) = 1920.
+    """
+    with torch.device("meta"):
+        network = PreActResNet((2, 2, 2, 2), 10)
+    found = norms(network)
+    assert len(found) == 16
+    assert sum(norm.num_features for norm in found.values()) == 3392
+    assert list(found)[:2] == ["layer1.0.bn1", "layer1.0.bn2"]
+    assert list(found)[-1] == "layer4.1.bn2"

@@ -1,0 +1,198 @@
+"""Choices on the defender's own images: the held-out part, levels, outliers; by hand."""
+
+import math
+
+import pytest
+import torch
+
+from defense import base
+from utils.runtime import generator
+from utils.training.selection import acceptable, drawn_by_class, hold_out, outliers, tried
+
+# Classes 0, 1, 2, 3 with ten, five, two and one image, mixed.
+LABELS = torch.tensor([0, 1, 0, 2, 0, 1, 0, 0, 3, 1, 0, 0, 1, 2, 0, 1, 0, 0])
+
+
+def counts(positions: torch.Tensor) -> list[int]:
+    return torch.bincount(LABELS[positions], minlength=4).tolist()
+
+
+def test_hold_out_takes_a_share_of_each_class() -> None:
+    """A fifth of 10, 5, 2 and 1: 2, 1, round(0.4) = 0 but at least one, round(0.2) = 0."""
+    fit, held = hold_out(LABELS, 0.2, seed=0)
+    assert counts(held) == [2, 1, 1, 0]
+    assert counts(fit) == [8, 4, 1, 1]
+
+
+def test_hold_out_splits_the_positions() -> None:
+    """Each position is in one of the two parts, in ascending order."""
+    fit, held = hold_out(LABELS, 0.4, seed=3)
+    assert fit.dtype == held.dtype == torch.int64
+    assert fit.tolist() == sorted(fit.tolist())
+    assert held.tolist() == sorted(held.tolist())
+    assert sorted([*fit.tolist(), *held.tolist()]) == list(range(len(LABELS)))
+
+
+def test_hold_out_draws_from_its_seed() -> None:
+    """The same seed gives the same part; over 40 seeds each image of a large class is held."""
+    parts = [hold_out(LABELS, 0.2, seed)[1].tolist() for seed in range(40)]
+    assert parts[5] == hold_out(LABELS, 0.2, 5)[1].tolist()
+    held = {position for part in parts for position in part}
+    assert held == set(range(len(LABELS))) - {8}  # the only image of class 3 stays
+
+
+def test_hold_out_does_not_touch_the_global_generator() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    hold_out(LABELS, 0.2, seed=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_two_shares_that_defenses_use_have_public_names() -> None:
+    assert base.hold_out is hold_out
+    assert base.acceptable is acceptable
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.0, [1, 1, 1, 0]), (0.3, [3, 2, 1, 0]), (0.6, [6, 3, 1, 1]), (1.0, [10, 5, 2, 1])],
+)
+def test_drawn_by_class_rounds_and_takes_one_where_there_are_two(
+    share: float, expected: list[int]
+) -> None:
+    """0.3 of 10, 5, 2, 1 is 3, 1.5 (to even: 2), 0.6, 0.3; 0.6 is 6, 3, 1.2, 0.6."""
+    drawn = drawn_by_class(LABELS, share, torch.Generator().manual_seed(0))
+    assert counts(drawn) == expected
+    assert drawn.tolist() == sorted(set(drawn.tolist()))
+    assert drawn.dtype == torch.int64
+
+
+def test_drawn_by_class_moves_its_generator_and_is_what_is_held_out() -> None:
+    rng = generator(7, "held-out part")
+    first, second = (drawn_by_class(LABELS, 0.5, rng) for _ in range(2))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() == hold_out(LABELS, 0.5, 7)[1].tolist()
+
+
+def test_drawn_by_class_of_nothing_is_nothing() -> None:
+    drawn = drawn_by_class(torch.zeros(0, dtype=torch.int64), 0.5, torch.Generator())
+    assert drawn.tolist() == []
+    assert drawn.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "before", "ratio", "expected"),
+    [
+        ([0.90, 0.88, 0.85, 0.89], 0.9, 0.05, 2),  # limit 0.855; what follows a bad one is not good
+        ([0.90, 0.88, 0.86, 0.89], 0.9, 0.05, 4),
+        ([0.85, 0.90], 0.9, 0.05, 0),
+        ([0.75, 0.7499], 1.0, 0.25, 1),  # exactly at the limit is good
+        ([0.0, 0.0], 0.9, 1.0, 2),
+        ([0.9, 0.8999], 0.9, 0.0, 1),
+        ([0.9, 0.95], 0.9, 0.0, 2),
+        ([], 0.9, 0.05, 0),
+    ],
+)
+def test_acceptable_counts_good_levels_from_the_start(
+    accuracies: list[float], before: float, ratio: float, expected: int
+) -> None:
+    assert acceptable(accuracies, before, ratio) == expected
+
+
+def test_tried_stops_after_the_first_bad_level() -> None:
+    """Levels 1, 2, 3 of accuracies 0.9, 0.85 and 0.89 beside a limit of 0.855: 3 is not tried."""
+    asked = []
+
+    def accuracy(level: float) -> float:
+        asked.append(level)
+        return {1: 0.9, 2: 0.85, 3: 0.89}[level]
+
+    assert tried([1, 2, 3], accuracy, before=0.9, acc_ratio=0.05) == [0.9, 0.85]
+    assert asked == [1, 2]
+
+
+def test_tried_goes_through_all_levels_where_all_are_good() -> None:
+    assert tried([1, 2, 3], lambda level: 0.9 - 0.01 * level, 0.9, 0.05) == pytest.approx(
+        [0.89, 0.88, 0.87]
+    )
+    assert tried([], lambda level: 1.0, 0.9, 0.05) == []
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(10, []), (11, [4])])
+@pytest.mark.parametrize("are_low", [False, True])
+def test_one_outlier_among_equal_channels(
+    channels: int, expected: list[int], are_low: bool
+) -> None:
+    """It is (n - 1) / sqrt(n) deviations away: 2.846 of ten channels, 3.015 of eleven."""
+    scores = torch.zeros(channels)
+    scores[4] = -2.5 if are_low else 2.5
+    assert outliers(scores, 3.0, are_low).nonzero().flatten().tolist() == expected
+    assert not outliers(scores, 3.0, not are_low).any()
+
+
+@pytest.mark.parametrize("channels", [10, 11, 64, 512])
+def test_an_outlier_s_distance_in_deviations(channels: int) -> None:
+    """Just under (n - 1) / sqrt(n) it counts, just over it does not."""
+    scores = torch.zeros(channels)
+    scores[0] = 1
+    distance = (channels - 1) / math.sqrt(channels)
+    assert outliers(scores, 0.999 * distance).tolist() == [True] + [False] * (channels - 1)
+    assert not outliers(scores, 1.001 * distance).any()
+
+
+def test_an_outlier_is_strictly_over_the_bound() -> None:
+    """-1, 0, 1: mean 0, unbiased deviation 1, so 1 is not over 0 + 1 * 1."""
+    scores = torch.tensor([-1.0, 0.0, 1.0])
+    assert outliers(scores, 1.0).tolist() == [False, False, False]
+    assert outliers(scores, 0.99).tolist() == [False, False, True]
+    assert outliers(scores, 1.0, are_low=True).tolist() == [False, False, False]
+    assert outliers(scores, 0.99, are_low=True).tolist() == [True, False, False]
+
+
+def test_the_low_outlier_of_a_hundred_channels() -> None:
+    """99 of 3 and one of 1: mean 2.98, variance (99 * 0.02^2 + 1.98^2) / 99 = 0.04, cut 2.38.
+
+    The one is 1.98 / 0.2 = 9.9 deviations away.
+    """
+    scores = torch.full((100,), 3.0)
+    scores[17] = 1.0
+    assert math.isclose(scores.mean(), 2.98, rel_tol=1e-6)
+    assert math.isclose(scores.std(), 0.2, rel_tol=1e-5)
+    assert outliers(scores, 3.0, are_low=True).nonzero().flatten().tolist() == [17]
+    assert outliers(scores, 9.89, are_low=True).nonzero().flatten().tolist() == [17]
+    assert not outliers(scores, 9.91, are_low=True).any()
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("value", [0.5, 0.1, math.log(3) / 3, 123.456])
+def test_equal_scores_have_no_outlier(value: float, u: float) -> None:
+    """The deviation is 0, and nothing is over the mean, whatever the rounding."""
+    for channels in (2, 3, 7, 64, 100, 512):
+        for dtype in (torch.float32, torch.float64):
+            scores = torch.full((channels,), value, dtype=dtype)
+            assert not outliers(scores, u).any()
+            assert not outliers(scores, u, are_low=True).any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_take_no_part(value: float) -> None:
+    """Beside eleven channels with one outlier the twelfth changes nothing and is none itself."""
+    scores = torch.zeros(12)
+    scores[4], scores[7] = 1, value
+    expected = [False] * 12
+    expected[4] = True
+    assert outliers(scores, 3.0).tolist() == expected
+    assert outliers(-scores, 3.0, are_low=True).tolist() == expected
+
+
+def test_fewer_than_two_finite_scores_have_no_outlier() -> None:
+    for scores in ([], [1.0], [math.nan, 5.0, math.inf], [math.nan, math.nan]):
+        assert outliers(torch.tensor(scores), 0.0).tolist() == [False] * len(scores)
+
+
+def test_a_bound_without_end_finds_nothing() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(64)
+    assert outliers(scores, 0.5).any()
+    assert not outliers(scores, math.inf).any()
+    assert not outliers(scores, 1e9).any()

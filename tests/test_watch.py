@@ -1,0 +1,181 @@
+"""What watches a run: rows, phases, the scores of the model that comes out, and its time."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from utils import pipeline, runtime
+from utils.folders import RunFolder
+from utils.metrics import Rate, Scores
+from utils.pipeline import Watch
+from utils.tensors import load_tensors
+
+
+class Numbered(nn.Module):
+    """A model whose accuracy is its number, in percent."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(float(number)))
+
+
+def score(model: nn.Module) -> Scores:
+    assert isinstance(model, Numbered)
+    return Scores(Rate(int(model.number), 100))
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Signals are not put off when a test ends."""
+    yield
+    runtime._Stop.is_deferred, runtime._Stop.signal = False, None
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path / "x")
+    run.start("lr: 0.1\n")
+    return run
+
+
+def rows(folder: RunFolder, name: str = "metrics.csv") -> list[dict[str, object]]:
+    """A table without its times; cells without a value are left away."""
+    table = pd.read_csv(folder.path / name).drop(columns="seconds")
+    return [
+        {str(key): value for key, value in row.items() if value == value}
+        for row in table.to_dict("records")
+    ]
+
+
+def test_the_last_row_has_the_scores_of_the_model_that_comes_out(folder: RunFolder) -> None:
+    """Not of the one that was trained; each is scored once."""
+    trained = Numbered(10)
+    watch = Watch(folder, "round", score, eval_every=1)
+    loop = watch.start(score(Numbered(90)))
+    for number in loop.rounds(3, model=trained):
+        trained.number.data.fill_(10 * number)
+        loop.log(1, loss=torch.tensor(float(number)))
+    after = watch.finish(Numbered(77))
+    assert after.acc == Rate(77, 100)
+    assert rows(folder) == [
+        {"round": 0, "acc": 0.9},
+        {"round": 1, "acc": 0.1, "loss": 1.0},
+        {"round": 2, "acc": 0.2, "loss": 2.0},
+        {"round": 3, "acc": 0.77, "loss": 3.0},
+    ]
+
+
+def test_rounds_between_two_evaluations_are_not_scored(folder: RunFolder) -> None:
+    watch = Watch(folder, "round", score, eval_every=2)
+    for _ in watch.start().rounds(5, model=Numbered(50)):
+        pass
+    watch.finish(Numbered(60))
+    assert [row.get("acc") for row in rows(folder)] == [None, 0.5, None, 0.5, 0.6]
+
+
+def test_a_model_that_no_round_has_changed_is_scored_all_the_same(folder: RunFolder) -> None:
+    """Row 0 stays what was before."""
+    watch = Watch(folder, "round", score, eval_every=1)
+    assert list(watch.start(score(Numbered(90))).rounds(0)) == []
+    assert watch.finish(Numbered(80)).acc.value == 0.8
+    assert rows(folder) == [{"round": 0, "acc": 0.9}]
+
+
+def test_earlier_phases_have_a_table_of_their_own(folder: RunFolder) -> None:
+    """Where a phase has no model nothing is scored; the last round of such a phase may be."""
+    watch = Watch(folder, "round", score, eval_every=1)
+    loop = watch.start()
+    for _ in loop.rounds(1, "search"):
+        loop.log(1, norm=torch.tensor(3.0))
+    for _ in loop.rounds(1, "teacher", model=Numbered(30)):
+        loop.log(1, loss=torch.tensor(2.0))
+    for _ in loop.rounds(1, model=Numbered(40)):
+        pass
+    watch.finish(Numbered(50))
+    assert rows(folder, "phases.csv") == [
+        {"phase": "search", "round": 1, "loss_norm": 3.0},
+        {"phase": "teacher", "round": 1, "loss": 2.0, "acc": 0.3},
+    ]
+    assert rows(folder) == [{"round": 1, "acc": 0.5}]
+
+
+def test_a_run_of_one_phase_has_no_table_of_phases(folder: RunFolder) -> None:
+    watch = Watch(folder, "round", score, eval_every=1)
+    for _ in watch.start().rounds(1, model=Numbered(1)):
+        pass
+    watch.finish(Numbered(1))
+    assert not (folder.path / "phases.csv").exists()
+
+
+def test_the_method_s_own_time_is_told_from_that_of_scores_and_files(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rounds of 5 seconds, and 2 more before the model is given; 100 for each score."""
+    clock = [0.0]
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow(model: nn.Module) -> Scores:
+        clock[0] += 100
+        return score(model)
+
+    watch = Watch(folder, "round", slow, eval_every=1, checkpoint_every=0)
+    loop = watch.start(score(Numbered(9)))
+    write = folder.write_checkpoint
+
+    def slowly(content: dict[str, object]) -> None:
+        clock[0] += 1000
+        write(content)
+
+    monkeypatch.setattr(folder, "write_checkpoint", slowly)
+    order = torch.Generator()
+    for _ in loop.rounds(3, model=Numbered(1), order=order):
+        for _ in loop.batches(1, 1, order):
+            clock[0] += 5
+    clock[0] += 2
+    watch.finish(Numbered(1))
+    assert watch.training_seconds == 17
+    kept = load_tensors(folder.path / "checkpoint.pt")
+    assert kept["training_seconds"] == 15  # of the last batch
+    again = Watch(folder, "round", slow, eval_every=1, checkpoint=kept)
+    assert again.training_seconds == 15
+    assert again.earlier == kept["seconds"]
+
+
+def test_a_signal_ends_a_phase_that_has_no_batches(folder: RunFolder) -> None:
+    """It waits for the end of the round, and there is no checkpoint to go on from."""
+    watch = Watch(folder, "round", score, eval_every=1)
+    rounds = watch.start().rounds(5, "search")
+    assert [next(rounds), next(rounds)] == [1, 2]
+    runtime._Stop.signal = signal.SIGTERM
+    with pytest.raises(runtime.Stopped, match="stopped in search, round 2"):
+        next(rounds)
+    assert not (folder.path / "checkpoint.pt").exists()
+
+
+def test_signals_are_no_longer_put_off_once_the_last_round_is_over(folder: RunFolder) -> None:
+    """What a method does after it, such as a selection, can be ended at once."""
+    watch = Watch(folder, "round", score, eval_every=1)
+    loop = watch.start()
+    assert runtime._Stop.is_deferred
+    for _ in loop.rounds(1, "search"):
+        pass
+    assert runtime._Stop.is_deferred
+    for _ in loop.rounds(1):
+        pass
+    assert not runtime._Stop.is_deferred
+
+
+def test_the_last_round_is_the_one_that_calls_stop(folder: RunFolder) -> None:
+    watch = Watch(folder, "round", score, eval_every=1)
+    loop = watch.start()
+    for number in loop.rounds(9, model=Numbered(20)):
+        if number == 2:
+            loop.stop()
+    watch.finish(Numbered(70))
+    assert [row.get("acc") for row in rows(folder)] == [0.2, 0.7]
