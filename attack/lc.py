@@ -177,7 +177,7 @@ def prepare(config: Config, setting: Setting) -> Hard:
         easy,
         hard,
     )
-    setting.findings.facts["surrogate_recognises"] = {
+    setting.facts["surrogate_recognises"] = {
         "images": len(members),
         "clean": easy,
         "hard": hard,

@@ -212,7 +212,7 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor | None:
     logger.info(
         "the pattern changes %.2f %% of predictions after %d passes", 100 * rates[-1], len(rates)
     )
-    setting.findings.facts["search"] = {"passes": len(rates), "changed_predictions": rates[-1]}
+    setting.facts["search"] = {"passes": len(rates), "changed_predictions": rates[-1]}
     return made["pattern"]
 
 

@@ -127,6 +127,20 @@ class Setting:
     precision: str
     findings: Findings = field(default_factory=Findings)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Plain data that the attack wants in the summary."""
+        return self.findings.facts
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines for the summary; see `warn`."""
+        return self.findings.warnings
+
+    def warn(self, text: str) -> None:
+        """Logs a warning now, and keeps it for the summary."""
+        self.findings.warn(text)
+
     def cached(
         self,
         kind: str,
@@ -231,7 +245,7 @@ def run(
         wanted = poison.poison_count(len(data.train), config.pratio)
         poisoned_images = int((choice.kinds == poison.KINDS.index("poison")).sum())
         if poisoned_images < wanted:
-            setting.findings.warn(
+            setting.warn(
                 f"{wanted} poisoned images wanted, but class {config.attack_target} has "
                 f"{poisoned_images}; all of them are poisoned (ratio "
                 f"{poisoned_images / len(data.train):.4f} of the training set)"
@@ -332,11 +346,11 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
-                **({"preparation": setting.findings.facts} if setting.findings.facts else {}),
+                **({"preparation": setting.facts} if setting.facts else {}),
             },
             warnings=[
                 *data.warnings,
-                *setting.findings.warnings,
+                *setting.warnings,
                 *_warnings(scores, len(data.classes)),
             ],
             result=ending.table(scores),

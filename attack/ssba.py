@@ -220,8 +220,8 @@ def prepare(config: Config, setting: Setting) -> Encoder:
     accuracy = read_back(networks, held_out, message)
     logger.info("bit accuracy of the encoder on %d test images: %.4f", len(held_out), accuracy)
     own = read_back(networks, held_out, message_of(config).expand(len(held_out), -1))
-    setting.findings.facts["bit_accuracy"] = accuracy
-    setting.findings.facts["bit_accuracy_of_the_string"] = own
+    setting.facts["bit_accuracy"] = accuracy
+    setting.facts["bit_accuracy_of_the_string"] = own
     if accuracy < config.min_bit_accuracy:
         raise UserError(
             f"the encoder's bit accuracy on test images is {accuracy:.4f}, under "

@@ -170,7 +170,7 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor:
     before, after = made["before"].tolist(), made["after"].tolist()
     for number, old, new in zip(made["neurons"].tolist(), before, after, strict=True):
         logger.info("feature %d: %.3f -> %.3f", number, old, new)
-    setting.findings.facts["features"] = {"before": before, "after": after}
+    setting.facts["features"] = {"before": before, "after": after}
     return made["patch"]
 
 

@@ -393,7 +393,10 @@ def drawn_index(labels: torch.Tensor, config: CleanData | PoisonedData) -> torch
             f"{1 / count:.2g}"
         )
     rng = generator(config.random_seed, "clean subset")
-    return selection.drawn_by_class(labels, config.ratio, rng)
+    index = selection.drawn_by_class(labels, config.ratio, rng)
+    if len(index) == 0:  # each class has a single image, of which the share is none
+        index = torch.randperm(count, generator=rng)[: round(config.ratio * count)].sort().values
+    return index
 
 
 def comparison(before: Scores, after: Scores, der: float | None) -> str:

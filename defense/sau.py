@@ -235,7 +235,7 @@ def purify(
     def perturb(x: torch.Tensor, y: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         return shared_perturbation(*attacked, x, y, config, ref_predictions=known, generator=start)
 
-    loop.findings.pictures["perturbations"] = examples(reference, images, labels, config)
+    loop.findings.pictures["perturbations"] = lambda: examples(reference, images, labels, config)
     for _ in loop.rounds(
         config.n_rounds, model=model, optimizer=optimizer, order=order, start=start
     ):

@@ -62,6 +62,14 @@ def test_insert_puts_a_part_before_a_layer_in_place() -> None:
     assert differing({name: state[name] for name in others}, others) == []
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+def test_what_insert_puts_in_has_the_mode_of_the_layer(is_training: bool) -> None:
+    network = conv_net().train(is_training)
+    insert(network, "polarizer", "conv2", 6)
+    modes = {name: module.training for name, module in network.named_modules()}
+    assert modes == dict.fromkeys(modes, is_training)
+
+
 def test_insert_draws_nothing_from_the_global_generator() -> None:
     torch.manual_seed(0)
     network = conv_net()

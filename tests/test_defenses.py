@@ -271,8 +271,8 @@ def test_the_model_and_the_images_stay_as_they_were(name: str, changes: dict[str
 @every_case
 def test_the_model_changes_here(name: str, changes: dict[str, Any]) -> None:
     """Else what is equal in these tests would also be what stands still."""
-    result = on_bright(name, changes).model
-    assert differences(fitted().state_dict(), result.state_dict(), "weights") != []
+    images = bright_data().test.images / 255
+    assert not torch.equal(fitted()(images), on_bright(name, changes).model(images))
 
 
 # --- same seed, same images, same bits -----------------------------------------------------------
@@ -313,6 +313,7 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
     steps: list[None] = []
 
     def keep(loop: Loop, batches: int) -> None:
+        loop.findings.facts["mark"] = "what a resumed run does not find again"
         number, batch = loop.position
         if (number, batch) in ((1, 1), (1, batches), (2, 1)):
             path = tmp_path / f"{len(snapshots)}.pt"
@@ -324,6 +325,7 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
         watched = on_bright(name, changes, after_batch=keep)
     finally:
         hook.remove()
+    assert bool(watched.findings["facts"].pop("mark", "")) == bool(steps)
     assert watched.differs_from(whole) == []
     begun = [(phase, number) for phase, number, *_ in whole.rounds]
     phases = {phase for phase, _ in begun} if steps else set()
@@ -333,6 +335,7 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
         snapshot = load_tensors(path)
         resumed = on_bright(name, changes, after_batch=lambda *_: None, resume=snapshot)
         rest = replace(whole, rounds=whole.rounds[begun.index((phase, number)) :])
+        assert resumed.findings["facts"].pop("mark", ""), "findings were lost"
         cut = f"cut in phase {phase!r}, round {number}, after batch {batch}"
         assert resumed.differs_from(rest) == [], cut
 
@@ -357,7 +360,7 @@ class Noting(Loop):
 def test_a_network_without_batchnorm_works_or_is_refused_in_one_line(
     tmp_path: Path, name: str
 ) -> None:
-    """Refused before a round begins, by a line that names what it lacks; it stays as it was."""
+    """Changed; or refused before a round begins, by a line that names what it lacks."""
     (tmp_path / "plain.py").write_text(PLAIN, encoding="utf-8")
     torch.manual_seed(3)
     data, model = bright_data(), build_user_model(f"{tmp_path / 'plain.py'}:build", 4, 16)
@@ -365,7 +368,8 @@ def test_a_network_without_batchnorm_works_or_is_refused_in_one_line(
     config = shortened(name, model)
     try:
         result = module(name).purify(model, data.train.images, data.train.labels, config, loop)
-        assert result(data.test.images / 255).shape == (21, 4)
+        logits = [network(data.test.images / 255) for network in (model, result)]
+        assert not torch.equal(*logits)
     except UserError as error:
         refused = str(error)
     assert (refused is None) == bool(loop.begun)

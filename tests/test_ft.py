@@ -157,7 +157,9 @@ def test_uint8_images_are_taken_as_floats() -> None:
     labels = problem()[1]
     from_bytes = ft.purify(network, images, labels, config()).state_dict()
     from_floats = ft.purify(network, images.float() / 255, labels, config()).state_dict()
-    assert all(torch.allclose(from_bytes[name], from_floats[name], atol=1e-6) for name in from_bytes)
+    assert all(
+        torch.allclose(from_bytes[name], from_floats[name], atol=1e-6) for name in from_bytes
+    )
 
 
 # the recipe that other defenses share
@@ -183,7 +185,9 @@ def test_the_shared_recipe_is_fine_tuning_bit_for_bit(schedule: str) -> None:
 def test_the_shared_recipe_logs_the_losses_of_fine_tuning() -> None:
     rows: list[list[tuple[int, int, dict[str, float]]]] = [[], []]
     for kept, run in zip(rows, (ft.purify, None), strict=True):
-        loop = Loop(lambda number, total, losses, _, kept=kept: kept.append((number, total, losses)))
+        loop = Loop(
+            lambda number, total, losses, _, kept=kept: kept.append((number, total, losses))
+        )
         if run:
             run(conv_net(), *problem(), config(), loop)
         else:
@@ -238,7 +242,7 @@ def test_a_hook_is_called_after_each_step() -> None:
     assert len(calls) == 9
     assert calls[0] != network.linear.bias[0].item()
     assert all(value != 7.0 for value in calls)
-    assert float(model.linear.bias[0]) == 7.0
+    assert model.linear.bias[0].item() == 7.0
 
 
 def test_a_phase_has_its_own_name_and_number_of_rounds() -> None:

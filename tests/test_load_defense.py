@@ -145,9 +145,7 @@ def test_a_network_that_enlarges_its_images_comes_back(
     assert loaded.network[0].size == 16
 
 
-def test_a_result_without_optional_values_comes_back(
-    folder: Path, tiny_model: Classifier
-) -> None:
+def test_a_result_without_optional_values_comes_back(folder: Path, tiny_model: Classifier) -> None:
     """As a version that knew no changes and no other sizes wrote it."""
     rewritten(folder, changes=None, network_size=None, model_sha256=None)
     assert torch.equal(logits(load_defense(folder)), logits(purified(tiny_model)))
@@ -232,7 +230,8 @@ def test_a_summary_that_cannot_be_read_is_refused(folder: Path, text: str) -> No
 
 
 @pytest.mark.parametrize(
-    "summary", [[], {}, {"files": []}, {"files": {}}, {"files": {RESULT: "0" * 64}}, {"files": None}]
+    "summary",
+    [[], {}, {"files": []}, {"files": {}}, {"files": {RESULT: "0" * 64}}, {"files": None}],
 )
 def test_a_summary_of_something_else_is_refused(folder: Path, summary: Any) -> None:
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

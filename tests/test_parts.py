@@ -415,8 +415,9 @@ def test_eval_mode_stays_eval_mode_where_statistics_are_kept() -> None:
 
 def test_statistics_move_again_after_an_error_and_only_where_they_did() -> None:
     network = Norms()
+    with keeping_statistics(network):
+        assert not any(module.track_running_stats for module in (*network.z, network.flat))
     with pytest.raises(ZeroDivisionError), keeping_statistics(network):
-        assert not network.z[0].track_running_stats
         raise ZeroDivisionError
     assert network.z[0].track_running_stats
     assert network.z[1].track_running_stats
@@ -461,3 +462,16 @@ def test_the_usual_network_has_sixteen_batchnorm_layers_of_3392_channels() -> No
     assert sum(norm.num_features for norm in found.values()) == 3392
     assert list(found)[:2] == ["layer1.0.bn1", "layer1.0.bn2"]
     assert list(found)[-1] == "layer4.1.bn2"
+
+
+def test_vgg19_has_sixteen_batchnorm_layers_of_5504_channels() -> None:
+    """Two of 64, two of 128, four of 256, eight of 512: 128 + 256 + 1024 + 4096."""
+    with torch.device("meta"):
+        network = build_model("vgg19_bn", 10)
+    assert [norm.num_features for norm in norms(network).values()] == [
+        *[64] * 2,
+        *[128] * 2,
+        *[256] * 4,
+        *[512] * 8,
+    ]
+    assert sum(norm.num_features for norm in norms(network).values()) == 5504

@@ -59,6 +59,11 @@ def test_a_share_that_is_no_image_is_refused() -> None:
     assert len(drawn_index(LABELS, ft.Config.load(ratio=0.007))) == 3
 
 
+def test_classes_of_one_image_give_their_share_together() -> None:
+    """Half of ten classes of one image each: five of them."""
+    assert len(drawn_index(torch.arange(10), ft.Config.load(ratio=0.5))) == 5
+
+
 def test_an_index_file_names_the_images(tmp_path: Path) -> None:
     path = tmp_path / "index.txt"
     path.write_text("7\n3\n")

@@ -84,7 +84,9 @@ def draw_findings(
         return plot.image_grid(rows, texts, f"{title}: {picture.title}")
 
     return [
-        save_figure(folder, f"{name}.png", drawn(picture))
+        save_figure(
+            folder, f"{name}.png", drawn(picture if isinstance(picture, Picture) else picture())
+        )
         for name, picture in findings.pictures.items()
     ]
 

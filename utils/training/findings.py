@@ -4,7 +4,7 @@ A method states them; a pipeline turns them into `summary.json`, PNG and CSV.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,14 +55,15 @@ class Findings:
     Attributes:
         facts: plain data by name.
         warnings: lines for the user; see `warn`.
-        pictures: by the name of the file, without its ending.
+        pictures: by the name of the file, without its ending; or what makes one, which is called
+            only where somebody draws it.
         tables: likewise; each is a list of rows, which have the same names.
         verdict: None where the method gives none.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    pictures: dict[str, Picture] = field(default_factory=dict)
+    pictures: dict[str, Picture | Callable[[], Picture]] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     verdict: Verdict | None = None
 
@@ -78,7 +79,10 @@ class Findings:
         self.facts |= facts
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data and tensors; pictures too, so that a resumed run has all that it found."""
+        """Plain data and tensors, pictures included, so that a resumed run has all that it found.
+
+        What makes a picture is left to the resumed run, which states it again.
+        """
         return {
             "facts": dict(self.facts),
             "warnings": list(self.warnings),
@@ -91,6 +95,7 @@ class Findings:
                     "is_compared": picture.is_compared,
                 }
                 for name, picture in self.pictures.items()
+                if isinstance(picture, Picture)
             },
             "tables": {name: [dict(row) for row in rows] for name, rows in self.tables.items()},
             "verdict": None if self.verdict is None else asdict(self.verdict),
@@ -100,6 +105,6 @@ class Findings:
         """Puts back what `state_dict` gave."""
         self.facts = dict(state["facts"])
         self.warnings = list(state["warnings"])
-        self.pictures = {name: Picture(**picture) for name, picture in state["pictures"].items()}
+        self.pictures |= {name: Picture(**picture) for name, picture in state["pictures"].items()}
         self.tables = {name: list(rows) for name, rows in state["tables"].items()}
         self.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
