@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NAME ?= badnet_demo
 
-.PHONY: demo test lint results
+.PHONY: demo test lint mutants results
 
 demo: .venv/installed
 	$(BIN)/python attack/badnet.py --save_folder_name $(NAME) --overwrite
@@ -16,6 +16,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Hours on two cores, see CONTRIBUTING.md. One thread, since each mutant is a fork of the program.
+mutants: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 # From the summaries, metrics and configurations that results/ has.
 results: .venv/installed

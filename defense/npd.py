@@ -96,16 +96,19 @@ def targeted_perturbation(
     """
     delta = torch.zeros_like(images)
     for step in range(config.inner_steps):
-        delta.requires_grad_()
-        logits = model((images + delta).clamp(0, 1))
+        moved = images + delta
+        adversarial = moved.clamp(0, 1).requires_grad_()
+        logits = model(adversarial)
         if step and (logits.argmax(1) == targets).float().mean() > ENOUGH:
             break
         loss = F.cross_entropy(logits, targets, reduction="none").clamp(-80, 80).mean()
-        (gradient,) = torch.autograd.grad(loss, delta)
+        (gradient,) = torch.autograd.grad(loss, adversarial)
+        # Of what is clipped there is no gradient; black and white are not clipped.
+        gradient = gradient.where((moved >= 0) & (moved <= 1), 0)
         direction = gradient.sign() if config.adv_sign else gradient
-        delta = delta.detach() - config.adv_lr * direction
+        delta = delta - config.adv_lr * direction
         delta = project(delta, config.trigger_norm, config.norm_type)
-    return delta.detach()
+    return delta
 
 
 def polarizer_loss(

@@ -58,7 +58,7 @@ def insert(network: nn.Module, kind: str, layer: str, channels: int) -> nn.Modul
         channels: of the layer's input.
 
     Returns:
-        The part, on the layer's device.
+        The part, on the network's device and in the layer's mode.
     """
     parent_name, _, name = layer.rpartition(".")
     parent = network.get_submodule(parent_name)
@@ -67,7 +67,7 @@ def insert(network: nn.Module, kind: str, layer: str, channels: int) -> nn.Modul
     # Its weights are set, not drawn: the global generator stays where it is.
     with torch.random.fork_rng(devices=[]):
         part = KINDS[kind](channels).to(like.device, like.dtype)
-    setattr(parent, name, Preceded(part, old))
+    setattr(parent, name, Preceded(part, old).train(old.training))
     return part
 
 
@@ -81,6 +81,27 @@ def changes_of(network: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def shapes_without(
+    state: Mapping[str, torch.Tensor], changes: Sequence[Mapping[str, Any]]
+) -> dict[str, torch.Size]:
+    """The shapes of a state dict by the names that they had before the changes.
+
+    Args:
+        state: of the changed network.
+        changes: what `changes_of` tells of it.
+    """
+    shapes = {}
+    for name, value in state.items():
+        for layer in (change["layer"] for change in changes):
+            if name.startswith(f"{layer}.polarizer."):
+                break
+            if name.startswith(f"{layer}.layer."):
+                name = f"{layer}.{name.removeprefix(f'{layer}.layer.')}"
+        else:
+            shapes[name] = value.shape
+    return shapes
+
+
 def apply_changes(network: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:
     """A copy of a network with the parts that `changes_of` told of.
 
@@ -92,6 +113,7 @@ def apply_changes(network: nn.Module, changes: Sequence[Mapping[str, Any]]) -> n
         kind, layer, channels = (change.get(key) for key in ("kind", "layer", "channels"))
         if (
             kind not in KINDS
+            or not layer
             or layer not in dict(network.named_modules())
             or type(channels) is not int
             or not 1 <= channels <= 1 << 16

@@ -173,13 +173,15 @@ def recording(
     def keep(name: str, value: torch.Tensor) -> None:
         found[name] = value
 
-    hooks = [
-        layers[name].register_forward_hook(
-            lambda _, inputs, output, name=name: keep(name, inputs[0] if of == "input" else output)
-        )
-        for name in names
-    ]
+    hooks = []
     try:
+        for name in names:
+            hook = layers[name].register_forward_hook(
+                lambda _, inputs, output, name=name: keep(
+                    name, inputs[0] if of == "input" else output
+                )
+            )
+            hooks.append(hook)
         yield found
     finally:
         for hook in hooks:

@@ -54,6 +54,12 @@ def test_predictions_come_in_order_whatever_the_batches(batch_size: int) -> None
     assert found.dtype == torch.int64
 
 
+def test_one_image_and_none_have_as_many_predictions() -> None:
+    assert predict(Reader(), images_naming(2), CPU).tolist() == [2]
+    none = predict(Reader(), images_naming(), CPU)
+    assert (none.tolist(), none.dtype) == ([], torch.int64)
+
+
 def test_predictions_are_the_same_from_bytes_and_from_floats() -> None:
     images = images_naming(2, 0, 1)
     assert torch.equal(predict(Reader(), images, CPU), predict(Reader(), images.float() / 255, CPU))
@@ -124,3 +130,21 @@ def test_scores_do_not_depend_on_the_batch_size(data: Dataset, label_map: LabelM
     triggered = triggered_test_set(data, name_zero_except_image_3, label_map, 0)
     small = evaluate(Reader(), data.test, triggered, CPU, batch_size=1)
     assert small == evaluate(Reader(), data.test, triggered, CPU, batch_size=5)
+
+
+def test_the_batch_size_is_that_of_every_pass(data: Dataset) -> None:
+    """Six images in fours: 4 and 2."""
+    sizes = []
+
+    class Counting(Reader):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images))
+            return super().forward(images)
+
+    evaluate(Counting(), data.test, None, CPU, batch_size=4)
+    assert sizes == [4, 2]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_the_longer_side_counts(shape: tuple[int, int]) -> None:
+    assert utils.evaluate._side(Reader(), torch.zeros(1, 3, *shape)) == 6

@@ -74,6 +74,23 @@ def test_a_state_is_a_copy() -> None:
     assert list(state["pictures"]) == ["triggers"]
 
 
+def test_what_makes_a_picture_is_not_kept_and_not_lost() -> None:
+    """It is not called for a state, which leaves it out; a run that goes on states it again."""
+
+    def never() -> Picture:
+        raise AssertionError("nobody draws it")
+
+    findings = full()
+    findings.pictures["perturbations"] = never
+    state = findings.state_dict()
+    assert list(state["pictures"]) == ["triggers"]
+    back = Findings()
+    back.pictures["perturbations"] = never
+    back.load_state_dict(state)
+    assert sorted(back.pictures) == ["perturbations", "triggers"]
+    assert back.pictures["perturbations"] is never
+
+
 def test_a_warning_is_given_once(caplog: pytest.LogCaptureFixture) -> None:
     findings = Findings()
     with caplog.at_level(logging.INFO, "sau"):
@@ -116,6 +133,7 @@ ALL2ALL = record_of("badnet", None, "all2all")
 CLEAN = record_of("prototype", None, None, has_trigger=False)
 UNKNOWN = record_of("external", None, None, has_trigger=False)
 TOLD = record_of("external", 2, "all2one", has_trigger=False)  # told its target, not its trigger
+HALF_TOLD = record_of("external", None, "all2one", has_trigger=False)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +151,7 @@ TOLD = record_of("external", 2, "all2one", has_trigger=False)  # told its target
         (UNKNOWN, None, None, None),
         (TOLD, (2,), True, True),
         (TOLD, None, False, False),
+        (HALF_TOLD, (2,), None, None),
     ],
 )
 def test_a_verdict_is_judged_by_what_the_record_tells(

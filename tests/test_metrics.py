@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.metrics import Rate, Scores, defense_effectiveness_rating
+from utils.metrics import Rate, Scores, defense_effectiveness_rating, rate_label
 
 
 def scores(acc: int, asr: int | None = None) -> Scores:
@@ -70,3 +70,10 @@ def test_scores_without_a_trigger_are_acc_alone() -> None:
     assert found.values() == {"acc": 0.9}
     assert found.counts() == {"acc": 0.9, "acc_hits": 9, "acc_total": 10}
     assert str(found) == "ACC 90.00 %"
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("acc", "ACC"), ("asr", "ASR"), ("ra", "RA"), ("cross_acc", "cross ACC")]
+)
+def test_labels_of_rates(name: str, label: str) -> None:
+    assert rate_label(name) == label

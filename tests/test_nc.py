@@ -304,7 +304,9 @@ def test_the_rules_equal_their_transcription_on_random_passes(early_stop: bool) 
 def quick(**flags: Any) -> Config:
     """Passes of 5, 5 and 2 images, augmented."""
     values = {"nc_epoch": 4, "batch_size": 5, "crop_padding": 1, "flip": True, "mask_lr": 0.3}
-    return Config.load(**{**values, "atk_succ_threshold": 0.5, "patience": 1, **flags})
+    return Config.load(
+        **{**values, "atk_succ_threshold": 0.5, "patience": 1, "random_seed": 3, **flags}
+    )
 
 
 def literal_passes(
@@ -366,8 +368,8 @@ def test_the_passes_follow_the_literal_procedure(monkeypatch: pytest.MonkeyPatch
             assert torch.allclose(theta[name], expected[name], rtol=0, atol=1e-4)
         assert success == pytest.approx(s, abs=1e-6)
         assert norm == pytest.approx(r, rel=1e-5)
-    # In the third pass 5, 3 and 1 images get there: (1 + 0.6 + 0.5) / 3, not 9 / 12.
-    assert [s for s, _ in means] == pytest.approx([1, 1, 0.7, 19 / 30])
+    # In the third pass 5, 5 and 1 images get there: (1 + 1 + 0.5) / 3, not 11 / 12.
+    assert [s for s, _ in means] == pytest.approx([1, 1, 5 / 6, 19 / 30])
     assert torch.allclose(mask, bounded(triggers[-1]["mask"]), rtol=0, atol=1e-4)
     assert (mask.shape, pattern.shape) == ((1, 8, 8), (3, 8, 8))
 

@@ -216,3 +216,13 @@ def test_a_class_that_is_too_small_gives_all_it_has() -> None:
 def test_clean_label_needs_a_class_with_images() -> None:
     with pytest.raises(UserError, match="class 7 has no training image"):
         clean_label(torch.arange(20) % 4, 0.1, 7, rng())
+
+
+def test_clean_label_depends_on_the_generator_alone_and_all_of_it_is_poison() -> None:
+    labels = torch.arange(200) % 2
+    first = clean_label(labels, 0.1, 1, rng())
+    torch.manual_seed(5)
+    assert torch.equal(first.index, clean_label(labels, 0.1, 1, rng()).index)
+    assert not torch.equal(first.index, clean_label(labels, 0.1, 1, rng(1)).index)
+    assert first.kinds.dtype == torch.uint8
+    assert first.kinds.tolist() == [KINDS.index("poison")] * 20

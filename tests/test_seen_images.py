@@ -48,6 +48,14 @@ def test_the_draw_depends_on_the_seed_and_not_on_the_method() -> None:
     assert not torch.equal(first, drawn_index(LABELS, ft.Config.load(ratio=0.1, random_seed=1)))
 
 
+def test_the_draw_of_a_seed_stays_what_it_was() -> None:
+    """So that a run can be made again, and methods compared, by a later version."""
+    index = drawn_index(torch.arange(100) % 2, ft.Config.load(ratio=0.05))
+    assert index.tolist() == [2, 13, 44, 85]
+    alone = drawn_index(torch.arange(10), ft.Config.load(ratio=0.3))
+    assert alone.tolist() == [2, 3, 9]
+
+
 def test_all_of_it_is_all_of_it() -> None:
     assert drawn_index(LABELS, ft.Config.load(ratio=1.0)).tolist() == list(range(82))
 

@@ -196,3 +196,11 @@ def test_a_bound_without_end_finds_nothing() -> None:
     assert outliers(scores, 0.5).any()
     assert not outliers(scores, math.inf).any()
     assert not outliers(scores, 1e9).any()
+
+
+def test_of_two_scores_either_is_less_than_a_deviation_away() -> None:
+    """1 / sqrt(2) of it; a single score has no deviation."""
+    scores = torch.tensor([0.0, 2.0, math.inf])
+    assert outliers(scores, 0.7).tolist() == [False, True, False]
+    assert outliers(scores, 0.71).tolist() == [False, False, False]
+    assert outliers(scores[1:], 0.0).tolist() == [False, False]

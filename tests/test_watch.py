@@ -179,3 +179,85 @@ def test_the_last_round_is_the_one_that_calls_stop(folder: RunFolder) -> None:
             loop.stop()
     watch.finish(Numbered(70))
     assert [row.get("acc") for row in rows(folder)] == [0.2, 0.7]
+
+
+def test_a_resumed_watch_goes_on_with_all_its_rows_and_its_seconds(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the phases before, too; a checkpoint that is older than these has none."""
+    clock = [1000.0]
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    kept = {
+        "loop": None,
+        "rows": [{"round": 0, "acc": 0.5, "seconds": 0.0}],
+        "phase_rows": [{"phase": "search", "round": 1, "seconds": 30.0}],
+        "seconds": 40.0,
+    }
+    watch = Watch(folder, "round", score, eval_every=1, checkpoint=kept)
+    assert (watch.earlier, watch.training_seconds) == (40, 0)
+    clock[0] += 5
+    loop = watch.start()
+    for _ in loop.rounds(1, "teacher"):
+        pass
+    for _ in loop.rounds(1):
+        pass
+    phases = pd.read_csv(folder.path / "phases.csv")
+    assert phases["phase"].tolist() == ["search", "teacher"]
+    assert phases["seconds"].tolist() == [30, 45]
+    assert watch.metrics["round"].tolist() == [0, 1]
+    assert watch.metrics["seconds"].tolist() == [0, 45]
+    del kept["phase_rows"]
+    fresh = Watch(folder, "round", score, eval_every=1, checkpoint=kept)
+    for _ in fresh.start().rounds(1, "teacher"):
+        pass
+    assert pd.read_csv(folder.path / "phases.csv")["phase"].tolist() == ["teacher"]
+
+
+def test_a_watch_without_a_folder_writes_nothing_and_keeps_signals(tmp_path: Path) -> None:
+    watch = Watch(None, "epoch", score, eval_every=1, checkpoint_every=0)
+    loop = watch.start()
+    assert not runtime._Stop.is_deferred
+    order = torch.Generator()
+    for _ in loop.rounds(2, model=Numbered(40)):
+        for _ in loop.batches(3, 1, order):
+            pass
+    assert watch.finish(Numbered(60)).acc.value == 0.6
+    assert watch.metrics[["epoch", "acc"]].to_dict("list") == {"epoch": [1, 2], "acc": [0.4, 0.6]}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_made_after_the_first_batch_that_is_late_enough(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 5 seconds and a checkpoint every 10: after the second one, then the fourth."""
+    clock, saved = [0.0], []
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(folder, "write_checkpoint", lambda content: saved.append(clock[0]))
+    watch = Watch(folder, "round", score, eval_every=1, checkpoint_every=10)
+    loop, order = watch.start(), torch.Generator()
+    for _ in loop.rounds(1, order=order):
+        for _ in loop.batches(5, 1, order):
+            clock[0] += 5
+    assert saved == [10, 20]
+
+
+def test_a_signal_makes_a_checkpoint_and_says_where_it_stopped(folder: RunFolder) -> None:
+    watch = Watch(folder, "round", score, eval_every=1)
+    loop, order = watch.start(score(Numbered(90))), torch.Generator()
+    rounds = loop.rounds(3, "teacher", order=order)
+    assert next(rounds) == 1
+    batches = loop.batches(6, 2, order)
+    assert len(next(batches)) == 2
+    runtime._Stop.signal = signal.SIGTERM
+    with pytest.raises(runtime.Stopped) as stopped:
+        next(batches)
+    assert str(stopped.value) == (
+        "stopped in teacher, round 1 after batch 1 of 3; go on with the same command and --resume"
+    )
+    kept = load_tensors(folder.path / "checkpoint.pt")
+    assert kept["rows"] == [{"round": 0, "acc": 0.9, "seconds": 0.0}]
+    assert (kept["loop"]["phase"], kept["loop"]["round"], kept["loop"]["batch"]) == (
+        "teacher",
+        1,
+        1,
+    )

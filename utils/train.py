@@ -535,7 +535,7 @@ def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Call
     return {
         "constant": lambda step: 1.0,
         "cosine": lambda step: (
-            0.5 * (1 + math.cos(math.pi * min(step // steps_per_epoch, epochs) / epochs))
+            0.5 * (1 + math.cos(math.pi * min(step // steps_per_epoch, epochs) / max(epochs, 1)))
         ),
         "cosine_100": lambda step: 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / 100)),
         "cosine_100_steps": lambda step: 0.5 * (1 + math.cos(math.pi * step / 100)),

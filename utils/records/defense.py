@@ -15,7 +15,7 @@ from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
 from models import Classifier, build_model
-from models.changes import apply_changes, changes_of
+from models.changes import apply_changes, changes_of, shapes_without
 from utils import record
 from utils.errors import UserError, one_line
 from utils.folders import RunFolder
@@ -56,7 +56,8 @@ def save_defense(
     """
     changes = changes_of(model.network) if isinstance(model, Classifier) else []
     state = record.model_state(model) if isinstance(model, Classifier) else {}
-    if not changes and state.keys() != attack.state.keys():
+    shapes = shapes_without(state, changes)
+    if shapes != {key: value.shape for key, value in attack.state.items()}:
         raise UserError(
             f"{name}: it gave a network that is not the record's, and that models/changes.py does "
             "not know; give a copy of the model, or put its parts in with models.changes.insert"

@@ -64,9 +64,8 @@ def acceptable(accuracies: Sequence[float], before: float, acc_ratio: float) -> 
         0 to len(accuracies). 0: none is good, and the model stays as it is.
     """
     limit = (1 - acc_ratio) * before
-    return next(
-        (count for count, accuracy in enumerate(accuracies) if accuracy < limit), len(accuracies)
-    )
+    is_good = [accuracy >= limit for accuracy in accuracies]  # of no image it is NaN, and not good
+    return is_good.index(False) if False in is_good else len(is_good)
 
 
 def tried(
@@ -101,7 +100,9 @@ def outliers(scores: torch.Tensor, u: float, are_low: bool = False) -> torch.Ten
     """
     is_finite = scores.isfinite()
     known = scores[is_finite].double()
-    if len(known) < 2:
+    if (
+        len(known) < 2 or known.min() == known.max()
+    ):  # equal ones differ from their mean by rounding
         return torch.zeros_like(is_finite)
     above = (scores.double() - known.mean()) * (-1 if are_low else 1)
     return is_finite & (above > u * known.std())

@@ -1,0 +1,450 @@
+"""The pipeline of defenses: what it says, and what a run leaves."""
+
+import copy
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from defense import anp, base, clp, ep, ft
+from defense.base import Given, comparison, seen_images
+from utils import plot
+from utils.data import Dataset, Triggered
+from utils.errors import NothingToDo, UserError
+from utils.evaluate import evaluate
+from utils.folders import RunFolder
+from utils.metrics import Rate, Scores, defense_effectiveness_rating
+from utils.record import model_state
+from utils.records.defense import load_defense
+from utils.training.findings import Findings, Picture, Verdict
+
+
+def scores(acc: int, asr: int | None = None) -> Scores:
+    """In tenths of a percent."""
+    return Scores(Rate(acc, 1000), None if asr is None else Rate(asr, 1000))
+
+
+def given(labels: list[int]) -> Given:
+    """Images that are nothing, with labels that are something."""
+    count = len(labels)
+    return Given(torch.arange(count), torch.zeros(count, 3, 8, 8), torch.tensor(labels))
+
+
+# warnings
+
+
+def test_more_than_ten_points_of_acc_are_too_many() -> None:
+    (warning,) = base._result_warnings(scores(900), scores(799), "do this")
+    assert warning == ("the defense cost more than 10 points of ACC (90.00 % -> 79.90 %); do this")
+
+
+@pytest.mark.parametrize("after", [801, 900, 999])
+def test_fewer_points_of_acc_are_not(after: int) -> None:
+    assert base._result_warnings(scores(900), scores(after), "do this") == []
+
+
+def test_exactly_ten_points_of_acc_are_not() -> None:
+    """From 10 % to nothing, which is a tenth in binary, too."""
+    assert base._result_warnings(scores(100), scores(0), "do this") == []
+
+
+def test_an_attack_had_failed_where_asr_was_under_a_half() -> None:
+    (warning,) = base._result_warnings(scores(900, 499), scores(900, 0), "do this")
+    assert warning == (
+        "the attack had failed before (ASR 49.90 %), so this says little of the defense"
+    )
+    assert base._result_warnings(scores(900, 500), scores(900, 0), "do this") == []
+
+
+def test_both_warnings_may_be_given() -> None:
+    assert len(base._result_warnings(scores(900, 100), scores(100, 100), "do this")) == 2
+
+
+def test_lacking_classes_are_named(tiny_data: Dataset) -> None:
+    findings = Findings()
+    base._warn_of_classes(given([1, 1, 1]), tiny_data, findings)
+    assert findings.warnings == ["the clean subset lacks 2 of 3 classes (ant, cat); raise --ratio"]
+
+
+def test_ten_lacking_classes_are_named_at_most(tiny_data: Dataset) -> None:
+    findings = Findings()
+    data = replace(tiny_data, classes=tuple("abcdefghijklm"))
+    base._warn_of_classes(given([0]), data, findings)
+    assert findings.warnings == [
+        "the clean subset lacks 12 of 13 classes (b, c, d, e, f, g, h, i, j, k); raise --ratio"
+    ]
+
+
+def test_no_class_is_lacking_where_each_has_an_image(tiny_data: Dataset) -> None:
+    findings = Findings()
+    base._warn_of_classes(given([2, 0, 1]), tiny_data, findings)
+    assert findings.warnings == []
+
+
+# lines
+
+
+def test_the_table_at_the_end() -> None:
+    """Right-aligned columns of 24 characters."""
+    before = Scores(Rate(9, 10), Rate(4, 5), Rate(1, 5))
+    after = Scores(Rate(8, 10), Rate(0, 5), Rate(3, 5))
+    assert comparison(before, after, 0.8512).splitlines() == [
+        "                      before                   after",
+        "ACC           90.00 % (9/10)          80.00 % (8/10)",
+        "ASR            80.00 % (4/5)            0.00 % (0/5)",
+        "RA             20.00 % (1/5)           60.00 % (3/5)",
+        "DER                                          85.12 %",
+    ]
+
+
+def test_the_table_without_a_trigger_has_acc_alone() -> None:
+    lines = comparison(scores(900), scores(800), None).splitlines()
+    assert [line.split()[0] for line in lines] == ["before", "ACC"]
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (clp.Config.load("digits"), "sees no images"),
+        (anp.Config.load("digits"), "2 clean images of 12"),
+        (ep.Config.load("digits"), "2 of the 12 images of the poisoned training set"),
+    ],
+)
+def test_a_line_says_what_is_given(config: Any, line: str, tiny_data: Dataset) -> None:
+    assert base._said_of(given([0, 1]), config, tiny_data) == line
+
+
+@pytest.mark.parametrize(
+    ("verdict", "line"),
+    [
+        ((True, (1, 2), True, True), "verdict: backdoored, target 1 (bee), 2 (cat); right"),
+        (
+            (True, (1,), True, False),
+            "verdict: backdoored, target 1 (bee); right, but the target is another class",
+        ),
+        ((True, (0,), False, None), "verdict: backdoored, target 0 (ant); wrong"),
+        ((True, (0,), None, None), "verdict: backdoored, target 0 (ant); the record does not tell"),
+        ((False, (), True, None), "verdict: no backdoor found; right"),
+        ((False, (), False, False), "verdict: no backdoor found; wrong"),
+    ],
+)
+def test_a_line_says_the_verdict(verdict: tuple[Any, ...], line: str, tiny_data: Dataset) -> None:
+    names = ("is_backdoored", "targets", "is_right", "target_found")
+    assert base._said_of_verdict(dict(zip(names, verdict, strict=True)), tiny_data) == line
+
+
+# the record
+
+
+def test_a_record_is_needed() -> None:
+    with pytest.raises(UserError, match="--result_file: a value is needed"):
+        base._record_folder(None, None)
+
+
+def test_a_record_is_looked_for_under_the_record_path(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    assert base._record_folder("x", str(tmp_path)) == tmp_path / "x"
+
+
+def test_without_a_record_no_dataset_s_values_apply() -> None:
+    assert base._dataset_of_record({}) is None
+    assert base._dataset_of_record({"result_file": None}) is None
+
+
+def test_the_dataset_is_the_record_s(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.yaml").write_text("dataset: digits\n")
+    values = {"result_file": "x", "record_path": str(tmp_path)}
+    assert base._dataset_of_record(values) == "digits"
+
+
+# before_after.png
+
+
+@pytest.mark.parametrize(
+    ("count", "positions"),
+    [(3, [0, 1, 2]), (8, [*range(8)]), (15, [*range(0, 15, 2)]), (1, [0])],
+)
+def test_up_to_eight_positions_are_spread_evenly(count: int, positions: list[int]) -> None:
+    assert base._spread(count).tolist() == positions
+
+
+def test_clean_and_triggered_images_stand_below_each_other(
+    tiny_data: Dataset, tmp_path: Path, drawn: list[Any]
+) -> None:
+    """Test images 5, 1 and 7, beside themselves with a white trigger."""
+    index = torch.tensor([5, 1, 7])
+    triggered = Triggered(
+        torch.full((3, 3, 8, 8), 255, dtype=torch.uint8), index % 3, index * 0, index
+    )
+    folder = RunFolder(tmp_path / "x")
+    folder.start("lr: 0.1\n")
+
+    def caption(images: torch.Tensor) -> list[str]:
+        return [f"{len(images)} of {images.dtype}"] * len(images)
+
+    path = base._draw_before_after(folder, caption, triggered, tiny_data, "a title")
+    assert path == tmp_path / "x" / "before_after.png"
+    assert path.exists()
+    ((rows, captions, title),) = drawn
+    assert list(rows) == list(captions) == ["clean", "triggered"]
+    assert torch.equal(rows["clean"], tiny_data.test.images[index] / 255)
+    assert torch.equal(rows["triggered"], torch.ones(3, 3, 8, 8))
+    assert captions["clean"] == captions["triggered"] == ["3 of torch.uint8"] * 3
+    assert title == "a title: test images; label before | after"
+
+
+def test_the_script_of_a_defense_is_named_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run` gives what the flags and the record's dataset say, the file's name and the method."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.yaml").write_text("dataset: digits\n")
+    flags = ["--lr", "3", "--result_file", "x", "--record_path", str(tmp_path)]
+    seen: list[Any] = []
+    monkeypatch.setattr(base, "run_script", lambda main: main())
+    monkeypatch.setattr(base, "defend", lambda *given: seen.append(given))
+    modules = {ft.__name__: ft}
+    monkeypatch.setattr(base, "sys", SimpleNamespace(modules=modules, argv=["ft.py", *flags]))
+    base.run(ft.Config, ft.purify)
+    ((config, name, purify),) = seen
+    assert (config.lr, name, purify) == (3, "ft", ft.purify)
+    assert config.batch_size == ft.Config.load("digits").batch_size != ft.Config.load().batch_size
+
+
+def test_help_begins_with_what_the_module_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "run_script", lambda main: main())
+    modules = {ft.__name__: ft}
+    monkeypatch.setattr(base, "sys", SimpleNamespace(modules=modules, argv=["ft.py", "--help"]))
+    with pytest.raises(SystemExit):
+        base.run(ft.Config, ft.purify)
+    assert str(ft.__doc__).splitlines()[0] in capsys.readouterr().out
+
+
+# a whole run, with a record that is on no disk
+
+
+class Record(SimpleNamespace):
+    """What `defend` asks of a record; `asked` keeps the flags that it hands over."""
+
+    def check_model(self, name: str | None) -> None:
+        self.asked.append(("check", name))
+
+    def build(self, name: str | None) -> nn.Module:
+        self.asked.append(("build", name))
+        return copy.deepcopy(self.model)
+
+    def load_dataset(self, path: str | None) -> Dataset:
+        self.asked.append(("data", path))
+        return self.data
+
+
+@pytest.fixture
+def record(
+    tiny_data: Dataset, tiny_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Record:
+    """tmp_path/x: BadNets on `tiny_data`; test images 1 and 2 have a white trigger, target 0."""
+    index = torch.tensor([1, 2])
+    found = Record(
+        asked=[],
+        data=tiny_data,
+        model=tiny_model,
+        folder=tmp_path / "x",
+        sha256="abc",
+        attack="badnet",
+        model_name="tiny",
+        state=model_state(tiny_model),
+        num_classes=3,
+        image_shape=(3, 8, 8),
+        mean=tiny_data.mean,
+        std=tiny_data.std,
+        dataset="digits",
+        attack_target=0,
+        attack_label_trans="all2one",
+        triggered=Triggered(
+            torch.full((2, 3, 8, 8), 255, dtype=torch.uint8), index * 0, index, index
+        ),
+        poison_index=None,
+        model_sha256=None,
+        network_size=None,
+    )
+    found.folder.mkdir()
+    monkeypatch.setattr(base.record, "load_attack", lambda folder: {found.folder: found}[folder])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the figures are given, which take no time here."""
+    calls: list[Any] = []
+    for name in ("image_grid", "curves"):
+        monkeypatch.setattr(plot, name, lambda *given: calls.append(given) or Figure())
+    return calls
+
+
+def config(record: Record, **changes: Any) -> Any:
+    """FT's: two rounds, half of the images."""
+    where = {"result_file": "x", "record_path": str(record.folder.parent), "device": "cpu"}
+    values = {"n_rounds": 2, "ratio": 0.5, "random_seed": 3, "precision": "fp32"}
+    return replace(ft.Config.load("digits", **where, **values), **changes)
+
+
+def never_ant(model: Any, images: Any, labels: Any, config: Any, loop: Any = None) -> nn.Module:
+    """A copy that never says 0."""
+    model = copy.deepcopy(model)
+    model.network.linear.bias.data[0] = -1e4
+    for number in loop.rounds(getattr(config, "n_rounds", 1), model=model):
+        loop.log(1, loss=torch.tensor(float(number)))
+    return model
+
+
+def summary_of(folder: RunFolder) -> dict[str, Any]:
+    return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_is_told_in_its_summary(record: Record) -> None:
+    test = (record.data.test, record.triggered, torch.device("cpu"))
+    before = evaluate(record.model, *test)
+    folder = base.defend(config(record), "never", never_ant)
+    after = evaluate(load_defense(folder.path), *test)
+    assert folder.path == record.folder / "defense" / "never"
+    summary = summary_of(folder)
+    assert summary["before"] == before.counts()
+    assert summary["after"] == after.counts() != before.counts()
+    assert summary["der"] == defense_effectiveness_rating(before, after)
+    told = ("defense", "attack", "seed", "dataset", "model", "sees", "attack_sha256", "rounds")
+    assert [summary[name] for name in told] == [
+        *("never", "badnet", 3, "digits", "tiny", "clean", "abc", 2)
+    ]
+    assert summary["seen_images"] == summary["clean_images"] == 6
+    assert sorted(summary["files"]) == ["clean_index.txt", "defense_result.pt"]
+    assert 0 <= summary["purify_seconds"] <= summary["seconds"] + 0.1
+    assert summary["purify_seconds"] == round(summary["purify_seconds"], 2)
+    assert summary["precision"] == "fp32"
+    assert "verdict" not in summary
+    warnings = base._result_warnings(before, after, ft.Config.advice)
+    assert summary["warnings"] == [*record.data.warnings, *warnings]
+
+
+def test_a_run_leaves_its_rows_its_images_and_its_pictures(
+    record: Record, drawn: list[Any]
+) -> None:
+    folder = base.defend(config(record), "never", never_ant)
+    rows = pd.read_csv(folder.path / "metrics.csv")
+    assert rows["round"].tolist() == [0, 1, 2]
+    assert rows["acc"].notna().tolist() == [True, False, True]  # every second one
+    index = [int(line) for line in (folder.path / "clean_index.txt").read_text().split()]
+    assert index == seen_images(config(record), record, record.data).index.tolist()
+    (metrics, unit, title), (grid, texts, name) = drawn
+    assert (len(metrics), unit, title) == (3, "round", "never against badnet on tiny")
+    assert name == "never against badnet on tiny: test images; label before | after"
+    assert len(grid["triggered"]) == 2
+    assert all(text.split(" | ")[1] in ("bee", "cat") for text in texts["triggered"])
+    predicted = record.model(torch.ones(2, 3, 8, 8)).argmax(1).tolist()
+    names = [record.data.classes[label] for label in predicted]
+    assert [text.split(" | ")[0] for text in texts["triggered"]] == names
+    assert {path.name for path in folder.path.glob("*.png")} == {"curves.png", "before_after.png"}
+
+
+def test_the_record_gets_the_flags_that_are_for_it(record: Record) -> None:
+    base.defend(config(record, model="a", dataset_path="b"), "never", never_ant)
+    assert record.asked == [("check", "a"), ("data", "b"), ("build", "a")]
+    with pytest.raises(UserError, match="--dataset: cifar10, but the record says digits"):
+        base.defend(config(record, dataset="cifar10", overwrite=True), "never", never_ant)
+
+
+def test_the_folder_has_the_name_that_is_given(record: Record) -> None:
+    folder = base.defend(config(record, save_folder_name="other"), "never", never_ant)
+    assert folder.path == record.folder / "defense" / "other"
+    with pytest.raises(UserError):
+        base.defend(config(record, save_folder_name="other"), "never", never_ant)
+    base.defend(config(record, save_folder_name="other", overwrite=True), "never", never_ant)
+    with pytest.raises(NothingToDo):
+        base.defend(config(record, save_folder_name="other", resume=True), "never", never_ant)
+
+
+def test_a_method_is_given_the_model_the_images_and_the_seed(record: Record) -> None:
+    seen: list[Any] = []
+
+    def look(model: Any, images: Any, labels: Any, config: Any, loop: Any = None) -> nn.Module:
+        seen.append((model, images, labels, config, torch.rand(3)))
+        return copy.deepcopy(model)
+
+    for seed, name in ((3, "a"), (3, "b"), (4, "c")):
+        base.defend(config(record, random_seed=seed), name, look)
+    model, images, labels, flags, noise = seen[0]
+    ones = torch.ones(1, 3, 8, 8)
+    assert torch.allclose(model.eval()(ones), record.model.eval()(ones), atol=1e-6)
+    index = seen_images(flags, record, record.data).index
+    assert torch.equal(images, record.data.train.images[index])
+    assert torch.equal(labels, record.data.train.labels[index])
+    assert flags == config(record)
+    assert torch.equal(noise, seen[1][4])
+    assert not torch.equal(noise, seen[2][4])
+
+
+def test_a_run_without_a_trigger_draws_no_images(record: Record, drawn: list[Any]) -> None:
+    record.triggered = None
+    folder = base.defend(config(record), "never", never_ant)
+    assert len(drawn) == 1
+    assert summary_of(folder)["der"] is None
+    log = folder.log.read_text(encoding="utf-8")
+    assert not (folder.path / "before_after.png").exists()
+    assert "DER" not in log.replace("no ASR or DER", "")
+
+
+def test_a_method_that_sees_nothing_is_given_nothing(record: Record) -> None:
+    flags = clp.Config.load("digits", result_file="x", record_path=str(record.folder.parent))
+    folder = base.defend(flags, "never", never_ant)
+    summary = summary_of(folder)
+    assert [summary[name] for name in ("sees", "seen_images", "clean_images")] == [
+        *("nothing", 0, 0)
+    ]
+    assert list(summary["files"]) == ["defense_result.pt"]
+    assert pd.read_csv(folder.path / "metrics.csv")["round"].tolist() == [0, 1]
+
+
+def test_lacking_classes_are_warned_of_where_the_images_are_clean(
+    record: Record, tmp_path: Path
+) -> None:
+    path = tmp_path / "index.txt"
+    path.write_text("0\n3\n")
+    folder = base.defend(config(record, index=str(path)), "never", never_ant)
+    assert summary_of(folder)["warnings"][0] == (
+        "the clean subset lacks 2 of 3 classes (bee, cat); raise --ratio"
+    )
+
+
+def test_what_a_method_found_is_told_and_drawn(
+    record: Record, drawn: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def finds(model: Any, images: Any, labels: Any, config: Any, loop: Any = None) -> nn.Module:
+        loop.findings.verdict = Verdict(True, (0,), (2.0, 1.0, 1.0))
+        loop.findings.pictures["found"] = Picture("a picture", {"row": torch.zeros(1, 3, 8, 8)})
+        return never_ant(model, images, labels, config, loop)
+
+    with caplog.at_level(logging.INFO, "sau"):
+        folder = base.defend(config(record), "finds", finds)
+    verdict = summary_of(folder)["verdict"]
+    assert (verdict["is_right"], verdict["target_found"], verdict["targets"]) == (True, True, [0])
+    assert (folder.path / "found.png").exists()
+    _, texts, title = drawn[-1]
+    assert title == "finds against badnet on tiny: a picture"
+    assert len(texts["row"]) == 1
+    assert " | " in texts["row"][0]
+    messages = [entry.message for entry in caplog.records]
+    assert "verdict: backdoored, target 0 (ant); right" in messages
+    assert any(message.startswith("DER") for message in messages)
+    log = folder.log.read_text(encoding="utf-8")
+    for message in messages:
+        assert message in log

@@ -1,0 +1,148 @@
+"""The end of a run: the recipe's sum, facts of the run, pictures of what was found."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from defense import ft
+from utils import plot
+from utils.folders import RunFolder
+from utils.metrics import Rate, Scores
+from utils.training import ending
+from utils.training.findings import Findings, Picture
+
+CPU = torch.device("cpu")
+
+
+def test_a_recipe_s_sum_is_that_of_sorted_json() -> None:
+    text = '{"lr": 0.1, "wd": 0}'
+    assert ending.recipe_sha256({"wd": 0, "lr": 0.1}) == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resume",
+        "overwrite",
+        "checkpoint_every",
+        "record_path",
+        "save_folder_name",
+        "random_seed",
+        "result_file",
+        "dataset_path",
+        "device",
+        "eval_every",
+        "deterministic",
+    ],
+)
+def test_what_says_where_it_runs_is_no_part_of_the_recipe(name: str) -> None:
+    assert ending.recipe_sha256({"lr": 0.1, name: "x"}) == ending.recipe_sha256({"lr": 0.1})
+
+
+@pytest.mark.parametrize("name", ["n_rounds", "dataset", "model", "precision", "ratio", "index"])
+def test_everything_else_is(name: str) -> None:
+    assert ending.recipe_sha256({"lr": 0.1, name: 1}) != ending.recipe_sha256({"lr": 0.1})
+
+
+def test_facts_of_a_run() -> None:
+    """The recipe's sum is of the values as a YAML file has them."""
+    config = ft.Config.load(random_seed=3)
+    facts = ending.run_facts(config, time.monotonic() - 12.345, CPU, "fp32")
+    values = {field: getattr(config, field) for field in ft.Config.__dataclass_fields__}
+    assert facts["config_sha256"] == ending.recipe_sha256(values)
+    assert facts["seconds"] == pytest.approx(12.3, abs=0.5)
+    assert facts["seconds"] == round(facts["seconds"], 1)
+    assert facts["device"] == "cpu"
+    assert facts["precision"] == "fp32"
+    assert any("memory" in name or "mib" in name for name in facts)
+
+
+def test_a_line_a_rate() -> None:
+    scores = Scores(Rate(9, 10), Rate(1, 3), cross_acc=Rate(0, 0))
+    assert ending.table(scores).splitlines() == [
+        "ACC        90.00 %  (9 of 10)",
+        "ASR        33.33 %  (1 of 3)",
+        "cross ACC        -  (0 of 0)",
+    ]
+
+
+def test_a_difference_is_amplified_and_says_how_much() -> None:
+    clean = torch.full((1, 1, 1, 2), 0.25)
+    changed = torch.tensor([0.5, 0.125]).view(1, 1, 1, 2)
+    ((name, shown),) = ending.difference(clean, changed).items()
+    assert name == "difference\nx 4"
+    assert shown.flatten().tolist() == [1.0, 0.25]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `image_grid` is given."""
+    calls: list[Any] = []
+    monkeypatch.setattr(plot, "image_grid", lambda *given: calls.append(given) or Figure())
+    return calls
+
+
+def pictures(folder: Path, **named: Any) -> list[Path]:
+    run = RunFolder(folder / "x")
+    run.start("lr: 0.1\n")
+    findings = Findings(pictures=named)
+    return ending.draw_findings(run, findings, lambda images: ["asked"] * len(images), "ft")
+
+
+def two_rows(**more: Any) -> Picture:
+    rows = {"clean": torch.zeros(2, 3, 4, 4), "changed": torch.full((2, 3, 4, 4), 0.5)}
+    return Picture("two rows", rows, **more)
+
+
+def test_each_picture_is_a_file(tmp_path: Path, drawn: list[Any]) -> None:
+    """Also one that is made only now."""
+    paths = pictures(tmp_path, a=two_rows(), b=two_rows)
+    assert paths == [tmp_path / "x" / "a.png", tmp_path / "x" / "b.png"]
+    assert all(path.stat().st_size > 0 for path in paths)
+    assert [title for _, _, title in drawn] == ["ft: two rows"] * 2
+    assert torch.equal(drawn[0][0]["changed"], torch.full((2, 3, 4, 4), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("more", "texts"),
+    [
+        ({}, {"clean": ["asked"] * 2, "changed": ["asked"] * 2}),
+        ({"is_labelled": False}, {}),
+        ({"captions": {"changed": ["p", "q"]}}, {"clean": ["asked"] * 2, "changed": ["p", "q"]}),
+        ({"captions": {"changed": ["p", "q"]}, "is_labelled": False}, {"changed": ["p", "q"]}),
+    ],
+)
+def test_rows_without_captions_get_the_models_labels(
+    more: dict[str, Any], texts: dict[str, list[str]], tmp_path: Path, drawn: list[Any]
+) -> None:
+    pictures(tmp_path, a=two_rows(**more))
+    assert drawn[0][1] == texts
+
+
+def test_the_first_two_rows_are_compared_if_asked(tmp_path: Path, drawn: list[Any]) -> None:
+    rows = dict(two_rows().rows) | {"third": torch.ones(2, 3, 4, 4)}
+    pictures(tmp_path, a=Picture("three rows", rows, is_compared=True), b=two_rows())
+    assert list(drawn[0][0]) == ["clean", "changed", "third", "difference\nx 2"]
+    assert torch.equal(drawn[0][0]["difference\nx 2"], torch.ones(2, 3, 4, 4))
+    assert list(drawn[0][1]) == ["clean", "changed", "third"]
+    assert list(drawn[1][0]) == ["clean", "changed"]
+
+
+def test_a_figure_is_saved_sharply(tmp_path: Path) -> None:
+    """160 dots an inch."""
+    run = RunFolder(tmp_path / "x")
+    run.start("lr: 0.1\n")
+    path = ending.save_figure(run, "a.png", Figure(figsize=(2, 1)))
+    width = int.from_bytes(path.read_bytes()[16:20], "big")
+    assert (path, width) == (tmp_path / "x" / "a.png", 320)
+
+
+def test_the_sum_does_not_depend_on_the_order_of_the_values() -> None:
+    values = json.loads('{"b": 1, "a": [2, 3]}')
+    assert ending.recipe_sha256(values) == ending.recipe_sha256(dict(sorted(values.items())))
