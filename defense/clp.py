@@ -29,8 +29,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import DefenseConfig, run
-from models.parts import Pairs, convolutions_before, named_channels, norms, silenced
+from models.parts import Pairs, convolutions_before, running_norms
 from utils.train import Loop
+from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
 
 
@@ -86,22 +87,17 @@ def purify(
     Raises:
         UserError: if the network has no convolution with a BatchNorm behind it.
     """
-    loop = loop or Loop()
-    convolutions_before(model, config.pairs, images.shape[1:])  # refused even with no rounds
-    model, pruned = silenced(model, {}, config.prune_bias), []
-    for _ in loop.rounds(config.n_rounds):
-        layers = norms(model)
-        channels = {}
+
+    def outlying(model: nn.Module) -> dict[str, torch.Tensor]:
+        layers, channels = running_norms(model), {}
         for name, convolution in convolutions_before(model, config.pairs, images.shape[1:]).items():
-            variance = layers[name].running_var
-            assert variance is not None  # convolutions_before gives no others
+            variance: torch.Tensor = layers[name].running_var  # type: ignore[assignment]
             bounds = channel_lipschitz(convolution.weight, layers[name].weight, variance)
             channels[name] = outliers(bounds, config.u)
-        model = silenced(model, channels, config.prune_bias)
-        pruned += named_channels(channels)
-    loop.findings.tables["pruned"] = pruned
-    loop.findings.say(f"{len(pruned)} channels pruned", pruned_channels=len(pruned))
-    return model
+        return channels
+
+    outlying(model)  # refuses a network, even with no rounds
+    return pruned_in_rounds(model, config, loop or Loop(), outlying)
 
 
 if __name__ == "__main__":

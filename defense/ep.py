@@ -29,10 +29,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import PoisonedData, Rounds, run
-from models.parts import named_channels, norms, recording, silenced
+from models.parts import norms, recording
 from utils.data import as_float
 from utils.runtime import evaluating
 from utils.train import Loop
+from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
 
 
@@ -120,19 +121,14 @@ def purify(
     Raises:
         UserError: if the network has no BatchNorm.
     """
-    loop = loop or Loop()
-    norms(model)  # refused even with no rounds
-    model, pruned = silenced(model, {}, config.prune_bias), []
-    for _ in loop.rounds(config.n_rounds):
-        channels = {
+
+    def outlying(model: nn.Module) -> dict[str, torch.Tensor]:
+        return {
             name: outliers(channel_entropy(values, config.bin_width), config.u, are_low=True)
             for name, values in largest_inputs(model, images, config.batch_size).items()
         }
-        model = silenced(model, channels, config.prune_bias)
-        pruned += named_channels(channels)
-    loop.findings.tables["pruned"] = pruned
-    loop.findings.say(f"{len(pruned)} channels pruned", pruned_channels=len(pruned))
-    return model
+
+    return pruned_in_rounds(model, config, loop or Loop(), outlying)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Pruning by masks: the level is fixed, or chosen on a held-out part of the clean images."""
+"""Pruning of channels: those that stand out, or those whose learned mask is small.
 
-from collections.abc import Mapping
+The level of a mask is fixed, or chosen on a held-out part of the clean images.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol, TypeVar
 
 import torch
@@ -103,6 +106,39 @@ def pruned_by_masks(
         )
         return silenced(model, {}, config.prune_bias)
     return _pruned(model, masks, config, loop, levels[count - 1])
+
+
+class Passes(Protocol):
+    """The flags that pruning in rounds reads."""
+
+    @property
+    def n_rounds(self) -> int: ...
+    @property
+    def prune_bias(self) -> bool: ...
+
+
+def pruned_in_rounds(
+    model: nn.Module,
+    config: Passes,
+    loop: Loop,
+    channels_of: Callable[[nn.Module], Mapping[str, torch.Tensor]],
+) -> nn.Module:
+    """A copy of the model without the channels that stand out, looked for once a round.
+
+    Args:
+        channels_of: from the model as it is to what to prune: bool (C,) by the layer's name.
+
+    Returns:
+        The copy, in eval mode.
+    """
+    model, pruned = silenced(model, {}, config.prune_bias), []
+    for _ in loop.rounds(config.n_rounds):
+        channels = channels_of(model)
+        model = silenced(model, channels, config.prune_bias)
+        pruned += named_channels(channels)
+    loop.findings.tables["pruned"] = pruned
+    loop.findings.say(f"{len(pruned)} channels pruned", pruned_channels=len(pruned))
+    return model
 
 
 def channels_up_to(masks: Mapping[str, torch.Tensor], level: float) -> dict[str, torch.Tensor]:
