@@ -89,7 +89,10 @@ class Findings:
             "pictures": {
                 name: {
                     "title": picture.title,
-                    "rows": {row: images.detach().cpu() for row, images in picture.rows.items()},
+                    "rows": {
+                        row: images.detach().cpu().contiguous()
+                        for row, images in picture.rows.items()
+                    },
                     "captions": {row: list(texts) for row, texts in picture.captions.items()},
                     "is_labelled": picture.is_labelled,
                     "is_compared": picture.is_compared,
