@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.changes import Polarizer, apply_changes, changes_of, insert
+from models.changes import Polarizer, apply_changes, changes_of, insert, shapes_without
 from models.preactresnet import PreActResNet
 from tests.networks import conv_net, copied, differing, problem
 from utils.errors import UserError
@@ -83,23 +83,21 @@ def usual_network() -> PreActResNet:
     return PreActResNet((2, 2, 2, 2), 4, widths=(4, 5, 6, 7)).eval()
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [
-        [],
-        [("layer4.1.conv1", 7)],
-        [("conv1", 3)],
-        [("layer2.0.conv1", 4), ("layer4", 6)],
-        [("layer4", 6), ("layer4.layer.1.conv1", 7)],
-        [("layer4.1.conv1", 7), ("layer4", 6)],
-        [("layer3", 5), ("layer3", 5)],
-    ],
-)
-def test_the_same_network_is_made_again(layers: list[tuple[str, int]]) -> None:
-    """Its changes pass through JSON; then its weights fit and its logits are the same bits.
+# A part may stand inside a layer that has one itself, and two may stand before one layer.
+PLACES: list[list[tuple[str, int]]] = [
+    [],
+    [("layer4.1.conv1", 7)],
+    [("conv1", 3)],
+    [("layer2.0.conv1", 4), ("layer4", 6)],
+    [("layer4", 6), ("layer4.layer.1.conv1", 7)],
+    [("layer4.1.conv1", 7), ("layer4", 6)],
+    [("layer3", 5), ("layer3", 5)],
+]
 
-    A part may stand inside a layer that has one itself, and two may stand before one layer.
-    """
+
+@pytest.mark.parametrize("layers", PLACES)
+def test_the_same_network_is_made_again(layers: list[tuple[str, int]]) -> None:
+    """Its changes pass through JSON; then its weights fit and its logits are the same bits."""
     changed = usual_network()
     for name, channels in layers:
         insert(changed, "polarizer", name, channels)
@@ -116,6 +114,17 @@ def test_the_same_network_is_made_again(layers: list[tuple[str, int]]) -> None:
     assert changes_of(again) == changes
     assert changes_of(fresh) == []  # a copy was changed
     assert differing(fresh.state_dict(), before) == []
+
+
+@pytest.mark.parametrize("layers", PLACES)
+def test_without_its_changes_a_network_has_the_names_and_shapes_of_before(
+    layers: list[tuple[str, int]],
+) -> None:
+    network = usual_network()
+    before = {name: value.shape for name, value in network.state_dict().items()}
+    for name, channels in layers:
+        insert(network, "polarizer", name, channels)
+    assert shapes_without(network.state_dict(), changes_of(network)) == before
 
 
 def test_changes_are_plain_data_in_the_order_of_the_layers() -> None:

@@ -110,6 +110,16 @@ def test_each_ingredient_moves_the_weights(change: dict[str, Any]) -> None:
     assert {"conv1.weight", "bn1.weight", "bn2.bias", "linear.bias"} <= set(moved)
 
 
+def on_a_plateau(rounds: int) -> ft.Config:
+    """Steps of 1e-7 times the gradient, on all images as they are."""
+    return config(
+        lr_scheduler="reduce_on_plateau",
+        n_rounds=rounds,
+        lr=1e-7,
+        **{"batch_size": 12, "sgd_momentum": 0.0, "wd": 0.0, "crop_padding": 0, "flip": False},
+    )
+
+
 def test_a_plateau_lowers_the_rate_after_eleven_bad_rounds() -> None:
     """A step of 1e-7 does not lower the loss by a ten-thousandth of itself.
 
@@ -120,12 +130,7 @@ def test_a_plateau_lowers_the_rate_after_eleven_bad_rounds() -> None:
     images, labels = problem()
     weights = []
     for rounds in (11, 12, 13):
-        flags = config(
-            lr_scheduler="reduce_on_plateau",
-            n_rounds=rounds,
-            lr=1e-7,
-            **{"batch_size": 12, "sgd_momentum": 0.0, "wd": 0.0, "crop_padding": 0, "flip": False},
-        )
+        flags = on_a_plateau(rounds)
         weights.append(ft.purify(network, images, labels, flags).linear.weight)
     twelfth, thirteenth = weights[1] - weights[0], weights[2] - weights[1]
     assert torch.allclose(thirteenth, twelfth / 10, rtol=1e-3, atol=1e-15)
@@ -182,6 +187,13 @@ def shared(
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "reduce_on_plateau"])
 def test_the_shared_recipe_is_fine_tuning_bit_for_bit(schedule: str) -> None:
     network, flags = conv_net(), config(lr_scheduler=schedule)
+    expected = ft.purify(network, *problem(), flags).state_dict()
+    assert differing(shared(network, flags), expected) == []
+
+
+def test_the_shared_recipe_follows_a_plateau_too() -> None:
+    """Round 13 goes at a tenth, as above, so its weights are another 13th round's."""
+    network, flags = conv_net(), on_a_plateau(13)
     expected = ft.purify(network, *problem(), flags).state_dict()
     assert differing(shared(network, flags), expected) == []
 
