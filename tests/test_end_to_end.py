@@ -371,7 +371,8 @@ def test_warnings_are_said_and_kept(workplace: Path, capsys: pytest.CaptureFixtu
     assert summary["acc"] < 0.5
     assert any("learned little" in text for text in summary["warnings"])
     assert "warning: the model learned little" in capsys.readouterr().err
-    flags = defense_flags(workplace, "weak", ratio=0.03)
+    (workplace / "one.txt").write_text("0\n")
+    flags = defense_flags(workplace, "weak", index=workplace / "one.txt")
     assert run_script(ROOT / "defense/sau.py", *flags) == 0
     after = json.loads((workplace / "record/weak/defense/sau/summary.json").read_text())
     assert any("lacks 2 of 3 classes" in text for text in after["warnings"])
