@@ -92,7 +92,7 @@ def shapes_without(
     """
     shapes = {}
     for name, value in state.items():
-        for layer in (change["layer"] for change in changes):
+        for layer in (change["layer"] for change in reversed(changes)):  # from the inside out
             if name.startswith(f"{layer}.polarizer."):
                 break
             if name.startswith(f"{layer}.layer."):

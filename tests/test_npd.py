@@ -435,6 +435,7 @@ def test_only_the_polarizer_learns() -> None:
     assert differing(host, before) == []
     wants = {name: weight.requires_grad for name, weight in found.named_parameters()}
     assert [name for name, wanted in wants.items() if not wanted] == ["conv1.weight"]
+    assert all(weight.grad is None for weight in found.conv2.layer.parameters())
     fresh = Polarizer(6).double().state_dict()
     assert differing(found.conv2.part.state_dict(), fresh) == list(fresh)
 
