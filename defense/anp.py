@@ -86,7 +86,8 @@ def adversarial_noise(
     for _ in range(config.anp_steps):
         noise = {name: value.requires_grad_() for name, value in noise.items()}
         loss = F.cross_entropy(_noisy(model, images, masks, noise), labels)
-        gradients = torch.autograd.grad(loss, list(noise.values()))
+        # A layer that the network never calls has no gradient, and keeps its noise.
+        gradients = torch.autograd.grad(loss, list(noise.values()), materialize_grads=True)
         step = config.anp_eps / config.anp_steps
         noise = {
             name: value.detach() + step * gradient.sign()

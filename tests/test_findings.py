@@ -25,7 +25,10 @@ def full() -> Findings:
     torch.manual_seed(0)
     findings.pictures["triggers"] = Picture(
         "two triggers",
-        {"mask": torch.rand(2, 1, 4, 4), "stamped": torch.rand(2, 3, 4, 4).requires_grad_()},
+        {
+            "mask": torch.rand(2, 1, 4, 4).expand(-1, 3, -1, -1),
+            "stamped": torch.rand(2, 3, 4, 4).requires_grad_(),
+        },
         captions={"mask": ["class 0", "class 1"]},
         is_labelled=False,
         is_compared=True,

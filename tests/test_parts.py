@@ -407,10 +407,10 @@ def test_batchnorm_uses_the_batch_s_statistics_and_keeps_its_own() -> None:
 def test_eval_mode_stays_eval_mode_where_statistics_are_kept() -> None:
     network = conv_net()
     images, _ = problem()
-    with torch.no_grad(), keeping_statistics(network):
-        kept = network(images)
     with torch.no_grad():
-        assert torch.equal(kept, network(images))
+        expected = network(images)
+        with keeping_statistics(network):
+            assert torch.equal(network(images), expected)
 
 
 def test_statistics_move_again_after_an_error_and_only_where_they_did() -> None:
