@@ -177,11 +177,7 @@ def prepare(config: Config, setting: Setting) -> Hard:
         easy,
         hard,
     )
-    setting.facts["surrogate_recognises"] = {
-        "images": len(members),
-        "clean": easy,
-        "hard": hard,
-    }
+    setting.facts["surrogate_recognises"] = {"images": len(members), "clean": easy, "hard": hard}
     return Hard(index, made["images"])
 
 

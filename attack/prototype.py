@@ -348,11 +348,8 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
                 "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
                 **({"preparation": setting.facts} if setting.facts else {}),
             },
-            warnings=[
-                *data.warnings,
-                *setting.warnings,
-                *_warnings(scores, len(data.classes)),
-            ],
+            said=[*data.warnings, *setting.warnings],
+            warnings=_warnings(scores, len(data.classes)),
             result=ending.table(scores),
             pictures=pictures,
             files=["attack_result.pt", "poison.pt"],

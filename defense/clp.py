@@ -96,7 +96,7 @@ def purify(
             channels[name] = outliers(bounds, config.u)
         return channels
 
-    outlying(model)  # refuses a network, even with no rounds
+    convolutions_before(model, config.pairs, images.shape[1:])  # refuses, even with no rounds
     return pruned_in_rounds(model, config, loop or Loop(), outlying)
 
 

@@ -31,6 +31,7 @@ def finish_run(
     pictures: Sequence[Path],
     files: Sequence[str],
     run: Mapping[str, Any],
+    said: Sequence[str] = (),
 ) -> None:
     """Writes what was found and then the summary, which says that the run is done; logs the result.
 
@@ -41,6 +42,7 @@ def finish_run(
         pictures: what was drawn before; see `draw_findings`.
         files: names whose sha256 the summary has.
         run: what `run_facts` tells; empty for an import, which runs nothing.
+        said: warnings that were logged when they came up; the summary has them, too.
     """
     for name, rows in ((name, rows) for name, rows in findings.tables.items() if rows):
         folder.write_metrics(rows, f"{name}.csv")
@@ -49,7 +51,7 @@ def finish_run(
         {
             **facts,
             **found,
-            "warnings": [*dict.fromkeys([*findings.warnings, *warnings])],
+            "warnings": [*dict.fromkeys([*said, *findings.warnings, *warnings])],
             **run,
             "files": record.file_hashes(folder, *files),
         }
