@@ -132,7 +132,7 @@ def read_grid(path: Path) -> Grid:
         return Grid.model_validate(read_yaml(path))
     except ValidationError as error:
         raise UserError(
-            "\n".join(
+            *(
                 f"{path}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}"
                 + ("" if e["type"] == "missing" else f", not {e['input']!r}")
                 for e in error.errors()
@@ -169,7 +169,7 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
         checked.add(key)
         problems += _differences(cell)
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError(*dict.fromkeys(problems))
     return cells
 
 

@@ -236,7 +236,7 @@ def main() -> None:
     if failed:
         logs = [(queue.log_of(cell) if queue else log_of(cell, root)) for cell in failed]
         raise UserError(
-            "\n".join(f"{c.name}: failed, see {log}" for c, log in zip(failed, logs, strict=True))
+            *(f"{c.name}: failed, see {log}" for c, log in zip(failed, logs, strict=True))
         )
 
 

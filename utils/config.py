@@ -313,7 +313,7 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
     missing = [key for key in hints if key not in values and key not in refused]
     found += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
     if found:
-        raise UserError("\n".join(found))
+        raise UserError(*found)
     return cls(**values)
 
 

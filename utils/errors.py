@@ -8,11 +8,45 @@ class UserError(ValueError):
     """Bad input, told in one line per problem: what is wrong, what is allowed, what to do.
 
     Scripts print it without a traceback and exit with code 2. Anything else raised is a defect.
+
+    Args:
+        problems: one text for each. What a text quotes from a file or a flag is made harmless
+            where it is printed, see `shown`.
     """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class NothingToDo(Exception):
     """What was asked for has been done before. Scripts say so and exit with 0."""
+
+
+def shown(text: object, limit: int = 2000) -> str:
+    """A text as one line that can be printed: the only way in which foreign text is shown.
+
+    Line breaks, control and escape codes, marks that turn the direction of text, and halves of
+    characters become escapes such as `\\n` and `\\x1b`; of a text that is too long the middle is
+    left out.
+
+    Args:
+        text: anything; its `str` is shown.
+        limit: characters, >= 20.
+    """
+    whole = str(text)
+    if len(whole) > limit:
+        half = (limit - 3) // 2
+        whole = f"{whole[:half]}...{whole[-half:]}"
+    if whole.isprintable():
+        return whole
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in whole
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what killed processes leave of them."""
+"""Files: read as what they are, written whole or not at all, and what killed processes leave."""
 
 import contextlib
 import errno
@@ -6,8 +6,10 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from utils.errors import UserError
 
@@ -19,7 +21,54 @@ REFUSALS = frozenset(
     )
 )
 
+# The largest files that are read, in bytes: of text, of tables, pictures and lists, of tensors.
+TEXT, TABLE, TENSORS = 1 << 24, 1 << 28, 1 << 34
+
 _DIGITS = 8  # of what tells temporary names apart, also those of several machines
+
+
+def opened(path: Path, largest: int = TABLE) -> IO[bytes]:
+    """A regular file to read from; the one way in which files are opened that may be anybody's.
+
+    A pipe, a device, a folder, or a link that leads to one, is refused without waiting for it.
+
+    Args:
+        largest: size in bytes; see `TEXT`, `TABLE`, `TENSORS`.
+
+    Raises:
+        OSError: if it is no regular file, larger, or cannot be opened; `strerror` says why.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if status.st_size > largest:
+            raise OSError(errno.EFBIG, f"it is larger than {largest:,} bytes", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_bytes(path: Path, largest: int = TABLE) -> bytes:
+    """The content of a file; see `opened`.
+
+    Raises:
+        OSError: as `opened`.
+    """
+    with opened(path, largest) as file:
+        return file.read(largest)
+
+
+def read_text(path: Path, largest: int = TEXT) -> str:
+    """The text of a file in UTF-8; see `opened`.
+
+    Raises:
+        OSError: as `opened`.
+        ValueError: if it is no UTF-8.
+    """
+    return read_bytes(path, largest).decode("utf-8")
 
 
 @contextlib.contextmanager

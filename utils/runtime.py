@@ -61,8 +61,8 @@ def run_script(main: Callable[[], None]) -> None:
             # torchrun ends this process if the first one has failed as well, which may take a while
             # on a busy machine; only what this one alone has met is then still to be said.
             time.sleep(30)
-        for line in str(error).splitlines():
-            logger.error("error: %s", line)
+        for problem in error.problems:
+            logger.error("error: %s", problem)
         raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in REFUSALS:
