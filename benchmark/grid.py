@@ -230,8 +230,7 @@ def _problems(cell: Cell) -> list[str]:
     try:
         config.load(flags.pop("dataset", None), **flags)  # a defense has it from the record
     except UserError as error:
-        lines = str(error).splitlines()
-        return [f"{cell.script}: {line.removeprefix('override: ')}" for line in lines]
+        return [f"{cell.script}: {text.removeprefix('override: ')}" for text in error.problems]
     return []
 
 
