@@ -2,7 +2,7 @@
 
     python attack/external.py --state_dict my_model.pt --model resnet18 --save_folder_name theirs
 
-The checkpoint is a state dict, `.pt`/`.pth` (read with weights_only=True; beside it there may be
+The checkpoint is a state dict, `.pt`/`.pth` (tensors and plain data alone are read; beside them there may be
 plain data and NumPy's arrays and numbers) or `.safetensors`, bare or under `state_dict`, `model`,
 `model_state_dict` or `net`; `module.` before names is stripped, and all names and shapes have to be
 the network's. Nothing is trained.

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,7 +46,7 @@ from utils.errors import UserError
 from utils.images import read_image
 from utils.metrics import Rate, Scores
 from utils.runtime import defer_signals, logger, run_script
-from utils.tensors import NUMPY, load_plain
+from utils.tensors import load_plain
 from utils.train import Loop
 
 SECONDS = 10
@@ -164,12 +164,12 @@ def hostile(value: Any, rng: random.Random) -> Any:
     return rng.choice(strange)
 
 
-def damage_tensors(path: Path, rng: random.Random, allowed: Sequence[Any] = ()) -> None:
+def damage_tensors(path: Path, rng: random.Random) -> None:
     """A file of `torch.save`: its bytes, or what it says."""
     if rng.random() < 0.5:
         path.write_bytes(damaged(path.read_bytes(), rng))
         return
-    content = load_plain(path, allowed)
+    content = load_plain(path, arrays=True)
     buffer = io.BytesIO()
     torch.save(hostile(content, rng), buffer)
     path.write_bytes(buffer.getvalue())
@@ -226,7 +226,7 @@ def cases(good: Path) -> dict[str, Case]:
     def backdoorbench(folder: Path, rng: random.Random) -> None:
         shutil.copytree(good / "theirs", folder / "x")
         if rng.random() < 0.7:
-            damage_tensors(folder / "x/attack_result.pt", rng, NUMPY)
+            damage_tensors(folder / "x/attack_result.pt", rng)
         else:
             picture = rng.choice(sorted((folder / "x").rglob("*.png")))
             picture.write_bytes(damaged(picture.read_bytes(), rng))

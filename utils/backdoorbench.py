@@ -25,7 +25,7 @@ from utils.data import Dataset
 from utils.errors import UserError
 from utils.files import not_written
 from utils.runtime import Progress, logger
-from utils.tensors import NUMPY, explained, load_plain, load_tensors
+from utils.tensors import explained, load_plain, load_tensors
 
 # The networks that both sides have, by their common name.
 MODELS = (
@@ -385,7 +385,7 @@ def load_array(path: Path) -> np.ndarray:
         UserError: if the file holds anything else.
     """
     with explained(path, "a row of numbers"):
-        array = load_plain(path, NUMPY)
+        array = load_plain(path, arrays=True)
         if not isinstance(array, np.ndarray) or array.ndim != 1:
             raise ValueError("it holds something else")
         return array
@@ -394,7 +394,7 @@ def load_array(path: Path) -> np.ndarray:
 def _load(path: Path) -> dict[str, Any]:
     """The dictionary, which has all eight keys."""
     try:
-        content = load_tensors(path, NUMPY)
+        content = load_tensors(path, arrays=True)
     except ValueError:
         _refuse_images_inside(path)
         raise

@@ -8,7 +8,7 @@ import torch
 
 from models import Classifier
 from utils.errors import UserError, first_line
-from utils.tensors import NUMPY, load_tensors, not_finite
+from utils.tensors import load_tensors, not_finite
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 
@@ -25,7 +25,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
             content: Mapping[str, Any] = load_file(path)
         else:
-            content = load_tensors(path, NUMPY)  # numpy's numbers beside weights
+            content = load_tensors(path, arrays=True)  # NumPy's numbers beside weights
     except Exception as error:  # a file of another kind raises anything
         reason = first_line(error)
         raise UserError(
