@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from utils.errors import UserError, first_line, shown
 from utils.files import TENSORS, opened
@@ -142,11 +143,11 @@ class _Storages:
 
     def _bytes(self, member: zipfile.ZipInfo) -> torch.Tensor:
         values = torch.empty(member.file_size, dtype=torch.uint8)
-        room = memoryview(values.numpy()).cast("B")
+        room = values.numpy()
         with self._archive.open(member) as source:
             place = 0
             while piece := source.read(1 << 20):
-                room[place : place + len(piece)] = piece
+                room[place : place + len(piece)] = np.frombuffer(piece, np.uint8)
                 place += len(piece)
         if place != len(room):
             raise ValueError("a part of it is cut short")
@@ -473,7 +474,7 @@ class _Machine:
         self._array_bytes -= len(content)
         if self._array_bytes < 0:
             raise ValueError("its arrays are larger than the file")
-        target.__setstate__((1, _size(shape), dtype, bool(is_fortran), content))
+        target.__setstate__((1, _size(shape), dtype, np.bool_(is_fortran), content))
 
 
 def _refuse_unfolding(content: Any) -> None:
@@ -541,5 +542,10 @@ def explained(path: Path, expected: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a damaged file raises anything from zipfile's to unpickling errors
-        reason = getattr(error, "strerror", None) or first_line(error)
+        if isinstance(error, ValidationError):
+            first, count = error.errors(include_input=False)[0], error.error_count()
+            where = ".".join(map(str, first["loc"]))
+            reason = f"{where}: {first['msg']}" + (f", and {count - 1} more" if count > 1 else "")
+        else:
+            reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: is not {expected} ({reason})") from error
