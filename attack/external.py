@@ -2,10 +2,10 @@
 
     python attack/external.py --state_dict my_model.pt --model resnet18 --save_folder_name theirs
 
-The checkpoint is a state dict, `.pt`/`.pth` (tensors, plain data, NumPy's arrays and numbers; nothing
-else is read) or `.safetensors`, bare or under `state_dict`, `model`, `model_state_dict` or `net`;
-`module.` before names is stripped, and all names and shapes have to be the network's. Nothing is
-trained.
+The checkpoint is a state dict, `.pt`/`.pth` (tensors, plain data, NumPy's arrays and numbers;
+nothing else is read) or `.safetensors`, bare or under `state_dict`, `model`, `model_state_dict` or
+`net`; `module.` before names is stripped, and all names and shapes have to be the network's.
+Nothing is trained.
 
 ASR needs triggered test images, as picture files named after the test image that they come from:
 

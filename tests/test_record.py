@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import Classifier
+from models import Classifier, build_model
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
 from utils.folders import RunFolder
@@ -276,6 +277,237 @@ def test_a_record_of_another_shape_is_refused(saved: RunFolder, name: str, chang
     forge(saved, name, change)
     with pytest.raises(UserError, match=re.escape(str(saved.path))):
         load_attack(saved.path).build()
+
+
+def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda content: content.update({name: change(content[name])})
+
+
+POISON = {
+    "train_index": torch.int64,
+    "train_images": torch.uint8,
+    "train_labels": torch.int64,
+    "train_kinds": torch.uint8,
+    "test_index": torch.int64,
+    "test_images": torch.uint8,
+    "test_targets": torch.int64,
+    "test_labels": torch.int64,
+}
+OTHERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "floats": torch.Tensor.float,
+    "doubles": torch.Tensor.double,
+    "small integers": lambda tensor: tensor.to(torch.int16),
+    "truths": torch.Tensor.bool,
+    "one more dimension": lambda tensor: tensor[None],
+    "columns": lambda tensor: tensor.unsqueeze(-1),
+    "no dimension": lambda tensor: tensor.flatten()[0],
+    "a row less": lambda tensor: tensor[1:],
+    "a row more": lambda tensor: torch.cat([tensor, tensor[:1]]),
+    "nothing": lambda tensor: tensor[:0],
+    "a list": torch.Tensor.tolist,
+    "a text": str,
+    "none": lambda tensor: None,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", POISON)
+def test_poison_of_another_type_or_shape_is_refused(
+    saved: RunFolder, name: str, other: str
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        assert content[name].dtype == POISON[name]
+        content[name] = OTHERS[other](content[name])
+
+    forge(saved, "poison.pt", change)
+    problem = load_problem(saved)
+    assert problem.startswith(f"{saved.path / 'poison.pt'}: is not a record of this program (")
+
+
+def set_row(name: str, row: int, value: int) -> Change:
+    return lambda content: content[name].__setitem__(row, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (set_row("train_labels", 0, 3), "train_labels: has values beyond 0 to 2"),
+        (set_row("train_labels", 0, -1), "train_labels: has values beyond 0 to 2"),
+        (set_row("train_kinds", 0, 3), "train_kinds: has values beyond 0 to 2"),
+        (set_row("test_labels", 5, 3), "test_labels: has values beyond 0 to 2"),
+        (set_row("test_targets", 5, -5), "test_targets: has values beyond 0 to 2"),
+        (set_row("train_index", 0, -1), "train_index: is not ascending"),
+        (set_row("test_index", 0, -9), "test_index: is not ascending"),
+        (with_tensor("train_index", lambda index: index.flip(0)), "train_index: is not asc"),
+        (with_tensor("test_index", lambda index: index.clamp(max=3)), "test_index: is not asc"),
+        (put("kinds", ["cover", "poison", "cross"]), "kinds: are not poison, cover, cross"),
+        (put("kinds", 3), "kinds: are not"),
+        (put("cross_images", torch.zeros(9, 3, 8, 8)), "cross_images: is torch.float32"),
+        (put("cross_images", torch.zeros(9, 8, 8, dtype=torch.uint8)), "cross_images: is"),
+        (put("cross_images", [1]), "cross_images: is no tensor"),
+    ],
+)
+def test_poison_out_of_range_is_refused(saved: RunFolder, change: Change, reason: str) -> None:
+    forge(saved, "poison.pt", change)
+    assert reason in load_problem(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (set_row("train_index", -1, 12), "train_index: names image 12 of 12"),
+        (set_row("test_index", -1, 9), "test_index: names image 9 of 9"),
+        (set_row("test_labels", 0, 2), "test_labels: are not the dataset's"),
+        (
+            put("cross_images", torch.zeros(8, 3, 8, 8, dtype=torch.uint8)),
+            "cross_images: 8 of 9 test images",
+        ),
+    ],
+)
+def test_poison_of_another_dataset_is_refused(
+    saved: RunFolder, tiny_data: Dataset, change: Change, reason: str
+) -> None:
+    """Before work starts, though no file of the record can tell."""
+    assert (len(tiny_data.train), len(tiny_data.test)) == (12, 9)
+    forge(saved, "poison.pt", change)
+    record = load_attack(saved.path)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        record.check_dataset(tiny_data)
+
+
+def test_labels_that_cover_images_keep_are_the_dataset_s(
+    saved: RunFolder, tiny_data: Dataset
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        true = tiny_data.train.labels[content["train_index"][0]]
+        content["train_kinds"][0] = KINDS.index("cover")
+        content["train_labels"][0] = (true + 1) % 3
+
+    forge(saved, "poison.pt", change)
+    with pytest.raises(UserError, match="train_labels: are not the dataset's"):
+        load_attack(saved.path).check_dataset(tiny_data)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (put("attack", ""), "attack: "),
+        (put("attack", "x" * 201), "attack: "),
+        (put("attack", "x" * 200_000), "attack: "),
+        (put("attack", "a\0b"), "attack: "),
+        (put("attack", 3), "attack: "),
+        (put("model_name", "x" * 300), "model_name: "),
+        (put("model_sha256", "abc"), "model_sha256: "),
+        (put("network_size", 0), "network_size: "),
+        (put("network_size", 10**9), "network_size: "),
+        (put("network_size", 32.0), "network_size: "),
+        (put("num_classes", 0), "num_classes: "),
+        (put("num_classes", 10**9), "num_classes: "),
+        (put("num_classes", True), "num_classes: "),
+        (put("num_classes", 3.0), "num_classes: "),
+        (put("image_shape", [3, 8]), "image_shape"),
+        (put("image_shape", [1, 8, 8]), "image_shape"),
+        (put("image_shape", [3, 8, 9]), "image_shape: 8 x 9"),
+        (put("image_shape", [3, -8, -8]), "image_shape"),
+        (put("image_shape", [3, 10**6, 10**6]), "image_shape"),
+        (put("mean", [0.5, 0.5]), "mean: "),
+        (put("mean", [0.5, 0.5, float("nan")]), "mean"),
+        (put("std", [0.5, 0.5, 0.0]), "std"),
+        (put("std", [0.5, 0.5, -1.0]), "std"),
+        (put("std", [0.5, 0.5, float("inf")]), "std"),
+        (put("dataset", "x" * 201), "dataset: "),
+        (put("dataset_path", "x" * 5000), "dataset_path: "),
+        (put("dataset_path", "a\0b"), "dataset_path: "),
+        (put("dataset_fingerprint", "abc"), "dataset_fingerprint: "),
+        (put("attack_target", 3), "attack_target: 3 is no class of 3"),
+        (put("attack_target", -1), "attack_target: "),
+        (put("attack_target", 1.0), "attack_target: "),
+        (put("attack_label_trans", "one2one"), "attack_label_trans: "),
+        (put("classes", "abc"), "classes: "),
+        (put("classes", [1, 2, 3]), "classes"),
+        (lambda content: content["model"].update({3: torch.zeros(1)}), "a weight has no name"),
+        (lambda content: content["model"].update({"x" * 2000: torch.zeros(1)}), "too long a one"),
+    ],
+)
+def test_plain_values_out_of_range_are_refused(
+    saved: RunFolder, change: Change, reason: str
+) -> None:
+    forge(saved, "attack_result.pt", change)
+    problem = load_problem(saved)
+    assert reason in problem
+    assert len(problem) < 500
+
+
+@pytest.mark.parametrize("name", ["vgg16", "preactresnet18", "convnext_tiny"])
+def test_a_network_is_made_only_for_weights_that_fit(
+    saved: RunFolder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A hundred thousand classes would take 1.6 GB of vgg16; a network without values says no."""
+
+    def change(content: dict[str, Any]) -> None:
+        content |= {"model_name": name, "num_classes": 100_000}
+
+    forge(saved, "attack_result.pt", change)
+    record = load_attack(saved.path)
+    made = []
+    monkeypatch.setattr(
+        "utils.record.build_model",
+        lambda *args, **kwargs: (
+            made.append(torch.empty(0).device.type),
+            build_model(*args, **kwargs),
+        )[1],
+    )
+    with pytest.raises(UserError, match=f"its weights do not fit {name} "):
+        record.build()
+    assert made == ["meta"]
+
+
+def test_making_the_network_draws_what_it_always_drew(saved: RunFolder) -> None:
+    record = load_attack(saved.path)
+    torch.manual_seed(0)
+    build_model("tiny", 3)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    record.build()
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_weights_of_another_kind_are_refused(saved: RunFolder, dtype: torch.dtype) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["model"]["linear.bias"] = content["model"]["linear.bias"].to(dtype)
+
+    forge(saved, "attack_result.pt", change)
+    with pytest.raises(UserError, match=r"linear\.bias is .* instead of float of \(3,\)"):
+        load_attack(saved.path).build()
+
+
+def test_poison_that_is_changed_meanwhile_is_refused(saved: RunFolder, tiny_data: Dataset) -> None:
+    """Its images are read only where they are needed, which may be much later."""
+    record = load_attack(saved.path)
+    assert len(record.poisoned_set(tiny_data).images) == 6
+    forge(saved, "poison.pt", with_tensor("train_images", torch.zeros_like))
+    with pytest.raises(UserError, match="was changed since the run began"):
+        record.poisoned_set(tiny_data)
+    with pytest.raises(UserError, match="was changed since the run began"):
+        record.cross_images(tiny_data)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "attack_result.pt", "poison.pt"])
+@pytest.mark.parametrize("kind", ["pipe", "zero", "itself", "sparse", "folder", "nowhere"])
+def test_what_is_no_file_is_refused_at_once(saved: RunFolder, name: str, kind: str) -> None:
+    path = saved.path / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(200 * 10**9)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"zero": "/dev/zero", "itself": path, "nowhere": "/nowhere/x"}[kind])
+    assert str(saved.path) in load_problem(saved)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -2,26 +2,29 @@
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import torch
-from pydantic import Field, TypeAdapter
-from typing_extensions import NotRequired, TypedDict
 
 from models import Classifier, build_model, check_model, is_user_file, model_identity
+from models.changes import apply_changes
 from utils import backdoorbench
 from utils.config import read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError, one_line
+from utils.files import TABLE, TENSORS, opened, read_text
 from utils.folders import RunFolder
 from utils.poison import KINDS, PoisonedSet, unpoisoned
-from utils.tensors import explained, load_tensors, not_finite
+from utils.records import schema
+from utils.tensors import explained, load_tensors
 
+RESULT, POISON, SUMMARY = "attack_result.pt", "poison.pt", "summary.json"
 _EXPECTED = "a record of this program"
 
 
@@ -85,7 +88,7 @@ def model_state(model: Classifier) -> dict[str, torch.Tensor]:
 def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
     """sha256 of those of the named files that exist, for `summary.json`."""
     found = [folder.path / name for name in names]
-    return {path.name: _sha256(path) for path in found if path.exists()}
+    return {path.name: file_sha256(path) for path in found if path.exists()}
 
 
 def checked_model(name: str, sha256: str | None, given: str | None) -> str:
@@ -116,6 +119,62 @@ def checked_model(name: str, sha256: str | None, given: str | None) -> str:
             f"{sha256}; give that file"
         )
     return given
+
+
+def make_model(
+    name: str,
+    state: Mapping[str, torch.Tensor],
+    *,
+    num_classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+    network_size: int | None,
+    where: Path,
+    changes: Sequence[Mapping[str, Any]] = (),
+) -> Classifier:
+    """A network with a record's weights, in eval mode, on the CPU.
+
+    Args:
+        name: as `checked_model` gives it; the rest as for `build_model`.
+        changes: what a defense has added to the network.
+        where: the file or folder that has the weights, for messages.
+
+    Raises:
+        UserError: if the weights do not fit the network, before memory is taken for it; only the
+            user's own file is run first.
+    """
+
+    def made() -> Classifier:
+        model = build_model(
+            name,
+            num_classes,
+            tuple(mean),
+            tuple(std),
+            image_size=image_size,
+            network_size=network_size,
+        )
+        model.network = apply_changes(model.network, changes)
+        return model
+
+    def check(model: Classifier) -> None:
+        found = schema.misfits(state, model.network.state_dict())
+        if found:
+            raise UserError(f"{'; '.join(found[:3])}; {len(found)} in all")
+
+    try:
+        if not is_user_file(name):  # on "meta" a network is its shapes alone
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                check(made())
+        model = made()
+        check(model)
+        model.network.load_state_dict(state)
+    except (RuntimeError, UserError) as error:
+        if isinstance(error, UserError) and str(error).startswith("--model"):
+            raise
+        what = name.rpartition("/")[2]
+        raise UserError(f"{where}: its weights do not fit {what} ({one_line(error)})") from None
+    return model.eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,22 +227,16 @@ class AttackRecord(ABC):
         Raises:
             UserError: if the weights do not fit the architecture, or as `check_model` says.
         """
-        model = build_model(
+        return make_model(
             self.check_model(given),
-            self.num_classes,
-            self.mean,
-            self.std,
+            self.state,
+            num_classes=self.num_classes,
+            mean=self.mean,
+            std=self.std,
             image_size=self.image_shape[1],
             network_size=self.network_size,
+            where=self.folder,
         )
-        try:
-            model.network.load_state_dict(self.state)
-        except RuntimeError as error:
-            reason = one_line(error)
-            raise UserError(
-                f"{self.folder}: its weights do not fit {self.model_name} ({reason})"
-            ) from None
-        return model.eval()
 
     def load_dataset(self, path: str | None = None) -> Dataset:
         """The dataset that the model was trained on, checked.
@@ -224,6 +277,9 @@ class _Own(AttackRecord):
     """A record that an attack script wrote."""
 
     dataset_fingerprint: str
+    plain: schema.Attack
+    poison: schema.Poison | None
+    poison_sha256: str | None
 
     def check_content(self, data: Dataset) -> None:
         if data.fingerprint() != self.dataset_fingerprint:
@@ -232,14 +288,23 @@ class _Own(AttackRecord):
                 "was made with; "
                 "give the same files with --dataset_path, or run the attack again"
             )
+        if self.poison is not None:
+            with explained(self.folder / POISON, _EXPECTED):
+                self.poison.check_dataset(data)
 
     def poisoned_set(self, data: Dataset) -> PoisonedSet:
-        content = load_tensors(self.folder / "poison.pt")
-        names = ("train_index", "train_images", "train_labels", "train_kinds")
-        return PoisonedSet(data.train, *(content[name] for name in names))
+        poison = self._poison()
+        return PoisonedSet(data.train, poison.index, poison.images, poison.labels, poison.kinds)
 
     def cross_images(self, data: Dataset) -> torch.Tensor | None:
-        return load_tensors(self.folder / "poison.pt").get("cross_images")
+        return None if self.poison is None else self._poison().cross
+
+    def _poison(self) -> schema.Poison:
+        """The poisoned images, which are not kept in memory, as they were when it was opened."""
+        path = self.folder / POISON
+        if file_sha256(path) != self.poison_sha256:
+            raise UserError(f"{path}: was changed since the run began; run it again")
+        return _read_poison(path, self.plain)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +364,7 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
     except UserError as error:
         raise UserError(f"{folder}: {str(error).removeprefix('--model: ')}") from None
     try:
-        check_state(source.state)
+        schema.check_state(source.state)
         state = backdoorbench.fit_state(source.state, network.state_dict())
     except ValueError as error:
         raise UserError(f"{folder}: its weights do not fit {source.model_name} ({error})") from None
@@ -307,7 +372,7 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
     target, label_map = source.label_map()
     return _BackdoorBench(
         folder=folder,
-        sha256=_sha256(folder / backdoorbench.RESULT),
+        sha256=file_sha256(folder / backdoorbench.RESULT),
         attack=source.attack,
         model_name=source.model_name,
         state=state,
@@ -327,97 +392,71 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
 
 
 def _load_own(folder: Path) -> AttackRecord:
-    result, poison = folder / "attack_result.pt", folder / "poison.pt"
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        hashes = {path.name: _sha256(path) for path in (result, poison) if path.exists()}
-    except FileNotFoundError:
+    result, poison = folder / RESULT, folder / POISON
+    if not (folder / SUMMARY).exists():
         raise UserError(
             f"{folder}: has no summary.json, so its attack did not finish, or it is no record; run "
             "the attack again, or give another folder"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: cannot be read ({error}); run the attack again") from None
-    files = summary.get("files") if isinstance(summary, dict) else None
-    if not isinstance(files, dict):
-        raise UserError(f"{folder}: its summary.json names no files; run the attack again")
-    for name in sorted({*files, *hashes}):
-        if hashes.get(name) != files.get(name):
-            raise UserError(
-                f"{folder / name}: is not the file that summary.json describes; run the attack "
-                "again"
-            )
+        )
+    hashes = checked_hashes(folder, (RESULT, POISON))
     with explained(result, _EXPECTED):
         content = load_tensors(result)
-        record = _Own(
-            folder=folder,
-            sha256=hashes[result.name],
-            state=content["model"],
-            triggered=None,
-            poison_index=None,
-            **_PLAIN.validate_python(content),
-        )
-        check_state(record.state)
-    if not poison.exists():
-        return record
-    with explained(poison, _EXPECTED):
-        return _with_poison(record, load_tensors(poison))
+        plain = schema.check_attack(content)
+    found = _read_poison(poison, plain) if POISON in hashes else None
+    return _Own(
+        folder=folder,
+        sha256=hashes[RESULT],
+        attack=plain["attack"],
+        model_name=plain["model_name"],
+        model_sha256=plain.get("model_sha256"),
+        network_size=plain.get("network_size"),
+        state=content["model"],
+        num_classes=plain["num_classes"],
+        image_shape=plain["image_shape"],
+        mean=tuple(plain["mean"]),
+        std=tuple(plain["std"]),
+        dataset=plain["dataset"],
+        dataset_path=plain["dataset_path"],
+        dataset_fingerprint=plain["dataset_fingerprint"],
+        attack_target=plain["attack_target"],
+        attack_label_trans=plain["attack_label_trans"],
+        triggered=None if found is None else found.triggered,
+        poison_index=None if found is None else found.index[found.kinds == KINDS.index("poison")],
+        plain=plain,
+        poison=None if found is None else found.without_images(),
+        poison_sha256=hashes.get(POISON),
+    )
 
 
-def check_state(state: Mapping[str, Any]) -> None:
-    """Raises ValueError unless all weights are finite tensors."""
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"the weights {name} are no tensor")
-    for name in not_finite(state):
-        raise ValueError(f"the weights {name} are not finite")
+def _read_poison(path: Path, plain: schema.Attack) -> schema.Poison:
+    with explained(path, _EXPECTED):
+        return schema.check_poison(load_tensors(path), plain)
 
 
-class _Plain(TypedDict):
-    """The plain values of `attack_result.pt`, as pydantic checks them."""
-
-    attack: str
-    model_name: str
-    model_sha256: NotRequired[str | None]
-    network_size: NotRequired[Annotated[int | None, Field(ge=1)]]
-    num_classes: Annotated[int, Field(ge=1, strict=True)]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    dataset: str
-    dataset_path: str | None
-    dataset_fingerprint: str
-    attack_target: int | None
-    attack_label_trans: str | None
-
-
-_PLAIN = TypeAdapter(_Plain)
-
-
-def _with_poison(record: AttackRecord, content: Mapping[str, Any]) -> AttackRecord:
-    """The record with what `poison.pt` holds.
+def checked_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """sha256 of the named files of a finished run that exist; `summary.json` says the same.
 
     Raises:
-        ValueError: if the tensors do not fit the record or each other.
+        UserError: if a file is missing or another one than the summary says, or cannot be read.
     """
-    triggered = Triggered(
-        content["test_images"],
-        content["test_targets"],
-        content["test_labels"],
-        content["test_index"],
-    )
-    kinds, index = content["train_kinds"], content["train_index"]
-    if triggered.images.dtype != torch.uint8 or triggered.images.shape[1:] != record.image_shape:
-        raise ValueError(f"test_images are no uint8 images of {record.image_shape}")
-    rows = {len(triggered.images), len(triggered.index)}
-    for name in ("test_targets", "test_labels"):
-        labels = content[name]
-        rows.add(len(labels))
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < record.num_classes:
-            raise ValueError(f"{name} are no classes of the model")
-    if len(rows) != 1 or len(kinds) != len(index):
-        raise ValueError("its tensors differ in length")
-    return replace(record, triggered=triggered, poison_index=index[kinds == KINDS.index("poison")])
+    try:
+        summary = json.loads(read_text(folder / SUMMARY))
+        hashes = {
+            name: file_sha256(folder / name) for name in names if os.path.lexists(folder / name)
+        }
+        files = schema.check_files(summary)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(
+            f"{folder}: has no readable summary.json or files ({reason}), so it is no finished "
+            "run; run it again, or give another folder"
+        ) from None
+    for name in names:
+        if hashes.get(name) != files.get(name) or names[0] not in hashes:
+            raise UserError(
+                f"{folder / name}: is not the file that summary.json describes; run it again"
+            )
+    return hashes
 
 
 def recorded_dataset(folder: Path) -> str | None:
@@ -438,7 +477,7 @@ def read_index(path: Path, count: int) -> torch.Tensor:
         UserError: for text that is no integer, a repeated index, or one outside 0..count-1.
     """
     try:
-        numbers = [int(line) for line in path.read_text(encoding="utf-8").split()]
+        numbers = [int(line) for line in read_text(path, TABLE).split()]
     except OSError as error:
         raise UserError(
             f"--index: {path} cannot be read ({error.strerror}); give a text file"
@@ -455,9 +494,14 @@ def read_index(path: Path, count: int) -> torch.Tensor:
     return torch.tensor(sorted(numbers), dtype=torch.int64)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, hexadecimal.
+
+    Raises:
+        OSError: as `utils.files.opened`.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path, TENSORS) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

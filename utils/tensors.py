@@ -474,7 +474,8 @@ class _Machine:
         self._array_bytes -= len(content)
         if self._array_bytes < 0:
             raise ValueError("its arrays are larger than the file")
-        target.__setstate__((1, _size(shape), dtype, np.bool_(is_fortran), content))
+        made = (1, _size(shape), dtype, bool(is_fortran), content)
+        target.__setstate__(made)  # type: ignore[arg-type]
 
 
 def _refuse_unfolding(content: Any) -> None:

@@ -5,39 +5,19 @@ from utils.records.defense import load_defense
 model = load_defense("record/badnet_demo/defense/sau")
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
 from torch import nn
-from typing_extensions import NotRequired, TypedDict
 
-from models import Classifier, build_model
-from models.changes import apply_changes, changes_of, shapes_without
+from models import Classifier
+from models.changes import changes_of, shapes_without
 from utils import record
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.folders import RunFolder
+from utils.records import schema
 from utils.tensors import explained, load_tensors
 
 RESULT = "defense_result.pt"
-
-
-class _Plain(TypedDict):
-    """The plain values of `defense_result.pt`, as pydantic checks them."""
-
-    model_name: str
-    model_sha256: NotRequired[str | None]
-    network_size: NotRequired[Annotated[int | None, Field(ge=1)]]
-    num_classes: Annotated[int, Field(ge=1, strict=True)]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    changes: NotRequired[list[dict[str, str | int]]]
-
-
-_PLAIN = TypeAdapter(_Plain)
 
 
 def save_defense(
@@ -93,43 +73,23 @@ def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
         UserError: if the run is not finished, or a file was changed or damaged.
     """
     folder = Path(folder)
-    path = folder / RESULT
-    content = _checked(folder)
-    with explained(path, "a defense's result of this program"):
-        plain = _PLAIN.validate_python(content)
-        record.check_state(content["model"])
-    name = record.checked_model(plain["model_name"], plain.get("model_sha256"), model)
-    classifier = build_model(
-        name,
-        plain["num_classes"],
-        plain["mean"],
-        plain["std"],
+    if not (folder / record.SUMMARY).exists():
+        raise UserError(
+            f"{folder}: has no summary.json, so it is no finished result of a defense; run the "
+            "defense again, or give another folder"
+        )
+    record.checked_hashes(folder, [RESULT])
+    with explained(folder / RESULT, "a defense's result of this program"):
+        content = load_tensors(folder / RESULT)
+        plain = schema.check_defense(content)
+    return record.make_model(
+        record.checked_model(plain["model_name"], plain.get("model_sha256"), model),
+        content["model"],
+        num_classes=plain["num_classes"],
+        mean=plain["mean"],
+        std=plain["std"],
         image_size=plain["image_shape"][1],
         network_size=plain.get("network_size"),
+        where=folder / RESULT,
+        changes=plain.get("changes", []),
     )
-    try:
-        classifier.network = apply_changes(classifier.network, plain.get("changes", []))
-        classifier.network.load_state_dict(content["model"])
-    except (RuntimeError, UserError) as error:
-        raise UserError(
-            f"{path}: its weights do not fit {plain['model_name']} ({one_line(error)})"
-        ) from None
-    return classifier.eval()
-
-
-def _checked(folder: Path) -> Mapping[str, Any]:
-    """The content of a finished result, whose sha256 is the one that its summary names."""
-    path = folder / RESULT
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        found = record.file_hashes(RunFolder(folder), RESULT)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder}: has no readable summary.json ({one_line(error)}), so it is no finished "
-            "result of a defense; run the defense again, or give another folder"
-        ) from None
-    files = summary.get("files") if isinstance(summary, dict) else None
-    if not isinstance(files, dict) or not found or files.get(RESULT) != found[RESULT]:
-        raise UserError(f"{path}: is not the file that summary.json describes; run it again")
-    with explained(path, "a defense's result of this program"):
-        return load_tensors(path)
