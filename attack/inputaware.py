@@ -39,6 +39,7 @@ from utils.errors import UserError
 from utils.poison import count_in_batch, partners
 from utils.runtime import Progress, evaluating, generator, logger
 from utils.train import Loop
+from utils.training.state import restore
 
 BETAS = (0.5, 0.9)  # of both Adams
 MASK_MILESTONES = [10, 20]  # epochs after which the mask network's learning rate falls to a tenth
@@ -253,13 +254,17 @@ class InputAware:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pattern.load_state_dict(state["pattern"])
+        restore("pattern", self.pattern, state["pattern"])
         for parameter, gradient in zip(self.pattern.parameters(), state["gradients"], strict=True):
-            parameter.grad = None if gradient is None else gradient.to(parameter.device).clone()
-        self.mask.load_state_dict(state["mask"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            parameter.grad = None if gradient is None else torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                restore("gradient", parameter.grad, gradient)
+        restore("mask", self.mask, state["mask"])
+        restore("optimizer", self.optimizer, state["optimizer"])
         for name, rng in self._rngs.items():
             rng.set_state(state["rngs"][name])
+        if type(state["batches"]) is not int or state["batches"] < 0:
+            raise ValueError("batches: is no number of batches")
         self._batches = state["batches"]
 
     def _draw(self, count: int) -> torch.Tensor:

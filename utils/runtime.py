@@ -256,7 +256,13 @@ class Draws:
         return {name: rng.get_state() for name, rng in self._generators().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Puts back what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is of other generators.
+        """
+        if state.keys() != self._generators().keys():
+            raise ValueError("the generators have other names")
         for name, rng in self._generators().items():
             rng.set_state(state[name])
 
@@ -266,7 +272,10 @@ class Draws:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of the global generators of Python, NumPy and torch, as plain data and tensors."""
+    """The states of the global generators of Python, NumPy and torch, as plain data and tensors.
+
+    `utils.training.state.restore_random` puts them back.
+    """
     _, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -274,16 +283,6 @@ def random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
     }
-
-
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Puts `random_states` back."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    random.setstate(states["python"])
-    keys, *rest = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
 
 
 @contextlib.contextmanager

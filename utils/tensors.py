@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import PlainValidator, ValidationError
 
 from utils.errors import UserError, first_line, shown
 from utils.files import TENSORS, opened
@@ -533,6 +533,21 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
         except NotImplementedError:
             raise ValueError(f"{name} is of {value.dtype}, which is not read") from None
     return found
+
+
+def text_up_to(most: int, least: int = 1) -> PlainValidator:
+    """What a schema asks of a text: `least` to `most` characters, and no NUL.
+
+    Unlike pydantic's own check it takes halves of characters, which stand for bytes of a path that
+    are no UTF-8.
+    """
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not least <= len(value) <= most or "\0" in value:
+            raise ValueError(f"is no text of {least} to {most} characters")
+        return value
+
+    return PlainValidator(check)
 
 
 @contextmanager

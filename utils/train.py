@@ -1,6 +1,7 @@
 """Ordinary supervised training, and the loop that attacks and defenses count their rounds with."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
@@ -13,8 +14,9 @@ from utils import distributed
 from utils.data import as_float, augment, fits, release
 from utils.errors import UserError, one_line
 from utils.poison import PoisonedSet
-from utils.runtime import Draws, random_states, restore_random_states
+from utils.runtime import Draws, random_states
 from utils.training.findings import Findings
+from utils.training.state import device_of, restore, restore_random, state_of
 
 Schedule = Literal[
     "constant",
@@ -25,6 +27,9 @@ Schedule = Literal[
     "multi_step",
     "reduce_on_plateau",
 ]
+
+
+LOSS = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,40}")  # the name of one
 
 
 class Step(Protocol):
@@ -286,7 +291,7 @@ class Loop:
         """What has changed so far, as it is now."""
         return {
             "random": random_states(),
-            "objects": {name: _state_of(name, value) for name, value in self._state.items()},
+            "objects": {name: state_of(name, value) for name, value in self._state.items()},
             "findings": self.findings.state_dict(),
         }
 
@@ -307,9 +312,9 @@ class Loop:
             if kept["objects"].keys() != self._state.keys():
                 raise ValueError(f"it has {', '.join(map(str, kept['objects']))}")
             for name, value in self._state.items():
-                _restore_state(name, value, kept["objects"][name])
+                restore(name, value, kept["objects"][name])
             self.findings.load_state_dict(kept["findings"])
-            restore_random_states(kept["random"])
+            restore_random(kept["random"])
         except Exception as error:  # optimizers and generators raise whatever they stumble over
             raise _not_of_this_run(error) from None
 
@@ -323,14 +328,16 @@ class Loop:
         try:
             if snapshot["phase"] != self.phase:
                 raise ValueError(f"phase {snapshot['phase']!r} instead of {self.phase!r}")
-            number, self._batch = int(snapshot["round"]), int(snapshot["batch"])
-            self._images = int(snapshot["images"])
-            if not (1 <= number <= total and self._batch >= 0 and self._images >= 0):
+            numbers = [snapshot[name] for name in ("round", "batch", "images")]
+            number, self._batch, self._images = numbers
+            if any(type(n) is not int or n < 0 for n in numbers) or not 1 <= number <= total:
                 raise ValueError(f"round {number} of {total}, batch {self._batch}")
-            device = _device_of(self._state)
-            self._sums = {
-                name: value.to(device).reshape(()) for name, value in snapshot["sums"].items()
-            }
+            device = device_of(self._state)
+            self._sums = {}
+            for name, value in snapshot["sums"].items():
+                if not LOSS.fullmatch(name):
+                    raise ValueError(f"a loss is called {name}")
+                self._sums[name] = value.to(device).reshape(())
             return number
         except Exception as error:  # a damaged file holds anything
             raise _not_of_this_run(error) from None
@@ -349,56 +356,6 @@ class Loop:
         self._images += count
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
-
-
-def _state_of(name: str, value: Any) -> Any:
-    """What a checkpoint keeps of a part of a phase's state."""
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    if isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()):
-        return {key: tensor.detach() for key, tensor in value.items()}
-    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        return value.state_dict()
-    raise TypeError(
-        f"{name}: {type(value).__name__} is no state that can be kept; give what has a state_dict, "
-        "a generator, a tensor, or a dictionary of tensors"
-    )
-
-
-@torch.no_grad()
-def _restore_state(name: str, value: Any, state: Any) -> None:
-    """Puts what `_state_of` gave back into the same object."""
-    if isinstance(value, torch.Generator):
-        value.set_state(state)
-    elif isinstance(value, torch.Tensor):
-        if value.shape != state.shape:
-            raise ValueError(f"{name} has the shape {tuple(state.shape)}")
-        value.copy_(state)
-    elif isinstance(value, dict):
-        device = _device_of(value)
-        for key in [key for key in value if key not in state]:
-            del value[key]
-        for key, tensor in state.items():
-            if key in value and value[key].shape == tensor.shape:
-                value[key].copy_(tensor)
-            else:
-                value[key] = tensor.to(device).clone()
-    else:
-        value.load_state_dict(state)
-
-
-def _device_of(state: Mapping[str, Any]) -> torch.device:
-    """Where the tensors of a state are; the CPU where it has none."""
-    for value in state.values():
-        if isinstance(value, nn.Module):
-            value = next(value.parameters(), None)
-        elif isinstance(value, dict):
-            value = next(iter(value.values()), None)
-        if isinstance(value, torch.Tensor):
-            return value.device
-    return torch.device("cpu")
 
 
 def _kept(value: Any) -> Any:
@@ -505,7 +462,7 @@ class Scheduler:
         return self._scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scheduler.load_state_dict(state)
+        restore("scheduler", self._scheduler, state)
 
     def after_step(self) -> None:
         if not isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

@@ -8,30 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PlainValidator, StringConstraints, TypeAdapter
+from pydantic import Field, StringConstraints, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from utils.data import Dataset, Triggered
 from utils.poison import KINDS, LabelMap
-from utils.tensors import not_finite
+from utils.tensors import not_finite, text_up_to
 
 MOST_CLASSES = 100_000
 LARGEST_SIDE = 1024  # of an image, in pixels
 
 
-def _text(most: int) -> PlainValidator:
-    """A text of 1 to `most` characters; a path may have bytes that are no UTF-8."""
-
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or not 1 <= len(value) <= most or "\0" in value:
-            raise ValueError(f"is no text of 1 to {most} characters")
-        return value
-
-    return PlainValidator(check)
-
-
-Name = Annotated[str, _text(200)]
-PathText = Annotated[str, _text(4096)]
+Name = Annotated[str, text_up_to(200)]
+PathText = Annotated[str, text_up_to(4096)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE, strict=True)]
 _Constants = Annotated[
@@ -58,7 +47,7 @@ class Attack(Network):
     """The plain values of `attack_result.pt`."""
 
     attack: Name
-    classes: NotRequired[list[Annotated[str, _text(10_000)]]]
+    classes: NotRequired[list[Annotated[str, text_up_to(10_000)]]]
     dataset: Name
     dataset_path: PathText | None
     dataset_fingerprint: Sha256

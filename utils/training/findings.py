@@ -6,9 +6,13 @@ A method states them; a pipeline turns them into `summary.json`, PNG and CSV.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, PlainValidator, StringConstraints, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from utils.tensors import text_up_to
 
 logger = logging.getLogger("sau")
 
@@ -105,9 +109,98 @@ class Findings:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
-        self.facts = dict(state["facts"])
-        self.warnings = list(state["warnings"])
-        self.pictures |= {name: Picture(**picture) for name, picture in state["pictures"].items()}
-        self.tables = {name: list(rows) for name, rows in state["tables"].items()}
-        self.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
+        """Puts back what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is of another kind.
+        """
+        kept = _KEPT.validate_python(state)
+        self.facts = dict(kept["facts"])
+        self.warnings = list(kept["warnings"])
+        self.pictures |= {
+            name: Picture(**_checked_picture(name, picture))
+            for name, picture in kept["pictures"].items()
+        }
+        self.tables = {name: list(rows) for name, rows in kept["tables"].items()}
+        self.verdict = None if kept["verdict"] is None else Verdict(**kept["verdict"])
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    parts = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _plain(part)
+    elif isinstance(value, dict) and all(isinstance(key, str) for key, _ in parts):
+        for _, part in parts:
+            _plain(part)
+    elif not isinstance(value, (str, bool, int, float, type(None))):
+        raise ValueError(f"a {type(value).__name__} is no plain data")
+    return value
+
+
+# What a checkpoint has of findings. Names become those of files and columns.
+_Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$")]
+_Text = Annotated[str, text_up_to(10_000, least=0)]
+
+
+def _cell(value: Any) -> Any:
+    """A plain value that is no container."""
+    if isinstance(value, (list, tuple, dict)):
+        raise ValueError("a table has a cell of several values")
+    return _plain(value)
+
+
+class _KeptVerdict(TypedDict):
+    is_backdoored: Annotated[bool, Field(strict=True)]
+    targets: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+    suspicion: tuple[float, ...]
+
+
+class _Kept(TypedDict):
+    facts: dict[_Name, Annotated[Any, PlainValidator(_plain)]]
+    warnings: list[_Text]
+    pictures: dict[_Name, dict[str, Any]]
+    tables: dict[_Name, list[dict[_Text, Annotated[Any, PlainValidator(_cell)]]]]
+    verdict: _KeptVerdict | None
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _KeptPicture(TypedDict):
+    title: _Text
+    rows: dict[_Text, Any]
+    captions: dict[_Text, list[_Text]]
+    is_labelled: Annotated[bool, Field(strict=True)]
+    is_compared: Annotated[bool, Field(strict=True)]
+
+
+_KEPT = TypeAdapter(_Kept)
+_KEPT_PICTURE = TypeAdapter(_KeptPicture)
+_MOST_SHOWN = 1 << 28  # values of a picture's rows
+
+
+def _checked_picture(name: str, kept: Mapping[str, Any]) -> _KeptPicture:
+    """A picture whose rows are images of one number and one size.
+
+    Raises:
+        ValueError: if it is of another kind.
+    """
+    picture = _KEPT_PICTURE.validate_python(kept)
+    rows = list(picture["rows"].values())
+    if not rows or not all(
+        isinstance(row, torch.Tensor)
+        and row.dtype == torch.float32
+        and row.dim() == 4
+        and row.shape == rows[0].shape
+        and 0 < row.numel() <= _MOST_SHOWN
+        and bool(row.isfinite().all())
+        for row in rows
+    ):
+        raise ValueError(f"the rows of the picture {name} are no images of one size")
+    if any(len(texts) not in (0, len(rows[0])) for texts in picture["captions"].values()):
+        raise ValueError(f"the picture {name} has more or fewer captions than images")
+    return picture
