@@ -294,7 +294,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
         model = _new_model(config, data)
         prepare_model(model, device, precision)
 
-        distributed.barrier()  # all have found the folder free before one writes into it
+        distributed.barrier()  # all have come so far before one empties the folder
         model_name, model_sha256 = model_identity(config.model)
         checkpoint = folder.start(config.dump(), config.resume, model_sha256)
         open_log(folder.log, append=checkpoint is not None)

@@ -24,6 +24,7 @@ from utils import distributed, folders, pipeline, plot, record
 from utils.data import Dataset, Triggered, as_float, keep_on
 from utils.errors import UserError
 from utils.evaluate import predict
+from utils.files import read_bytes
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
 from utils.records.defense import save_defense
 from utils.runtime import (
@@ -241,9 +242,13 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
         UserError: if the record, the data and the configuration do not fit together.
     """
     started = time.monotonic()
-    attack = record.load_attack(_record_folder(config.result_file, config.record_path))
+    source = _record_folder(config.result_file, config.record_path)
+    summary = _summary(source)
+    attack = record.load_attack(source)
     folder = folders.defense_folder(attack.folder, config.save_folder_name or name)
-    folder.claim(config.overwrite, config.resume)
+    folder.claim(config.overwrite, config.resume, record=folders.RunFolder(source))
+    if _summary(source) != summary:  # from now on an attack that would replace it sees this defense
+        raise UserError(f"{source}: was replaced while it was read; run the defense again")
     if config.dataset not in (None, attack.dataset):
         raise UserError(
             f"--dataset: {config.dataset}, but the record says {attack.dataset}; leave the flag out"
@@ -256,7 +261,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     seed_everything(config.random_seed)
     backdoored = prepare(attack.build(config.model), device, precision)
 
-    distributed.barrier()  # all have found the folder free before one writes into it
+    distributed.barrier()  # all have come so far before one empties the folder
     checkpoint = folder.start(config.dump(), config.resume)
     listed = {"clean": "clean_index.txt", "poisoned": "poisoned_index.txt"}.get(config.sees)
     if listed:
@@ -415,6 +420,14 @@ def _record_folder(result_file: str | None, record_path: str | None) -> Path:
     if result_file is None:
         raise UserError("--result_file: a value is needed; give the name of an attack's record")
     return folders.find_record(result_file, Path(record_path) if record_path else None)
+
+
+def _summary(source: Path) -> bytes | None:
+    """The summary of a record, which tells one content of it from another."""
+    try:
+        return read_bytes(source / "summary.json")
+    except OSError:
+        return None
 
 
 def _dataset_of_record(values: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,13 @@ read is refused: other datasets and networks than its own, and clean models.
 """
 
 import argparse
+import contextlib
+import errno
+import glob
+import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import backdoorbench, folders, record
 from utils.config import read_yaml
-from utils.data import Labelled
+from utils.data import Dataset, Labelled, Triggered
 from utils.errors import UserError
+from utils.files import read_text, remove_strays, temporary_folder
 from utils.poison import KINDS, PoisonedSet
 from utils.runtime import logger, run_script
 from utils.tensors import explained, load_tensors
@@ -41,7 +48,7 @@ _COLUMNS = {
 
 
 def export_record(source: Path, to: Path, dataset_path: str | None = None) -> None:
-    """Writes a record as one of BackdoorBench; `attack_result.pt` comes last.
+    """Writes a record as one of BackdoorBench, whose folder appears whole or not at all.
 
     Args:
         source: folder of the record, of either format.
@@ -51,8 +58,9 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
     Raises:
         UserError: if BackdoorBench could not read it, or the folder exists.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to: {to} exists; give a new folder")
+    with _made(to):
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise UserError(f"--to: {to} exists; give a new folder")
     attack = record.load_attack(source)
     _refuse_unknown(attack)
     triggered = attack.triggered
@@ -62,10 +70,50 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
         )
     data = attack.load_dataset(dataset_path)
     state = record.model_state(attack.build())
+    place = to.resolve()
+    with _made(to):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        remove_strays(place.parent, glob.escape(place.name))
+    with contextlib.ExitStack() as stack:
+        with _made(to):
+            partial = stack.enter_context(temporary_folder(place.parent, place.name))
+        _write_record(partial, place.name, attack, data, state, triggered)
+        with _made(to):
+            try:
+                os.rename(partial, place)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                # Another process was faster, because an empty folder would have been replaced.
+                raise UserError(f"--to: {to} exists; give a new folder") from None
+    logger.info("record: %s", to)
+    if not backdoorbench.is_in_place(to):
+        logger.warning(
+            "warning: BackdoorBench finds its data beside the first 'record' of a path; move %s "
+            "to its record/%s",
+            to,
+            place.name,
+        )
+
+
+def _write_record(
+    to: Path,
+    name: str,
+    attack: record.AttackRecord,
+    data: Dataset,
+    state: dict[str, torch.Tensor],
+    triggered: Triggered,
+) -> None:
+    """Writes all files of a record of BackdoorBench.
+
+    Args:
+        to: folder that is there.
+        name: of the folder that it will be.
+        data, state: what the record's model was trained on, and its weights.
+    """
     poisoned, cross = attack.poisoned_set(data), attack.cross_images(data)
     true_labels = data.train.labels[poisoned.index]
-    name = to.resolve().name
-    folder = _made(to)
+    folder = folders.RunFolder(to)
     train = None
     if len(poisoned.index):
         rows = (poisoned.index, poisoned.labels, true_labels)
@@ -93,14 +141,6 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
         test,
     )
     folder.write_tensors(backdoorbench.RESULT, content)
-    logger.info("record: %s", to)
-    if not backdoorbench.is_in_place(to):
-        logger.warning(
-            "warning: BackdoorBench finds its data beside the first 'record' of a path; move %s "
-            "to its record/%s",
-            to,
-            name,
-        )
 
 
 def import_record(
@@ -124,9 +164,12 @@ def import_record(
 
     Raises:
         UserError: if the source cannot be read, or the record exists.
+        NothingToDo: if a process that made the same record was killed after its last file.
     """
     folder = folders.attack_folder(name, record_path)
-    folder.claim(overwrite)
+    was_killed = folder.lock()
+    is_again = was_killed and not overwrite and _is_import(folder, source, dataset_path)
+    folder.claim(overwrite, resume=is_again)
     if not record.is_backdoorbench(source):
         raise UserError(f"{source}: is no record of BackdoorBench; give one of its")
     attack = record.load_attack(source)
@@ -137,7 +180,7 @@ def import_record(
         "attack": attack.attack,
         "model_name": attack.model_name,
         **({} if attack.network_size is None else {"network_size": attack.network_size}),
-        "dataset_path": None if dataset_path is None else str(Path(dataset_path).absolute()),
+        "dataset_path": _absolute(dataset_path),
         "attack_target": attack.attack_target,
         "attack_label_trans": attack.attack_label_trans,
     }
@@ -174,6 +217,24 @@ def import_record(
     return folder
 
 
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
+
+
+def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None) -> bool:
+    """Whether a finished record is what importing that folder gives."""
+    try:
+        summary = json.loads(read_text(folder.path / "summary.json"))
+        found = record.file_hashes(folders.RunFolder(source), backdoorbench.RESULT)
+    except (OSError, ValueError, RecursionError):
+        return False
+    expected = {
+        "imported_sha256": found.get(backdoorbench.RESULT, ""),
+        "dataset_path": _absolute(dataset_path),
+    }
+    return isinstance(summary, dict) and expected.items() <= summary.items()
+
+
 def _refuse_unknown(attack: record.AttackRecord) -> None:
     """Refuses what BackdoorBench has no name for, or would normalize in another way."""
     for what, name, known in (
@@ -204,14 +265,15 @@ def _refuse_unknown(attack: record.AttackRecord) -> None:
         )
 
 
-def _made(to: Path) -> folders.RunFolder:
+@contextlib.contextmanager
+def _made(to: Path) -> Iterator[None]:
+    """Raises UserError, naming the flag, if the system refuses to make the folder."""
     try:
-        to.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(
             f"--to: {to} cannot be made ({error.strerror}); give a folder that can be written"
         ) from None
-    return folders.RunFolder(to)
 
 
 def _write_notes(
@@ -262,7 +324,10 @@ def _export_defense(source: Path, to: Path) -> None:
         result = backdoorbench.model_result(
             content["model_name"], content["num_classes"], content["model"]
         )
-    _made(to / "defense" / source.name).write_tensors("defense_result.pt", result)
+    folder = to / "defense" / source.name
+    with _made(folder):
+        folder.mkdir(parents=True)
+    folders.RunFolder(folder).write_tensors("defense_result.pt", result)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -585,7 +585,7 @@ def test_the_script_leaves_these_files_and_no_others(purified: Purified) -> None
     main = [number for phase, number, *_ in again.rounds if not phase]
     earlier = [(phase, number) for phase, number, *_ in again.rounds if phase]
     expected = ["config.yaml", "defense_result.pt", "metrics.csv", "summary.json", "log.txt"]
-    expected += ["curves.png", "before_after.png"]
+    expected += ["curves.png", "before_after.png", "run.json"]
     if purified.config.sees != "nothing":
         expected.append(f"{purified.config.sees}_index.txt")
     if earlier:

@@ -123,7 +123,7 @@ def test_every_attack_leaves_a_complete_record_that_sau_purifies(
     flags = attack_flags(workplace, name, **SHORT.get(attack, {}))
     assert run_script(ROOT / f"attack/{attack}.py", *flags) == 0
     record = workplace / "record" / name
-    expected = "config.yaml attack_result.pt poison.pt metrics.csv summary.json log.txt"
+    expected = "run.json config.yaml attack_result.pt poison.pt metrics.csv summary.json log.txt"
     expected += " curves.png trigger.png"
     assert sorted(path.name for path in record.iterdir()) == sorted(expected.split())
 

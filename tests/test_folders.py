@@ -36,7 +36,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(run: RunFolder
     with pytest.raises(ValueError, match="a defect"):
         run.write("notes.txt", half)
     assert (run.path / "notes.txt").read_text() == "old"
-    assert names_in(run.path) == ["config.yaml", "notes.txt"]
+    assert names_in(run.path) == ["config.yaml", "notes.txt", "run.json"]
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("write failed")])
@@ -51,7 +51,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(run: RunFolder, error: Ex
         run.write("notes.txt", full)
     assert f"{run.path / 'notes.txt'}: could not be written ({error})" in str(caught.value)
     assert (run.path / "notes.txt").read_text() == "old"
-    assert names_in(run.path) == ["config.yaml", "notes.txt"]
+    assert names_in(run.path) == ["config.yaml", "notes.txt", "run.json"]
 
 
 def test_a_file_never_stands_half_written_under_its_name(run: RunFolder) -> None:
@@ -115,7 +115,7 @@ def test_a_finished_run_is_overwritten_only_if_asked(run: RunFolder) -> None:
 def test_a_run_starts_in_an_empty_folder(run: RunFolder) -> None:
     run.write_text("old.txt", "x")
     run.start("lr: 0.1\n")
-    assert names_in(run.path) == ["config.yaml"]
+    assert names_in(run.path) == ["config.yaml", "run.json"]
     assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
 
 
@@ -138,7 +138,7 @@ def start_as_a_script_does(folder: RunFolder, overwrite: bool) -> None:
 def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     start_as_a_script_does(attack_folder("demo", tmp_path), overwrite=False)
-    assert names_in(tmp_path / "demo") == ["config.yaml"]
+    assert names_in(tmp_path / "demo") == ["config.yaml", "run.json"]
 
 
 def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:

@@ -460,5 +460,5 @@ def test_a_folder_of_the_user_s_own(
     folder.mkdir()
     (folder / "notes.json").write_text(json.dumps({"mine": True}))
     flags = attack_flags(workplace, "own", overwrite="true")
-    message = r"own exists and is no record; give another name, or move it away"
+    message = r"own exists and is no record \(it holds notes.json\); give another name, or move"
     assert_refused(workplace, capsys, message, "attack/badnet.py", *flags)

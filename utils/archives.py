@@ -18,6 +18,8 @@ from utils.runtime import Progress, logger
 
 _MIB = 1 << 20
 
+_may_write = True
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -38,6 +40,20 @@ class Archive:
         return self.url.rpartition("/")[2]
 
 
+@contextmanager
+def nothing_written() -> Iterator[None]:
+    """Inside, `extract_all` refuses what does not stand there, and makes, removes, loads nothing.
+
+    For folders that a record names: whoever made it may have named any.
+    """
+    global _may_write
+    before, _may_write = _may_write, False
+    try:
+        yield
+    finally:
+        _may_write = before
+
+
 def extract_all(dataset: str, folder: Path, archives: Sequence[Archive]) -> None:
     """Makes the content of each archive stand in a folder; what is there already stays.
 
@@ -45,7 +61,8 @@ def extract_all(dataset: str, folder: Path, archives: Sequence[Archive]) -> None
     the first one does so, and the others wait.
 
     Raises:
-        UserError: if an archive is damaged, cannot be downloaded, or the folder not be written.
+        UserError: if an archive is damaged, cannot be downloaded, or the folder not be written; if
+            something is missing inside of `nothing_written`.
     """
     with distributed.main_alone() as is_mine:
         if is_mine:
@@ -54,6 +71,11 @@ def extract_all(dataset: str, folder: Path, archives: Sequence[Archive]) -> None
 
 def _extract_missing(dataset: str, folder: Path, archives: Sequence[Archive]) -> None:
     missing = [archive for archive in archives if not (folder / archive.content).exists()]
+    if missing and not _may_write:
+        raise UserError(
+            f"--dataset {dataset}: the record names {folder}, which has no {missing[0].content}; "
+            "nothing is written there because a record says so; give the folder with --dataset_path"
+        )
     for archive in missing:
         with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)

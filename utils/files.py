@@ -4,10 +4,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -131,12 +132,19 @@ def remove_strays(folder: Path, name: str = "*") -> None:
     """
     for stray in folder.glob(f".{name}.{'[0-9a-f]' * _DIGITS}.tmp*"):
         with contextlib.suppress(OSError):  # another process has it, or has just removed it
-            handle = os.open(stray, os.O_RDONLY if stray.is_dir() else os.O_RDWR)
+            how = os.O_RDONLY if stray.is_dir() else os.O_RDWR
+            handle = os.open(stray, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
             finally:
                 os.close(handle)
+
+
+def is_stray(name: str, names: Collection[str]) -> bool:
+    """Whether a name is one under which `replaced` writes a file of one of the names."""
+    found = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{{_DIGITS}}}\.tmp(\.[^.]+)?", name, re.DOTALL)
+    return found is not None and f"{found[1]}{found[2] or ''}" in names
 
 
 def not_written(path: Path, error: Exception) -> UserError:

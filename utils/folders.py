@@ -3,14 +3,14 @@
 import atexit
 import contextlib
 import fcntl
+import glob
 import json
 import os
-import re
-import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -19,15 +19,17 @@ from typing_extensions import NotRequired, TypedDict
 
 from utils import distributed
 from utils.config import parse_yaml, read_yaml
-from utils.errors import NothingToDo, UserError
+from utils.contents import MARK, NAME, Contents, is_file_name, write_mark
+from utils.errors import NothingToDo, UserError, shown
 from utils.files import not_written, remove_strays, replaced
 from utils.runtime import ROOT
 from utils.tensors import explained, load_tensors
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
 # Flags that say where a run writes, and when, but not what comes out.
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
-_LOCKS: dict[Path, IO[str]] = {}  # open files, for as long as this process lives
+# By the lock's path: the open file, and the folders that were made for it.
+_LOCKS: dict[str, tuple[int, list[Path]]] = {}
 
 
 class _Checkpoint(TypedDict):
@@ -47,51 +49,104 @@ _CHECKPOINT = TypeAdapter(_Checkpoint)
 class RunFolder:
     """The folder that a run writes; every file appears whole or not at all.
 
-    `summary.json` is written last, so its presence means that the run is done. A folder without it
-    is what a failed run left, and may be written again. Of several processes the first one alone
-    writes.
+    `run.json` lists the files of the run, each before it is first written, so that nothing else is
+    ever removed; see `utils.contents`. `summary.json` is written last, so its presence means that
+    the run is done. A folder without it is what a failed run left, and may be written again. Of
+    several processes the first one alone writes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._model_sha256: str | None = None
+        self._names: list[str] | None = None  # what run.json lists, once this process has begun
 
     @property
     def is_done(self) -> bool:
         return (self.path / "summary.json").exists()
 
-    def claim(self, overwrite: bool, resume: bool = False) -> None:
+    def claim(
+        self, overwrite: bool, resume: bool = False, record: "RunFolder | None" = None
+    ) -> None:
         """Keeps the folder for this process until it ends.
+
+        All is decided while this process has the lock, by the first of several processes for all.
+
+        Args:
+            record: the folder that the run will read, and that no other process may write.
 
         Raises:
             UserError: if what stands here may not be replaced, or another process has the folder. A
-                finished or interrupted run needs `overwrite`; a folder that no run wrote is never
-                touched.
+                finished or interrupted run needs `overwrite`; a folder that holds anything that no
+                run wrote is never touched.
             NothingToDo: if the run that is to be resumed is finished, as when a process was killed
                 after its last file.
         """
         if overwrite and resume:
             raise UserError("--resume: goes on with a run, which --overwrite deletes; give one")
-        with writable(self.path):
-            self._check_free(overwrite, resume)
-        if distributed.is_main():
-            self.lock()
-
-    def _check_free(self, overwrite: bool, resume: bool) -> None:
-        self._refuse_links()
-        if self.path.exists() and not (self.path / "config.yaml").exists() and self._holds_files():
-            raise UserError(
-                f"{self.path} exists and is no record; give another name, or move it away"
-            )
-        if self.is_done and resume:
+        with distributed.main_alone() as is_mine:
+            is_over = is_mine and self._claimed(overwrite, resume, record)
+        if distributed.from_main(is_over):
             raise NothingToDo(f"{self.path} is finished; nothing is left to do")
-        if self.is_done and not overwrite:
+
+    def _claimed(self, overwrite: bool, resume: bool, record: "RunFolder | None") -> bool:
+        """Takes the lock, or lets it go again; gives whether there is nothing to resume."""
+        with writable(self.path):
+            self._refuse_links()
+            self.lock()
+            try:
+                is_over = self._is_over(overwrite, resume)
+                if record is not None and record.is_taken:
+                    raise UserError(
+                        f"{record.path}: another process is writing it; wait for it, or give "
+                        "another record"
+                    )
+            except BaseException:
+                self.release()
+                raise
+        if is_over:
+            self.release()
+        return is_over
+
+    def _is_over(self, overwrite: bool, resume: bool) -> bool:
+        """Whether the run to resume is finished; raises UserError if the folder is not free."""
+        contents = self._own_contents()
+        if self.is_done and resume:
+            self._checkpoint.unlink(missing_ok=True)
+            contents.remove_strays()
+            return True
+        if (self.is_done or contents.has_finished_results) and not overwrite:
             raise UserError(f"{self.path} exists; give --overwrite to replace it, or another name")
         if self._checkpoint.exists() and not (overwrite or resume):
             raise UserError(
                 f"{self.path} is an interrupted run; give --resume to go on, or --overwrite to "
                 "start anew"
             )
+        for lock in contents.locks:
+            if _is_locked(lock):
+                name = lock.name.removeprefix(".").removesuffix(".lock")
+                raise UserError(
+                    f"{self.path}: another process is writing {lock.parent.name}/{name} in it; "
+                    "wait for it, or give another name"
+                )
+        return False
+
+    def _own_contents(self) -> Contents:
+        """What stands in the folder.
+
+        Raises:
+            UserError: if anything of it was not written by a run.
+        """
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(f"{self.path} exists and is no folder; give another name")
+        contents = Contents(self.path)
+        if contents.foreign:
+            names = ", ".join(shown(name, 60) for name in contents.foreign[:3])
+            more = ", ..." if len(contents.foreign) > 3 else ""
+            raise UserError(
+                f"{self.path} exists and is no record (it holds {names}{more}); give another name, "
+                "or move it away"
+            )
+        return contents
 
     @property
     def _lock(self) -> Path:
@@ -107,52 +162,88 @@ class RunFolder:
         for path in (self.path, *inside):
             _refuse_link(path)
 
-    def lock(self) -> None:
+    def lock(self) -> bool:
         """Takes the lock beside the folder, which the system takes back when this process ends.
 
+        Returns:
+            Whether a process that was killed had left it.
+
         Raises:
-            UserError: if another process has it.
+            UserError: if another process has it, or something else stands in its place.
         """
         path = self._lock
-        if self.path in _LOCKS:
-            return
+        held = _LOCKS.get(os.path.realpath(path))
+        if held is not None and os.fstat(held[0]).st_nlink:
+            return False
         tries_until = time.monotonic() + 0.5  # somebody may just ask whether it is taken
-        with writable(self.path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644), "w")
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    file.close()
-                    if time.monotonic() < tries_until:
-                        time.sleep(0.05)
-                        continue
-                    raise UserError(
-                        f"{self.path}: another process is writing it; wait for it, or give another "
-                        "name"
-                    ) from None
-                if os.fstat(file.fileno()).st_nlink:
-                    break  # else the process before has just removed it
-        atexit.register(_remove, path)
-        _LOCKS[self.path] = file
+        made: list[Path] = []
+        try:
+            with writable(self.path):
+                while (taken := self._try_lock(made)) is None:
+                    if time.monotonic() > tries_until:
+                        raise UserError(
+                            f"{self.path}: another process is writing it; wait for it, or give "
+                            "another name"
+                        )
+                    time.sleep(0.05)
+        except BaseException:
+            _remove_empty(made)
+            raise
+        handle, is_left = taken
+        _LOCKS[os.path.realpath(path)] = (handle, made)
+        atexit.register(self.release)
+        return is_left
+
+    def _try_lock(self, made: list[Path]) -> tuple[int, bool] | None:
+        """The open lock, and whether it was there before; None if another process has it.
+
+        Args:
+            made: gets the folders that are made for it, the innermost first.
+        """
+        path = self._lock
+        absent = [parent for parent in path.parents if not parent.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.extend(parent for parent in absent if parent not in made)
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        is_left = False
+        try:
+            try:
+                handle = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                handle, is_left = os.open(path, flags), True
+        except FileNotFoundError:  # the process before has just removed it, or its folder
+            return None
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size:
+            os.close(handle)
+            raise UserError(f"{path}: is no lock of this program; move it away")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:
+                return handle, is_left
+        except BlockingIOError:
+            pass
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)  # another process has it, or has just removed it
+        return None
+
+    def release(self) -> None:
+        """Gives the lock back, and removes its file and the folders that were made for it."""
+        handle, made = _LOCKS.pop(os.path.realpath(self._lock), (None, []))
+        if handle is None:
+            return
+        with contextlib.suppress(OSError):  # its folder may be gone, or read-only by now
+            if os.fstat(handle).st_nlink:  # else the file of that name is another process's
+                self._lock.unlink()
+        os.close(handle)
+        _remove_empty(made)
 
     @property
     def is_taken(self) -> bool:
         """Whether another process is writing it."""
-        if self.path in _LOCKS:
-            return False
-        try:
-            with os.fdopen(os.open(self._lock, os.O_RDONLY | os.O_NOFOLLOW)) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
-
-    def _holds_files(self) -> bool:
-        return not self.path.is_dir() or any(self.path.iterdir())
+        return _is_locked(self._lock)
 
     def start(
         self, config: str, resume: bool = False, model_sha256: str | None = None
@@ -167,22 +258,31 @@ class RunFolder:
             What `write_checkpoint` was given; None for a fresh run.
 
         Raises:
-            UserError: if the folder cannot be written, or the run had another configuration or
-                another content of that file.
+            UserError: if the folder cannot be written, holds by now what no run wrote, or the run
+                had another configuration or another content of that file.
         """
         self._model_sha256 = model_sha256
         if resume and distributed.from_main(self._checkpoint.exists()):
-            return self._resumed(config)
-        if not distributed.is_main():
-            return None
-        with writable(self.path):
-            if self.path.exists():
-                # First, so that a half-emptied folder does not pass for a finished run.
-                (self.path / "summary.json").unlink(missing_ok=True)
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
-        self.write_text("config.yaml", config)
+            checkpoint = self._resumed(config)
+            self._begin([*dict.fromkeys([*Contents(self.path).names, self.log.name])])
+            return checkpoint
+        with distributed.main_alone() as is_mine:
+            if is_mine:
+                with writable(self.path):
+                    self._own_contents().remove()
+                    self.path.mkdir(parents=True, exist_ok=True)
+                self._begin(["config.yaml", self.log.name])
+                self.write_text("config.yaml", config)
         return None
+
+    def _begin(self, names: Sequence[str]) -> None:
+        """Lists the files of the run."""
+        self._names = list(names)
+        if distributed.is_main():
+            try:
+                write_mark(self.path, self._names)
+            except OSError as error:
+                raise not_written(self.path / MARK, error) from None
 
     def _resumed(self, config: str) -> dict[str, Any]:
         before = read_yaml(self.path / "config.yaml")
@@ -228,11 +328,29 @@ class RunFolder:
         if not distributed.is_main():
             return path
         try:
+            self._list(name)
             with replaced(path) as partial:
                 writer(partial)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise not_written(path, error) from None
         return path
+
+    def _list(self, name: str) -> None:
+        """Adds a file to those of the run before it is first written.
+
+        In a folder that no run began, e.g. a report's, it removes what killed processes have left
+        of that file.
+        """
+        if self._names is None:
+            remove_strays(self.path, glob.escape(Path(name).stem))
+        elif name not in self._names:
+            if not is_file_name(name):
+                raise UserError(
+                    f"{self.path}: {name} is no name for a file; give at most {LONGEST_NAME} "
+                    "letters, digits and _ . , = ( ) + -"
+                )
+            write_mark(self.path, [*self._names, name])
+            self._names.append(name)
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, lambda path: _write_text(path, text))
@@ -260,9 +378,30 @@ def writable(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error.strerror}); make it writable") from None
 
 
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # its folder may be gone, or read-only by now
-        path.unlink()
+def _is_locked(lock: Path) -> bool:
+    """Whether another process has a lock."""
+    if os.path.realpath(lock) in _LOCKS:
+        return False
+    try:
+        handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+    return False
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, from the innermost on, as long as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def attack_folder(name: str, root: Path | None) -> RunFolder:
@@ -299,6 +438,10 @@ def _checked_name(name: str) -> str:
             f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no "
             "folders"
         )
+    if len(name) > LONGEST_NAME:
+        raise UserError(
+            f"--save_folder_name: has {len(name):,} letters; give at most {LONGEST_NAME}"
+        )
     return name
 
 
@@ -309,11 +452,11 @@ def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
         UserError: naming the flag, if the record is a link.
     """
     folder = (root or ROOT / "record") / name
-    if NAME.fullmatch(name) and folder.is_dir():
+    if NAME.fullmatch(name) and os.path.isdir(folder):
         if folder.is_symlink():
             raise UserError(f"{flag}: {folder} is a link; give the folder that it leads to")
         return folder
-    return Path(name) if Path(name).is_dir() else None
+    return Path(name) if os.path.isdir(name) else None  # also for a name that cannot be one
 
 
 def find_record(name: str, root: Path | None) -> Path:

@@ -1,5 +1,6 @@
 """Records: what an attack leaves in its folder, as plain data, and what a defense reads of it."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from models import Classifier, build_model, check_model, is_user_file, model_identity
 from models.changes import apply_changes
 from utils import backdoorbench
+from utils.archives import nothing_written
 from utils.config import read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.datasets import DatasetName, load_dataset
@@ -242,10 +244,12 @@ class AttackRecord(ABC):
         """The dataset that the model was trained on, checked.
 
         Args:
-            path: where it is now; None for where it was.
+            path: where it is now; None for where the record says, and there nothing is written.
         """
+        may_write = bool(path) or not self.dataset_path
         path = path or self.dataset_path
-        data = load_dataset(self.dataset, Path(path) if path else None, self.image_shape[1])
+        with contextlib.nullcontext() if may_write else nothing_written():
+            data = load_dataset(self.dataset, Path(path) if path else None, self.image_shape[1])
         self.check_dataset(data)
         return data
 
