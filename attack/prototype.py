@@ -38,6 +38,7 @@ from utils.errors import UserError
 from utils.evaluate import predict
 from utils.files import prepare_folder
 from utils.metrics import FAILED_ASR, Scores
+from utils.records.checkpoint import Origin, files_of
 from utils.runtime import (
     ROOT,
     Precision,
@@ -47,6 +48,7 @@ from utils.runtime import (
     logger,
     pick_device,
     pick_precision,
+    run_conditions,
     run_script,
     seed_everything,
 )
@@ -296,7 +298,17 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
 
         distributed.barrier()  # all have come so far before one empties the folder
         model_name, model_sha256 = model_identity(config.model)
-        checkpoint = folder.start(config.dump(), config.resume, model_sha256)
+        poisoned = plan.training
+        origin = Origin(
+            method=name,
+            files=files_of(vars(config)),
+            tensors={
+                f"the images and labels of {data.name}": data.tensors(),
+                "the poisoned images": [poisoned.index, poisoned.images, poisoned.labels],
+            },
+            conditions=run_conditions(device, precision),
+        )
+        checkpoint = folder.start(config.dump(), config.resume, model_sha256, origin)
         open_log(folder.log, append=checkpoint is not None)
         logger.info("%s on %s: %s, %s, %s", name, data.name, config.model, device, precision)
         if len(plan.training.index):

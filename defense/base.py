@@ -26,6 +26,7 @@ from utils.errors import UserError
 from utils.evaluate import predict
 from utils.files import read_bytes
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
+from utils.records.checkpoint import Origin, files_of
 from utils.records.defense import save_defense
 from utils.runtime import (
     Precision,
@@ -35,6 +36,7 @@ from utils.runtime import (
     logger,
     pick_device,
     pick_precision,
+    run_conditions,
     run_script,
     seed_everything,
 )
@@ -262,7 +264,19 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     backdoored = prepare(attack.build(config.model), device, precision)
 
     distributed.barrier()  # all have come so far before one empties the folder
-    checkpoint = folder.start(config.dump(), config.resume)
+    triggered = attack.triggered
+    shown = [] if triggered is None else [triggered.index, triggered.images, triggered.targets]
+    origin = Origin(
+        method=name,
+        files={"the record": attack.sha256, **files_of(vars(config))},
+        tensors={
+            f"the images and labels of {data.name}": data.tensors(),
+            "the images that the defense sees": [given.index, given.images, given.labels],
+            "the triggered images": shown,
+        },
+        conditions=run_conditions(device, precision),
+    )
+    checkpoint = folder.start(config.dump(), config.resume, attack.model_sha256, origin)
     listed = {"clean": "clean_index.txt", "poisoned": "poisoned_index.txt"}.get(config.sees)
     if listed:
         folder.write_text(listed, "".join(f"{number}\n" for number in given.index.tolist()))

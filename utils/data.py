@@ -76,6 +76,10 @@ class Dataset:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All images and labels, the training set first."""
+        return [self.train.images, self.train.labels, self.test.images, self.test.labels]
+
     def fingerprint(self) -> str:
         """sha256 over all labels and about 500 evenly spaced images of each split.
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -70,6 +71,19 @@ def read_text(path: Path, largest: int = TEXT) -> str:
         ValueError: if it is no UTF-8.
     """
     return read_bytes(path, largest).decode("utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, hexadecimal.
+
+    Raises:
+        OSError: as `opened`.
+    """
+    digest = hashlib.sha256()
+    with opened(path, TENSORS) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

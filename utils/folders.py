@@ -10,19 +10,18 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import Field, TypeAdapter
-from typing_extensions import NotRequired, TypedDict
 
 from utils import distributed
 from utils.config import parse_yaml, read_yaml
 from utils.contents import MARK, NAME, Contents, is_file_name, write_mark
 from utils.errors import NothingToDo, UserError, shown
 from utils.files import not_written, remove_strays, replaced
-from utils.runtime import ROOT
+from utils.records.checkpoint import CHECKPOINT, Origin
+from utils.runtime import ROOT, logger
 from utils.tensors import explained, load_tensors
 
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
@@ -30,20 +29,6 @@ LONGEST_NAME = 200  # letters; what is put before and after it has room in a fil
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
 # By the lock's path: the open file, and the folders that were made for it.
 _LOCKS: dict[str, tuple[int, list[Path]]] = {}
-
-
-class _Checkpoint(TypedDict):
-    """What `RunFolder.write_checkpoint` is given, and the network's file that it adds."""
-
-    loop: dict[str, Any]
-    rows: list[dict[str, float | int]]
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    phase_rows: NotRequired[list[dict[str, str | float | int]]]
-    training_seconds: NotRequired[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
-    model_sha256: NotRequired[str | None]
-
-
-_CHECKPOINT = TypeAdapter(_Checkpoint)
 
 
 class RunFolder:
@@ -57,7 +42,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._model_sha256: str | None = None
+        self._added: dict[str, Any] = {}  # to each checkpoint
+        self._origin = Origin()
         self._names: list[str] | None = None  # what run.json lists, once this process has begun
 
     @property
@@ -246,22 +232,33 @@ class RunFolder:
         return _is_locked(self._lock)
 
     def start(
-        self, config: str, resume: bool = False, model_sha256: str | None = None
+        self,
+        config: str,
+        resume: bool = False,
+        model_sha256: str | None = None,
+        origin: Origin | None = None,
     ) -> dict[str, Any] | None:
         """Empties the folder and writes the resolved configuration into it.
 
         Args:
+            config: as YAML.
             resume: go on where the folder's run was interrupted, if it was.
             model_sha256: of the user's file that makes the network; None for any other.
+            origin: what the run depends on beside its flags; a checkpoint keeps it.
 
         Returns:
             What `write_checkpoint` was given; None for a fresh run.
 
         Raises:
             UserError: if the folder cannot be written, holds by now what no run wrote, or the run
-                had another configuration or another content of that file.
+                had another configuration or another content of what it depends on.
         """
-        self._model_sha256 = model_sha256
+        self._origin = origin or Origin()
+        self._added = {
+            "flags": parse_yaml(config, "the configuration"),
+            "conditions": {"threads": torch.get_num_threads(), **self._origin.conditions},
+            "model_sha256": model_sha256,
+        }
         if resume and distributed.from_main(self._checkpoint.exists()):
             checkpoint = self._resumed(config)
             self._begin([*dict.fromkeys([*Contents(self.path).names, self.log.name])])
@@ -285,8 +282,12 @@ class RunFolder:
                 raise not_written(self.path / MARK, error) from None
 
     def _resumed(self, config: str) -> dict[str, Any]:
-        before = read_yaml(self.path / "config.yaml")
-        now = parse_yaml(config, "the configuration")
+        remove_strays(self.path)
+        with explained(self._checkpoint, "a checkpoint of this program"):
+            content: dict[str, Any] = {**CHECKPOINT.validate_python(load_tensors(self._checkpoint))}
+        added = {name: content.pop(name, None) for name in (*self._added, "sources")}
+        now = self._added["flags"]
+        before = added["flags"] or read_yaml(self.path / "config.yaml")  # earlier ones had none
         differing = [  # a flag that did not exist when the run began has its default
             name
             for name in sorted(set(before) - set(FREE_TO_CHANGE))
@@ -298,21 +299,38 @@ class RunFolder:
                 + ", ".join(f"--{name} {before[name]}" for name in differing)
                 + "; give the same"
             )
-        remove_strays(self.path)
-        with explained(self._checkpoint, "a checkpoint of this program"):
-            content = dict(_CHECKPOINT.validate_python(load_tensors(self._checkpoint)))
-        before_sha256 = content.pop("model_sha256", self._model_sha256)  # earlier ones had none
-        if before_sha256 != self._model_sha256:
+        others = [
+            what
+            for what, sha256 in (added["sources"] or {}).items()
+            if self._origin.sources.get(what) != sha256
+        ]
+        if added["model_sha256"] not in (None, self._added["model_sha256"]):
+            others.append(now["model"])
+        if others:
             raise UserError(
-                f"--resume: {self.path} was run with another content of {now['model']}; give the "
-                "file as it was, or --overwrite to start anew"
+                f"--resume: {self.path} was run with another content of {', '.join(others)}; give "
+                "it as it was, or --overwrite to start anew"
             )
+        conditions = self._added["conditions"]
+        changed = [
+            f"{name} {value}, now {conditions.get(name)}"
+            for name, value in (added["conditions"] or {}).items()
+            if conditions.get(name) != value
+        ]
+        if changed:
+            logger.warning(
+                "warning: --resume: begun with %s; the last digits may differ", "; ".join(changed)
+            )
+        with contextlib.suppress(UserError):
+            if _recipe(read_yaml(self.path / "config.yaml")) == _recipe(before):
+                return content
+        self.write_text("config.yaml", config)  # somebody has changed or emptied it
         return content
 
     def write_checkpoint(self, content: Mapping[str, Any]) -> None:
         """Keeps plain data and tensors from which the run can go on, in place of earlier ones."""
-        content = {**content, "model_sha256": self._model_sha256}
-        self.write_tensors(self._checkpoint.name, content)
+        sources = {"sources": self._origin.sources} if self._added else {}
+        self.write_tensors(self._checkpoint.name, {**content, **self._added, **sources})
 
     @property
     def log(self) -> Path:
@@ -478,6 +496,11 @@ def find_record(name: str, root: Path | None) -> Path:
             else "run an attack first, e.g. attack/badnet.py"
         )
     )
+
+
+def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags on which a run's numbers may depend."""
+    return {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Records: what an attack leaves in its folder, as plain data, and what a defense reads of it."""
 
 import contextlib
-import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -20,7 +19,7 @@ from utils.config import read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.datasets import DatasetName, load_dataset
 from utils.errors import UserError, one_line
-from utils.files import TABLE, TENSORS, opened, read_text
+from utils.files import TABLE, file_sha256, read_text
 from utils.folders import RunFolder
 from utils.poison import KINDS, PoisonedSet, unpoisoned
 from utils.records import schema
@@ -496,16 +495,3 @@ def read_index(path: Path, count: int) -> torch.Tensor:
     if len(set(numbers)) != len(numbers):
         raise UserError(f"--index: {path} names an image twice; name each once")
     return torch.tensor(sorted(numbers), dtype=torch.int64)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, hexadecimal.
-
-    Raises:
-        OSError: as `utils.files.opened`.
-    """
-    digest = hashlib.sha256()
-    with opened(path, TENSORS) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

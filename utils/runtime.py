@@ -363,6 +363,11 @@ def pick_precision(name: Precision, device: torch.device) -> str:
     return "bf16" if any(check() for check in checks if check) else "fp32"
 
 
+def run_conditions(device: torch.device, precision: str) -> dict[str, str | int]:
+    """What may change the last digits of a run's numbers, the number of threads aside."""
+    return {"device": device.type, "precision": precision, "processes": distributed.processes()}
+
+
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """Device, precision, threads, versions and commit, as plain data for `summary.json`."""
     name = (

@@ -1,0 +1,350 @@
+"""A run goes on only with what it began with: method, flags, files, images, labels, model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import make_small
+from tests.test_end_to_end import (
+    attack_flags,
+    cache,
+    defense_flags,
+    run_script,
+    trained,
+    workplace,
+)
+from utils.data import Dataset
+from utils.errors import UserError
+from utils.folders import RunFolder
+from utils.records.checkpoint import CHECKPOINT, Origin, digest, files_of
+from utils.runtime import ROOT
+from utils.tensors import load_tensors
+
+__all__ = ["cache", "workplace"]  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+
+
+@pytest.fixture
+def place(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Images of its own for each test, which may change them."""
+    shutil.copytree(workplace / "images", tmp_path / "images")
+    return tmp_path
+
+
+def stopped(script: str, *flags: object) -> None:
+    """Runs a script until the end of its first round, with a checkpoint."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.pipeline.Watch._after_round", stop)
+        assert run_script(ROOT / script, *flags, "--checkpoint_every", 0) == 130
+
+
+def flags_of(place: Path, name: str, **changes: object) -> list[object]:
+    return attack_flags(place, name, dataset_path=place / "images", **changes)
+
+
+def assert_refused(
+    capsys: pytest.CaptureFixture[str], what: str, script: str, *flags: object
+) -> None:
+    capsys.readouterr()
+    assert run_script(ROOT / script, *flags, "--resume") == 2
+    text = capsys.readouterr().err
+    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert "--resume" in error
+    assert what in error
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("script", "changes", "what"),
+    [
+        ("attack/badnet.py", {"random_seed": 1}, "--random_seed 1"),
+        ("attack/badnet.py", {"pratio": 0.5}, "--pratio 0.5"),
+        ("attack/badnet.py", {"epochs": 3}, "--epochs 3"),
+        ("attack/blended.py", {}, "--"),
+        ("attack/prototype.py", {"pratio": None}, ""),
+    ],
+)
+def test_a_checkpoint_of_another_run(
+    place: Path, capsys: pytest.CaptureFixture[str], script: str, changes: dict, what: str
+) -> None:
+    """It was copied into the folder of a run that was stopped as well."""
+
+    other = flags_of(place, "other", **{"random_seed": 0, **changes})
+    if changes.get("pratio", 0) is None:  # a clean model has no such flag
+        at = other.index("--pratio")
+        del other[at : at + 2]
+    stopped("attack/badnet.py", *flags_of(place, "x"))
+    stopped(script, *other)
+    shutil.copy(place / "record/other/checkpoint.pt", place / "record/x/checkpoint.pt")
+    before = (place / "record/x/checkpoint.pt").read_bytes()
+    assert_refused(capsys, what, "attack/badnet.py", *flags_of(place, "x"))
+    assert (place / "record/x/checkpoint.pt").read_bytes() == before
+
+
+def brighter(place: Path) -> None:
+    path = place / "images/train/dark/3.png"
+    pixels = np.asarray(Image.open(path)).copy()
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+
+
+def one_less(place: Path) -> None:
+    (place / "images/test/dark/5.png").unlink()
+
+
+def swapped(place: Path) -> None:
+    first, second = place / "images/train/dark/0.png", place / "images/train/bright/0.png"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def renamed(place: Path) -> None:
+    for split in ("train", "test"):
+        (place / "images" / split / "dark").rename(place / "images" / split / "a_dark")
+
+
+@pytest.mark.parametrize("change", [brighter, one_less, swapped, renamed])
+def test_images_or_labels_that_were_changed(
+    place: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None]
+) -> None:
+    stopped("attack/badnet.py", *flags_of(place, "x"))
+    change(place)
+    what = "the images and labels of folder"
+    assert_refused(capsys, what, "attack/badnet.py", *flags_of(place, "x"))
+
+
+def test_a_trigger_s_picture_that_was_changed(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = place / "trigger.png"
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(picture)
+    flags = flags_of(place, "x", trigger_image=picture)
+    stopped("attack/blended.py", *flags)
+    Image.fromarray(np.full((16, 16, 3), 201, np.uint8)).save(picture)
+    assert_refused(capsys, "--trigger_image", "attack/blended.py", *flags)
+
+
+def test_an_emptied_configuration_is_written_again(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it does not let another recipe pass."""
+    stopped("attack/badnet.py", *flags_of(place, "x"))
+    path = place / "record/x/config.yaml"
+    for text in ("", "lr: 3\n", "\0", "- a\n"):
+        path.write_text(text)
+        assert_refused(capsys, "--pratio", "attack/badnet.py", *flags_of(place, "x", pratio=0.5))
+    assert run_script(ROOT / "attack/badnet.py", *flags_of(place, "x"), "--resume") == 0
+    assert "pratio: 0.25\n" in path.read_text()
+
+
+def test_a_configuration_as_it_was_stays(place: Path) -> None:
+    """A resumed run leaves the files of one that was never stopped."""
+    stopped("attack/badnet.py", *flags_of(place, "x"))
+    before = (place / "record/x/config.yaml").read_bytes()
+    assert run_script(ROOT / "attack/badnet.py", *flags_of(place, "x"), "--resume") == 0
+    assert (place / "record/x/config.yaml").read_bytes() == before
+
+
+def test_another_number_of_threads_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    stopped("attack/badnet.py", *flags_of(place, "x"))
+    capsys.readouterr()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert run_script(ROOT / "attack/badnet.py", *flags_of(place, "x"), "--resume") == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "begun with" in line]
+    assert lines == [
+        f"warning: --resume: begun with threads {threads}, now {threads + 1}; the last digits may "
+        "differ"
+    ]
+
+
+def test_the_same_number_of_threads_is_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped("attack/badnet.py", *flags_of(place, "x"))
+    capsys.readouterr()
+    assert run_script(ROOT / "attack/badnet.py", *flags_of(place, "x"), "--resume") == 0
+    assert "begun with" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def attacked(place: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        trained(place, "x", patch, dataset_path=place / "images")
+    return place
+
+
+def test_an_index_file_that_was_changed(attacked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = attacked / "index.txt"
+    index.write_text("0\n1\n2\n13\n25\n")
+    flags = defense_flags(attacked, "x", index=index, batch_size=5)
+    stopped("defense/ft.py", *flags)
+    index.write_text("0\n1\n2\n14\n25\n")
+    assert_refused(capsys, "--index", "defense/ft.py", *flags)
+
+
+def test_an_attack_that_was_run_again(attacked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder keeps the defense that was stopped, as a restored copy would."""
+    flags = defense_flags(attacked, "x")
+    stopped("defense/ft.py", *flags)
+    kept = shutil.move(attacked / "record/x/defense", attacked / "kept")
+    again = flags_of(attacked, "x", random_seed=5)
+    assert run_script(ROOT / "attack/badnet.py", *again, "--overwrite") == 0
+    shutil.move(kept, attacked / "record/x/defense")
+    assert_refused(capsys, "the record", "defense/ft.py", *flags)
+
+
+def test_the_checkpoint_of_another_defense(
+    attacked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped("defense/ft.py", *defense_flags(attacked, "x"))
+    stopped("defense/ft.py", *defense_flags(attacked, "x", save_folder_name="y", random_seed=3))
+    folder = attacked / "record/x/defense"
+    shutil.copy(folder / "y/checkpoint.pt", folder / "ft/checkpoint.pt")
+    assert_refused(capsys, "--random_seed 3", "defense/ft.py", *defense_flags(attacked, "x"))
+    stopped("defense/sau.py", *defense_flags(attacked, "x"))
+    shutil.copy(folder / "sau/checkpoint.pt", folder / "ft/checkpoint.pt")
+    assert_refused(capsys, "--", "defense/ft.py", *defense_flags(attacked, "x"))
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def begun(path: Path, origin: Origin) -> RunFolder:
+    folder = RunFolder(path)
+    folder.start("lr: 0.1\n", origin=origin)
+    folder.write_checkpoint({"loop": {}, "rows": [], "seconds": 1.0})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"method": "b"}, "the method"),
+        ({"files": {"--index": "2" * 64}}, "--index"),
+        ({"files": {}}, "--index"),
+        ({"tensors": {"labels": [torch.zeros(3)]}}, "labels"),
+        ({"tensors": {}}, "labels"),
+    ],
+)
+def test_each_source_counts(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+    values: dict[str, Any] = {
+        "method": "a",
+        "files": {"--index": "1" * 64},
+        "tensors": {"labels": [torch.ones(3)]},
+    }
+    folder = begun(tmp_path / "x", Origin(**values))
+    found = RunFolder(folder.path).start("lr: 0.1\n", resume=True, origin=Origin(**values))
+    assert found == {"loop": {}, "rows": [], "seconds": 1.0}
+    with pytest.raises(UserError, match=f"another content of {what};"):
+        RunFolder(folder.path).start("lr: 0.1\n", True, origin=Origin(**{**values, **changes}))
+
+
+def test_content_is_hashed_only_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a short run does not read all images once more."""
+    asked = []
+    monkeypatch.setattr(
+        "utils.records.checkpoint.digest", lambda values: asked.append(values) or "0"
+    )
+    folder = RunFolder(tmp_path / "x")
+    folder.start("lr: 0.1\n", origin=Origin(tensors={"labels": [torch.ones(3)]}))
+    assert asked == []
+    for _ in range(2):
+        folder.write_checkpoint({"loop": {}, "rows": [], "seconds": 1.0})
+    assert len(asked) == 1
+
+
+def test_a_digest_tells_values_types_and_shapes(tiny_data: Dataset) -> None:
+    values = torch.arange(10_000)
+    same = [digest([values]), digest([values.clone()]), digest(iter([values]))]
+    assert len(set(same)) == 1
+    others = [values.view(2, -1), values.int(), values.flip(0), values[:-1], values + 1]
+    changed = values.clone()
+    changed[-1] += 1
+    found = {
+        *same,
+        *(digest([other]) for other in [*others, changed]),
+        digest([]),
+        digest([values] * 2),
+    }
+    assert len(found) == 9
+    assert len(digest(tiny_data.tensors())) == 64
+
+
+def test_the_files_of_flags(tmp_path: Path) -> None:
+    path = tmp_path / "index.txt"
+    path.write_text("abc")
+    flags = {"index": str(path), "folder": str(tmp_path), "lr": 0.1, "none": None, "nul": "a\0b"}
+    flags |= {"long": "x" * 5000, "odd": "\udcff", "absent": str(tmp_path / "y")}
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc"
+    assert files_of(flags) == {"--index": sha256}
+
+
+GOOD = {"loop": {"round": 1}, "rows": [{"epoch": 1, "loss": 0.5, "seconds": 2.0}], "seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loop": [1]},
+        {"loop": None},
+        {"rows": {"a": 1}},
+        {"rows": [1]},
+        {"rows": [{"loss": "0.5"}]},
+        {"rows": [{"loss": torch.ones(1)}]},
+        {"rows": [{"loss": None}]},
+        {"rows": [{"loss": True}]},
+        {"rows": [{"lo ss": 1}]},
+        {"rows": [{"x" * 100: 1}]},
+        {"rows": [{"loss\x1b": 1}]},
+        {"rows": [{3: 1}]},
+        {"rows": [{"phase": 3}]},
+        {"phase_rows": [{"phase": "x" * 300}]},
+        {"seconds": -1.0},
+        {"seconds": float("nan")},
+        {"seconds": float("inf")},
+        {"seconds": "x"},
+        {"training_seconds": -1.0},
+        {"flags": [1]},
+        {"flags": {3: 1}},
+        {"flags": {"lr": {"a": 1}}},
+        {"sources": {"a": 3}},
+        {"sources": "abc"},
+        {"conditions": {"threads": [1]}},
+        {"model_sha256": 3},
+    ],
+)
+def test_a_checkpoint_of_other_content_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    CHECKPOINT.validate_python(GOOD | {"phase_rows": [{"phase": "a", "round": 1}]})
+    folder = begun(tmp_path / "x", Origin())
+    content = load_tensors(folder.path / "checkpoint.pt") | changes
+    torch.save(content, folder.path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"checkpoint\.pt: is not a checkpoint of this program \("):
+        RunFolder(folder.path).start("lr: 0.1\n", resume=True)
+
+
+def test_the_mark_and_summary_are_no_part_of_this(tmp_path: Path) -> None:
+    """What `start` leaves is a folder that can be claimed again."""
+    folder = begun(tmp_path / "x", Origin())
+    folder.write_summary({"files": {}})
+    assert json.loads((folder.path / "summary.json").read_text()) == {"files": {}}
+    assert not (folder.path / "checkpoint.pt").exists()
