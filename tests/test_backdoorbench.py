@@ -412,7 +412,7 @@ def path_change(path: str) -> Callable[[dict], object]:
         (lambda content: content.update(num_classes=-1), "num_classes is no positive integer"),
         (
             lambda content: content.update(img_size=(10**6, 10**6, 3)),
-            "no 8-bit RGB PNG of 1000000 x 1000000",
+            "of up to 1024 pixels a side",
         ),
         (lambda content: content.update(img_size=(10**12, 10**12, 3)), "img_size is"),
         (lambda content: content.update(img_size=(28, 28, 1)), "img_size is (28, 28, 1)"),

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.data import Dataset
-from utils.errors import UserError
-from utils.files import not_written
+from utils.data import LARGEST_SIDE, MOST_CLASSES, Dataset
+from utils.errors import UserError, one_line, shown
+from utils.files import not_written, read_bytes
 from utils.runtime import Progress, logger
 from utils.tensors import explained, load_plain, load_tensors
 
@@ -171,6 +171,8 @@ def read(folder: Path) -> AttackResult:
         test = _replaced(folder, "bd_test", content["bd_test"], num_classes, shape)
         test = _without_target_class(test)
         state = _state(content["model"], num_classes)
+        if num_classes > MOST_CLASSES:
+            raise ValueError(f"num_classes is more than {MOST_CLASSES:,}")
     is_poison, is_poison_only = _told_apart(folder, train)
     return AttackResult(
         folder=folder,
@@ -437,6 +439,8 @@ def _text(content: Mapping[str, Any], key: str) -> str:
         raise ValueError(f"{key} is no text")
     if not content[key].isprintable():
         raise ValueError(f"{key} has characters that cannot be printed")
+    if not 1 <= len(content[key]) <= 200:
+        raise ValueError(f"{key} has {len(content[key])} letters")
     return content[key]
 
 
@@ -444,9 +448,11 @@ def _image_shape(size: Any) -> tuple[int, int, int]:
     """(C, H, W) of a stored (H, W, C)."""
     if not isinstance(size, (tuple, list)) or not all(type(side) is int for side in size):
         raise ValueError("img_size is no (height, width, channels)")
-    # A PNG has no side above 2**31.
-    if len(size) != 3 or size[0] != size[1] or not 1 <= size[0] < 2**31 or size[2] != 3:
-        raise ValueError(f"img_size is {size}; only square images of three channels are read")
+    if len(size) != 3 or size[0] != size[1] or not 1 <= size[0] <= LARGEST_SIDE or size[2] != 3:
+        raise ValueError(
+            f"img_size is {shown(size, 100)}; only square images of three channels and of up to "
+            f"{LARGEST_SIDE} pixels a side are read"
+        )
     return 3, size[0], size[1]
 
 
@@ -518,7 +524,7 @@ def _row(where: str, state: Mapping[str, Any], key: str, dtype: type) -> np.ndar
 
 def _integer(where: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.int64)):
-        raise ValueError(f"{where} has {value!r} in the place of an index or label")
+        raise ValueError(f"{where} has {shown(value, 100)!r} in the place of an index or label")
     return int(value)
 
 
@@ -528,8 +534,8 @@ def _rebased(where: str, stored: Any, index: int, original: int) -> str:
     fits = len(parts) == 3 and parts[1:] == [str(original), f"{index}.png"]
     if not fits or parts[0] in ("", ".", "..") or "\0" in parts[0]:
         raise ValueError(
-            f"{where} has image {index} of class {original} at {stored!r}; a path ends in "
-            f"<folder>/{original}/{index}.png"
+            f"{where} has image {index} of class {original} at {shown(stored, 200)!r}; a path ends "
+            f"in <folder>/{original}/{index}.png"
         )
     return "/".join(parts)
 
@@ -588,7 +594,9 @@ def _attack_name(folder: Path) -> str:
         name = load_tensors(folder / INFO).get("attack")
     except Exception:  # absent, or not of plain data
         return "unknown"
-    return name if isinstance(name, str) and name.isprintable() else "unknown"
+    if isinstance(name, str) and name.isprintable() and 1 <= len(name) <= 200:
+        return name
+    return "unknown"
 
 
 def _read_images(
@@ -601,7 +609,12 @@ def _read_images(
 
     for file in files[:1]:
         read_one(file)  # of another size than stated, it is refused before memory for all is taken
-    images = torch.empty(len(files), *image_shape, dtype=torch.uint8)
+    try:
+        images = torch.empty(len(files), *image_shape, dtype=torch.uint8)
+    except RuntimeError:
+        raise UserError(
+            f"{root}: its {len(files)} images of {image_shape} have no room in memory"
+        ) from None
     with (
         ThreadPoolExecutor() as pool,
         Progress(len(files), "reading images", "image") as progress,
@@ -620,17 +633,18 @@ def _read_png(path: Path, inside: Path, image_shape: tuple[int, int, int]) -> to
     try:
         if not path.resolve(strict=True).is_relative_to(inside):
             raise UserError(f"{path}: leads out of the record; put the image itself there")
-        content = path.read_bytes()
+        content = read_bytes(path)
         # Signature, then the length and name of the first chunk, then size, depth and colour type.
         header = struct.pack(">8s4x4sIIBB", b"\x89PNG\r\n\x1a\n", b"IHDR", width, height, 8, 2)
         if content[:8] + bytes(4) + content[12:26] != header:
             raise ValueError(f"it is no 8-bit RGB PNG of {width} x {height} pixels")
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     except UserError:
         raise
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore the record's images") from None
+    except Exception as error:  # what a damaged picture makes Pillow raise is anything
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}); restore the record's images") from None
 
 
 def _check_split(

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from utils import distributed
 
+LARGEST_SIDE = 1024  # of an image, in pixels
+MOST_CLASSES = 100_000
 RESIDENT = 1 << 29  # bytes of a mapped file that may stay in memory
 
 # By the address of a tensor's storage, which keeps the map alive.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from utils.archives import Archive, extract_all
 from utils.data import Dataset, Labelled, release
 from utils.errors import UserError, suggestion
+from utils.files import TABLE, read_text
 from utils.images import IMAGE_SUFFIXES, data_folder, decoded
 from utils.runtime import logger
 
@@ -328,7 +329,7 @@ def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _lines(file: Path) -> Iterable[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return read_text(file, TABLE).splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UserError(

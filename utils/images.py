@@ -1,11 +1,13 @@
 """Picture files as uint8 pixels, decoded once into a cache file."""
 
+import contextlib
 import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Condition
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from PIL import Image
 from utils import distributed
 from utils.data import mapped
 from utils.errors import UserError, one_line
-from utils.files import not_written, prepare_folder, replaced
+from utils.files import file_sha256, not_written, opened, prepare_folder, replaced
 from utils.runtime import ROOT, Progress, logger
 
 IMAGE_SUFFIXES = frozenset(
@@ -23,6 +25,9 @@ IMAGE_SUFFIXES = frozenset(
         *(".gif", ".tga", ".jp2"),
     )
 )
+# What Pillow calls these formats. It would open others, too, whatever the ending: PostScript, which
+# starts Ghostscript, among them.
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF", "TGA", "JPEG2000")
 # What brings a picture upright, by the orientation in its EXIF data.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,7 +38,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MOST_PIXELS = 89_000_000  # where Pillow, too, begins to suspect a decompression bomb
+MOST_PIXELS = 89_000_000  # of a picture; where Pillow, too, begins to suspect a decompression bomb
+_HUNGRY = ("WEBP", "JPEG2000")  # their decoders take twice as much memory for a pixel
+_LARGEST = 1 << 29  # bytes of a picture file
 
 
 def data_folder() -> Path:
@@ -51,18 +58,55 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
         UserError: if the file is missing, no picture, cut short, of floats, or huge.
     """
     try:
-        with Image.open(file) as opened:
-            if opened.width * opened.height > _MOST_PIXELS:
-                raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
-            opened.load()
-            image = _eight_bits(_upright(opened))
-            # A palette goes by way of RGBA, or Pillow warns of its transparency.
-            image = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-            return np.asarray(image).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = one_line(error)
+        with opened(file, _LARGEST) as source, Image.open(source, formats=_FORMATS) as image:
+            pixels = image.width * image.height * (2 if image.format in _HUNGRY else 1)
+            if pixels > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            with _ROOM.of(pixels):  # 8 to 10 bytes for each
+                return _resized(image, image_size)
+    except Exception as error:  # what Pillow's readers stumble over in damaged files is anything
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{file}: not a readable image ({reason}); repair or remove it") from None
+
+
+class _Room:
+    """So many pixels are decoded at once, however many threads there are.
+
+    Args:
+        size: pixels, >= those of any picture.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._changed = Condition()
+
+    @contextlib.contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Waits until so many are free, and keeps them while inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_ROOM = _Room(MOST_PIXELS)
+
+
+def _resized(image: Image.Image, side: int) -> np.ndarray:
+    """uint8 (3, S, S) of an opened picture; few copies of a large one are held at once."""
+    image.load()
+    image = _eight_bits(_upright(image))
+    if image.mode == "P":  # a palette goes by way of RGBA, or Pillow warns of its transparency
+        image = image.convert("RGBA")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    image = image.resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -83,10 +127,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """
     if not image.mode.startswith(("I", "F")):
         return image
-    levels = np.asarray(image).astype(np.float64)
+    levels = np.asarray(image)
     if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
         raise ValueError("values beyond 16 bits, or floats, have no known range")
-    return Image.fromarray((levels / 257).astype(np.uint8))
+    return Image.fromarray((levels // 257).astype(np.uint8))
 
 
 def decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
@@ -150,6 +194,6 @@ def _ahead(
 
 def _file_digest(file: Path) -> bytes:
     try:
-        return hashlib.sha256(file.read_bytes()).digest()
+        return bytes.fromhex(file_sha256(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); repair or remove it") from None

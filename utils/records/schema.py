@@ -11,13 +11,9 @@ import torch
 from pydantic import Field, StringConstraints, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from utils.data import Dataset, Triggered
+from utils.data import LARGEST_SIDE, MOST_CLASSES, Dataset, Triggered
 from utils.poison import KINDS, LabelMap
 from utils.tensors import not_finite, text_up_to
-
-MOST_CLASSES = 100_000
-LARGEST_SIDE = 1024  # of an image, in pixels
-
 
 Name = Annotated[str, text_up_to(200)]
 PathText = Annotated[str, text_up_to(4096)]
