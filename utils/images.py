@@ -41,6 +41,9 @@ _TURNS = {
 MOST_PIXELS = 89_000_000  # of a picture; where Pillow, too, begins to suspect a decompression bomb
 _HUNGRY = ("WEBP", "JPEG2000")  # their decoders take twice as much memory for a pixel
 _LARGEST = 1 << 29  # bytes of a picture file
+# Bytes that Pillow asks for at once; so much goes back to the system when a picture is done, less
+# would stay with the thread.
+_BLOCK = 1 << 26
 
 
 def data_folder() -> Path:
@@ -63,6 +66,7 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
             if pixels > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             with _ROOM.of(pixels):  # 8 to 10 bytes for each
+                Image.core.set_block_size(_BLOCK)
                 return _resized(image, image_size)
     except Exception as error:  # what Pillow's readers stumble over in damaged files is anything
         reason = getattr(error, "strerror", None) or one_line(error)
