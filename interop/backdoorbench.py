@@ -299,7 +299,7 @@ def _write_notes(
     if len(poisoned.index) and not (poisoned.kinds == KINDS.index("cross")).any():
         listed = np.zeros(len(poisoned), dtype=np.float64)
         listed[poisoned.index[poisoned.kinds == KINDS.index("poison")].numpy()] = 1
-        folder.write(backdoorbench.POISON_LIST, lambda path: torch.save(listed, path))
+        folder.write(backdoorbench.POISON_LIST, lambda path: _save(listed, path))
     metrics = attack.folder / "metrics.csv"
     if metrics.exists():
         with explained(metrics, "a table of metrics"):
@@ -307,6 +307,11 @@ def _write_notes(
             known = {theirs: ours[name] for theirs, name in _COLUMNS.items() if name in ours}
         table = pd.DataFrame(known, columns=list(backdoorbench.METRICS))
         folder.write("attack_df.csv", lambda path: table.to_csv(path, index=False))
+
+
+def _save(listed: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # given a path, torch would put its name into the file
+        torch.save(listed, file)
 
 
 def _export_defense(source: Path, to: Path) -> None:

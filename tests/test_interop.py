@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+import models
+from benchmark import fuzz
 from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
 from tests import backdoorbench_writer as writer
@@ -302,6 +307,93 @@ def test_the_command_line_converts_both_ways(
     assert run(*again) == 0
     assert run("export", "--result_file", "ours", *where, "--to", tmp_path / "elsewhere") == 0
     assert "warning: BackdoorBench finds its data beside" in capsys.readouterr().err
+
+
+def test_an_import_that_was_killed_after_its_last_file_is_finished(
+    tmp_path: Path, data: Dataset, model: Classifier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lock that it left tells it from one that has ended, which needs --overwrite."""
+    theirs = writer.write(tmp_path / "theirs", badnet(data))
+    flags = ["import", theirs, "--record_path", tmp_path, "--save_folder_name", "x"]
+    assert run(*flags) == 0
+    folders.attack_folder("x", tmp_path).release()  # as at the end of the process
+    for other, code in (([], 0), (["--dataset_path", tmp_path], 2)):
+        (tmp_path / ".x.lock").touch()
+        capsys.readouterr()
+        assert run(*flags, *other) == code
+        said = ("is finished; nothing is left to do", "x exists; give --overwrite")[code // 2]
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / ".x.lock").exists()
+    assert run(*flags) == 2
+
+
+EXPORT = """
+import sys
+import models
+from benchmark import fuzz
+from interop import backdoorbench
+from utils import datasets
+from utils.runtime import run_script
+models.CONSTRUCTORS["preactresnet18"] = fuzz.small
+datasets._LOADERS["cifar10"] = lambda path, image_size: fuzz.make_data()
+print("ready", flush=True)
+sys.stdin.readline()
+run_script(backdoorbench.main)
+"""
+
+
+def test_of_three_exports_at_once_one_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are told in one line each; and what a killed one was writing is removed."""
+    with monkeypatch.context() as patch:
+        patch.setitem(models.CONSTRUCTORS, "preactresnet18", fuzz.small)
+        fuzz.write_record(tmp_path / "ours", fuzz.make_data())
+    killed = tmp_path / "record/.y[1].0123abcd.tmp"
+    (killed / "bd_test_dataset").mkdir(parents=True)
+    (tmp_path / "record/y").mkdir()
+    (tmp_path / "record/y/chapter1.tex").write_text("years of work")
+    flags = ["export", "--result_file", tmp_path / "ours", "--to", tmp_path / "record/y[1]"]
+    call = [sys.executable, "-c", EXPORT, *flags]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen(call, cwd=ROOT, env=env, text=True, **pipes) for _ in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    messages = [process.communicate()[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2, 2]
+    for process, text in zip(processes, messages, strict=True):
+        if process.returncode:
+            assert text == f"error: --to: {tmp_path / 'record/y[1]'} exists; give a new folder\n"
+    assert {path.name for path in (tmp_path / "record").iterdir()} == {"y", "y[1]"}
+    monkeypatch.setitem(models.CONSTRUCTORS, "preactresnet18", fuzz.small)
+    assert len(record.load_attack(tmp_path / "record/y[1]").state) > 5
+
+
+def test_an_export_that_fails_leaves_nothing(
+    tmp_path: Path, data: Dataset, model: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty folder stays empty; one into which somebody writes meanwhile stays as it is."""
+    ours = save_ours(tmp_path / "ours", data, model).path
+    to = tmp_path / "record/y"
+    to.mkdir(parents=True)
+
+    def write(*_: object) -> None:
+        (to / "chapter1.tex").write_text("years of work")
+
+    def fail(*_: object) -> None:
+        raise UserError("a reason")
+
+    for function, message, left in ((fail, "a reason", []), (write, "exists", [to])):
+        monkeypatch.setattr("interop.backdoorbench._write_notes", function)
+        with pytest.raises(UserError, match=message):
+            export_record(ours, to)
+        assert list(to.parent.iterdir()) == [to]
+        assert [path.parent for path in to.iterdir()] == left
+    assert (to / "chapter1.tex").read_text() == "years of work"
 
 
 def test_a_wrong_command_line_gets_one_line(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models import Classifier, build_model
+from utils import archives
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
 from utils.folders import RunFolder
@@ -554,6 +555,70 @@ def test_hashes_are_those_of_the_files_that_exist(run: RunFolder) -> None:
     run.write_text("a.txt", "abc")
     expected = hashlib.sha256(b"abc").hexdigest()
     assert file_hashes(run, "a.txt", "absent.txt") == {"a.txt": expected}
+
+
+# --- where a record says that its dataset is ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "gtsrb", "tiny"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_nothing_is_written_where_a_record_says_so(
+    saved: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_there: bool
+) -> None:
+    """No folder made, no stray removed, nothing downloaded or extracted."""
+    home = tmp_path / "elsewhere" / "gtsrb"
+    archives = ("cifar-10-python.tar.gz", "tiny-imagenet-200.zip")
+    if is_there:
+        home.mkdir(parents=True)
+        for file in (*archives, ".tiny-imagenet-200.0123abcd.tmp.zip"):
+            (home / file).write_text("of the user")
+            (home.parent / file).write_text("of the user")
+        for folder in (home, home.parent):
+            (folder / ".cifar-10-python.tar.gz.0123abcd.tmp").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    loads = []
+
+    def load(url: str, **_: float) -> None:
+        loads.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", load)
+    forge(saved, "attack_result.pt", put("dataset_path", str(home.parent)))
+    forge(saved, "attack_result.pt", put("dataset", name))
+    record = load_attack(saved.path)
+    with pytest.raises(UserError) as caught:
+        record.load_dataset()
+    assert re.fullmatch(
+        rf"--dataset {name}: the record names {home.parent}\S*, which has no \S+; nothing is "
+        "written there because a record says so; give the folder with --dataset_path",
+        str(caught.value),
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not loads
+    with pytest.raises(UserError):  # what is there is no archive, and there is no network
+        record.load_dataset(str(home.parent))
+    assert loads or sorted(tmp_path.rglob("*")) != before  # the user has named the folder
+
+
+def test_a_dataset_is_read_where_a_record_says(
+    saved: RunFolder, tmp_path: Path, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is read next may be written again."""
+    forge(saved, "attack_result.pt", put("dataset_path", str(tmp_path / "there")))
+    seen = []
+
+    def load(name: str, path: Path | None, size: int) -> Dataset:
+        seen.append((path, archives._may_write))
+        return tiny_data
+
+    monkeypatch.setattr("utils.record.load_dataset", load)
+    record = load_attack(saved.path)
+    record.load_dataset()
+    record.load_dataset(str(tmp_path / "here"))
+    assert seen == [(tmp_path / "there", False), (tmp_path / "here", True)]
+    forge(saved, "attack_result.pt", put("dataset_path", None))
+    load_attack(saved.path).load_dataset()
+    assert seen[2] == (None, True)
 
 
 # --- a file of indices --------------------------------------------------------------------------

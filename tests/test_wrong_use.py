@@ -23,6 +23,7 @@ from tests.test_end_to_end import (
     trained,
     workplace,
 )
+from utils import record
 from utils.config import _base, _bounds, _hints, allowed_values
 from utils.runtime import ROOT
 
@@ -452,13 +453,194 @@ def test_two_runs_of_one_name(
         assert run_script(ROOT / script, *flags) == 0
 
 
-def test_a_folder_of_the_user_s_own(
+FINISH = """
+import sys
+from pathlib import Path
+from utils.folders import RunFolder
+run = RunFolder(Path(sys.argv[1]))
+run.claim(overwrite=True)
+run.start("lr: 0.1\\n")
+print("held", flush=True)
+sys.stdin.readline()
+run.write_summary({})
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ((), 2, r"error: \S+ exists; give --overwrite to replace it"),
+        (("--resume",), 0, r"is finished; nothing is left to do"),
+    ],
+)
+@pytest.mark.parametrize("script", ["attack/badnet.py", "defense/sau.py"])
+def test_a_second_run_that_waits_for_the_first(
+    workplace: Path,
+    good: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    flags: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    """It finds the lock taken, and as soon as it is free a finished run, which it leaves alone."""
+    name = f"waited{len(flags)}"
+    if script.startswith("attack"):
+        folder, run = workplace / "record" / name, attack_flags(workplace, name)
+    else:
+        folder = good / "defense" / name
+        run = defense_flags(workplace, "good", save_folder_name=name)
+    call = [sys.executable, "-c", FINISH, folder]
+    with subprocess.Popen(
+        call, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        waits = []
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 1:
+                first.communicate("finish\n")
+
+        monkeypatch.setattr("utils.folders.time.sleep", wait)
+        assert run_script(ROOT / script, *run, *flags) == code
+    assert len(waits) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml",
+        "run.json",
+        "summary.json",
+    ]
+    assert not folder.with_name(f".{name}.lock").exists()
+
+
+def test_an_attack_does_not_replace_a_record_in_which_a_defense_runs(
     workplace: Path, good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is no record, and is not replaced even with --overwrite."""
-    folder = workplace / "record/own"
-    folder.mkdir()
-    (folder / "notes.json").write_text(json.dumps({"mine": True}))
-    flags = attack_flags(workplace, "own", overwrite="true")
-    message = r"own exists and is no record \(it holds notes.json\); give another name, or move"
+    call = [sys.executable, "-c", HOLD, good / "defense/running"]
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as defense:
+        try:
+            assert defense.stdout is not None
+            assert defense.stdout.readline() == "held\n"
+            flags = attack_flags(workplace, "good", overwrite="true")
+            message = r"good: another process is writing defense/running in it; wait for it, or giv"
+            assert_refused(workplace, capsys, message, "attack/badnet.py", *flags)
+            assert not (workplace / "record/.good.lock").exists()
+        finally:
+            defense.kill()
+
+
+def test_a_defense_does_not_begin_in_a_record_that_is_replaced(
+    workplace: Path, good: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It has its own lock by then; either of the two sees the other one."""
+    shutil.copytree(good, tmp_path / "record/x", ignore=shutil.ignore_patterns("defense"))
+    call = [sys.executable, "-c", HOLD, tmp_path / "record/x"]
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as attack:
+        try:
+            assert attack.stdout is not None
+            assert attack.stdout.readline() == "held\n"
+            message = r"record/x: another process is writing it; wait for it, or give another rec"
+            flags = defense_flags(tmp_path, "x")
+            assert_refused(tmp_path, capsys, message, "defense/sau.py", *flags)
+            assert not (tmp_path / "record/x/defense").exists()
+        finally:
+            attack.kill()
+
+
+def test_a_defense_does_not_work_on_a_record_that_was_replaced_while_it_was_read(
+    workplace: Path,
+    good: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    summary = shutil.copytree(good, tmp_path / "record/x") / "summary.json"
+    load = record.load_attack
+
+    def replaced(folder: Path) -> record.AttackRecord:
+        found = load(folder)
+        summary.write_text(summary.read_text().replace("seconds", "later"))
+        return found
+
+    monkeypatch.setattr(record, "load_attack", replaced)
+    flags = defense_flags(tmp_path, "x", overwrite="true")
+    assert run_script(ROOT / "defense/sau.py", *flags) == 2
+    (error,) = errors(capsys)
+    assert error.endswith("record/x: was replaced while it was read; run the defense again")
+
+
+# --- what is the user's -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [(), ("--overwrite",), ("--resume",)])
+@pytest.mark.parametrize(
+    "files",
+    [("notes.json",), ("config.yaml", "chapter1.tex"), ("config.yaml",), ("summary.json", "x")],
+)
+def test_a_folder_of_the_user_s_own(
+    workplace: Path,
+    good: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    files: tuple[str, ...],
+    extra: tuple[str, ...],
+) -> None:
+    """It is no record, and is not replaced even with --overwrite, whatever its files are called."""
+    folder = tmp_path / "record/own"
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_text(json.dumps({"mine": True}))
+    message = r"own exists and is no record \(it holds \S+.*\); give another name, or move it away"
+    runs: dict[str, list[object]] = {
+        "attack/badnet.py": attack_flags(tmp_path, "own", dataset_path=workplace / "images"),
+        "attack/external.py": [
+            *("--save_folder_name", "own", "--record_path", tmp_path / "record"),
+            *("--state_dict", "x.pt"),
+        ],
+        "interop/backdoorbench.py": [
+            *("import", good, "--save_folder_name", "own", "--record_path", tmp_path / "record"),
+        ],
+    }
+    for script, flags in runs.items():
+        if script.startswith("attack/badnet") or "--resume" not in extra:
+            assert_refused(tmp_path, capsys, message, script, *flags, *extra)
+
+
+@pytest.mark.parametrize("extra", [(), ("--overwrite",), ("--resume",)])
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("place", ["chapter1.tex", "defense/chapter1.tex", "defense/sau/ch1.tex"])
+def test_a_file_of_the_user_s_in_a_record(
+    workplace: Path,
+    good: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    is_finished: bool,
+    extra: tuple[str, ...],
+) -> None:
+    """Also in what a failed run has left."""
+    copy = shutil.copytree(good, tmp_path / "record/good")
+    (copy / place).write_text("years of work")
+    flags = attack_flags(tmp_path, "good", dataset_path=workplace / "images")
+    if not is_finished:
+        (copy / "summary.json").unlink()
+    message = rf"good exists and is no record \(it holds {place}\); give another name, or move it"
+    assert_refused(tmp_path, capsys, message, "attack/badnet.py", *flags, *extra)
+    if is_finished and place == "defense/sau/ch1.tex":
+        message = r"sau exists and is no record \(it holds ch1.tex\); give another name"
+        flags = defense_flags(tmp_path, "good")
+        assert_refused(tmp_path, capsys, message, "defense/sau.py", *flags, *extra)
+
+
+def test_a_name_that_is_too_long(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = attack_flags(workplace, "a" * 201)
+    message = r"--save_folder_name: has 201 letters; give at most 200"
     assert_refused(workplace, capsys, message, "attack/badnet.py", *flags)
+    for name in ("a" * 300, "x/" * 3000):
+        message = r"--result_file: \S+ is no record in"
+        assert_refused(
+            workplace, capsys, message, "defense/sau.py", *defense_flags(workplace, name)
+        )
