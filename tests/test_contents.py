@@ -422,3 +422,46 @@ def test_a_mark_lists_what_a_folder_holds(tmp_path: Path) -> None:
     (tmp_path / "c").symlink_to(tmp_path / "a")
     assert Contents(tmp_path).foreign == ["b", "c"]
     assert contents.MARK == "run.json"
+
+
+# --- locks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("put", [put_file, put_pipe, put_link, put_folder])
+def test_what_is_no_lock_is_not_taken_for_one(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    put(tmp_path / ".x.lock")
+    before = state(tmp_path)
+    with pytest.raises(UserError, match=r"x\S*: (is no lock of this program|cannot be written)"):
+        attack_folder("x", tmp_path).claim(overwrite=True)
+    assert os.path.lexists(tmp_path / ".x.lock")
+    assert state(tmp_path) == before
+
+
+def test_a_lock_goes_with_the_folders_that_were_made_for_it(tmp_path: Path) -> None:
+    """Not with those that somebody uses by then, and not with another process's lock."""
+    run = RunFolder(tmp_path / "a/b/x")
+    run.claim(overwrite=False)
+    run.release()
+    assert list(tmp_path.iterdir()) == []
+    run.claim(overwrite=False)
+    (tmp_path / "a/notes.txt").write_text("of the user")
+    (tmp_path / "a/b/.x.lock").unlink()
+    (tmp_path / "a/b/.x.lock").touch()
+    run.release()
+    assert {path.name for path in tmp_path.rglob("*")} == {"a", "b", "notes.txt", ".x.lock"}
+    (tmp_path / "a/b/.x.lock").unlink()
+
+
+def test_a_lock_that_was_removed_is_taken_again(tmp_path: Path) -> None:
+    """As an attack does that replaces a record, in the process that ran a defense of it."""
+    run = attack_folder("x", tmp_path)
+    run.claim(overwrite=False)
+    (tmp_path / ".x.lock").unlink()
+    run.claim(overwrite=False)
+    assert (tmp_path / ".x.lock").exists()
+
+
+def test_who_is_refused_holds_no_lock(record: RunFolder) -> None:
+    with pytest.raises(UserError, match="x exists"):
+        record.claim(overwrite=False)
+    assert not list(record.path.parent.glob(".*"))

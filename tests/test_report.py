@@ -605,6 +605,21 @@ def test_a_report_inside_the_records_is_not_read_as_records(two_attacks: Path) -
     assert (two_attacks / "report/table.md").read_text() == first
 
 
+def test_what_a_killed_report_was_writing_goes_with_the_next(
+    two_attacks: Path, tmp_path: Path
+) -> None:
+    """Of its own files alone: the folder may be the user's."""
+    to = tmp_path / "to"
+    ours = (".table.0123abcd.tmp.md", ".report.0123abcd.tmp.html", "records/r/.x.0123abcd.tmp")
+    theirs = ("chapter1.tex", ".chapter1.0123abcd.tmp.tex", ".table.md.swp")
+    for name in (*ours, *theirs):
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / name).write_text("half")
+    assert report("--under", two_attacks, "--to", to) == 0
+    assert all((to / name).exists() for name in theirs)
+    assert [name for name in ours if (to / name).exists()] == ["records/r/.x.0123abcd.tmp"]
+
+
 @pytest.mark.parametrize(
     ("value", "plain"),
     [
