@@ -1,8 +1,12 @@
 """Typed configuration: the order of its layers, its checks, and every shipped YAML file."""
 
+import contextlib
 import dataclasses
 import importlib
+import json
+import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +16,7 @@ import pytest
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
+from utils import config as configuration
 from utils.config import Config, allowed_values, read_yaml
 from utils.datasets import DatasetName
 from utils.errors import UserError, suggestion
@@ -390,14 +395,111 @@ def test_a_needed_value_is_asked_for_beside_a_problem_with_a_longer_name(toy: Pa
         ("lr: [0.1\n", "not valid YAML"),
         ("lr: 0.1\n---\nlr: 0.2\n", "not valid YAML"),
         ("name: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
-        ("name: 2024-13-45\n", "not valid YAML"),
+        ("name: !!int ''\n", "tags (tag:yaml.org,2002:int) are not read"),
+        ("name: !!bool foo\n", "tags (tag:yaml.org,2002:bool) are not read"),
+        ("name: !!timestamp x\n", "tags (tag:yaml.org,2002:timestamp) are not read"),
+        ("name: ! x\n", "tags (!) are not read"),
+        ("!!map {name: x}\n", "tags (tag:yaml.org,2002:map) are not read"),
+        ("!!set {name}\n", "tags (tag:yaml.org,2002:set) are not read"),
+        ("%TAG ! !x\n---\nname: !y x\n", "tags (!xy) are not read"),
+        ("<<: {lr: 0.1}\n", "<<: unknown name"),
+        ("? [lr]\n: 0.1\n", "a key is a list or a mapping"),
+        ("lr: " + "[" * 60_000, "more than 16 lists and mappings in each other"),
+        ("- " * 30_000, "more than 16 lists and mappings in each other"),
+        ("lr: 1" + "0" * 60_000 + "\n", "not valid YAML"),
+        ("lr: 0x" + "f" * 60_000 + "\n", "lr: a very large int is not allowed"),
+        ("lr: 1" + ":1" * 30_000 + ".5\n", "not valid YAML"),
+        ("name: [" + "1," * 30_000 + "]\n", "name: [1, 1, 1"),
+        ("name: {a: \x1b[31m}\n", "not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_flat_mapping_is_refused(toy: Path, text: str, reason: str) -> None:
     path = write(toy, text)
     (problem,) = problems("--yaml_path", path)
     assert problem.startswith(f"{path}: ")
+    assert problem.count(path) == 1
     assert reason in problem
+    assert len(problem) < 600
+
+
+@pytest.mark.parametrize("text", ["2024-01-01", "2024-13-45", "=", "<<"])
+def test_dates_and_marks_are_texts(toy: Path, text: str) -> None:
+    assert from_flags("--yaml_path", write(toy, f"name: {text}\n")).name == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"key{number}: 1\n" for number in range(90_000)),
+        "".join(f"{chr(0x4E00 + number)}:\n" for number in range(13_000)),
+        "a: {" + "".join(f"{number:x}," for number in range(13_000)) + "}",
+    ],
+)
+def test_many_keys_take_seconds(tmp_path: Path, text: str) -> None:
+    """Each key was once compared with all others, which took minutes."""
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    start = time.monotonic()
+    with contextlib.suppress(UserError):
+        read_yaml(path)
+    assert time.monotonic() - start < 20
+
+
+def odd_file(path: Path, kind: str) -> None:
+    """Something else than a text in the place of a file."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(200 << 30)
+    elif kind == "no text":
+        path.write_bytes(b"lr: \xff\n")
+    else:
+        path.symlink_to({"loop": path, "zero": "/dev/zero", "folder": path.parent}[kind])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "sparse", "no text", "loop", "zero", "folder"])
+def test_what_is_no_file_of_text_is_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.yaml"
+    odd_file(path, kind)
+    with pytest.raises(UserError, match=rf"^{path}: (cannot be read|not valid YAML)") as caught:
+        read_yaml(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["../base/default", "{toy}/x", "x" * 300, "\0", "\udc80", ".", ""])
+def test_a_dataset_that_is_a_path_picks_no_file(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It is refused as a dataset, and nothing is opened for it."""
+    write(toy, "rounds: 7\n", "x.yaml")
+    read: list[Path] = []
+
+    def reading(path: Path) -> dict[str, Any]:
+        read.append(path.relative_to(toy / "config/box"))
+        return read_yaml(path)
+
+    monkeypatch.setattr(configuration, "read_yaml", reading)
+    with pytest.raises(UserError, match=r"^override: dataset: .* is not allowed; give one of"):
+        ToyConfig.load(name.format(toy=toy))
+    assert set(map(str, read)) == {"base/default.yaml", "toy/config.yaml"}
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 4097])
+def test_a_text_that_no_system_takes_is_refused(toy: Path, name: str) -> None:
+    path = write(toy, f"name: {json.dumps(name)}\n")
+    (problem,) = problems("--yaml_path", path)
+    assert "is not allowed; give text or null, of at most 4096 characters and without" in problem
+    assert len(problem) < 400
+    assert problems("--name", name) == [problem.replace(f"{path}: name", "--name")]
+
+
+def test_a_text_of_bytes_that_are_no_utf_8_is_kept(toy: Path) -> None:
+    """As Python gives such paths; the YAML that is written reads back the same."""
+    name = os.fsdecode(b"/tmp/\xff\xfe")
+    config = from_flags("--name", name)
+    assert config.name == name
+    assert from_flags("--yaml_path", write(toy, config.dump())) == config
 
 
 def test_bytes_that_are_no_text_are_refused(toy: Path) -> None:
@@ -614,7 +716,7 @@ def test_references_and_huge_files_are_refused(tmp_path: Path) -> None:
         for before, name in zip("abcdefgh", "bcdefghi", strict=True)
     )
     path = tmp_path / "x.yaml"
-    for text, reason in ((bomb, "references"), ("a: 1\n" * 300_000, "larger than 1048576 bytes")):
+    for text, reason in ((bomb, "references"), ("a: 1\n" * 300_000, "larger than 65,536 bytes")):
         path.write_text(text)
         with pytest.raises(UserError, match=reason):
             read_yaml(path)

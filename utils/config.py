@@ -18,16 +18,21 @@ from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from utils.errors import UserError, one_line, suggestion
+from utils.errors import UserError, one_line, quoted, shown, suggestion
+from utils.files import read_text
 
 USER_FILES = {
     "yaml_path": "YAML file whose values go over the shipped ones",
     "bd_yaml_path": "YAML file whose values go over those of --yaml_path",
 }
-LARGEST = 1 << 20  # bytes of a YAML file
+LARGEST = 1 << 16  # bytes of a YAML file, which takes some seconds to read at the worst
+DEEPEST = 16  # lists and mappings in each other
+LONGEST = 4096  # characters of a text; no system takes a longer path
 _LARGEST = {float: 3.4e38, int: 2**63 - 1, bool: 1}  # numbers in torch, which has no more digits
 _NO_VALUE = "\0"  # a flag that was given without its value
 
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")  # no path, and no hidden file
 
 C = TypeVar("C", bound="Config")
 
@@ -45,7 +50,7 @@ class _Layer(NamedTuple):
     others: frozenset[str] = frozenset()
 
     def where(self, key: str) -> str:
-        return f"--{key}" if self.is_flags else f"{self.source}: {key}"
+        return f"--{quoted(key)}" if self.is_flags else f"{self.source}: {quoted(key)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +123,8 @@ class Config:
             del given[name]
         paths = [given.pop(name) for name in USER_FILES if name in given]
         over = [*(_Layer(path, read_yaml(Path(path))) for path in paths), _Layer("", given, True)]
-        dataset = None if wants_help and problems else find_dataset(_merge([*_shipped(cls), *over]))
+        known = {k: v for k, v in _merge([*_shipped(cls), *over]).items() if _is_text(v)}
+        dataset = None if wants_help and problems else find_dataset(known)
         layers = [*_shipped(cls, dataset), *over]
         if wants_help:
             print(_help(cls, description, _merge(layers)))
@@ -141,15 +147,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: if the file cannot be read, is not such a mapping, or names a key twice.
     """
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"larger than {LARGEST} bytes")
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        text = read_text(path, LARGEST)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give an existing YAML file"
         ) from None
     except ValueError as error:
         raise _not_valid(str(path), error) from None
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """
     try:
         values = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # the library raises anything of what is no YAML
         raise _not_valid(source, error) from None
     if values is None:
         return {}
@@ -202,19 +207,44 @@ def allowed_values(annotation: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and refuses references and a key that stands twice."""
+    """SafeLoader of plain values: null, true, numbers, texts, and lists and mappings of them.
+
+    It reads 1e-4 as a number and a date as text. It refuses tags, references, keys that stand
+    twice or are no plain values, and what is nested too deep.
+    """
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them unfold to gigabytes
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them unfold to gigabytes
             raise yaml.YAMLError("references (*name) are not read")
-        return super().compose_node(parent, index)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"tags ({quoted(event.tag)}) are not read")
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"more than {DEEPEST} lists and mappings in each other")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key!r} stands twice")
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError("a key is a list or a mapping")
+            if key.value in seen:
+                raise yaml.YAMLError(f"{quoted(key.value)!r} stands twice")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# Merge keys (<<), dates and = are the text that they are.
+_PLAIN = [f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")]
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -264,9 +294,12 @@ def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
         script = Path(file).resolve()
         root = script.parents[1]
         folder = root / "config" / script.parent.name / script.stem
-        for name in ("default", "config", dataset):
+        names = ["default", "config"]
+        if isinstance(dataset, str) and _FILE_NAME.fullmatch(dataset):  # else it is refused later
+            names.append(dataset)
+        for name in names:
             path = folder / f"{name}.yaml"
-            if name and path.exists() and path not in layers:
+            if path.exists() and path not in layers:
                 source = str(path.relative_to(root))
                 layers[path] = _Layer(source, read_yaml(path), others=_fields_of_module(owner))
     return list(layers.values())
@@ -306,10 +339,10 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 values[key] = _check(hints[key], value, layer.is_flags)
             except ValueError:
                 refused.add(key)
-                shown = value if isinstance(value, str) else repr(value)
-                found.append(
-                    f"{layer.where(key)}: {shown} is not allowed; give {allowed_values(hints[key])}"
-                )
+                allowed = allowed_values(hints[key])
+                if allowed.startswith("text") and isinstance(value, str):
+                    allowed += f", of at most {LONGEST} characters and without NUL"
+                found.append(f"{layer.where(key)}: {quoted(value)} is not allowed; give {allowed}")
     missing = [key for key in hints if key not in values and key not in refused]
     found += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
     if found:
@@ -326,10 +359,20 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
             inner = value.strip().removeprefix("[").removesuffix("]")
             value = inner.split(",") if inner else []
         return TypeAdapter(annotation).validate_python(value)
+    if isinstance(value, str):
+        if not _is_text(value):
+            raise ValueError("no text that a system takes")
+        if str in (_base(annotation), *get_args(_base(annotation))):
+            return value  # pydantic refuses bytes that are no UTF-8, which paths may have
     checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
     if isinstance(checked, float | int) and not abs(checked) <= _LARGEST[type(checked)]:
         raise ValueError("torch has no such number")
     return checked
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that may be a name or a path."""
+    return isinstance(value, str) and len(value) <= LONGEST and "\0" not in value
 
 
 def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
@@ -339,9 +382,11 @@ def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
     for previous, word in zip(["", *unknown], unknown, strict=False):
         flag = word.split("=")[0]
         if word.startswith("-"):
-            problems.append(f"{flag}: unknown flag{suggestion(flag, known)}; --help lists them")
+            problems.append(
+                f"{quoted(flag)}: unknown flag{suggestion(flag, known)}; --help lists them"
+            )
         elif not previous.startswith("-") or "=" in previous:  # else the unknown flag's value
-            problems.append(f"{word}: belongs to no flag; write --name value")
+            problems.append(f"{quoted(word)}: belongs to no flag; write --name value")
     return problems
 
 
@@ -356,7 +401,7 @@ def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str
             value = values.get(name)
             if not isinstance(value, str):
                 value = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-            lines.append(f"  --{name} {value}")
+            lines.append(f"  --{name} {shown(value)}")
             lines.append(
                 f"        {info.description if info else ''} [{allowed_values(hints[name])}]"
             )

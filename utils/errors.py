@@ -49,9 +49,21 @@ def shown(text: object, limit: int = 2000) -> str:
     )
 
 
+def quoted(value: object) -> str:
+    """A value of a file or a flag, as a message quotes it: one short line, however large it is."""
+    try:
+        return shown(value if isinstance(value, str) else repr(value), 100)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list in itself
+        return f"a very large {type(value).__name__}"
+
+
 def one_line(error: BaseException) -> str:
     """An exception's text without line breaks, cut to 300 characters; its type if it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # of a class that is not ours, and whose text fails in turn
+        text = ""
+    return shown(" ".join(text.split())[:300]) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
@@ -61,5 +73,5 @@ def first_line(error: BaseException) -> str:
 
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of choices, or ''."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:100], list(choices), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""

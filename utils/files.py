@@ -20,6 +20,8 @@ REFUSALS = frozenset(
     (
         *(errno.EACCES, errno.EPERM, errno.EROFS),  # not allowed, read-only
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # full: the disk, the quota, the file
+        *(errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ),  # no path that it can take
+        *(errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO),  # not what it has to be
     )
 )
 
