@@ -22,7 +22,7 @@ from models import prepare
 from utils import config as configuration
 from utils import distributed, folders, pipeline, plot, record
 from utils.data import Dataset, Triggered, as_float, keep_on
-from utils.errors import UserError
+from utils.errors import UserError, shown
 from utils.evaluate import predict
 from utils.files import read_bytes
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
@@ -485,7 +485,7 @@ def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:
 
 def _said_of_verdict(verdict: Mapping[str, Any], data: Dataset) -> str:
     """A line on a verdict, and whether it is right."""
-    names = ", ".join(f"{target} ({data.classes[target]})" for target in verdict["targets"])
+    names = ", ".join(f"{target} ({shown(data.classes[target])})" for target in verdict["targets"])
     text = f"backdoored, target {names}" if verdict["is_backdoored"] else "no backdoor found"
     judgement = {True: "right", False: "wrong", None: "the record does not tell"}
     text = f"verdict: {text}; {judgement[verdict['is_right']]}"

@@ -210,29 +210,92 @@ def check_model(
 
 
 def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
-    model = build_model(name, num_classes, image_size=image_size).train()
-    images = f"a batch of two images of {image_size} x {image_size} pixels"
-    try:
-        with torch.no_grad():
-            logits = model(torch.zeros(2, 3, image_size, image_size))
-    except Exception as error:  # the user's code may raise anything
-        reason = one_line(error)
-        raise UserError(
-            f"--model: {name} cannot take {images} ({type(error).__name__}: {reason}); repair it, "
-            "or give another --image_size"
-        ) from error
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (2, num_classes):
-        raise UserError(
-            f"--model: {name} gives {shape} for {images}; logits of {(2, num_classes)} are needed"
-        )
+    """Asks of the user's network all that attacks and defenses will ask of it."""
+    trial = _Trial(name, num_classes, image_size)
+    model = build_model(name, num_classes, image_size=image_size)
+    before = trial.names_of(model)
+    trial.says(model.train, "be put in train mode")
+    logits = trial.logits(model, 2)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(f"--model: {name} has no weight with requires_grad; a defense trains them")
-    try:
-        copy.deepcopy(model)
-    except Exception as error:  # whatever its parts raise
-        reason = f"{type(error).__name__}: {one_line(error)}"
+    loss = logits.float().square().sum()
+    trial.says(loss.backward, "be trained")
+    trial.says(model.eval, "be put in eval mode")
+    with torch.no_grad():
+        trial.logits(model, 3)
+    if trial.names_of(model) != before:
         raise UserError(
-            f"--model: {name} cannot be copied by copy.deepcopy, as defenses do ({reason}); "
-            "repair it"
-        ) from error
+            f"--model: {name} has other names or shapes of weights after a call than before; make "
+            "all of them in its constructor"
+        )
+    again = build_model(name, num_classes, image_size=image_size)
+    trial.says(
+        lambda: again.network.load_state_dict(model.network.state_dict()),
+        "load the weights of another one that the same call has built",
+    )
+    copied = trial.says(lambda: copy.deepcopy(model), "be copied by copy.deepcopy, as defenses do")
+    shared = {*map(id, copied.parameters())} & {*map(id, model.parameters())}
+    if shared or trial.names_of(copied) != before:
+        raise UserError(f"--model: {name} gives copy.deepcopy no copy with weights of its own")
+
+
+class _Trial:
+    """What is tried with a user's network, whose code may raise anything.
+
+    Each part raises a UserError that says what it does not do.
+    """
+
+    def __init__(self, name: str, num_classes: int, image_size: int) -> None:
+        self.name, self.num_classes, self.image_size = name, num_classes, image_size
+
+    def says(self, work: Callable[[], Any], what: str, advice: str = "repair it") -> Any:
+        """What `work` returns.
+
+        Args:
+            what: the network cannot do if it raises something.
+        """
+        try:
+            return work()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"--model: {self.name} cannot {what} ({reason}); {advice}") from error
+
+    def logits(self, model: nn.Module, count: int) -> torch.Tensor:
+        """Those of that many black images."""
+        size = self.image_size
+        images = f"a batch of {'two' if count == 2 else count} images of {size} x {size} pixels"
+        logits = self.says(
+            lambda: model(torch.zeros(count, 3, size, size)),
+            f"take {images}",
+            "repair it, or give another --image_size",
+        )
+        wanted = (count, self.num_classes)
+        if not isinstance(logits, torch.Tensor):
+            found = type(logits).__name__
+        elif tuple(logits.shape) != wanted:
+            found = str(tuple(logits.shape))
+        elif not logits.is_floating_point():
+            found = str(logits.dtype)
+        else:
+            return logits
+        raise UserError(
+            f"--model: {self.name} gives {found} for {images}; logits of {wanted} are needed, as "
+            "floats"
+        )
+
+    def names_of(self, model: Classifier) -> dict[str, tuple[Any, ...]]:
+        """Shape and type of each of the weights that a record keeps."""
+
+        def names() -> dict[str, tuple[Any, ...]]:
+            state = model.network.state_dict()
+            for key, value in state.items():
+                if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+                    raise TypeError(f"{key} is {type(value).__name__}")
+                if not value.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
+            return {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+
+        found: dict[str, tuple[Any, ...]] = self.says(names, "be saved as finite tensors alone")
+        return found

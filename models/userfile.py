@@ -1,20 +1,32 @@
 """Networks from a user's own file: `my_net.py:build`, called with num_classes and image_size.
 
 Such a file is run only because the user names it in a flag, never because a record does. A record
-keeps its name and sha256, so that a defense can check that it is given the same file again.
+keeps its name and sha256, so that a defense can check that it is given the same file again. A run
+reads a file once: what runs is the text that the sha256 is of, even if the file changes meanwhile.
+Without a run, as in a notebook, a file is read once like a module that is imported.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import os
 import re
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from torch import nn
 
 from utils.errors import UserError, one_line
+from utils.files import TEXT, read_bytes
 
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)", re.DOTALL)
+_PREFIX = "user_model_"  # of the names of the modules that users' files become
+_SOURCES: dict[str, bytes] = {}  # by path, for as long as the run takes
+_LEAVE = os._exit
 
 
 def is_user_file(name: str) -> bool:
@@ -46,21 +58,22 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
     file, function = _parts(name)
     source = _source(file)
     # In a module of its own, which dataclasses and the like look up by name.
-    module_name = f"user_model_{hashlib.sha256(source).hexdigest()[:16]}"
+    module_name = f"{_PREFIX}{hashlib.sha256(source).hexdigest()[:16]}"
     spec = importlib.util.spec_from_loader(module_name, loader=None, origin=str(file))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     module.__file__ = str(file)
     sys.modules[module_name] = module
+    _guard_exit()
     try:
         exec(compile(source, str(file), "exec"), module.__dict__)
         build = getattr(module, function, None)
         if not callable(build):
             raise UserError(f"--model: {file} has no function {function}; name one that it has")
         network = build(num_classes=num_classes, image_size=image_size)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
+    except BaseException as error:  # the user's code may raise anything
         reason = one_line(error)
         raise UserError(
             f"--model: {name} failed with num_classes={num_classes}, image_size={image_size} "
@@ -73,6 +86,54 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
     return network
 
 
+@contextlib.contextmanager
+def blamed(but_for: type[BaseException]) -> Iterator[None]:
+    """Around a run: what the code of a user's file raises is told as what it is, with its line.
+
+    So that it is neither taken for a defect of the program nor, as `sys.exit(0)` would be, for its
+    good end.
+
+    Args:
+        but_for: what our own handlers of signals raise, in whatever code is running.
+
+    Raises:
+        UserError: in the place of what a frame of the user's file raised or let pass.
+    """
+    _SOURCES.clear()
+    try:
+        yield
+    except (UserError, but_for):
+        raise
+    except BaseException as error:
+        steps = [step for step in traceback.walk_tb(error.__traceback__) if _is_user_s(step[0])]
+        if not steps:
+            raise
+        frame, line = steps[-1]
+        raise UserError(
+            f"--model: {frame.f_code.co_filename}, line {line}: {type(error).__name__}: "
+            f"{one_line(error)}; this is your own file, repair it"
+        ) from error
+
+
+def _is_user_s(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(_PREFIX)
+
+
+def _guard_exit() -> None:
+    """`os._exit` in the code of a user's file is told, too, rather than the end without a record.
+
+    For all others it is what it was, as for processes that the user's code starts.
+    """
+    mine = os.getpid()
+
+    def leave(status: int) -> NoReturn:
+        if os.getpid() == mine and _is_user_s(sys._getframe(1)):
+            raise SystemExit(f"os._exit({status})")
+        _LEAVE(status)
+
+    os._exit = leave
+
+
 def _parts(name: str) -> tuple[Path, str]:
     match = _NAME.fullmatch(name)
     assert match is not None  # callers ask is_user_file
@@ -80,9 +141,14 @@ def _parts(name: str) -> tuple[Path, str]:
 
 
 def _source(file: Path) -> bytes:
+    """The text of a file as it was when it was first asked for."""
     try:
-        return file.read_bytes()
-    except OSError as error:
+        path = os.path.realpath(file)
+        if path not in _SOURCES:
+            _SOURCES[path] = read_bytes(file, TEXT)
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
-            f"--model: {file} cannot be read ({error.strerror}); give file.py:function"
+            f"--model: {file} cannot be read ({reason}); give file.py:function"
         ) from None
+    return _SOURCES[path]

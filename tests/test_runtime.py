@@ -186,7 +186,7 @@ def exit_code(error: BaseException) -> int | str | None:
 def test_a_users_error_is_printed_line_by_line_and_exits_with_2(
     bare_logger: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert exit_code(UserError("--lr: too large\n--wd: too small")) == 2
+    assert exit_code(UserError("--lr: too large", "--wd: too small")) == 2
     printed = capsys.readouterr()
     assert printed.err == "error: --lr: too large\nerror: --wd: too small\n"
     assert printed.out == ""

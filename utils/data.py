@@ -87,7 +87,7 @@ class Dataset:
 
         It tells whether a record's indices still mean the same images.
         """
-        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogatepass"))
         for split in (self.train, self.test):
             digest.update(split.labels.numpy().tobytes())
             digest.update(split.images[:: max(1, len(split) // 500)].contiguous().numpy().tobytes())

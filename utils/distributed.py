@@ -101,11 +101,11 @@ def main_alone() -> Iterator[bool]:
         error = raised
     finally:
         _alone = outer
-    of_main = from_main(None if error is None else str(error))
+    of_main = from_main(None if error is None else error.problems)
     if error is not None:
         raise error
     if of_main is not None:
-        raise UserError(of_main)
+        raise UserError(*of_main)
 
 
 def from_main(value: Any) -> Any:

@@ -509,4 +509,5 @@ def _save(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    # Names of bytes that are no UTF-8 have halves of characters, in JSON and YAML \udc80.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import platform
@@ -25,8 +26,9 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from models import userfile
 from utils import distributed
-from utils.errors import NothingToDo, UserError
+from utils.errors import NothingToDo, UserError, shown
 from utils.files import REFUSALS, not_written
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,23 +40,33 @@ SAY_EVERY = 60.0  # seconds
 logger = logging.getLogger("sau")
 
 
+class Line(logging.Formatter):
+    """One line for each record, whatever the texts hold that it tells; see `shown`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
     A `UserError` is printed, one line a problem, and exits with 2, and so is what the system
-    refuses (no access, no space); Ctrl-C exits with 130, SIGTERM with 143, a closed terminal with
-    129. Of several processes the first one speaks for all; another one only of what it alone has
-    met.
+    refuses (no access, no space) and whatever the user's own network raises; Ctrl-C exits with 130,
+    SIGTERM with 143, a closed terminal with 129. Of several processes the first one speaks for all;
+    another one only of what it alone has met.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else it is not a terminal's, nor a file's
+            stream.reconfigure(errors="backslashreplace")  # where LANG has not all letters
     console = logging.StreamHandler(sys.stderr)
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(Line("%(message)s"))
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
     is_first = os.environ.get("RANK", "0") == "0"
     if not is_first:
         logger.setLevel(logging.ERROR)
     try:
-        with _signals(), distributed.joined():
+        with _signals(), distributed.joined(), userfile.blamed(but_for=Stopped):
             main()
     except UserError as error:
         if not is_first:
@@ -68,7 +80,8 @@ def run_script(main: Callable[[], None]) -> None:
         if error.errno not in REFUSALS:
             raise
         what = "a file" if error.filename is None else error.filename
-        logger.error("error: %s: %s; make space or make it accessible", what, error.strerror)
+        advice = "make space, make it accessible, or give another path"
+        logger.error("error: %s: %s; %s", what, error.strerror, advice)
         raise SystemExit(2) from None
     except NothingToDo as done:
         logger.info("%s", done)
@@ -159,7 +172,7 @@ def file_log() -> Iterator[Callable[..., None]]:
             files.append(_LogFile(path, mode="a" if append else "w", encoding="utf-8"))
         except OSError as error:
             raise not_written(path, error) from None
-        files[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        files[0].setFormatter(Line("%(asctime)s %(levelname)s %(message)s"))
         kept.setTarget(files[0])
         kept.flushLevel = logging.NOTSET  # from now on each line is passed on at once
         kept.flush()
@@ -418,6 +431,7 @@ class Progress:
         self.total = total
         self.done = self._initial = initial
         self._start = self._said = time.monotonic()
+        description = shown(description, 100)
         self._description, self._unit, self._text, self._says = description, unit, "", says
         self._redirect = logging_redirect_tqdm(loggers=[logger])
         self._bar = tqdm(
@@ -453,8 +467,8 @@ class Progress:
 
     def show(self, text: str) -> None:
         """Shows live values behind the bar."""
-        self._text = text
-        self._bar.set_postfix_str(text)
+        self._text = shown(text, 100)
+        self._bar.set_postfix_str(self._text)
 
     def eta(self) -> str:
         """Time left at the rate so far, as h:mm:ss."""

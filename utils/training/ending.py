@@ -58,7 +58,7 @@ def finish_run(
     )
     for warning in warnings:
         logger.warning("warning: %s", warning)
-    for line in result.splitlines():
+    for line in result.split("\n"):
         logger.info("%s", line)
     logger.info("record: %s", folder.path)
     for path in pictures:
