@@ -1,15 +1,22 @@
-"""Every figure. Functions return matplotlib figures or images; nothing here touches the disk."""
+"""Every figure. Functions return matplotlib figures or images; nothing here touches the disk.
+
+Names of classes, attacks, and the like are anybody's: each text passes `_text`.
+"""
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as PlainFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
+
+from utils.errors import shown
 
 # Distinguishable in grey by line style and marker, and for colour-blind readers by hue.
 _RATES = {
@@ -26,6 +33,17 @@ _BARS = {
 # One for each of many things: hues that colour-blind readers tell apart, markers for grey.
 _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h")
+_NAME, _TITLE = 32, 240  # characters of a line that fit
+
+
+class Figure(PlainFigure):
+    """A figure that draws a box for a letter that its fonts lack, and warns of none."""
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        """As matplotlib's."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"(?s)Glyph .* missing from")
+            super().savefig(*args, **kwargs)
 
 
 def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
@@ -56,7 +74,8 @@ def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
     scores.set(xlabel=step, ylabel="percent", ylim=(-3, 103))
     for name, style in zip(losses, _LOSS_STYLES * len(losses), strict=False):
         rows = metrics[[step, name]].dropna()
-        loss_axis.plot(rows[step], rows[name], style, label=name.removeprefix("loss_"))
+        label = _text(name.removeprefix("loss_") or name)
+        loss_axis.plot(rows[step], rows[name], style, label=label)
     loss_axis.set(xlabel=step, ylabel="mean loss", ylim=(0, None))
     for axis in (scores, loss_axis):
         axis.grid(alpha=0.3)
@@ -64,7 +83,7 @@ def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
         if axis.lines:
             axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(_text(title, _TITLE))
     return figure
 
 
@@ -78,8 +97,9 @@ def image_grid(
         captions: name of a row -> N texts; a row without captions has none.
     """
     count = min(len(images) for images in rows.values())
+    texts = {name: [_text(text) for text in captions[name]] for name in captions}
     heights = [
-        1.0 + 0.17 * (1 + max(t.count("\n") for t in captions[name])) if name in captions else 1.0
+        1.0 + 0.17 * (1 + max(t.count("\n") for t in texts[name])) if name in texts else 1.0
         for name in rows
     ]
     figure = Figure(figsize=(1.1 + 1.15 * count, 0.5 + 1.15 * sum(heights)), layout="constrained")
@@ -91,10 +111,10 @@ def image_grid(
             )
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            if name in captions:
-                axis.set_xlabel(captions[name][column], fontsize=8, labelpad=2)
-        line[0].set_ylabel(name, fontsize=9)
-    figure.suptitle(title, fontsize=10)
+            if name in texts:
+                axis.set_xlabel(texts[name][column], fontsize=8, labelpad=2)
+        line[0].set_ylabel(_text(name), fontsize=9)
+    figure.suptitle(_text(title, _TITLE), fontsize=10)
     return figure
 
 
@@ -107,12 +127,14 @@ def bars(values: Mapping[str, float], label: str, title: str) -> Figure:
     """
     figure = Figure(figsize=(7.5, 0.9 + 0.38 * len(values)), layout="constrained")
     axis = figure.subplots()
-    drawn = axis.barh(list(values), list(values.values()), color="#0072B2", height=0.65)
+    places = range(len(values))
+    drawn = axis.barh(places, list(values.values()), color="#0072B2", height=0.65)
     axis.bar_label(drawn, fmt="%.2f", padding=3)
+    axis.set_yticks(places, [_text(name) for name in values])
     axis.invert_yaxis()
-    axis.set(xlabel=label, xlim=(0, 1.12 * max(values.values())))
+    axis.set(xlabel=_text(label), xlim=(0, 1.12 * max(values.values())))
     axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(_text(title, _TITLE), fontsize=8)
     return figure
 
 
@@ -167,18 +189,18 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
             axis.plot(*end, marker, color=hue, mec="white", ms=9, mew=0.6, clip_on=False, zorder=3)
         axis.set(xlabel="ASR, percent", ylabel="ACC, percent", xlim=(-3, 103))
         of = ", one seed" if seeds[defense] == 1 else f", up to {seeds[defense]} seeds"
-        axis.set_title(_literal(defense) + of, fontsize=10)
+        axis.set_title(_text(defense) + of, fontsize=10)
         axis.label_outer()
         _plain(axis)
-    shown = 100 * points[["acc", "acc_before"]].stack()
-    axes[0].set_ylim(max(-3, shown.min() - 5), min(102, shown.max() + 5))
+    drawn = 100 * points[["acc", "acc_before"]].stack()
+    axes[0].set_ylim(max(-3, drawn.min() - 5), min(102, drawn.max() + 5))
     handles = [
         Line2D([], [], color="#777777", marker="o", ls="", ms=7, mfc=fill, label=label)
         for label, fill in (("before", "white"), ("after", "#777777"))
     ]
     for place, attack in enumerate(attacks):
         hue, marker = _look(place)
-        line = Line2D([], [], color=hue, marker=marker, ls="", ms=7, label=_literal(attack))
+        line = Line2D([], [], color=hue, marker=marker, ls="", ms=7, label=_text(attack))
         handles.append(line)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     _entitle(figure, title)
@@ -220,7 +242,7 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
                 label=label,
             )
         axis.set(ylim=(-3, 103))
-        axis.set_title(_literal(name), fontsize=9)
+        axis.set_title(_text(name), fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _plain(axis)
     for axis in axes[max(0, len(panels) - count) : len(panels)]:
@@ -243,7 +265,7 @@ def variants(values: pd.DataFrame, deviations: pd.DataFrame, method: str, title:
     """
     figure = Figure(figsize=(10, 1.0 + 0.34 * len(values)), layout="constrained")
     panels = figure.subplots(1, len(values.columns), squeeze=False, sharey=True)[0]
-    names = [_literal(str(name)) for name in values.index]
+    names = [_text(str(name)) for name in values.index]
     for axis, metric in zip(panels, values.columns, strict=True):
         label, colour = _BARS[metric]
         lengths, spread = 100 * values[metric].fillna(0), 100 * deviations[metric].fillna(0)
@@ -282,7 +304,7 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
             mec="white",
             mew=0.6,
             ms=8,
-            label=_literal(str(defense)),
+            label=_text(str(defense)),
         )
     axis.set(
         xlabel="seconds of a run by the clock, other work on the machine included",
@@ -306,8 +328,9 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
 
 def _entitle(figure: Figure, title: str) -> None:
     """A title at the left, in as many lines as it needs."""
-    lines = textwrap.fill(title, int(11 * figure.get_figwidth()))
-    figure.suptitle(_literal(lines), fontsize=10, x=0.02, ha="left")
+    lines = textwrap.wrap(shown(title, _TITLE), int(11 * figure.get_figwidth()))
+    text = "\n".join(_text(line, _TITLE) for line in lines)
+    figure.suptitle(text, fontsize=10, x=0.02, ha="left")
 
 
 def _look(place: int) -> tuple[str, str]:
@@ -319,6 +342,10 @@ def _plain(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _literal(text: str) -> str:
-    """Text of a file, which matplotlib would read as a formula between dollar signs."""
-    return text.replace("$", r"\$")
+def _text(text: str, limit: int = _NAME) -> str:
+    """A text in one line, or two where it has two, that matplotlib draws as the text that it is.
+
+    It would read a formula between dollar signs, and leave out what begins with _ of a legend.
+    """
+    lines = [shown(line, limit).replace("$", r"\$") for line in text.split("\n", 1)]
+    return "\n".join(f" {line}" if line.startswith("_") else line for line in lines)
