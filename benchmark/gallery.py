@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmark.sources import file_stem
 from utils import folders, plot, record
 from utils.data import as_float
 from utils.errors import UserError
@@ -88,7 +89,7 @@ def write(records: list[Path], to: Path) -> None:
     for name, images in triggered.items():
         difference, _ = plot.amplified(images - clean)
         strip = plot.strip(torch.stack([clean[-1], images[-1], difference[-1]]))
-        logger.info("picture: %s", strips.write(f"{name}.png", strip.save))
+        logger.info("picture: %s", strips.write(f"{file_stem(name)}.png", strip.save))
 
 
 def _row_name(attack: record.AttackRecord) -> str:

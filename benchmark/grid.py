@@ -31,7 +31,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from attack import names as attacks
 from defense import names as defenses
 from utils.config import Config, read_yaml
-from utils.errors import UserError, suggestion
+from utils.errors import UserError, quoted, suggestion
+from utils.files import read_text
 from utils.folders import FREE_TO_CHANGE, NAME
 
 _OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
@@ -133,8 +134,8 @@ def read_grid(path: Path) -> Grid:
     except ValidationError as error:
         raise UserError(
             *(
-                f"{path}: {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}"
-                + ("" if e["type"] == "missing" else f", not {e['input']!r}")
+                f"{path}: {'.'.join(map(quoted, e['loc'])) or 'the file'}: {e['msg']}"
+                + ("" if e["type"] == "missing" else f", not {_told(e['input'])}")
                 for e in error.errors()
             )
         ) from None
@@ -283,10 +284,15 @@ def _differences(cell: Cell) -> list[str]:
 def _sha256s(folder: Path) -> str | None:
     """Of the attack's model, which a defense's summary names too."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads(read_text(folder / "summary.json"))
         return summary.get("attack_sha256") or summary["files"]["attack_result.pt"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
+
+
+def _told(value: Any) -> str:
+    """As `quoted`; a text between quotation marks."""
+    return f"'{quoted(value)}'" if isinstance(value, str) else quoted(value)
 
 
 def _as_text(value: Any) -> str:

@@ -32,7 +32,8 @@ from benchmark import gallery, page, sources, tables
 from benchmark.means import Grid, Table, summarize
 from benchmark.summaries import CLEAN, METRICS, UNDEFENDED, read_runs
 from utils import plot
-from utils.errors import UserError
+from utils.errors import UserError, one_line
+from utils.files import read_text
 from utils.folders import RunFolder
 from utils.record import load_attack
 from utils.runtime import ROOT, logger, run_script
@@ -103,7 +104,7 @@ def draw(table: Table, folder: RunFolder) -> dict[str, Path]:
 
 
 def _stem(table: Table, name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{table.name}-{name}")
+    return sources.file_stem(f"{table.name}-{name}")
 
 
 def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure]]:
@@ -204,9 +205,10 @@ def rebuild(text: Path) -> None:
         UserError: if a mark has no other half, or names what is not there.
     """
     try:
-        before = text.read_text(encoding="utf-8")
+        before = read_text(text)
     except (OSError, ValueError) as error:
-        raise UserError(f"--rebuild: {text} cannot be read ({error}); give a text file") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"--rebuild: {text} cannot be read ({reason}); give a text file") from None
     parts: dict[str, str] = {}
     for name in _marked(text, before):
         path = text.parent / name

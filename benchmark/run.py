@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import slurm
 from benchmark.grid import Cell, cells_of, read_grid
-from utils.errors import UserError
+from utils.errors import UserError, shown
 from utils.folders import RunFolder
 from utils.runtime import ROOT, Progress, clock, logger, run_script
 
@@ -214,7 +214,7 @@ def main() -> None:
         for cell in cells:
             log = queue.log_of(cell) if queue else log_of(cell, root)
             end = f"  (see {log})" if states[cell.name] == "failed" else ""
-            print(f"{states[cell.name]:12} {cell.name}{end}")
+            print(shown(f"{states[cell.name]:12} {cell.name}{end}"))
         print(f"{len(cells)} cells: {summary(states.values())}")
         return
 

@@ -3,6 +3,8 @@
 Records may be a stranger's: links are not followed, sizes have limits, and nothing is believed.
 """
 
+import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -14,16 +16,27 @@ import yaml
 from benchmark.summaries import LARGEST, UNDEFENDED, without_places
 from utils.config import read_yaml
 from utils.errors import UserError, one_line
+from utils.files import read_bytes, read_text
 from utils.folders import RunFolder
 from utils.runtime import logger
 
 RATES = ("acc", "asr", "ra", "cross_acc")
 _LARGEST = 4 << 20  # bytes of a metrics.csv
+_WIDEST = 10_000  # characters of its first line
 
 
 def is_plain(path: Path, largest: int) -> bool:
     """Whether a path is an ordinary file of bounded size, and no link."""
     return path.is_file() and not path.is_symlink() and path.stat().st_size <= largest
+
+
+def file_stem(text: str) -> str:
+    """A name of a file for a name of anything; different ones for names that differ much."""
+    stem = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)
+    if len(stem) > 120 or not text.isascii():
+        digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+        stem = f"{stem[:100]}-{digest[:8]}"
+    return stem
 
 
 def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
@@ -36,7 +49,10 @@ def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
     if not is_plain(path, _LARGEST):
         return None
     try:
-        read = pd.read_csv(path)
+        text = read_text(path, _LARGEST)
+        if len(text.partition("\n")[0]) > _WIDEST:
+            raise ValueError("too many columns")
+        read = pd.read_csv(io.StringIO(text))
     except (OSError, ValueError) as error:
         logger.warning("warning: %s: no table (%s); drawn without", path, one_line(error))
         return None
@@ -97,10 +113,10 @@ def _copy(source: Path, target: Path) -> None:
     texts = {"config.yaml": config_text(source)}
     summary, metrics = source / "summary.json", source / "metrics.csv"
     if is_plain(summary, LARGEST):
-        plain = without_places(json.loads(summary.read_text(encoding="utf-8")))
+        plain = without_places(json.loads(read_text(summary, LARGEST)))
         texts["summary.json"] = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
     if is_plain(metrics, _LARGEST):
-        texts["metrics.csv"] = metrics.read_text(encoding="utf-8", errors="replace")
+        texts["metrics.csv"] = read_bytes(metrics, _LARGEST).decode("utf-8", errors="replace")
     for name, text in texts.items():
         if text is not None:
             target.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 A run is a model without a defense, or what a defense made of it.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,9 @@ import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic import ValidationError as NotAsDescribed
 
+from utils.errors import one_line, shown
+from utils.files import read_text
+
 UNDEFENDED = "no defense"
 CLEAN = "clean model"
 METRICS = ("acc", "asr", "ra", "der")
@@ -20,8 +24,13 @@ LARGEST = 1 << 20  # bytes of a summary.json
 _ABSOLUTE = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\)")
 
 
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+def _in_lines(value: Any) -> Any:
+    """The same plain data, each text as one line that can be printed."""
+    if isinstance(value, dict):
+        return {shown(key): _in_lines(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_in_lines(item) for item in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def without_places(value: Any) -> Any:
@@ -39,9 +48,8 @@ Text = Annotated[
     str,
     StringConstraints(max_length=300),
     AfterValidator(without_places),
-    AfterValidator(_printable),
 ]
-Line = Annotated[str, AfterValidator(lambda text: _printable(text)[:300])]  # cut, not refused
+Line = Annotated[str, AfterValidator(lambda text: text[:300])]  # cut, not refused
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -118,6 +126,7 @@ def read_runs(under: Path, without: Path | None = None) -> tuple[pd.DataFrame, l
     for folder, results in sorted(_find(under, without).items()):
         name = str(folder.relative_to(under)) if folder.is_relative_to(under) else folder.name
         name = folder.resolve().name if name == "." else name.removeprefix("records/")
+        name = shown(name)
         attack = _read(folder / "summary.json", _Attack, problems)
         defenses = []
         for result in sorted(results):
@@ -161,10 +170,13 @@ def _find(under: Path, without: Path | None) -> dict[Path, list[Path]]:
 
 def _read(path: Path, kind: type[S], problems: list[str]) -> S | None:
     try:
-        if path.is_symlink() or path.stat().st_size > LARGEST:
-            problems.append(f"{path}: is a link, or larger than a summary can be; left out")
+        if path.is_symlink():
+            problems.append(f"{path}: is a link; left out")
             return None
-        return kind.model_validate_json(path.read_bytes())
+        values = json.loads(read_text(path, LARGEST))
+        if isinstance(values, dict):
+            return kind.model_validate(_in_lines(values))
+        problems.append(f"{path}: is no summary of a run (it is no object); left out")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -172,7 +184,10 @@ def _read(path: Path, kind: type[S], problems: list[str]) -> S | None:
     except NotAsDescribed as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        reason = _printable(": ".join(filter(None, (where, first["msg"]))))[:200]
+        reason = shown(": ".join(filter(None, (where, first["msg"]))), 200)
+        problems.append(f"{path}: is no summary of a run ({reason}); left out")
+    except (ValueError, RecursionError) as error:
+        reason = f"Invalid JSON: {one_line(error)}"
         problems.append(f"{path}: is no summary of a run ({reason}); left out")
     return None
 
@@ -203,7 +218,7 @@ def _rows(
     }
     yield _row(shared, folder, UNDEFENDED, facts if before is attack else None, before, None)
     for path, defense in defenses:
-        label = _printable(path.name)
+        label = shown(path.name)
         label += " (result)" * (label == UNDEFENDED)
         row = _row(shared, path, label, defense, defense.after, defense.der)
         yield {**row, "acc_before": defense.before.acc, "asr_before": defense.before.asr}

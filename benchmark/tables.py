@@ -3,11 +3,13 @@
 import html
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 
 from benchmark.means import FLAGS, Grid, Number, Row, Table
 from benchmark.summaries import CLEAN, METRICS, UNDEFENDED
+from utils.errors import shown
 
 _MADE_BY = (
     "config: hash of the recipe without its seed; seconds: of a run by the clock, with other work "
@@ -20,6 +22,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    **{letter: f"{{{letter}}}" for letter in "[]*"},  # which \\ before them would take for its own
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
 }
 
@@ -156,8 +159,9 @@ def _pipes(cells: Sequence[str]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*~$\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(text, quote=False))
+    """Text that Markdown shows as it is, in one line."""
+    escaped = html.escape(shown(text), quote=False)
+    return re.sub(r"([\\`*~$\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", escaped)
 
 
 def latex(tables: Sequence[Table]) -> str:
@@ -216,8 +220,8 @@ def _latex_row(row: Row, columns: Sequence[tuple[str, str]]) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Text that LaTeX prints as it is."""
-    escaped = "".join(_LATEX.get(letter, letter) for letter in text)
+    """Text that LaTeX prints as it is, in one line."""
+    escaped = "".join(_LATEX.get(letter, letter) for letter in shown(text))
     return escaped.replace("±", r"$\pm$")
 
 
@@ -273,7 +277,12 @@ def runs_csv(runs: pd.DataFrame) -> str:
 
 
 def _csv(rows: pd.DataFrame) -> str:
-    """Whole numbers without a point; texts that a spreadsheet would compute are made texts."""
+    """Whole numbers without a point; a text is one line, which no spreadsheet computes."""
+
+    def text(value: Any) -> Any:
+        line = shown(value) if isinstance(value, str) else value
+        return f"'{line}" if re.match(r"\s*[=+@]|-.", str(line)) else line
+
     rows = rows.copy()
     for name in rows:
         values = rows[name]
@@ -281,5 +290,5 @@ def _csv(rows: pd.DataFrame) -> str:
             whole = {"train_images", "test_images", "seed", "acc_total", "asr_total", "seeds"}
             rows[name] = values.astype("Int64") if name in whole else values
         elif not pd.api.types.is_numeric_dtype(values):
-            rows[name] = values.map(lambda v: f"'{v}" if re.match(r"[=+@]|-.", str(v)) else v)
+            rows[name] = values.map(text)
     return rows.to_csv(index=False, lineterminator="\n")
