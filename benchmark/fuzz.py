@@ -8,7 +8,6 @@ numbers and shapes. Each has to be read, or refused with a `UserError`, within t
 a file written anywhere else and without a gigabyte of memory. Prints a table; exits with 1 if not.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -41,6 +40,7 @@ from defense import ft, sau
 from interop.backdoorbench import export_record
 from models import build_model
 from utils import datasets, folders, pipeline, poison, record, weights
+from utils.config import Parser
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
 from utils.images import read_image
@@ -348,9 +348,7 @@ def run_cases(count: int, seed: int, root: Path) -> tuple[pd.DataFrame, list[str
 
 def main() -> None:
     """Parses the flags and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--cases", type=int, default=2000, help="damaged files")
     parser.add_argument("--seed", type=int, default=0, help="of the damage")
     flags = parser.parse_args()

@@ -7,7 +7,6 @@ and `attacks/<attack>.png` for each: one image clean, triggered, and the differe
 around mid-grey and amplified; the factor stands beside a row.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.sources import file_stem
 from utils import folders, plot, record
+from utils.config import Parser
 from utils.data import as_float
 from utils.errors import UserError
 from utils.runtime import logger, run_script
@@ -104,9 +104,7 @@ def _triggered(attack: record.AttackRecord, chosen: list[int]) -> torch.Tensor:
 
 def main() -> None:
     """Parses the flags and writes the pictures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("records", nargs="+", help="names under record/, or folders")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--record_path", type=Path, help="folder of all records")

@@ -15,7 +15,6 @@ and puts the tables between its marks:
     <!-- end results/digits/table.md -->
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from benchmark import gallery, page, sources, tables
 from benchmark.means import Grid, Table, summarize
 from benchmark.summaries import CLEAN, METRICS, UNDEFENDED, read_runs
 from utils import plot
+from utils.config import Parser
 from utils.errors import UserError, one_line
 from utils.files import read_text
 from utils.folders import RunFolder
@@ -279,9 +279,7 @@ def records_folder(under: str | None, record_path: Path | None) -> Path:
 
 def main() -> None:
     """Parses the flags and writes the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--under", help="folder of records, or one below record/; all of record/")
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     parser.add_argument("--to", type=Path, help="folder to write into")

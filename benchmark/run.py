@@ -15,7 +15,6 @@ array (one job array instead of single jobs), parallelism (of an array), directi
 sbatch by name).
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import slurm
 from benchmark.grid import Cell, cells_of, read_grid
+from utils.config import Parser
 from utils.errors import UserError, shown
 from utils.folders import RunFolder
 from utils.runtime import ROOT, Progress, clock, logger, run_script
@@ -191,9 +191,7 @@ def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[byt
 
 def main() -> None:
     """Parses the flags, checks the grid, runs it, and says what became of it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file, e.g. benchmark/grids/digits.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once (local), >= 1")
     parser.add_argument("--executor", choices=("local", "slurm"), default="local")

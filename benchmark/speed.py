@@ -17,7 +17,6 @@ growth   seconds of a round against clean images, steps, classes and image size
 `round+` and `epoch+` are the evaluations after them.
 """
 
-import argparse
 import copy
 import statistics
 import sys
@@ -40,6 +39,7 @@ from benchmark import literal
 from defense import sau
 from models import Classifier, build_model, prepare
 from utils import folders, plot, record
+from utils.config import Parser
 from utils.data import Dataset, Labelled, Triggered, as_float, augment
 from utils.errors import UserError
 from utils.evaluate import evaluate
@@ -400,9 +400,7 @@ def load(folder: Path, images: int, batch_size: int, device: torch.device, repea
 
 def main() -> None:
     """Parses the flags, measures, and writes table and chart."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parts = ("round", "epoch", "share", "growth")
     parser.add_argument(
         "--result_file", required=True, help="record of a BadNets attack at 32 pixels"

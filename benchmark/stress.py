@@ -22,7 +22,6 @@ with --resume, has to end well and leave the files of an undisturbed run, and no
 and logs may differ, because a log tells of both runs.
 """
 
-import argparse
 import atexit
 import contextlib
 import csv
@@ -61,7 +60,7 @@ from defense import sau  # noqa: F401
 from interop import backdoorbench  # noqa: F401
 from models import build_model
 from utils import datasets, images, plot
-from utils.config import parse_yaml
+from utils.config import Parser, parse_yaml
 from utils.errors import UserError
 from utils.files import replaced
 from utils.folders import RunFolder
@@ -595,9 +594,7 @@ def stress(table: Table, kills: int, seed: int, root: Path) -> None:
 
 def main() -> None:
     """Parses the flags, runs, and prints the table, also of a part."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--kills", type=int, default=30, help="killed runs of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--to", type=Path, help="CSV of all rows; what it has is not done again")

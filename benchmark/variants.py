@@ -7,7 +7,6 @@ Each group has what the program does, and what it would be without one thing or 
 repeats are interleaved. The figures and what was decided are in `benchmark/README.md`.
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from benchmark.speed import Bench, at_precision, interleaved, load
 from defense import sau
 from models import preactresnet
 from utils import folders
+from utils.config import Parser
 from utils.data import as_float
 from utils.runtime import logger, pick_device, run_script
 
@@ -186,9 +186,7 @@ PARTS: dict[str, list[Callable[[Bench], Group]]] = {
 
 def main() -> None:
     """Measures the groups and prints seconds and ratios."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--result_file", required=True, help="record of a BadNets attack at 32 pixels"
     )

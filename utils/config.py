@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter
@@ -35,6 +35,22 @@ _NO_VALUE = "\0"  # a flag that was given without its value
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")  # no path, and no hidden file
 
 C = TypeVar("C", bound="Config")
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a script that has no configuration; `--help` shows the description as it is.
+
+    What is wrong with them is one line, as everywhere.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; --help lists the flags")
 
 
 class _Layer(NamedTuple):
