@@ -1,0 +1,347 @@
+"""What the code of a user's network may do to a run: it is told as the user's own, in one line."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from models import build_model, check_model, model_identity, userfile
+from tests.conftest import Picture
+from tests.test_config import odd_file
+from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from utils import plot
+from utils.errors import UserError
+from utils.runtime import ROOT
+
+__all__ = ["cache", "workplace"]  # fixtures
+
+NET = """
+import os, signal, sys, threading
+import torch
+from torch import nn
+
+calls = 0
+
+class Silent(BaseException):
+    pass
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+    @staticmethod
+    def backward(ctx, gradient):
+        late("backward")
+        return gradient
+
+def late(where):
+    global calls
+    calls += where == "{where}"
+    if where == "{where}" and calls > {after}:
+        {what}
+
+class Net(nn.Module):
+    def __init__(self, num_classes, image_size):
+        super().__init__()
+        self.linear = nn.Linear(3 * image_size**2, num_classes)
+    def forward(self, images):
+        late("forward")
+        return self.logits(Square.apply(self.linear(images.flatten(1))))
+    def logits(self, x):
+        return x
+    def state_dict(self, *args, **kwargs):
+        late("state_dict")
+        return super().state_dict(*args, **kwargs)
+    def load_state_dict(self, *args, **kwargs):
+        late("load_state_dict")
+        return super().load_state_dict(*args, **kwargs)
+    def train(self, mode=True):
+        late("train")
+        return super().train(mode)
+    def __deepcopy__(self, memo):
+        late("__deepcopy__")
+        new = Net.__new__(Net)
+        memo[id(self)] = new
+        import copy
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
+
+def build(num_classes, image_size):
+    late("build")
+    return Net(num_classes, image_size)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures; and what a file does to `os._exit` ends with the test."""
+    monkeypatch.setattr(os, "_exit", os._exit)
+    for name in ("curves", "image_grid"):
+        monkeypatch.setattr(plot, name, lambda *_: Picture())
+
+
+def net(folder: Path, where: str = "", what: str = "pass", after: int = 0, more: str = "") -> str:
+    """A `--model` whose code does something in a place, once that was called `after` times.
+
+    Args:
+        more: code at the end of the file.
+    """
+    path = folder / "net.py"
+    text = NET.replace("{where}", where).replace("{what}", what).replace("{after}", str(after))
+    path.write_text(text + more)
+    return f"{path}:build"
+
+
+WAYS = {
+    "raise KeyError('x')": "KeyError: 'x'",
+    "raise Silent": "Silent: Silent",
+    "raise Mute": "Mute: Mute",
+    "raise ValueError('a\\nerror: b\\x1b[31m')": r"ValueError: a error: b\\x1b\[31m",
+    "raise GeneratorExit": "GeneratorExit: GeneratorExit",
+    "sys.exit(0)": "SystemExit: 0",
+    "sys.exit()": "SystemExit: ",
+    "exit(0)": "SystemExit: 0",
+    "os._exit(0)": r"SystemExit: os._exit\(0\)",
+}
+
+
+@pytest.mark.parametrize("what", WAYS)
+@pytest.mark.parametrize("where", ["build", "forward", "backward"])
+def test_the_trial_tells_whatever_is_raised(tmp_path: Path, where: str, what: str) -> None:
+    with pytest.raises(UserError, match=WAYS[what]) as caught:
+        check_model(net(tmp_path, where, what), 3, 8)
+    (problem,) = caught.value.problems
+    assert problem.isprintable()
+
+
+@pytest.mark.parametrize("where", ["state_dict", "load_state_dict", "train", "__deepcopy__"])
+def test_the_trial_asks_for_all_that_runs_ask_for(tmp_path: Path, where: str) -> None:
+    with pytest.raises(UserError, match=r"net.py:build cannot .* \(Silent: Silent\); repair it"):
+        check_model(net(tmp_path, where, "raise Silent"), 3, 8)
+
+
+BAD = {
+    "lambda self, x: x.argmax(1)": r"gives \(2,\) for a batch of two",
+    "lambda self, x: x.round().long()": "gives torch.int64 for a batch of two",
+    "lambda self, x: x > 0": "gives torch.bool",
+    "lambda self, x: x.to(torch.complex64)": "gives torch.complex64",
+    "lambda self, x: [x]": "gives list",
+    "lambda self, x: None": "gives NoneType",
+    "lambda self, x: x[:, :2]": r"gives \(2, 2\)",
+    "lambda self, x: x[:2]": r"gives \(2, 3\) for a batch of 3",
+    "lambda self, x: x.detach()": r"cannot be trained \(RuntimeError",
+}
+
+
+@pytest.mark.parametrize("logits", BAD)
+def test_the_trial_refuses_what_are_no_logits(tmp_path: Path, logits: str) -> None:
+    with pytest.raises(UserError, match=BAD[logits]) as caught:
+        check_model(net(tmp_path, more=f"\nNet.logits = {logits}\n"), 3, 8)
+    assert len(caught.value.problems) == 1
+
+
+STATES = {
+    "Net.get_extra_state = lambda self: {'a': 1}; Net.set_extra_state = lambda self, s: None": (
+        r"cannot be saved as finite tensors alone \(TypeError: _extra_state is dict\)"
+    ),
+    "Net.state_dict = lambda self, *a, **k: 3": "cannot be saved as finite tensors alone",
+    "Net.state_dict = lambda self, *a, **k: {3: torch.zeros(1)}": "TypeError: 3 is Tensor",
+    "Net.state_dict = lambda self, *a, **k: {'a': torch.tensor(float('nan'))}": "a is not finite",
+    (
+        "def forward(self, images):\n"
+        "    self.register_buffer('seen', torch.zeros(1))\n"
+        "    return self.linear(images.flatten(1))\n"
+        "Net.forward = forward"
+    ): "other names or shapes of weights after a call than before",
+    (
+        "def forward(self, images):\n"
+        "    self.linear.seen = torch.zeros(1)\n"
+        "    return self.linear(images.flatten(1))\n"
+        "def build(num_classes, image_size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))"
+    ): "LazyLinear|cannot be saved|uninitialized",
+    (
+        "def build(num_classes, image_size):\n"
+        "    sys.calls = getattr(sys, 'calls', 0) + 1\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Sequential(*[nn.Identity()] * sys.calls,\n"
+        "        nn.Linear(3 * image_size**2, num_classes)))"
+    ): "cannot load the weights of another one",
+    "Net.__deepcopy__ = lambda self, memo: self": "no copy with weights of its own",
+    "Net.__deepcopy__ = lambda self, memo: None": "cannot be saved as finite tensors alone",
+}
+
+
+@pytest.mark.parametrize("more", STATES)
+def test_the_trial_refuses_a_state_that_no_record_keeps(tmp_path: Path, more: str) -> None:
+    with pytest.raises(UserError, match=STATES[more]) as caught:
+        check_model(net(tmp_path, more=f"\n{more}\n"), 3, 8)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_good_network_passes(tmp_path: Path) -> None:
+    check_model(net(tmp_path), 3, 8)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "sparse", "loop", "zero", "folder"])
+def test_a_model_is_a_file(tmp_path: Path, kind: str) -> None:
+    odd_file(tmp_path / "net.py", kind)
+    for work in (model_identity, lambda name: check_model(name, 3, 8)):
+        with pytest.raises(UserError, match=r"net\.py cannot be read") as caught:
+            work(f"{tmp_path}/net.py:build")
+        assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\udc80"])
+def test_a_path_that_no_system_takes(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        check_model(f"/tmp/{name}.py:build", 3, 8)
+
+
+def test_what_ran_is_what_the_sha256_is_of(tmp_path: Path) -> None:
+    """The file writes itself anew whenever it is run, and would give another network then."""
+    name = net(tmp_path, more="\nopen(__file__, 'a').write('\\nraise KeyError\\n')\n")
+    before = hashlib.sha256((tmp_path / "net.py").read_bytes()).hexdigest()
+    with userfile.blamed(but_for=KeyboardInterrupt):
+        check_model(name, 3, 8)
+        build_model(name, 3, image_size=8)
+        assert model_identity(name)[1] == before
+    assert hashlib.sha256((tmp_path / "net.py").read_bytes()).hexdigest() != before
+    with userfile.blamed(but_for=KeyboardInterrupt), pytest.raises(UserError, match="KeyError"):
+        check_model(name, 3, 8)  # another run reads it again
+
+
+def test_another_frame_s_exit_is_the_system_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(userfile, "_LEAVE", left.append)
+    check_model(net(tmp_path), 3, 8)
+    os._exit(7)
+    assert left == [7]
+
+
+def test_a_child_of_the_user_s_code_ends_as_it_wants(tmp_path: Path) -> None:
+    more = (
+        "\nchild = os.fork()\nif not child:\n    os._exit(5)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5\n"
+    )
+    script = f"import models; models.check_model({net(tmp_path, more=more)!r}, 3, 8)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+
+
+def attack(workplace: Path, name: str, model: str, *more: object) -> int:
+    flags = attack_flags(workplace, name, model=model)
+    return run_script(ROOT / "attack/badnet.py", *flags, *more)
+
+
+LATER = {"forward": 6, "backward": 3}  # calls, more than those of the trial
+
+
+@pytest.mark.parametrize("what", [*WAYS, "raise KeyboardInterrupt"])
+@pytest.mark.parametrize("where", LATER)
+def test_what_is_raised_later_is_one_line_and_leaves_no_record(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, what: str
+) -> None:
+    model = net(tmp_path, where, what, LATER[where])
+    assert attack(workplace, "later", model, "--overwrite") == 2
+    text = capsys.readouterr().err
+    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    path = model.removesuffix(":build")
+    line = next(n for n, t in enumerate(NET.splitlines(), 1) if "{what}" in t)
+    assert error.startswith(f"error: --model: {path}, line {line}: ")
+    assert error.endswith("; this is your own file, repair it")
+    assert "Traceback" not in text
+    assert "\x1b" not in text
+    assert not (workplace / "record/later/summary.json").exists()
+    assert "of 36 training images are replaced" in text  # that is, after the trial
+
+
+@pytest.mark.parametrize("where", ["forward", "load_state_dict", "__deepcopy__", "state_dict"])
+def test_a_defense_tells_it_too(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    """The file is the record's own by its content; it asks outside whether to do harm."""
+    mark = tmp_path / "mark"
+    what = f"os.path.exists({str(mark)!r}) and sys.exit(0)"
+    model = net(tmp_path, where, what)
+    assert attack(workplace, f"good_{where}", model) == 0
+    mark.touch()
+    flags = [*defense_flags(workplace, f"good_{where}"), "--model", model]
+    assert run_script(ROOT / "defense/sau.py", *flags) == 2
+    text = capsys.readouterr().err
+    assert "SystemExit: 0; this is your own file, repair it" in text
+    assert "Traceback" not in text
+    assert not (workplace / f"record/good_{where}/defense/sau/summary.json").exists()
+
+
+def test_the_sha256_of_a_record_is_of_what_ran(workplace: Path, tmp_path: Path) -> None:
+    model = net(tmp_path, more="\nopen(__file__, 'a').write('# more\\n')\n")
+    before = hashlib.sha256((tmp_path / "net.py").read_bytes()).hexdigest()
+    assert attack(workplace, "changing", model) == 0
+    result = torch.load(workplace / "record/changing/attack_result.pt", weights_only=True)
+    assert result["model_sha256"] == before
+
+
+def test_ctrl_c_in_the_user_s_code_is_an_interrupt(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice, because the first one waits for a checkpoint; it comes more than a second later."""
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
+    wait = f"{kill}; import time; time.sleep(1.1); {kill}; time.sleep(60)"
+    model = net(tmp_path, "forward", wait, LATER["forward"])
+    assert attack(workplace, "interrupted", model) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not (workplace / "record/interrupted/summary.json").exists()
+
+
+def test_ctrl_c_in_the_trial_is_an_interrupt(workplace: Path, tmp_path: Path) -> None:
+    kill = "os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(60)"
+    assert attack(workplace, "interrupted2", net(tmp_path, "forward", kill)) == 130
+
+
+@pytest.mark.parametrize("what", ["sys.exit(0)", "os._exit(0)"])
+def test_a_process_does_not_end_well(workplace: Path, tmp_path: Path, what: str) -> None:
+    model = net(tmp_path, "forward", what, LATER["forward"])
+    flags = [*attack_flags(workplace, "process", model=model), "--overwrite"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "attack/badnet.py", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith(f"error: --model: {tmp_path}/net.py, line ")
+
+
+def test_a_repaired_file_is_another_one_for_resume(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the run had done with the broken one was done with another network."""
+    model = net(tmp_path, "forward", "raise Silent", 8)
+    assert attack(workplace, "repaired", model, "--checkpoint_every", 0) == 2
+    net(tmp_path)
+    assert attack(workplace, "repaired", model, "--resume") == 2
+    assert "was run with another content of" in capsys.readouterr().err
+    assert attack(workplace, "repaired", model, "--overwrite") == 0
+    summary = json.loads((workplace / "record/repaired/summary.json").read_text())
+    assert summary["model"] == "net.py:build"
+
+
+def test_our_own_errors_keep_their_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect of the program is not blamed on a file that merely is there."""
+    check_model(net(tmp_path), 3, 8)
+    with pytest.raises(ZeroDivisionError), userfile.blamed(but_for=KeyboardInterrupt):
+        1 / 0  # noqa: B018
+    assert models.userfile is userfile
