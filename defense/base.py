@@ -485,7 +485,9 @@ def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:
 
 def _said_of_verdict(verdict: Mapping[str, Any], data: Dataset) -> str:
     """A line on a verdict, and whether it is right."""
-    names = ", ".join(f"{target} ({shown(data.classes[target])})" for target in verdict["targets"])
+    names = ", ".join(
+        f"{target} ({shown(data.classes[target], 60)})" for target in verdict["targets"]
+    )
     text = f"backdoored, target {names}" if verdict["is_backdoored"] else "no backdoor found"
     judgement = {True: "right", False: "wrong", None: "the record does not tell"}
     text = f"verdict: {text}; {judgement[verdict['is_right']]}"

@@ -360,6 +360,8 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                     allowed += f", of at most {LONGEST} characters and without NUL"
                 found.append(f"{layer.where(key)}: {quoted(value)} is not allowed; give {allowed}")
     missing = [key for key in hints if key not in values and key not in refused]
+    if "dataset" in refused:  # whose own file has the others
+        missing = []
     found += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
     if found:
         raise UserError(*found)
@@ -375,11 +377,8 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
             inner = value.strip().removeprefix("[").removesuffix("]")
             value = inner.split(",") if inner else []
         return TypeAdapter(annotation).validate_python(value)
-    if isinstance(value, str):
-        if not _is_text(value):
-            raise ValueError("no text that a system takes")
-        if str in (_base(annotation), *get_args(_base(annotation))):
-            return value  # pydantic refuses bytes that are no UTF-8, which paths may have
+    if isinstance(value, str) and not _is_text(value):
+        raise ValueError("no text that a system takes")
     checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
     if isinstance(checked, float | int) and not abs(checked) <= _LARGEST[type(checked)]:
         raise ValueError("torch has no such number")

@@ -83,6 +83,11 @@ def run_script(main: Callable[[], None]) -> None:
         advice = "make space, make it accessible, or give another path"
         logger.error("error: %s: %s; %s", what, error.strerror, advice)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
+            raise
+        logger.error("error: %s; give another path", error)
+        raise SystemExit(2) from None
     except NothingToDo as done:
         logger.info("%s", done)
     except Stopped as stopped:
