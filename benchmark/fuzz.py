@@ -1,23 +1,27 @@
-"""Damaged and hostile files through the real entry points, in this process.
+"""Damaged and hostile files through the real entry points, each in a process of its own.
 
-    python benchmark/fuzz.py --cases 2000 --seed 0
+    python benchmark/fuzz.py --cases 5000 --seed 0
 
-Good files of every kind that a user may be given (our records, BackdoorBench's, YAML, pictures,
-checkpoints) are damaged at random: flipped bits, cut ends, repeated or swapped pieces, hostile
-numbers and shapes. Each has to be read, or refused with a `UserError`, within ten seconds, without
-a file written anywhere else and without a gigabyte of memory. Prints a table; exits with 1 if not.
+Good files of every kind that a user may be given (our records, results of defenses, BackdoorBench's
+records, checkpoints, YAML, pictures, folders of classes, records for a report) are changed at
+random, in their structure as well as in their bytes: types, shapes, ranges, names, archives,
+pickles, and what a file is (`hostile.py`). Each has to be read, or refused with a `UserError`,
+within 20 seconds, in memory of no more than twice the files and a GiB, without a file written
+anywhere else, and with a message that can be printed. Prints a table; exits with 1 if not.
 """
 
 import hashlib
-import io
 import json
 import logging
+import os
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -35,26 +39,25 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
+import utils.images
 from attack import badnet
+from benchmark import hostile, report
+from benchmark.grid import read_grid
 from defense import ft, sau
 from interop.backdoorbench import export_record
 from models import build_model
-from utils import datasets, folders, pipeline, poison, record, weights
+from utils import datasets, folders, pipeline, plot, poison, record, weights
 from utils.config import Parser
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
-from utils.images import read_image
 from utils.metrics import Rate, Scores
-from utils.runtime import defer_signals, logger, run_script
+from utils.records.defense import load_defense, save_defense
+from utils.runtime import logger, run_script
 from utils.tensors import load_plain
 from utils.train import Loop
 
-SECONDS = 10
-GROWTH_MIB = 1024
-
-
-class Hang(BaseException):
-    """A case took too long."""
+SECONDS = 20
+GIB = 1 << 30
 
 
 def small(num_classes: int) -> nn.Module:
@@ -107,72 +110,16 @@ def write_record(folder: Path, data: Dataset) -> None:
     )
     run.write_metrics([{"epoch": 1, "loss": 1.0, "seconds": 1.0}])
     files = record.file_hashes(run, "attack_result.pt", "poison.pt")
-    run.write_summary({**facts, "dataset": "cifar10", "files": files})
-
-
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    """One to three kinds of damage."""
-    for _ in range(rng.randint(1, 3)):
-        if not content:
-            return content
-        place, size = rng.randrange(len(content)), rng.randint(1, 64)
-        piece = content[place : place + size]
-        content = rng.choice(
-            (
-                content[:place],
-                content[:place]
-                + bytes([content[place] ^ 1 << rng.randrange(8)])
-                + content[place + 1 :],
-                content[:place] + rng.randbytes(len(piece)) + content[place + len(piece) :],
-                content[:place] + piece * rng.randint(2, 50) + content[place:],
-                content[place:] + content[:place],
-                content[:place] + content[place + size :],
-                content[:place]
-                + rng.choice((b"\xff" * 8, b"\0" * 8, b"9" * 9))
-                + content[place + 8 :],
-            )
-        )
-    return content
-
-
-def hostile(value: Any, rng: random.Random) -> Any:
-    """Plain data and tensors with one or two values of another kind, size or range."""
-    strange: list[Any] = [None, -1, 10**18, 0, 1e308, float("nan"), "", "../../x", "x.py:f", [], {}]
-    strange += [torch.zeros(0), torch.zeros(1).expand(10**12), torch.full((3,), float("nan"))]
-    strange += [
-        torch.zeros(2, 2, dtype=torch.complex64),
-        torch.tensor(-(2**62)),
-        True,
-        (1, 2),
-        b"x",
-    ]
-    if isinstance(value, dict) and value and rng.random() < 0.9:
-        key = rng.choice(list(value))
-        if rng.random() < 0.15:
-            return {name: inner for name, inner in value.items() if name != key}
-        return value | {key: hostile(value[key], rng)}
-    if isinstance(value, torch.Tensor) and value.numel() and rng.random() < 0.6:
-        return rng.choice(
-            (
-                value[:-1] if value.dim() else value[None],
-                value.double(),
-                value.flatten(),
-                torch.cat([value.flatten(), value.flatten()]),
-                value.clone().fill_(250) if value.dtype == torch.uint8 else value - 1000,
-            )
-        )
-    return rng.choice(strange)
-
-
-def damage_tensors(path: Path, rng: random.Random) -> None:
-    """A file of `torch.save`: its bytes, or what it says."""
-    if rng.random() < 0.5:
-        path.write_bytes(damaged(path.read_bytes(), rng))
-        return
-    content = load_plain(path, arrays=True)
-    buffer = io.BytesIO()
-    torch.save(hostile(content, rng), buffer)
-    path.write_bytes(buffer.getvalue())
+    run.write_summary(
+        {
+            **facts,
+            **{"acc": 0.5, "acc_total": 10, "asr": 0.5, "asr_total": 10, "ra": 0.5},
+            "dataset": "cifar10",
+            "model": "preactresnet18",
+            "seed": 0,
+            "files": files,
+        }
+    )
 
 
 def half(model: nn.Module) -> Scores:
@@ -190,46 +137,93 @@ def unlearn(loop: Loop) -> None:
 
 def write_checkpoint(path: Path) -> None:
     """The checkpoint after the first batch."""
+    run = folders.RunFolder(path.with_name("interrupted"))
+    run.start("lr: 0.1\n")
 
     def after_batch(_: int) -> None:
         if not path.exists():
-            torch.save({"loop": loop.snapshot(), "rows": [], "seconds": 1.5}, path)
+            rows = [{"round": 0, "acc": 0.5, "seconds": 0.0}]
+            run.write_checkpoint({"loop": loop.snapshot(), "rows": rows, "seconds": 1.5})
+            shutil.copy(run.path / "checkpoint.pt", path)
 
     loop = Loop(after_batch=after_batch)
-
     unlearn(loop)
 
 
 Case = Callable[[Path, random.Random], object]
 
 
+def read_any(path: Path) -> Any:
+    """A good file of tensors."""
+    return load_plain(path, arrays=True)
+
+
+def spoil(path: Path, rng: random.Random, damage: Callable[[Path, random.Random], None]) -> None:
+    """Changes a file, or puts something else in its place."""
+    if rng.random() < 0.08:
+        hostile.replace_file(path, rng)
+    else:
+        damage(path, rng)
+
+
+def spoil_tensors(path: Path, rng: random.Random) -> None:
+    """Likewise for a file of tensors."""
+    spoil(path, rng, lambda path, rng: hostile.damage_tensors(path, rng, read_any))
+
+
+def vouch(folder: Path, name: str) -> None:
+    """Makes the summary say that a file is as it is, as a careful attacker would."""
+    if (folder / name).is_file() and (folder / name).stat().st_size < GIB:
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        path.write_text(json.dumps(summary))
+
+
 def cases(good: Path) -> dict[str, Case]:
     """For each kind: damages a copy of a good file in an empty folder, and reads it."""
 
+    def spoil_run(folder: Path, names: tuple[str, ...], rng: random.Random) -> None:
+        path = folder / rng.choice(names)
+        if path.suffix == ".pt":
+            spoil_tensors(path, rng)
+            if rng.random() < 0.85:
+                vouch(folder, path.name)
+        elif path.suffix == ".json":
+            spoil(path, rng, hostile.damage_json)
+        elif path.suffix == ".csv":
+            spoil(path, rng, hostile.damage_table)
+        else:
+            spoil(path, rng, damage_yaml)
+
     def own_record(folder: Path, rng: random.Random) -> None:
         shutil.copytree(good / "record", folder / "x")
-        name = rng.choice(("attack_result.pt", "poison.pt", "summary.json", "config.yaml"))
-        path = folder / "x" / name
-        if path.suffix == ".pt":
-            damage_tensors(path, rng)
-            if rng.random() < 0.8:  # a careful attacker keeps the hashes right
-                summary = json.loads((folder / "x/summary.json").read_text())
-                summary["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
-                (folder / "x/summary.json").write_text(json.dumps(summary))
-        else:
-            path.write_bytes(damaged(path.read_bytes(), rng))
+        names = ("attack_result.pt", "attack_result.pt", "poison.pt", "poison.pt")
+        spoil_run(folder / "x", (*names, "summary.json", "config.yaml"), rng)
         record.recorded_dataset(folder / "x")
         found = record.load_attack(folder / "x")
         found.build()
-        found.load_dataset()
+        data = found.load_dataset()
+        if found.triggered is not None:
+            found.poisoned_set(data)
+            found.cross_images(data)
+
+    def purified(folder: Path, rng: random.Random) -> None:
+        shutil.copytree(good / "record/defense/ft", folder / "x")
+        spoil_run(folder / "x", ("defense_result.pt", "defense_result.pt", "summary.json"), rng)
+        load_defense(folder / "x")(torch.rand(2, 3, 32, 32))
 
     def backdoorbench(folder: Path, rng: random.Random) -> None:
         shutil.copytree(good / "theirs", folder / "x")
-        if rng.random() < 0.7:
-            damage_tensors(folder / "x/attack_result.pt", rng)
+        chance = rng.random()
+        if chance < 0.7:
+            spoil_tensors(folder / "x/attack_result.pt", rng)
+        elif chance < 0.8:
+            others = sorted((folder / "x").glob("*.pickle"))
+            spoil_tensors(rng.choice(others), rng)
         else:
             picture = rng.choice(sorted((folder / "x").rglob("*.png")))
-            picture.write_bytes(damaged(picture.read_bytes(), rng))
+            spoil(picture, rng, hostile.damage_picture)
         record.recorded_dataset(folder / "x")
         found = record.load_attack(folder / "x")
         found.build()
@@ -237,55 +231,140 @@ def cases(good: Path) -> dict[str, Case]:
 
     def settings(folder: Path, rng: random.Random) -> None:
         config, name = rng.choice(((badnet.Config, "attack"), (sau.Config, "defense")))
-        (folder / "x.yaml").write_bytes(damaged((good / f"{name}.yaml").read_bytes(), rng))
-        config.from_command_line(["--yaml_path", str(folder / "x.yaml")], "", lambda values: None)
+        shutil.copy(good / f"{name}.yaml", folder / "x.yaml")
+        spoil(folder / "x.yaml", rng, damage_yaml)
+        flags = ["--yaml_path", str(folder / "x.yaml")]
+        if rng.random() < 0.3:
+            flags = ["--dataset", hostile.name(rng)]
+        config.from_command_line(flags, "", lambda values: values.get("dataset"))
+
+    def grid(folder: Path, rng: random.Random) -> None:
+        shutil.copy(good / "grid.yaml", folder / "x.yaml")
+        spoil(folder / "x.yaml", rng, damage_yaml)
+        read_grid(folder / "x.yaml")
 
     def picture(folder: Path, rng: random.Random) -> None:
         source = rng.choice(sorted((good / "pictures").iterdir()))
         path = folder / source.name
-        path.write_bytes(damaged(source.read_bytes(), rng))
-        read_image(path, 32)
+        shutil.copy(source, path)
+        spoil(path, rng, hostile.damage_picture)
+        utils.images.read_image(path, 32)
+
+    def classes(folder: Path, rng: random.Random) -> None:
+        names = []
+        for _ in range(2):
+            text = hostile.name(rng).replace("/", "").replace("\0", "")
+            names.append(os.fsdecode(text.encode("utf-8", "replace")[:100] or b"x"))
+        for split in ("train", "test"):
+            for name in names:
+                place = folder / split / name
+                if name not in (".", ".."):
+                    place.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(good / "pictures/x.png", place / "0.png")
+        data = datasets.load_dataset("folder", folder, 8)
+        rows = {"images": torch.rand(2, 3, 8, 8)}
+        captions = {"images": [data.classes[0], data.classes[-1]]}
+        run = folders.RunFolder(folder / "run")
+        run.start("lr: 0.1\n")
+        figure = plot.image_grid(rows, captions, f"{names[0]} on {names[1]}")
+        run.write("x.png", lambda path: figure.savefig(path, dpi=40))
+        run.write_summary({"classes": list(data.classes), "files": {}})
 
     def checkpoint(folder: Path, rng: random.Random) -> None:
         source = rng.choice(sorted((good / "checkpoints").iterdir()))
         path = folder / source.name
         shutil.copy(source, path)
         if path.suffix == ".pt":
-            damage_tensors(path, rng)
+            spoil_tensors(path, rng)
         else:
-            path.write_bytes(damaged(path.read_bytes(), rng))
+            spoil(path, rng, hostile.damage_bytes)
         model = build_model("preactresnet18", 10)
         weights.fill(model, weights.read_state_dict(path), "preactresnet18")
 
     def interrupted(folder: Path, rng: random.Random) -> None:
         run = folders.RunFolder(folder / "x")
         run.start("lr: 0.1\n")
-        shutil.copy(good / "checkpoint.pt", folder / "x/checkpoint.pt")
-        damage_tensors(folder / "x/checkpoint.pt", rng)
+        run.write("checkpoint.pt", lambda path: _copy(good / "checkpoint.pt", path))
+        spoil_tensors(folder / "x/checkpoint.pt", rng)
+        run = folders.RunFolder(folder / "x")
+        run.claim(False, resume=True)
         watch = pipeline.Watch(
-            run, "epoch", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True)
+            run, "round", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True)
         )
         unlearn(watch.start())
 
+    def claimed(folder: Path, rng: random.Random) -> None:
+        shutil.copytree(good / "record", folder / "x")
+        foreign = folder / "x" / rng.choice(("notes.txt", "defense/notes.txt", "defense/ft/n.txt"))
+        foreign.write_text("mine")
+        spoil(folder / "x/run.json", rng, hostile.damage_json)
+        run = folders.RunFolder(folder / "x")
+        try:
+            run.claim(True)
+            run.start("lr: 0.1\n")
+        finally:
+            assert foreign.read_text() == "mine", "a user's file is gone"
+
+    def reported(folder: Path, rng: random.Random) -> None:
+        shutil.copytree(good / "record", folder / "records/x")
+        runs = [folder / "records/x", folder / "records/x/defense/ft"]
+        for _ in range(rng.randint(1, 2)):
+            spoil_run(rng.choice(runs), ("summary.json", "config.yaml", "metrics.csv"), rng)
+        report.write(folder / "records", folder / "to", rng.random() < 0.5)
+
     return {
         "record": own_record,
+        "result of a defense": purified,
         "BackdoorBench record": backdoorbench,
         "YAML": settings,
+        "grid": grid,
         "picture": picture,
+        "names of classes": classes,
         "user's checkpoint": checkpoint,
         "checkpoint of a run": interrupted,
+        "folder of a run": claimed,
+        "report": reported,
     }
+
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copy(source, path)
+
+
+def damage_yaml(path: Path, rng: random.Random) -> None:
+    """A line of another kind in a YAML file."""
+    path.write_bytes(hostile.yaml_text(path.read_text(encoding="utf-8"), rng))
 
 
 def write_good(good: Path, data: Dataset) -> None:
     """One good file of every kind."""
     write_record(good / "record", data)
+    attack = record.load_attack(good / "record")
+    run = folders.defense_folder(good / "record", "ft")
+    run.start("defense: ft\n")
+    save_defense(run, attack.build(), attack, "ft")
+    run.write_metrics([{"round": n, "acc": 0.5, "asr": 0.5, "seconds": 1.0} for n in (0, 1)])
+    rates = {"acc": 0.5, "acc_total": 10, "asr": 0.5, "asr_total": 10, "ra": 0.5}
+    facts = {"attack": "badnet", "dataset": "cifar10", "model": "preactresnet18", "seed": 0}
+    run.write_summary(
+        {
+            **facts,
+            "defense": "ft",
+            "before": rates,
+            "after": rates,
+            "der": 0.5,
+            "attack_sha256": attack.sha256,
+            "seconds": 1.0,
+            "files": record.file_hashes(run, "defense_result.pt"),
+        }
+    )
     export_record(good / "record", good / "theirs")
     (good / "attack.yaml").write_text(badnet.Config.load("digits").dump())
     (good / "defense.yaml").write_text(sau.Config.load("digits").dump())
+    shutil.copy(Path(__file__).with_name("grids") / "digits.yaml", good / "grid.yaml")
     (good / "pictures").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    for suffix in ("png", "jpg", "bmp", "gif", "tif", "webp", "ppm"):
+    for suffix in ("png", "jpg", "bmp", "gif", "tif", "webp", "ppm", "tga", "jp2"):
         Image.fromarray(pixels).save(good / "pictures" / f"x.{suffix}")
     write_checkpoint(good / "checkpoint.pt")
     (good / "checkpoints").mkdir()
@@ -295,54 +374,124 @@ def write_good(good: Path, data: Dataset) -> None:
     save_file(dict(state), good / "checkpoints/x.safetensors")
 
 
-def run_cases(count: int, seed: int, root: Path) -> tuple[pd.DataFrame, list[str]]:
+# --- one case -----------------------------------------------------------------------------------
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at most."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))
+    return 1024 * int(found[1]) if found else 0
+
+
+def size_of(place: Path) -> int:
+    """Bytes of the files in a folder, on the disk."""
+    return sum(path.lstat().st_blocks * 512 for path in place.rglob("*"))
+
+
+def run_case(case: Case, place: Path, rng: random.Random) -> str:
+    """How a case ends: "read", "refused", or what should not have happened, in several words."""
+    before = peak_memory()
+    try:
+        case(place, rng)
+        ended = "read"
+    except UserError as error:
+        texts = [str(problem) for problem in error.problems]
+        ended = "refused"
+        if sum(map(len, texts)) > 20_000 or len(texts) > 200:
+            ended = f"too long a message: {sum(map(len, texts))} letters"
+    except BaseException:
+        ended = traceback.format_exc(limit=-4)
+    grown, allowed = peak_memory() - before, 2 * size_of(place) + GIB
+    if grown > allowed:
+        return f"{grown >> 20} MiB of memory, where {allowed >> 20} are allowed; {ended}"
+    return ended
+
+
+def in_a_process(case: Case, place: Path, rng: random.Random) -> str:
+    """`run_case` in a fork of this process, which is ended after a time."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        ended = "the case itself failed"
+        try:
+            ended = run_case(case, place, rng)
+        finally:
+            os.write(writing, ended.encode("utf-8", "backslashreplace")[:60_000])
+            os._exit(0)
+    os.close(writing)
+    until, content = time.monotonic() + SECONDS, b""
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        os.set_blocking(reading, False)
+        while time.monotonic() < until:
+            piece = pipe.read(1 << 16)
+            if piece == b"":
+                break
+            content += piece or b""
+            time.sleep(0.002)
+        else:
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not content and os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        return f"more than {SECONDS} s" if number == signal.SIGKILL else f"ended by signal {number}"
+    return content.decode("utf-8", "backslashreplace")
+
+
+def run_cases(
+    count: int, seed: int, root: Path, only: int | None = None
+) -> tuple[pd.DataFrame, list[str]]:
     """Runs the cases.
+
+    Args:
+        count: how many.
+        root: an empty folder.
+        only: one of them, in this process, so that what it raises is seen.
 
     Returns:
         How each kind ended, and what should not have happened.
     """
-
-    def alarm(*_: Any) -> None:
-        raise Hang
-
-    signal.signal(signal.SIGALRM, alarm)
     good, place = root / "good", root / "place"
     good.mkdir()
+    utils.images.ROOT, before_root = root, utils.images.ROOT
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what a good run says is of no interest
     write_good(good, make_data())
     kinds = cases(good)
     ended: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     problems = []
-    before = {path for path in root.rglob("*") if place not in path.parents}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # what a good run says is of no interest
-    for number in range(count):
+
+    def outside() -> set[Path]:
+        cache = root / "data"
+        return {
+            path
+            for path in root.rglob("*")
+            if place not in path.parents and path != place and cache not in (path, *path.parents)
+        }
+
+    before = outside()
+    for number in range(count) if only is None else [only]:
         kind = list(kinds)[number % len(kinds)]
         place.mkdir()
-        signal.alarm(SECONDS)
-        try:
+        if only is not None:
+            logger.setLevel(logging.INFO)
             kinds[kind](place, random.Random(f"{seed} {number}"))
-            ended[kind]["read"] += 1
-        except UserError as error:
-            many = len(str(error)) > 3000
-            ended[kind]["too long a message" if many else "refused"] += 1
-        except Hang:
-            ended[kind]["hang"] += 1
-            problems.append(f"case {number} ({kind}): more than {SECONDS} s")
-        except Exception:
-            ended[kind]["traceback"] += 1
-            problems.append(f"case {number} ({kind}): {traceback.format_exc(limit=-3)}")
-        finally:
-            signal.alarm(0)
-            defer_signals(False)
-            shutil.rmtree(place)
+            break
+        end = in_a_process(kinds[kind], place, random.Random(f"{seed} {number}"))
+        is_fine = end in ("read", "refused")
+        ended[kind][end if is_fine else "failed"] += 1
+        if not is_fine:
+            problems.append(f"case {number} ({kind}): {end}")
+        shutil.rmtree(place)
     logger.setLevel(level)
-    after = {path for path in root.rglob("*") if place not in path.parents}
-    problems += [f"written outside: {path}" for path in sorted(after - before)]
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
-    logger.info("memory grew by %.0f MiB", grown)
-    if grown > GROWTH_MIB:
-        problems.append(f"memory grew by {grown:.0f} MiB")
+    utils.images.ROOT = before_root
+    problems += [f"written outside: {path}" for path in sorted(outside() - before)]
     return pd.DataFrame(ended).T.fillna(0).astype(int), problems
 
 
@@ -351,17 +500,21 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--cases", type=int, default=2000, help="damaged files")
     parser.add_argument("--seed", type=int, default=0, help="of the damage")
+    parser.add_argument("--only", type=int, help="number of the one case to run, here and now")
     flags = parser.parse_args()
-    loader = lambda path, image_size: make_data()  # noqa: E731
+    torch.set_num_threads(1)  # processes that are forked have no threads of torch
+    loader = lambda path, image_size, **_: make_data()  # noqa: E731
     with (
         tempfile.TemporaryDirectory() as name,
         mock.patch.dict(models.CONSTRUCTORS, {"preactresnet18": small}),
         mock.patch.dict(datasets._LOADERS, {"cifar10": loader}),
     ):
-        table, problems = run_cases(flags.cases, flags.seed, Path(name))
-    logger.info("%s", table.to_string())
+        table, problems = run_cases(flags.cases, flags.seed, Path(name), flags.only)
+    for line in table.to_string().splitlines():
+        logger.info("%s", line)
     for problem in problems:
-        logger.error("%s", problem)
+        for line in problem.splitlines():
+            logger.error("%s", line)
     if problems:
         raise SystemExit(1)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from models import Classifier
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, shown
+from utils.files import TENSORS, read_bytes
 from utils.tensors import load_tensors, not_finite
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
@@ -21,13 +22,13 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            content: Mapping[str, Any] = load_file(path)
+            content: Mapping[str, Any] = load(read_bytes(path, TENSORS))
         else:
             content = load_tensors(path, arrays=True)  # NumPy's numbers beside weights
     except Exception as error:  # a file of another kind raises anything
-        reason = first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"--state_dict: {path} cannot be read as plain tensors ({reason}); give a file of "
             "torch.save(model.state_dict(), path), or .safetensors"
@@ -40,16 +41,19 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor)
     ]
     if others or not state:
+        what = shown(", ".join(others), 300) or "nothing"
         raise UserError(
-            f"--state_dict: {path} holds no state dict ({', '.join(others) or 'nothing'} is no "
-            f"tensor); give one, bare or under {', '.join(_WRAPPERS)}"
+            f"--state_dict: {path} holds no state dict ({what} is no tensor); give one, bare or "
+            f"under {', '.join(_WRAPPERS)}"
         )
     try:
         broken = not_finite(state)
     except ValueError as error:
         raise UserError(f"--state_dict: {path}: {error}; give another file") from None
     if broken:
-        raise UserError(f"--state_dict: {path}: not finite: {', '.join(broken)}; give another file")
+        raise UserError(
+            f"--state_dict: {path}: not finite: {shown(', '.join(broken), 300)}; give another file"
+        )
     stripped = {key.removeprefix("module."): value for key, value in state.items()}
     if len(stripped) < len(state):
         raise UserError(
