@@ -383,7 +383,7 @@ def test_a_trap_in_a_file_beside_is_not_sprung(tmp_path: Path, data: Dataset) ->
 def test_no_other_array_type_and_no_other_function_is_allowed(
     tmp_path: Path, data: Dataset
 ) -> None:
-    for number, value in enumerate((np.zeros(2, dtype=object), np.float32(1), np.array(["a"]))):
+    for number, value in enumerate((np.zeros(2, dtype=object), np.complex64(1), np.array(["a"]))):
         folder = writer.write(
             tmp_path / str(number),
             badnet(data, change=lambda content, v=value: content.update(e=v)),

@@ -121,6 +121,11 @@ ARRAYS = [
     np.arange(3),
     np.float64(1.5),
     np.int64(-4),
+    np.float32(0.5),
+    np.float16(0.5),
+    np.bool_(True),
+    np.array([True, False]),
+    *(np.arange(3).astype(kind) for kind in ("i1", "i2", "i4", "u1", "u2", "u4", "u8", "f2", "f4")),
     np.asfortranarray(np.arange(6.0).reshape(2, 3)),
     np.zeros(0),
 ]
@@ -141,8 +146,6 @@ def test_numpy_is_read_where_it_is_allowed(tmp_path: Path, value: Any) -> None:
     "value",
     [
         np.array(["text"]),
-        np.float32(1),
-        np.array([True, False]),
         np.array([object()]),
         np.array([{"a": 1}]),
         np.array(["2020-01-01"], dtype="datetime64[D]"),
@@ -160,6 +163,18 @@ def test_arrays_of_anything_but_numbers_are_refused(tmp_path: Path, value: Any) 
     torch.save({"a": value}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"^it holds .*(order of bytes|no plain data)"):
         load_tensors(tmp_path / "x.pt", arrays=True)
+
+
+def test_the_type_of_an_array_is_named(tmp_path: Path) -> None:
+    for value, what in (
+        (np.array(["text"]), r"text \(U4\)"),
+        (np.array([object()]), r"objects \(O8\)"),
+        (np.array([1j]), r"complex numbers \(c16\)"),
+        (np.datetime64("2020-01-01"), r"dates \(M8\)"),
+    ):
+        torch.save({"a": value}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=f"it holds an array of {what}, which is no plain"):
+            load_tensors(tmp_path / "x.pt", arrays=True)
 
 
 # --- what is refused ----------------------------------------------------------------------------

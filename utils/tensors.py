@@ -38,8 +38,8 @@ def load_plain(path: Path, arrays: bool = False) -> Any:
     """What `torch.save` wrote, tensors on the CPU; nothing that the file names is run.
 
     Args:
-        arrays: whether NumPy's arrays and numbers of int64 and float64 are read, too, which other
-            programs' files have.
+        arrays: whether NumPy's arrays and numbers (integers, floats of up to 64 bits, truth values)
+            are read, too, which other programs' files have.
 
     Raises:
         OSError: if it is no regular file, or cannot be read.
@@ -264,8 +264,9 @@ def _encoded(text: Any, encoding: Any = "") -> bytes:
 
 
 def _number_type(name: Any, *_: Any) -> np.dtype:
-    if type(name) is not str or name not in ("i8", "f8"):
-        what = shown(name, 100)
+    if type(name) is not str or not re.fullmatch(r"b1|[iu][1248]|f[248]", name):
+        kind = _NO_NUMBERS.get(str(name)[:1], "another type")
+        what = f"{kind} ({shown(name, 100)})"
         raise ValueError(f"it holds an array of {what}, which is no plain data and is not read")
     return np.dtype(name)
 
@@ -275,6 +276,17 @@ def _number(dtype: Any, content: Any) -> Any:
         raise ValueError("it describes a number in an unknown way")
     (number,) = np.frombuffer(content, dtype)
     return number
+
+
+_NO_NUMBERS = {
+    "O": "objects",
+    "U": "text",
+    "S": "text",
+    "M": "dates",
+    "m": "times",
+    "c": "complex numbers",
+    "V": "records",
+}
 
 
 class _NumPyArray:
@@ -463,7 +475,7 @@ class _Machine:
         if type(target) is dict:
             return
         if isinstance(target, np.dtype):
-            if state[1] not in ("<", "=") or any(part is not None for part in state[2:5]):
+            if state[1] not in ("<", "|", "=") or any(part is not None for part in state[2:5]):
                 raise ValueError("it holds an array of another order of bytes, or of records")
             return
         if type(target) is not np.ndarray:

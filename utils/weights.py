@@ -1,6 +1,8 @@
 """Weights of a model that was trained elsewhere: checkpoint files, and into a network."""
 
+import re
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,21 @@ import torch
 from models import Classifier
 from utils.errors import UserError, first_line, shown
 from utils.files import TENSORS, read_bytes
+from utils.runtime import logger
 from utils.tensors import load_tensors, not_finite
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+# Where programs keep a state dict beside other things.
+WRAPPERS = (
+    *("state_dict", "model", "model_state_dict", "net", "network", "weights", "params"),
+    *("ema", "model_ema", "state_dict_ema"),
+)
+# What torch puts before, or between, names: of a parallel run, of a compiled module.
+_OF_TORCH = re.compile(r"(?:^(?:module\.|_orig_mod\.)+)|(?<=\.)_orig_mod\.")
+_MOST_NAMES = 10  # in a message
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, unwrapped, `module.` stripped.
+    """The tensors of a checkpoint by name, unwrapped, without torch's own prefixes.
 
     Raises:
         UserError: if the file is no checkpoint, or holds anything but tensors.
@@ -31,34 +41,31 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"--state_dict: {path} cannot be read as plain tensors ({reason}); give a file of "
-            "torch.save(model.state_dict(), path), or .safetensors"
+            f"torch.save(model.state_dict(), path), or .safetensors{_way_out(path, reason)}"
         ) from None
-    wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
-    state = content if wrapper is None else content[wrapper]
+    state = _unwrapped(content)
     others = [
         str(key)
         for key, value in state.items()
         if not isinstance(key, str) or not isinstance(value, torch.Tensor)
     ]
     if others or not state:
-        what = shown(", ".join(others), 300) or "nothing"
         raise UserError(
-            f"--state_dict: {path} holds no state dict ({what} is no tensor); give one, bare or "
-            f"under {', '.join(_WRAPPERS)}"
+            f"--state_dict: {path} holds no state dict ({_listed(others, ', ') or 'nothing'} is no "
+            f"tensor); give one, bare or under {', '.join(WRAPPERS)}"
         )
     try:
         broken = not_finite(state)
     except ValueError as error:
         raise UserError(f"--state_dict: {path}: {error}; give another file") from None
     if broken:
-        raise UserError(
-            f"--state_dict: {path}: not finite: {shown(', '.join(broken), 300)}; give another file"
-        )
-    stripped = {key.removeprefix("module."): value for key, value in state.items()}
+        names = _listed(broken, ", ")
+        raise UserError(f"--state_dict: {path}: not finite: {names}; give another file")
+    stripped = {_OF_TORCH.sub("", key): value for key, value in state.items()}
     if len(stripped) < len(state):
         raise UserError(
-            f"--state_dict: {path} has names both with and without 'module.' before them; keep "
-            "one of each pair"
+            f"--state_dict: {path} has names both with and without 'module.' or '_orig_mod.' "
+            "before them; keep one of each pair"
         )
     return stripped
 
@@ -66,20 +73,91 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> None:
     """Puts weights into the bare network; names and shapes have to be the same.
 
+    A prefix that stands before all names of the network, as training frameworks put one, is taken
+    off, and said; what is left over is skipped, and said. Counts of batches (BatchNorm's
+    `num_batches_tracked`), which old files lack, stay as they are in a new network.
+
+    Args:
+        name: of the model, for messages.
+
     Raises:
-        UserError: listing every name that is missing, not the network's, or of another shape.
+        UserError: listing names that are missing, not the network's, or of another shape.
     """
     own = model.network.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is not in the network" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]
+    state = _without_prefix(state, needed)
+    kinds = (
+        [f"{key} is missing" for key in needed if key not in state],
+        [f"{key} is not in the network" for key in state if key not in own],
+        [
+            f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ],
+        [
+            f"{key} is {state[key].dtype}, no real number"
+            for key, value in own.items()
+            if key in state and state[key].is_complex() and not value.is_complex()
+        ],
+    )
+    problems = [text for texts in zip_longest(*kinds) for text in texts if text]  # some of each
     if problems:
         raise UserError(
-            f"--state_dict: does not fit --model {name}: {'; '.join(problems)}; give its own "
+            f"--state_dict: does not fit --model {name}: {_listed(problems, '; ')}; give its own "
             "network, dataset and image size"
         )
-    model.network.load_state_dict(state)
+    model.network.load_state_dict({**own, **state})
+
+
+def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The innermost dictionary under one of the usual names."""
+    while True:
+        inner = next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
+        if inner is None:
+            return content
+        content = content[inner]
+
+
+def _without_prefix(
+    state: Mapping[str, torch.Tensor], needed: list[str]
+) -> Mapping[str, torch.Tensor]:
+    """The weights under the one prefix that has all names of the network.
+
+    Raises:
+        UserError: if several have.
+    """
+    if not needed or all(key in state for key in needed):
+        return state
+    ending = f".{needed[0]}"
+    prefixes = [key.removesuffix(needed[0]) for key in state if key.endswith(ending)]
+    found = [p for p in prefixes if all(f"{p}{key}" in state for key in needed)]
+    if not found:
+        return state
+    if len(found) > 1:
+        raise UserError(
+            f"--state_dict: has all weights {len(found)} times, under {_listed(found, ', ')}; give "
+            "a file that has them once"
+        )
+    (prefix,) = found
+    taken = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    others = [key for key in state if not key.startswith(prefix)]
+    rest = f"; skipped beside them: {_listed(others, ', ')}" if others else ""
+    logger.info("%s", f"the weights are those under '{shown(prefix, 100)}'{rest}")
+    return taken
+
+
+def _listed(names: list[str], between: str) -> str:
+    """At most ten names, and how many more there are."""
+    listed = between.join(shown(name, 200) for name in names[:_MOST_NAMES])
+    more = len(names) - _MOST_NAMES
+    return listed + (f"{between}and {more} more" if more > 0 else "")
+
+
+def _way_out(path: Path, reason: str) -> str:
+    """What to do with a file that holds objects of Python beside the weights."""
+    if "no plain data" not in reason:
+        return ""
+    return (
+        '; where you trust whoever made it, take the weights out: content = torch.load("'
+        f'{path}", weights_only=False); torch.save(content["state_dict"], "weights.pt")'
+    )
