@@ -159,6 +159,33 @@ def test_the_noise_s_arguments_stay_as_they_are() -> None:
     assert all(weight.grad is None for weight in network.parameters())
 
 
+class Spare(OneChannel):
+    """With a second BatchNorm that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.BatchNorm2d(1).double()
+
+
+def test_a_batchnorm_that_is_never_called_is_left_alone() -> None:
+    """It has no gradient: its noise and its mask stay, and the other's are as without it."""
+    config = Config.load(
+        **{"nb_iter": 2, "n_rounds": 1, "batch_size": 8, "crop_padding": 0, "flip": False},
+        **{"anp_eps": 0.4, "anp_steps": 2},
+    )
+    spare = torch.tensor([[0.1], [-0.2]], dtype=torch.float64)
+    masks, noise = mask_of(0.8), noise_of(0.3, -0.1)
+    one = adversarial_noise(OneChannel(), ONES, ZERO, masks, noise, config)
+    masks, noise = masks | {"spare": torch.ones_like(masks["bn"])}, noise | {"spare": spare}
+    two = adversarial_noise(Spare(), ONES, ZERO, masks, noise, config)
+    assert torch.equal(two["spare"], spare)
+    assert torch.equal(two["bn"], one["bn"])
+    images = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)]).double()
+    learned = learned_masks(Spare(), images, torch.tensor([0, 1]), config)
+    assert learned["spare"].tolist() == [1.0]
+    assert 0 <= float(learned["bn"]) < 1
+
+
 # the masks
 
 
