@@ -457,7 +457,12 @@ def test_a_fixed_level_is_taken_and_all_images_are_fitted() -> None:
     assert outcome.weights == [0, 1, 0]
     assert torch.equal(outcome.images, coloured()[0])
     assert torch.equal(outcome.labels, coloured()[1])
-    assert outcome.loop.findings.facts == {"level": 0.2, "pruned_channels": 2, "channels": 3}
+    assert outcome.loop.findings.facts == {
+        "level": 0.2,
+        "channels": 3,
+        "pruned_channels": 2,
+        "pruned": {"bn": [0, 2]},
+    }
     assert outcome.loop.findings.tables == {
         "pruned": [{"layer": "bn", "channel": 0}, {"layer": "bn", "channel": 2}]
     }
@@ -476,11 +481,30 @@ def test_the_last_level_before_accuracy_breaks_is_taken() -> None:
     assert outcome.loop.findings.facts == {
         "held_out_images": 6,
         "held_out_acc_before": 1.0,
+        "levels": [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3],
+        "held_out_accs": pytest.approx([1] * 6 + [2 / 3]),
         "level": 0.25,
-        "pruned_channels": 1,
         "channels": 3,
+        "pruned_channels": 1,
+        "pruned": {"bn": [0]},
     }
     assert outcome.loop.findings.tables["pruned"] == [{"layer": "bn", "channel": 0}]
+
+
+def test_accuracies_by_level_and_pruned_channels_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Level 0 prunes colour 0, which costs nothing, and level 0.5 a second one, and so a third."""
+    with caplog.at_level(logging.INFO, "sau"):
+        selected([0.0, 0.5, 0.6], pruning_step=0.5, acc_ratio=0.4)
+        selected([0.0, 0.9, 0.6], selection="fixed", pruning_number=0.6)
+    assert [record.message for record in caplog.records] == [
+        "held-out accuracy 100.00 %; by level: 0: 100.00 %, 0.5: 66.67 %",
+        "level 0.5: 2 of 3 channels pruned",
+        "pruned of bn: 0, 1",
+        "level 0.6: 2 of 3 channels pruned",
+        "pruned of bn: 0, 2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -530,10 +554,13 @@ def test_where_no_level_is_good_the_model_is_given_back(caplog: pytest.LogCaptur
     assert warning.startswith("no level of pruning kept the accuracy on held-out images")
     assert "\n" not in warning
     assert "level" not in findings.facts
+    assert findings.facts["levels"] == [0.0]
+    assert findings.facts["held_out_accs"] == [pytest.approx(1 / 3)]
     assert findings.tables["levels"] == [
         {"level": 0.0, "held_out_acc": pytest.approx(1 / 3)},
     ]
     assert "pruned" not in findings.tables
+    assert "pruned" not in findings.facts
 
 
 def test_without_held_out_images_no_level_is_good() -> None:

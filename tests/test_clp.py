@@ -178,7 +178,8 @@ def test_the_outlying_channel_is_pruned(channels: int, expected: list[int], pair
     assert silent(pruned, "bn2") == []
     rows = [{"layer": "bn1", "channel": channel} for channel in expected]
     assert loop.findings.tables["pruned"] == rows
-    assert loop.findings.facts == {"pruned_channels": len(expected)}
+    by_layer = {"bn1": expected} if expected else {}
+    assert loop.findings.facts == {"pruned_channels": len(expected), "pruned": by_layer}
 
 
 def test_grouped_convolutions_work_as_they_are() -> None:

@@ -211,7 +211,8 @@ def test_the_channel_of_two_modes_is_pruned(channels: int, expected: list[int]) 
     pruned = purify(network, mixture(channels), NO_LABELS, Config.load(u=2.99), loop)
     assert torch.nonzero(pruned.bn.weight == 0).flatten().tolist() == expected
     assert loop.findings.tables["pruned"] == [{"layer": "bn", "channel": c} for c in expected]
-    assert loop.findings.facts == {"pruned_channels": len(expected)}
+    by_layer = {"bn": expected} if expected else {}
+    assert loop.findings.facts == {"pruned_channels": len(expected), "pruned": by_layer}
 
 
 @pytest.mark.parametrize(("prune_bias", "shift"), [(False, 0.5), (True, 0.0)])

@@ -4,7 +4,7 @@ The level of a mask is fixed, or chosen on a held-out part of the clean images.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from models.parts import named_channels, silenced
 from utils.evaluate import predict
 from utils.train import Loop
+from utils.training.findings import Findings
 from utils.training.selection import acceptable, hold_out, tried
 
 
@@ -94,11 +95,19 @@ def pruned_by_masks(
     before = accuracy(model)
     accuracies = tried(levels, of_level, before, config.acc_ratio)
     count = acceptable(accuracies, before, config.acc_ratio)
-    loop.findings.tables["levels"] = [
+    rows = [
         {"level": level, "held_out_acc": accuracy}
         for level, accuracy in zip(levels, accuracies, strict=False)
     ]
-    loop.findings.facts |= {"held_out_images": len(held), "held_out_acc_before": before}
+    by_level = (f"{row['level']:g}: {_percent(row['held_out_acc'])}" for row in rows)
+    loop.findings.tables["levels"] = rows
+    loop.findings.say(
+        f"held-out accuracy {_percent(before)}; by level: {', '.join(by_level)}",
+        held_out_images=len(held),
+        held_out_acc_before=before,
+        levels=levels[: len(accuracies)],
+        held_out_accs=accuracies,
+    )
     if count == 0:
         loop.findings.warn(
             "no level of pruning kept the accuracy on held-out images, so the model is given back "
@@ -136,8 +145,7 @@ def pruned_in_rounds(
         channels = channels_of(model)
         model = silenced(model, channels, config.prune_bias)
         pruned += named_channels(channels)
-    loop.findings.tables["pruned"] = pruned
-    loop.findings.say(f"{len(pruned)} channels pruned", pruned_channels=len(pruned))
+    _say_pruned(loop.findings, pruned, f"{len(pruned)} channels pruned")
     return model
 
 
@@ -156,11 +164,27 @@ def _pruned(
     channels = channels_up_to(masks, level)
     pruned = named_channels(channels)
     total = sum(len(mask) for mask in masks.values())
-    loop.findings.tables["pruned"] = pruned
-    loop.findings.say(
-        f"level {level:g}: {len(pruned)} of {total} channels pruned",
-        level=level,
-        pruned_channels=len(pruned),
-        channels=total,
-    )
+    text = f"level {level:g}: {len(pruned)} of {total} channels pruned"
+    _say_pruned(loop.findings, pruned, text, level=level, channels=total)
     return silenced(model, channels, config.prune_bias)
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.2f} %"
+
+
+def _say_pruned(
+    findings: Findings, pruned: list[dict[str, int | str]], text: str, **facts: Any
+) -> None:
+    """Keeps what was pruned, as a table and by layer for the summary, and logs it layer by layer.
+
+    Args:
+        pruned: a row for each channel, as `named_channels` gives them.
+    """
+    layers: dict[str, list[int]] = {}
+    for row in pruned:
+        layers.setdefault(str(row["layer"]), []).append(int(row["channel"]))
+    findings.tables["pruned"] = pruned
+    findings.say(text, **facts, pruned_channels=len(pruned), pruned=layers)
+    for name, channels in layers.items():
+        findings.say(f"pruned of {name}: {', '.join(map(str, channels))}")
