@@ -134,13 +134,12 @@ def controlled(module: Any, control: Any, **changes: Any) -> Callable[[Dataset],
 def defended(name: str, **changes: Any) -> Callable[[Dataset], dict[str, Any]]:
     """A defense on all training images; the last batch has 5, which two processes share unevenly.
 
-    Without what each process draws by itself: SAU's random start, and crops of such a batch.
+    Without what each process draws by itself: SAU's random start.
     """
 
     def run(data: Dataset) -> dict[str, Any]:
         model, loop = network(data), Recorder()
-        drawn = {"pgd_init": "max", "crop_padding": 0, "flip": False}
-        config = shortened(name, model, **drawn, **changes)
+        config = shortened(name, model, **{"pgd_init": "max", **changes})
         images, labels = data.train.images, data.train.labels
         try:
             model = module(name).purify(model, images, labels, config, loop)

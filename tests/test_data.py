@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import data
+from utils import data, distributed
 from utils.data import Dataset, Labelled, as_float, augment
 
 # --- batches ------------------------------------------------------------------------------------
@@ -69,6 +69,27 @@ def test_a_flip_mirrors_columns_of_half_of_the_images() -> None:
     is_same = (flipped == images).flatten(1).all(1)
     assert (is_mirrored ^ is_same).all()
     assert 0.45 < is_mirrored.double().mean() < 0.55
+
+
+@pytest.mark.parametrize(("count", "processes"), [(5, 2), (7, 3), (6, 2), (4, 1)])
+def test_a_part_of_a_batch_moves_as_in_the_whole(
+    count: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 2 and 3, of 2, 2 and 3, of 3 each; the generators draw on in step, too."""
+    images = numbered(count, 4)
+    rng = torch.Generator().manual_seed(3)
+    expected = [augment(images, 2, True, rng) for _ in range(2)]
+    after = torch.rand(1, generator=rng)
+    monkeypatch.setattr(distributed, "processes", lambda: processes)
+    monkeypatch.setattr(distributed, "total", lambda values: torch.tensor(count))
+    parts = []
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        own, rng = images[distributed.part(count)], torch.Generator().manual_seed(3)
+        parts.append([augment(own, 2, True, rng, is_part=True) for _ in range(2)])
+        assert torch.equal(torch.rand(1, generator=rng), after)
+    for number, whole in enumerate(expected):
+        assert torch.equal(torch.cat([part[number] for part in parts]), whole)
 
 
 def test_augmentation_depends_on_its_generator_alone() -> None:

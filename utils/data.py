@@ -154,8 +154,8 @@ def augment(
         padding: pixels on every side, >= 0.
         flip: whether to flip.
         generator: on the device of the images.
-        is_part: whether the images are this process's part of a batch, whose images then move as
-            they would in a single process.
+        is_part: whether the images are this process's `distributed.part` of a batch, whose images
+            then move as they would in a single process.
 
     Returns:
         (N, C, H, W), channels-last in memory.
@@ -163,10 +163,12 @@ def augment(
     count, _, height, width = images.shape
     device = images.device
 
+    # Parts may differ by one image, and every process draws for all of them.
+    whole = int(distributed.total(torch.tensor(count))) if is_part else count
+    own = distributed.part(whole) if is_part else slice(whole)
+
     def draw(high: int) -> torch.Tensor:
-        rows = count * distributed.processes() if is_part else count
-        drawn = torch.randint(high, (rows, 1), device=device, generator=generator)
-        return distributed.own_rows(drawn) if is_part else drawn
+        return torch.randint(high, (whole, 1), device=device, generator=generator)[own]
 
     rows = draw(2 * padding + 1) + torch.arange(height, device=device)
     columns = draw(2 * padding + 1) + torch.arange(width, device=device)

@@ -121,11 +121,6 @@ def part(count: int) -> slice:
     return slice(count * rank() // processes(), count * (rank() + 1) // processes())
 
 
-def own_rows(rows: torch.Tensor) -> torch.Tensor:
-    """This process's rows of what was drawn for all of them, equally many each."""
-    return rows.chunk(processes())[rank()] if processes() > 1 else rows
-
-
 def total(values: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes; no gradient."""
     if processes() > 1:
