@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import nn
 
 from defense import anp, base, clp, ep, ft
 from defense.base import Given, comparison, seen_images
-from utils import plot
+from utils import plot, runtime
 from utils.data import Dataset, Triggered
 from utils.errors import NothingToDo, UserError
 from utils.evaluate import evaluate
@@ -24,6 +25,8 @@ from utils.folders import RunFolder
 from utils.metrics import Rate, Scores, defense_effectiveness_rating
 from utils.record import model_state
 from utils.records.defense import load_defense
+from utils.runtime import generator
+from utils.tensors import load_tensors
 from utils.training.findings import Findings, Picture, Verdict
 
 
@@ -448,3 +451,77 @@ def test_what_a_method_found_is_told_and_drawn(
     log = folder.log.read_text(encoding="utf-8")
     for message in messages:
         assert message in log
+
+
+# a run that is cut off
+
+
+def drifting(ends_at: tuple[int, int] | None = None) -> Any:
+    """A method that moves a bias by what it draws; it breaks off in a round's batch."""
+
+    def purify(model: Any, images: Any, labels: Any, config: Any, loop: Any = None) -> nn.Module:
+        model = copy.deepcopy(model)
+        order = generator(config.random_seed, "batches")
+        for number in loop.rounds(config.n_rounds, model=model, order=order):
+            for batch, index in enumerate(loop.batches(len(images), 2, order), 1):
+                if (number, batch) == ends_at:
+                    raise InterruptedError
+                drift = index[0] + torch.rand(())
+                model.network.linear.bias.data[0] += drift
+                loop.log(len(index), loss=drift)
+        return model
+
+    return purify
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Signals are not put off when a test ends."""
+    yield
+    runtime._Stop.is_deferred = False
+
+
+def cut(record: Record, **flags: Any) -> None:
+    """A run into record/x/defense/cut that ends in the last batch of the second round."""
+    with pytest.raises(InterruptedError):
+        base.defend(config(record, **flags), "cut", drifting((2, 3)))
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_run_that_was_cut_off_goes_on(record: Record, caplog: pytest.LogCaptureFixture) -> None:
+    """It comes to the same weights and losses; the log has both parts, the time is of both."""
+    caplog.set_level(logging.INFO, "sau")
+    whole = base.defend(config(record), "whole", drifting())
+    cut(record, checkpoint_every=0.0)
+    file = record.folder / "defense" / "cut" / "checkpoint.pt"
+    torch.save({**load_tensors(file), "seconds": 1000.0}, file)
+    folder = base.defend(config(record, resume=True), "cut", drifting())
+    one, two = (model_state(load_defense(run.path)) for run in (whole, folder))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    rows = [
+        pd.read_csv(run.path / "metrics.csv").drop(columns="seconds") for run in (whole, folder)
+    ]
+    pd.testing.assert_frame_equal(*rows)
+    assert folder.log.read_text(encoding="utf-8").count("before  ACC") == 2
+    assert 1000 <= summary_of(folder)["seconds"] < 1100
+    assert not file.exists()
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_run_without_a_checkpoint_begins_anew(
+    record: Record, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its first one would have been after an hour; the log has the second run alone."""
+    caplog.set_level(logging.INFO, "sau")
+    cut(record, checkpoint_every=3600.0)
+    assert not (record.folder / "defense" / "cut" / "checkpoint.pt").exists()
+    folder = base.defend(config(record, resume=True), "cut", drifting())
+    assert folder.log.read_text(encoding="utf-8").count("before  ACC") == 1
+    assert pd.read_csv(folder.path / "metrics.csv")["round"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_run_goes_on_with_its_own_flags_alone(record: Record) -> None:
+    cut(record, checkpoint_every=0.0)
+    with pytest.raises(UserError, match="was run with --lr "):
+        base.defend(config(record, resume=True, lr=0.5), "cut", drifting())

@@ -16,6 +16,7 @@ from tests.networks import ConvNet, conv_net, copied, differing, problem
 from utils.data import augment
 from utils.runtime import generator
 from utils.train import Loop
+from utils.training import sgd
 from utils.training.sgd import fine_tune
 
 
@@ -284,3 +285,18 @@ def test_a_frozen_weight_stays() -> None:
     found = shared(network, config())
     assert torch.equal(found["conv1.weight"], network.conv1.weight)
     assert not torch.equal(found["conv2.weight"], network.conv2.weight)
+
+
+def test_images_are_moved_as_a_part_of_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that several processes move them as one would; see `test_data.py` for the rest."""
+    asked: list[Any] = []
+
+    def spy(*given: Any, **how: Any) -> torch.Tensor:
+        asked.append(how)
+        return augment(*given, **how)
+
+    for module in (ft, sgd):
+        monkeypatch.setattr(module, "augment", spy)
+    ft.purify(conv_net(), *problem(), config(n_rounds=1))
+    shared(conv_net(), config(n_rounds=1))
+    assert asked == [{"is_part": True}] * 6

@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from defense.sau import Config, jensen_shannon, purify, shared_perturbation, unlearning_loss
+from defense.sau import (
+    Config,
+    examples,
+    jensen_shannon,
+    purify,
+    shared_perturbation,
+    unlearning_loss,
+)
 from models import build_model
 from tests import oracle
 from utils.errors import UserError
 from utils.runtime import generator
+from utils.train import Loop
 from utils.training import parts
 
 NORMS = {"L_inf": 0.2, "L1": 12.0, "L2": 1.2, "Reg": 0.2}
@@ -440,3 +448,36 @@ def test_the_inner_loop_goes_on_for_a_single_image() -> None:
         )
         assert torch.equal(perturbation(index), expected)
         assert not bool(does_not_move(index, 4)[-1])
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(3, [0, 1, 2]), (8, [*range(8)]), (15, [*range(0, 15, 2)])]
+)
+def test_examples_are_drawn_beside_up_to_eight_images(count: int, chosen: list[int]) -> None:
+    """Spread evenly; both models of the inner problem are the one that was given."""
+    model = small_network(2, batch_norm=True)
+    images, labels = problem(2, count)
+    config = Config.load(pgd_init="random", adv_lr=0.1, random_seed=4)
+    picture = examples(model, images, labels, config)
+    clean = images[chosen]
+    delta = shared_perturbation(
+        model, model, clean, labels[chosen], config, generator=generator(4, "examples")
+    )
+    assert list(picture.rows) == ["clean", "adversarial"]
+    assert torch.equal(picture.rows["clean"], clean)
+    assert torch.equal(picture.rows["adversarial"], clean + delta)
+    assert picture.title == (
+        "shared adversarial examples of the model before; label before | after"
+    )
+    assert picture.is_compared
+
+
+def test_examples_are_of_the_model_as_it_was_given() -> None:
+    model, loop = small_network(2, batch_norm=True), Loop()
+    images, labels = problem(2)
+    config = Config.load(n_rounds=2, batch_size=5, lr=0.1, adv_lr=0.1)
+    purify(model, images, labels, config, loop)
+    picture = loop.findings.pictures["perturbations"]
+    assert callable(picture)
+    expected = examples(model, images, labels, config)
+    assert torch.equal(picture().rows["adversarial"], expected.rows["adversarial"])

@@ -1,5 +1,6 @@
 """What watches a run: rows, phases, the scores of the model that comes out, and its time."""
 
+import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -261,3 +262,93 @@ def test_a_signal_makes_a_checkpoint_and_says_where_it_stopped(folder: RunFolder
         1,
         1,
     )
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What the progress bars are asked to do; their ETA is always 0:07."""
+    asked: list[tuple[object, ...]] = []
+
+    class Bar:
+        def __init__(self, total: int, name: str, initial: int = 0) -> None:
+            asked.append(("open", total, name, initial))
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            asked.append(("close",))
+
+        def advance(self) -> None:
+            asked.append(("advance",))
+
+        def eta(self) -> str:
+            return "0:07"
+
+        def show(self, text: str) -> None:
+            asked.append(("show", text))
+
+    monkeypatch.setattr(pipeline, "Progress", Bar)
+    return asked
+
+
+def test_each_phase_has_a_bar_of_all_its_batches(
+    folder: RunFolder, bars: list[tuple[object, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five images in twos are three batches a round: three for the teacher, and six."""
+    caplog.set_level(logging.INFO, "sau")
+    watch = Watch(folder, "round", score, eval_every=1)
+    loop, order = watch.start(), torch.Generator()
+    for _ in loop.rounds(1, "teacher", order=order):
+        for index in loop.batches(5, 2, order):
+            loop.log(len(index), loss=torch.tensor(2.0))
+    for _ in loop.rounds(2, model=Numbered(40), order=order):
+        for index in loop.batches(5, 2, order):
+            loop.log(len(index), clean=torch.tensor(0.5), shared=torch.tensor(1.0))
+    watch.finish(Numbered(50))
+    assert bars == [
+        *[("open", 3, "teacher", 0), *[("advance",)] * 3, ("show", ""), ("close",)],
+        *[("open", 6, "round", 0), *[("advance",)] * 3, ("show", "ACC 40.00 %")],
+        *[*[("advance",)] * 3, ("show", "ACC 40.00 %"), ("close",)],
+    ]
+    assert [record.message for record in caplog.records] == [
+        "teacher, round 1/1  loss 2.0000  ",
+        "round 1/2  clean 0.5000  shared 1.0000  ACC 40.00 %  ETA 0:07",
+        "round 2/2  clean 0.5000  shared 1.0000  ",
+        "result  ACC 50.00 %",
+    ]
+
+
+def test_the_bar_of_a_resumed_run_begins_where_it_was_cut_off(
+    folder: RunFolder, bars: list[tuple[object, ...]]
+) -> None:
+    """After the first of three batches of the second round, so four of six were done before."""
+
+    def run(watch: Watch, stop_at: int | None = None) -> None:
+        loop, order = watch.start(), torch.Generator()
+        for number in loop.rounds(2, order=order):
+            for _ in loop.batches(5, 2, order):
+                runtime._Stop.signal = signal.SIGTERM if number == stop_at else None
+
+    with pytest.raises(runtime.Stopped):
+        run(Watch(folder, "round", score, eval_every=1), stop_at=2)
+    assert bars == [
+        ("open", 6, "round", 0),
+        *[("advance",)] * 3,
+        ("show", ""),
+        ("advance",),
+        ("close",),
+    ]
+    bars.clear()
+    kept = load_tensors(folder.path / "checkpoint.pt")
+    run(Watch(folder, "round", score, eval_every=1, checkpoint=kept))
+    assert bars == [("open", 6, "round", 4), *[("advance",)] * 2, ("show", "")]
+
+
+def test_seconds_are_kept_to_hundredths(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    watch = Watch(folder, "round", score, eval_every=1)
+    for _ in watch.start().rounds(1):
+        clock[0] = 1.23456
+    assert watch.metrics["seconds"].tolist() == [1.23]
