@@ -645,3 +645,10 @@ def test_two_runs_give_the_same_and_another_seed_does_not() -> None:
     )
     assert differing(first, second) == []
     assert differing(first, other) == ["bn1", "bn2"]
+
+
+@pytest.mark.parametrize(("rounds", "silent"), [(0, False), (1, True)])
+def test_a_level_of_one_prunes_all_but_after_no_round(rounds: int, silent: bool) -> None:
+    flags = {"nb_iter": 1, "batch_size": 6, "selection": "fixed", "pruning_number": 1.0}
+    pruned = purify(conv_net(), *problem(), Config.load(n_rounds=rounds, **flags))
+    assert bool((pruned.bn1.weight == 0).all()) == silent

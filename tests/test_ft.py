@@ -300,3 +300,17 @@ def test_images_are_moved_as_a_part_of_their_batch(monkeypatch: pytest.MonkeyPat
     ft.purify(conv_net(), *problem(), config(n_rounds=1))
     shared(conv_net(), config(n_rounds=1))
     assert asked == [{"is_part": True}] * 6
+
+
+class Blind(Loop):
+    """A loop that does not ask for the value of a loss, which a meta tensor does not have."""
+
+    def losses(self) -> dict[str, float]:
+        return {"loss": 0.0}
+
+
+def test_batches_go_to_where_the_model_is() -> None:
+    """On the device `meta` there are shapes alone, and mixing it with another one is an error."""
+    model = ft.purify(conv_net().to("meta"), *problem(), config(), Blind())
+    assert all(value.is_meta for value in model.state_dict().values())
+    assert all(value.is_meta for value in shared(conv_net().to("meta"), config(), Blind()).values())

@@ -212,3 +212,14 @@ def test_a_loss_that_is_not_finite_names_phase_and_flag() -> None:
     loop.log(1, loss=torch.tensor(torch.nan))
     with pytest.raises(UserError, match=r"round 1 of 2 \(search\); give a smaller --mask_lr"):
         next(rounds)
+
+
+def test_a_snapshot_keeps_the_phases_that_are_done_and_not_the_main_one() -> None:
+    """Only where somebody takes snapshots: else there is nothing to keep them for."""
+    loop = Loop(after_batch=lambda _: None)
+    for phase in ("one", "two", ""):
+        list(loop.rounds(1, phase))
+    assert list(loop.snapshot()["done"]) == ["one", "two"]
+    alone = Loop()
+    list(alone.rounds(1, "one"))
+    assert alone.snapshot()["done"] == {}

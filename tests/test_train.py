@@ -10,6 +10,7 @@ from torch import nn
 
 import utils.train
 from models import Classifier
+from utils import distributed
 from utils.data import Dataset, Labelled, as_float
 from utils.errors import UserError
 from utils.poison import PoisonedSet, unpoisoned
@@ -170,6 +171,62 @@ def test_batches_tell_their_number_after_each_one() -> None:
     assert seen == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("rank", "sizes", "factors"), [(0, [2, 2], [0.8, 0.8]), (1, [3, 3], [1.2, 1.2])]
+)
+def test_each_process_has_its_part_of_a_batch(
+    rank: int, sizes: list[int], factors: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, ten images in fives: 2 and 3 of each.
+
+    The mean over two of five counts 2/5, and half of it once gradients are averaged: 2/5 * 2.
+    """
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "parallel", lambda model: model)
+    loop, model = Loop(), Scalar()
+    assert loop.parallel(model) is model
+    assert loop.alone(model) is model
+    parts, found = [], []
+    for own in loop.batches(10, 5, rng()):
+        parts.append(own)
+        model.weight.grad = None
+        loop.backward(model.weight * 1)
+        found.append(float(model.weight.grad))
+    assert [len(own) for own in parts] == sizes
+    assert found == pytest.approx(factors)
+    whole = torch.randperm(10, generator=rng()).split(5)
+    for own, batch in zip(parts, whole, strict=True):
+        assert own.tolist() == (batch[:2] if rank == 0 else batch[2:]).tolist()
+
+
+def test_a_whole_batch_goes_to_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the step needs it; the gradient of its mean counts as it is."""
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    loop, model = Loop(), Scalar()
+    batches = loop.batches(10, 5, rng(), whole=True)
+    assert len(next(batches)) == 5
+    loop.backward(model.weight * 1)
+    assert float(model.weight.grad) == 1
+
+
+def test_what_several_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method without `parallel`; a last batch of one for two processes, but not one of two."""
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "parallel", lambda model: model)
+    loop = Loop()
+    with pytest.raises(UserError, match="does not train data-parallel; start it without torchrun"):
+        next(loop.batches(10, 5, rng()))
+    loop.parallel(Scalar())
+    with pytest.raises(UserError, match="the last batch has 1 of 10 images, fewer than the 2"):
+        next(loop.batches(10, 3, rng()))
+    assert [len(own) for own in loop.batches(10, 4, rng())] == [2, 2, 1]
+    assert [len(own) for own in loop.batches(9, 4, rng(), drop_last=True)] == [2, 2]
+    assert list(loop.batches(3, 4, rng(), drop_last=True)) == []
+
+
 # --- learning rates -----------------------------------------------------------------------------
 
 
@@ -226,6 +283,7 @@ def test_training_gives_the_plateau_the_mean_loss_of_the_epoch(
 def test_a_schedule_stays_at_zero_after_its_end(schedule: Schedule) -> None:
     multiplier = lr_multiplier(schedule, epochs=2, steps_per_epoch=3)
     assert multiplier(7) == pytest.approx(0, abs=1e-12)
+    assert lr_multiplier(schedule, epochs=1, steps_per_epoch=2)(2) == pytest.approx(0, abs=1e-12)
     assert multiplier(100) == pytest.approx(0, abs=1e-12)
 
 

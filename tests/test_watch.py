@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from utils import pipeline, runtime
+from utils.data import Dataset
 from utils.folders import RunFolder
 from utils.metrics import Rate, Scores
 from utils.pipeline import Watch
@@ -156,6 +157,7 @@ def test_a_signal_ends_a_phase_that_has_no_batches(folder: RunFolder) -> None:
     runtime._Stop.signal = signal.SIGTERM
     with pytest.raises(runtime.Stopped, match="stopped in search, round 2"):
         next(rounds)
+    assert not runtime._Stop.is_deferred
     assert not (folder.path / "checkpoint.pt").exists()
 
 
@@ -352,3 +354,25 @@ def test_seconds_are_kept_to_hundredths(folder: RunFolder, monkeypatch: pytest.M
     for _ in watch.start().rounds(1):
         clock[0] = 1.23456
     assert watch.metrics["seconds"].tolist() == [1.23]
+
+
+def test_a_scorer_asks_for_triggered_and_cross_images_each_time(
+    monkeypatch: pytest.MonkeyPatch, tiny_data: Dataset
+) -> None:
+    """An attack that trains its trigger has others at each evaluation."""
+    given: list[tuple[object, ...]] = []
+
+    def evaluate(*arguments: object, cross: object) -> Scores:
+        given.append((*arguments, cross))
+        return Scores(Rate(1, 2))
+
+    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    numbers, model, cpu = iter(range(9)), Numbered(1), torch.device("cpu")
+    of_all = pipeline.scorer(tiny_data.test, lambda: next(numbers), cpu, lambda: next(numbers))
+    of_clean = pipeline.scorer(tiny_data.test, lambda: None, cpu)
+    assert [of_all(model), of_all(model), of_clean(model)] == [Scores(Rate(1, 2))] * 3
+    assert [(first, *others) for first, _, *others in given] == [
+        *[(model, 0, cpu, 1), (model, 2, cpu, 3), (model, None, cpu, None)],
+    ]
+    assert all(torch.equal(test.images, tiny_data.test.images) for _, test, *_ in given)
+    assert all(torch.equal(test.labels, tiny_data.test.labels) for _, test, *_ in given)
