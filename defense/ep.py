@@ -65,7 +65,7 @@ def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:
     values = values.double()
     deviation = values.std(1, keepdim=True)
     z = (values - values.mean(1, keepdim=True)) / deviation
-    is_known = (deviation > 0).squeeze(1) & z.isfinite().all(1)
+    is_known = z.isfinite().all(1)  # 0 / 0 is not
     entropy = torch.full_like(deviation.squeeze(1), torch.nan)
     if not is_known.any():
         return entropy

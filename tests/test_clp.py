@@ -309,3 +309,13 @@ def test_a_network_without_a_pair_is_refused_in_a_line() -> None:
             purify(without, NO_IMAGES, NO_LABELS, config)
         with pytest.raises(UserError, match=r"^[^\n]*no such pair[^\n]*$"):
             purify(before, NO_IMAGES, NO_LABELS, config)
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_network_is_refused_by_the_pairs_that_are_asked_for(rounds: int) -> None:
+    """A ReLU stands between convolution and BatchNorm: in order they are a pair, directly not."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    images = torch.zeros(0, 3, 8, 8)
+    purify(network, images, NO_LABELS, Config.load(pairs="order", n_rounds=rounds))
+    with pytest.raises(UserError, match="no such pair"):
+        purify(network, images, NO_LABELS, Config.load(pairs="direct", n_rounds=rounds))

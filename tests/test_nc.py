@@ -471,6 +471,13 @@ def test_a_threshold_is_strict() -> None:
     assert flagged_classes(NORMS, index - 1e-3) == [0]
 
 
+def test_a_class_is_flagged_from_an_index_of_two() -> None:
+    """Median 99, distances 0, 1, 1, 2, 3 and d, their median 1: the index is d / 1.4826."""
+    for index, expected in ((1.9, []), (2.1, [5]), (2.9, [5])):
+        norms = torch.tensor([100.0, 99, 101, 98, 102, 99 - 1.4826 * index])
+        assert flagged_classes(norms) == expected
+
+
 def test_large_masks_are_not_flagged() -> None:
     """300 is as far from the median as can be, but over it."""
     norms = torch.tensor([60.0, 62, 64, 66, 300])
@@ -718,3 +725,12 @@ def test_a_search_for_each_class_finds_the_one_with_the_small_trigger() -> None:
     assert loop.findings.verdict.targets == (0,)
     assert list(dict.fromkeys(phases)) == [f"class {label}" for label in range(8)]
     assert purified.factor.item() == 100
+
+
+def test_a_search_compares_in_double_precision() -> None:
+    """A norm rounded to single precision would be larger than itself, and so than a better one."""
+    seen: list[dict[str, torch.Tensor]] = []
+    loop = Loop(lambda number, total, losses, state: seen.append(state["search"]))
+    invert_trigger(conv_net(), problem()[0], 0, Config.load(nc_epoch=1, crop_padding=0), loop)
+    kinds = {name: seen[0][name].dtype for name in ("cost", "best_norm", "compared_norm")}
+    assert kinds == dict.fromkeys(kinds, torch.float64)
