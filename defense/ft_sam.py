@@ -21,7 +21,7 @@ attackers who train with SAM.
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -61,9 +61,10 @@ def adaptive_ascent(
     Returns:
         Tensors of the same shapes.
     """
-    scaled = [(w.abs() * g).flatten() for w, g in zip(weights, gradients, strict=True)]
+    pairs = list(zip(weights, gradients, strict=True))
+    scaled = [(w.abs() * g).flatten() for w, g in pairs]
     norm = torch.linalg.vector_norm(torch.cat(scaled)) + 1e-12
-    return [rho * w.square() * g / norm for w, g in zip(weights, gradients, strict=True)]
+    return [rho * w.square() * g / norm for w, g in pairs]
 
 
 def smoothed_cross_entropy(
@@ -109,7 +110,7 @@ def purify(
         loop.backward(here)
         before = [weight.detach().clone() for weight in weights]
         moves = adaptive_ascent(before, [_gradient_of(weight) for weight in weights], config.rho)
-        _set(weights, [weight + move for weight, move in zip(before, moves, strict=True)])
+        _set(weights, map(torch.add, before, moves))
         model.zero_grad()
         with keeping_statistics(model):
             loop.backward(loss())
@@ -124,7 +125,7 @@ def purify(
 
 
 @torch.no_grad()
-def _set(weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+def _set(weights: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
     for weight, value in zip(weights, values, strict=True):
         weight.copy_(value)
 

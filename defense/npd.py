@@ -101,7 +101,7 @@ def targeted_perturbation(
         logits = model(adversarial)
         if step and (logits.argmax(1) == targets).float().mean() > ENOUGH:
             break
-        loss = F.cross_entropy(logits, targets, reduction="none").clamp(-80, 80).mean()
+        loss = F.cross_entropy(logits, targets, reduction="none").clamp(max=80).mean()
         (gradient,) = torch.autograd.grad(loss, adversarial)
         # Of what is clipped there is no gradient; black and white are not clipped.
         gradient = gradient.where((moved >= 0) & (moved <= 1), 0)

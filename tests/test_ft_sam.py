@@ -55,6 +55,13 @@ def test_without_a_gradient_or_a_length_nothing_moves() -> None:
     assert adaptive_ascent([w], [g], 0.0)[0].tolist() == [0, 0]
 
 
+def test_each_weight_has_a_gradient() -> None:
+    w, g = torch.tensor([2.0, 1.0]), torch.tensor([3.0, 4.0])
+    for weights, gradients in (([w, w], [g]), ([w], [g, g])):
+        with pytest.raises(ValueError, match="zip"):
+            adaptive_ascent(weights, gradients, 2.0)
+
+
 # the loss
 
 

@@ -475,3 +475,10 @@ def test_vgg19_has_sixteen_batchnorm_layers_of_5504_channels() -> None:
         *[512] * 8,
     ]
     assert sum(norm.num_features for norm in norms(network).values()) == 5504
+
+
+def test_convolutions_are_found_where_the_network_is() -> None:
+    """On the device `meta` there are shapes alone, and another one's image would be refused."""
+    network = conv_net().to("meta")
+    found = convolutions_before(network, "direct", (3, 8, 8))
+    assert found == {"bn1": network.conv1, "bn2": network.conv2}
