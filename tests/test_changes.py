@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from models import changes
 from models.changes import Polarizer, apply_changes, changes_of, insert, shapes_without
 from models.preactresnet import PreActResNet
 from tests.networks import conv_net, copied, differing, problem
@@ -157,7 +158,6 @@ GOOD = {"kind": "polarizer", "layer": "conv2", "channels": 6}
         {"layer": None},
         {"channels": 0},
         {"channels": -1},
-        {"channels": (1 << 16) + 1},
         {"channels": True},
         {"channels": "6"},
         {"channels": 6.0},
@@ -175,3 +175,19 @@ def test_a_change_that_lacks_a_value_is_refused(name: str) -> None:
     lacking = {key: value for key, value in GOOD.items() if key != name}
     with pytest.raises(UserError, match="is not known here"):
         apply_changes(conv_net(), [lacking])
+
+
+@pytest.mark.parametrize("channels", [1, 1 << 16])
+def test_a_part_has_up_to_65536_channels(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is refused before it takes the memory of this machine."""
+    asked: list[object] = []
+    monkeypatch.setattr(changes, "insert", lambda network, *given: asked.append(given))
+    apply_changes(conv_net(), [{**GOOD, "channels": channels}])
+    assert asked == [("polarizer", "conv2", channels)]
+    with pytest.raises(UserError, match="is not known here"):
+        apply_changes(conv_net(), [{**GOOD, "channels": (1 << 16) + 1}])
+
+
+def test_a_part_is_where_the_network_is() -> None:
+    part = insert(conv_net().to("meta"), "polarizer", "conv2", 6)
+    assert all(value.is_meta for value in part.state_dict().values())
