@@ -481,3 +481,31 @@ def test_examples_are_of_the_model_as_it_was_given() -> None:
     assert callable(picture)
     expected = examples(model, images, labels, config)
     assert torch.equal(picture().rows["adversarial"], expected.rows["adversarial"])
+
+
+def test_images_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven in threes, with their factors; how many is asked for by device and width."""
+    asked: list[tuple[object, ...]] = []
+    sizes: list[int] = []
+
+    def times(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return images * factors.view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(parts, "images_at_once", lambda *given: asked.append(given) or 3)
+    images, factors = torch.rand(7, 3, 4, 6), torch.arange(7.0)
+    found = parts.image_by_image(times, images, factors)
+    assert torch.equal(found, images * factors.view(-1, 1, 1, 1))
+    assert sizes == [3, 3, 1]
+    assert asked == [(images.device, 6)]
+    with pytest.raises(ValueError, match="zip"):
+        parts.image_by_image(times, images, factors[:3])
+
+
+def test_the_wanted_rows_come_first_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then others, where a device wants more of them."""
+    wanted = torch.tensor([False, True, False, True, True])
+    assert parts.rows_of(wanted).tolist() == [1, 3, 4]
+    assert parts.rows_of(wanted & False).tolist() == []
+    monkeypatch.setattr(parts, "rounded_up", lambda device, count: count + 1)
+    assert parts.rows_of(wanted).tolist() == [1, 3, 4, 0]
