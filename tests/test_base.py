@@ -396,13 +396,17 @@ def test_a_method_is_given_the_model_the_images_and_the_seed(record: Record) -> 
     assert not torch.equal(noise, seen[2][4])
 
 
-def test_a_run_without_a_trigger_draws_no_images(record: Record, drawn: list[Any]) -> None:
+def test_a_run_without_a_trigger_draws_no_images(
+    record: Record, drawn: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "sau")
     record.triggered = None
     folder = base.defend(config(record), "never", never_ant)
     assert len(drawn) == 1
     assert summary_of(folder)["der"] is None
     log = folder.log.read_text(encoding="utf-8")
     assert not (folder.path / "before_after.png").exists()
+    assert log.count("the record has no triggered images: ACC alone is reported") == 1
     assert "DER" not in log.replace("no ASR or DER", "")
 
 
@@ -448,6 +452,11 @@ def test_what_a_method_found_is_told_and_drawn(
     messages = [entry.message for entry in caplog.records]
     assert "verdict: backdoored, target 0 (ant); right" in messages
     assert any(message.startswith("DER") for message in messages)
+    assert messages[:2] == [
+        "finds against badnet on tiny: tiny, cpu, fp32",
+        "6 clean images of 12",
+    ]
+    assert messages[2].startswith("before  ACC ")
     log = folder.log.read_text(encoding="utf-8")
     for message in messages:
         assert message in log

@@ -60,8 +60,8 @@ def two_phases(loop: Loop) -> dict[str, Any]:
     }
 
 
-def cut_after(batch: int, path: Path, losses: list[Any]) -> Loop:
-    """A loop that writes a snapshot after a batch of the whole run, and ends there."""
+def cut_after(batch: int, path: Path, losses: list[Any], resume: Any = None) -> Loop:
+    """A loop that writes a snapshot after a batch of all that it gives, and ends there."""
     done = 0
 
     def after_batch(_: int) -> None:
@@ -71,7 +71,7 @@ def cut_after(batch: int, path: Path, losses: list[Any]) -> Loop:
             torch.save(loop.snapshot(), path)
             raise Cut
 
-    loop = Loop(lambda *report: losses.append(report[:3]), after_batch)
+    loop = Loop(lambda *report: losses.append(report[:3]), after_batch, resume=resume)
     return loop
 
 
@@ -223,3 +223,16 @@ def test_a_snapshot_keeps_the_phases_that_are_done_and_not_the_main_one() -> Non
     alone = Loop()
     list(alone.rounds(1, "one"))
     assert alone.snapshot()["done"] == {}
+
+
+def test_a_run_may_be_cut_again(tmp_path: Path) -> None:
+    """In the main phase: the second snapshot has the phase that the first one had done, too."""
+    path = tmp_path / "x.pt"
+    whole = two_phases(Loop(after_batch=lambda _: None))
+    with pytest.raises(Cut):
+        two_phases(cut_after(8, path, []))
+    with pytest.raises(Cut):
+        two_phases(cut_after(3, path, [], resume=load_tensors(path)))
+    resumed = two_phases(Loop(resume=load_tensors(path)))
+    for name in ("model", "teacher", "masks", "best"):
+        assert all(torch.equal(resumed[name][key], value) for key, value in whole[name].items())

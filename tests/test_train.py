@@ -82,6 +82,17 @@ def test_rounds_report_each_loss_by_its_name() -> None:
     assert seen == [{"clean": 1.5, "shared": 4.0}]
 
 
+def test_a_phase_without_rounds_has_no_losses_of_the_one_before() -> None:
+    loop = Loop()
+    for _ in loop.rounds(1, "search"):
+        loop.log(4, loss=torch.tensor(1.0))
+    assert loop.losses() == {"loss": 1.0}
+    list(loop.rounds(0))
+    assert loop.losses() == {}
+    loop.log(2, loss=torch.tensor(3.0))
+    assert loop.losses() == {"loss": 3.0}
+
+
 class Box:
     """What the graph of a loss keeps of a tensor; it goes when the graph goes."""
 
@@ -126,6 +137,9 @@ def test_a_loss_that_is_not_finite_names_its_round(value: float) -> None:
 
 def test_a_loop_without_callbacks_only_counts() -> None:
     loop = Loop()
+    assert (loop.phase, loop.position, loop.total) == ("", (0, 0), 0)
+    assert list(loop.rounds(0, "search")) == []
+    assert (loop.phase, loop.position, loop.total) == ("search", (0, 0), 0)
     assert list(loop.rounds(3)) == [1, 2, 3]
     assert [len(batch) for batch in loop.batches(5, 2, rng())] == [2, 2, 1]
 
@@ -508,3 +522,58 @@ def test_a_gpu_takes_clean_and_poisoned_images_together_or_neither(
     )
     train_classifier(Scalar(), poisoned, Mean(), **recipe())
     assert asked == [images.nbytes + images[:3].nbytes]
+
+
+@pytest.mark.parametrize(("how", "sizes"), [({}, [2, 2, 2]), ({"whole": True}, [4, 4, 4])])
+def test_several_processes_train_on_parts_or_on_whole_batches(
+    how: dict[str, bool], sizes: list[int], tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that needs the batch as a whole gets it, and a model that puts parts together."""
+    gathered: list[nn.Module] = []
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "total", lambda values: values)
+    for name in ("parallel", "require_equal"):
+        monkeypatch.setattr(distributed, name, lambda model: model)
+    monkeypatch.setattr(distributed, "Gathered", lambda model: gathered.append(model) or model)
+    recorder, model = Recorder(), Scalar()
+    train_classifier(model, unpoisoned(tiny_data.train), recorder, **recipe(**how))
+    assert [len(batch) for batch in recorder.labels] == sizes
+    assert gathered == ([model] if how else [])
+
+
+def test_one_process_gathers_nothing(tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(distributed, "Gathered")
+    train_classifier(Scalar(), unpoisoned(tiny_data.train), Mean(), **recipe(whole=True))
+
+
+def test_the_device_of_a_state_is_that_of_its_first_tensor() -> None:
+    """In a module or a dictionary, too; what has none is passed over."""
+    meta = torch.zeros(1, device="meta")
+    for value in (meta, {"mask": meta}, nn.Linear(1, 1, device="meta")):
+        state = {
+            "order": rng(),
+            "empty": {},
+            "none": nn.Identity(),
+            "it": value,
+            "cpu": torch.ones(1),
+        }
+        assert utils.train._device_of(state) == torch.device("meta")
+    assert utils.train._device_of({"order": rng()}) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_batches_are_given_on_their_device(
+    has_room: bool, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the set is there or stays where it is; on `meta` there are shapes alone."""
+    monkeypatch.setattr(utils.train, "fits", lambda *_: has_room)
+    images = tiny_data.train.images
+    index, zeros = torch.tensor([1, 4]), torch.zeros(2, dtype=torch.int64)
+    data = PoisonedSet(tiny_data.train, index, images[:2], zeros, zeros.byte())
+    batches = utils.train._Batches(data, torch.device("meta"))
+    assert batches._images.is_meta == has_room
+    taken, labels = batches.take(torch.tensor([0, 1, 5]))
+    assert taken.is_meta
+    assert labels.is_meta
+    assert taken.shape == (3, 3, 8, 8)

@@ -118,8 +118,11 @@ def test_a_run_of_one_phase_has_no_table_of_phases(folder: RunFolder) -> None:
 def test_the_method_s_own_time_is_told_from_that_of_scores_and_files(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three rounds of 5 seconds, and 2 more before the model is given; 100 for each score."""
-    clock = [0.0]
+    """Three rounds of 5 seconds, and 2 more before the model is given; 100 for each score.
+
+    The checkpoint of the last batch is made after 3 * 5 seconds, two scores, and two checkpoints.
+    """
+    clock = [70.0]
     monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def slow(model: nn.Module) -> Scores:
@@ -143,7 +146,8 @@ def test_the_method_s_own_time_is_told_from_that_of_scores_and_files(
     watch.finish(Numbered(1))
     assert watch.training_seconds == 17
     kept = load_tensors(folder.path / "checkpoint.pt")
-    assert kept["training_seconds"] == 15  # of the last batch
+    assert kept["training_seconds"] == 15
+    assert kept["seconds"] == 15 + 2 * 100 + 2 * 1000
     again = Watch(folder, "round", slow, eval_every=1, checkpoint=kept)
     assert again.training_seconds == 15
     assert again.earlier == kept["seconds"]
@@ -247,6 +251,7 @@ def test_a_checkpoint_is_made_after_the_first_batch_that_is_late_enough(
 def test_a_signal_makes_a_checkpoint_and_says_where_it_stopped(folder: RunFolder) -> None:
     watch = Watch(folder, "round", score, eval_every=1)
     loop, order = watch.start(score(Numbered(90))), torch.Generator()
+    list(loop.rounds(1, "search"))
     rounds = loop.rounds(3, "teacher", order=order)
     assert next(rounds) == 1
     batches = loop.batches(6, 2, order)
@@ -259,6 +264,7 @@ def test_a_signal_makes_a_checkpoint_and_says_where_it_stopped(folder: RunFolder
     )
     kept = load_tensors(folder.path / "checkpoint.pt")
     assert kept["rows"] == [{"round": 0, "acc": 0.9, "seconds": 0.0}]
+    assert [(row["phase"], row["round"]) for row in kept["phase_rows"]] == [("search", 1)]
     assert (kept["loop"]["phase"], kept["loop"]["round"], kept["loop"]["batch"]) == (
         "teacher",
         1,
