@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ from utils.errors import NothingToDo, UserError
 from utils.evaluate import evaluate
 from utils.folders import RunFolder
 from utils.metrics import Rate, Scores, defense_effectiveness_rating
+from utils.pipeline import Watch
+from utils.poison import PoisonedSet
 from utils.record import model_state
 from utils.records.defense import load_defense
 from utils.runtime import generator
@@ -321,6 +324,7 @@ def test_a_run_is_told_in_its_summary(record: Record) -> None:
     folder = base.defend(config(record), "never", never_ant)
     after = evaluate(load_defense(folder.path), *test)
     assert folder.path == record.folder / "defense" / "never"
+    assert load_tensors(folder.path / "defense_result.pt")["defense"] == "never"
     summary = summary_of(folder)
     assert summary["before"] == before.counts()
     assert summary["after"] == after.counts() != before.counts()
@@ -419,6 +423,58 @@ def test_a_method_that_sees_nothing_is_given_nothing(record: Record) -> None:
     ]
     assert list(summary["files"]) == ["defense_result.pt"]
     assert pd.read_csv(folder.path / "metrics.csv")["round"].tolist() == [0, 1]
+
+
+def test_the_method_s_seconds_are_told_to_hundredths(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Watch.finish
+
+    def after(watch: Watch, model: nn.Module) -> Scores:
+        scores = finish(watch, model)
+        watch.training_seconds = 1.23456
+        return scores
+
+    monkeypatch.setattr(Watch, "finish", after)
+    folder = base.defend(config(record), "never", never_ant)
+    assert summary_of(folder)["purify_seconds"] == 1.23
+
+
+def test_a_method_that_sees_poisoned_images_is_told_so(record: Record) -> None:
+    """Images 1 and 4 are white; half of the training set is given, as it is stored."""
+    record.poison_index = torch.tensor([1, 4])
+    zeros = torch.zeros(2, dtype=torch.int64)
+    white = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    poisoned = PoisonedSet(record.data.train, record.poison_index, white, zeros, zeros.byte())
+    record.poisoned_set = lambda data: poisoned
+    where = {"result_file": "x", "record_path": str(record.folder.parent), "device": "cpu"}
+    flags = ep.Config.load("digits", **where, ratio=0.5, precision="fp32")
+    seen: list[torch.Tensor] = []
+
+    def look(model: Any, images: Any, labels: Any, config: Any, loop: Any = None) -> nn.Module:
+        seen.append(images)
+        return never_ant(model, images, labels, config, loop)
+
+    folder = base.defend(flags, "look", look)
+    summary = summary_of(folder)
+    assert summary["sees"] == "poisoned"
+    assert summary["clean_images"] == 0
+    assert sorted(summary["files"]) == ["defense_result.pt", "poisoned_index.txt"]
+    text = (folder.path / "poisoned_index.txt").read_text(encoding="utf-8")
+    index = torch.tensor([int(line) for line in text.split()])
+    assert len(index) == summary["seen_images"]
+    assert torch.equal(seen[0], poisoned.at(index).images)
+    assert not any("the clean subset lacks" in warning for warning in summary["warnings"])
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_method_runs_as_deterministically_as_its_flag_says(
+    flag: bool, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(base, "deterministic", lambda wanted: nullcontext(asked.append(wanted)))
+    base.defend(config(record, deterministic=flag), "never", never_ant)
+    assert asked == [flag]
 
 
 def test_lacking_classes_are_warned_of_where_the_images_are_clean(

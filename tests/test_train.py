@@ -82,6 +82,16 @@ def test_rounds_report_each_loss_by_its_name() -> None:
     assert seen == [{"clean": 1.5, "shared": 4.0}]
 
 
+def test_a_loop_can_be_used_without_rounds_and_batches() -> None:
+    """The weight of a loss is 1 then."""
+    loop, weight = Loop(), torch.ones((), requires_grad=True)
+    assert loop.losses() == {}
+    loop.backward(3 * weight)
+    assert float(weight.grad) == 3
+    loop.log(2, loss=torch.tensor(5.0))
+    assert loop.losses() == {"loss": 5.0}
+
+
 def test_a_phase_without_rounds_has_no_losses_of_the_one_before() -> None:
     loop = Loop()
     for _ in loop.rounds(1, "search"):
@@ -130,7 +140,8 @@ def test_a_loss_that_is_not_finite_names_its_round(value: float) -> None:
             loop.log(4, clean=torch.tensor(1.0), shared=torch.tensor(1.0))
             loop.log(4, clean=torch.tensor(1.0), shared=torch.tensor([1.0, value, 1.0][number - 1]))
 
-    with pytest.raises(UserError, match="'shared' is not finite in round 2 of 3"):
+    message = "the loss 'shared' is not finite in round 2 of 3; give a smaller --lr$"
+    with pytest.raises(UserError, match=message):
         run()
     assert finished == [1]
 
@@ -469,6 +480,12 @@ def test_training_learns(tiny_data: Dataset, tiny_model: Classifier) -> None:
     assert losses[-1] < math.log(3)
 
 
+def test_a_batch_may_be_the_whole_set(tiny_data: Dataset) -> None:
+    recorder = Recorder()
+    train_classifier(Scalar(), unpoisoned(tiny_data.train), recorder, **recipe(batch_size=12))
+    assert [len(batch) for batch in recorder.labels] == [12]
+
+
 def test_a_batch_larger_than_the_set_is_refused(tiny_data: Dataset) -> None:
     with pytest.raises(UserError, match="--batch_size: 13 is more than the 12 training images"):
         train_classifier(Scalar(), unpoisoned(tiny_data.train), Mean(), **recipe(batch_size=13))
@@ -577,3 +594,21 @@ def test_batches_are_given_on_their_device(
     assert taken.is_meta
     assert labels.is_meta
     assert taken.shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("drop_last", "steps"), [(True, 2), (False, 3)])
+def test_a_schedule_counts_the_steps_of_an_epoch(
+    drop_last: bool, steps: int, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve images in fives: two steps, or three with the last batch."""
+    asked: list[tuple[Any, ...]] = []
+
+    def spy(optimizer: torch.optim.Optimizer, *given: Any) -> Scheduler:
+        asked.append(given)
+        return Scheduler(optimizer, *given)
+
+    monkeypatch.setattr(utils.train, "Scheduler", spy)
+    flags = recipe(batch_size=5, epochs=3, schedule="cosine", drop_last=drop_last)
+    train_classifier(Scalar(), unpoisoned(tiny_data.train), Mean(), **flags)
+    assert asked == [("cosine", 3, steps)]
+    assert type(asked[0][2]) is int

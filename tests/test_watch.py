@@ -87,6 +87,7 @@ def test_a_model_that_no_round_has_changed_is_scored_all_the_same(folder: RunFol
     assert list(watch.start(score(Numbered(90))).rounds(0)) == []
     assert watch.finish(Numbered(80)).acc.value == 0.8
     assert rows(folder) == [{"round": 0, "acc": 0.9}]
+    assert not runtime._Stop.is_deferred
 
 
 def test_earlier_phases_have_a_table_of_their_own(folder: RunFolder) -> None:
@@ -222,7 +223,9 @@ def test_a_resumed_watch_goes_on_with_all_its_rows_and_its_seconds(
 
 def test_a_watch_without_a_folder_writes_nothing_and_keeps_signals(tmp_path: Path) -> None:
     watch = Watch(None, "epoch", score, eval_every=1, checkpoint_every=0)
+    assert watch.findings.facts == {}
     loop = watch.start()
+    assert watch.findings is loop.findings
     assert not runtime._Stop.is_deferred
     order = torch.Generator()
     for _ in loop.rounds(2, model=Numbered(40)):
@@ -359,6 +362,8 @@ def test_seconds_are_kept_to_hundredths(folder: RunFolder, monkeypatch: pytest.M
     watch = Watch(folder, "round", score, eval_every=1)
     for _ in watch.start().rounds(1):
         clock[0] = 1.23456
+    assert watch.metrics["seconds"].tolist() == [1.23]
+    watch.finish(Numbered(1))
     assert watch.metrics["seconds"].tolist() == [1.23]
 
 
