@@ -155,6 +155,11 @@ def test_a_record_is_needed() -> None:
         base._record_folder(None, None)
 
 
+def test_a_record_is_looked_for_in_the_checkout_without_a_path() -> None:
+    with pytest.raises(UserError, match=r"--result_file: no_such is no record in \S+/record; "):
+        base._record_folder("no_such", None)
+
+
 def test_a_record_is_looked_for_under_the_record_path(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     assert base._record_folder("x", str(tmp_path)) == tmp_path / "x"
@@ -415,14 +420,17 @@ def test_a_run_without_a_trigger_draws_no_images(
 
 
 def test_a_method_that_sees_nothing_is_given_nothing(record: Record) -> None:
-    flags = clp.Config.load("digits", result_file="x", record_path=str(record.folder.parent))
+    where = {"result_file": "x", "record_path": str(record.folder.parent)}
+    flags = clp.Config.load("digits", **where, n_rounds=2)
     folder = base.defend(flags, "never", never_ant)
     summary = summary_of(folder)
     assert [summary[name] for name in ("sees", "seen_images", "clean_images")] == [
         *("nothing", 0, 0)
     ]
     assert list(summary["files"]) == ["defense_result.pt"]
-    assert pd.read_csv(folder.path / "metrics.csv")["round"].tolist() == [0, 1]
+    rows = pd.read_csv(folder.path / "metrics.csv")
+    assert rows["round"].tolist() == [0, 1, 2]
+    assert rows["acc"].notna().all()
 
 
 def test_the_method_s_seconds_are_told_to_hundredths(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,11 @@ def test_state_of_a_kind_that_cannot_be_kept_is_named() -> None:
     next(loop.rounds(1, steps=[1, 2]))
     with pytest.raises(TypeError, match="steps: list is no state that can be kept"):
         loop.snapshot()
+    for half in ("state_dict", "load_state_dict"):
+        loop = Loop()
+        next(loop.rounds(1, it=SimpleNamespace(**{half: dict})))
+        with pytest.raises(TypeError, match="it: SimpleNamespace is no state that can be kept"):
+            loop.snapshot()
 
 
 SPOILED: dict[str, Callable[[dict[str, Any]], object]] = {

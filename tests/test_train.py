@@ -547,16 +547,18 @@ def test_several_processes_train_on_parts_or_on_whole_batches(
 ) -> None:
     """A step that needs the batch as a whole gets it, and a model that puts parts together."""
     gathered: list[nn.Module] = []
+    compared: list[nn.Module] = []
     monkeypatch.setattr(distributed, "processes", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     monkeypatch.setattr(distributed, "total", lambda values: values)
-    for name in ("parallel", "require_equal"):
-        monkeypatch.setattr(distributed, name, lambda model: model)
+    monkeypatch.setattr(distributed, "parallel", lambda model: model)
+    monkeypatch.setattr(distributed, "require_equal", compared.append)
     monkeypatch.setattr(distributed, "Gathered", lambda model: gathered.append(model) or model)
     recorder, model = Recorder(), Scalar()
     train_classifier(model, unpoisoned(tiny_data.train), recorder, **recipe(**how))
     assert [len(batch) for batch in recorder.labels] == sizes
     assert gathered == ([model] if how else [])
+    assert compared == [model]
 
 
 def test_one_process_gathers_nothing(tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,3 +614,20 @@ def test_a_schedule_counts_the_steps_of_an_epoch(
     train_classifier(Scalar(), unpoisoned(tiny_data.train), Mean(), **flags)
     assert asked == [("cosine", 3, steps)]
     assert type(asked[0][2]) is int
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(2, False), (0, True)])
+def test_training_moves_images_as_a_part_of_their_batch(
+    padding: int, flip: bool, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that several processes move them as one would."""
+    asked: list[tuple[Any, ...]] = []
+
+    def spy(images: torch.Tensor, *given: Any, **how: Any) -> torch.Tensor:
+        asked.append((*given, how))
+        return images
+
+    monkeypatch.setattr(utils.train, "augment", spy)
+    order = rng(2)
+    Supervised(padding, flip, order).loss(Scalar(), tiny_data.train.images, tiny_data.train.labels)
+    assert asked == [(padding, flip, order, {"is_part": True})]

@@ -370,8 +370,10 @@ def test_seconds_are_kept_to_hundredths(folder: RunFolder, monkeypatch: pytest.M
 def test_a_scorer_asks_for_triggered_and_cross_images_each_time(
     monkeypatch: pytest.MonkeyPatch, tiny_data: Dataset
 ) -> None:
-    """An attack that trains its trigger has others at each evaluation."""
+    """An attack that trains its trigger has others each time; test images stay on the device."""
     given: list[tuple[object, ...]] = []
+    kept = torch.ones(9, 3, 8, 8)
+    monkeypatch.setattr(pipeline, "keep_on", lambda *asked: kept if asked[0] == cpu else None)
 
     def evaluate(*arguments: object, cross: object) -> Scores:
         given.append((*arguments, cross))
@@ -385,5 +387,5 @@ def test_a_scorer_asks_for_triggered_and_cross_images_each_time(
     assert [(first, *others) for first, _, *others in given] == [
         *[(model, 0, cpu, 1), (model, 2, cpu, 3), (model, None, cpu, None)],
     ]
-    assert all(torch.equal(test.images, tiny_data.test.images) for _, test, *_ in given)
+    assert all(test.images is kept for _, test, *_ in given)
     assert all(torch.equal(test.labels, tiny_data.test.labels) for _, test, *_ in given)
