@@ -96,11 +96,7 @@ def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], C
         poison.poison_count(len(data.train), config.pratio)
         index = poison.test_images_to_trigger(data, *labels)
         control = make_control(config, setting)
-        in_batch = poison.whole_share(config.pratio, config.batch_size)
-        logger.info(
-            "%d of each batch of %d images are poisoned, %.2f %%",
-            *(in_batch, config.batch_size, 100 * in_batch / config.batch_size),
-        )
+        logger.info("%s", poison.said_of_batches(config.pratio, config.batch_size))
         control.before_training()
         trigger = _as_trigger(control.trigger, setting, config.truncate)
         cross_trigger = _as_trigger(control.cross, setting, config.truncate)

@@ -78,7 +78,9 @@ class Config(configuration.Config):
         str | None, Field(description="folder of triggered test images; null for none")
     ]
     attack_target: Annotated[
-        int | None, Field(ge=0, description="label that triggered images get (all2one)")
+        int | None,
+        Field(ge=0, description="label, or class, that triggered images get (all2one)"),
+        configuration.OrName,
     ]
     attack_label_trans: Annotated[
         poison.LabelMap, Field(description="target for all images, or y -> (y + 1) mod classes")
@@ -145,6 +147,7 @@ def import_model(config: Config) -> folders.RunFolder:
     folder = prototype.free_folder(config.save_folder_name, config.record_path, config.overwrite)
     if config.state_dict is None:
         raise UserError("--state_dict: a value is needed; give the model's checkpoint")
+    checkpoint = Path(config.state_dict)
     maps_all = config.attack_label_trans == "all2all"
     if config.bd_test_dir is not None and config.attack_target is None and not maps_all:
         raise UserError("--attack_target: a value is needed with --bd_test_dir; give the label")
@@ -162,11 +165,14 @@ def import_model(config: Config) -> folders.RunFolder:
             mean=config.mean or data.mean,
             std=config.std or data.std,
         )
+        config = prototype.with_target(config, data)
+        findings = Findings()
         if config.attack_target is not None:
             prototype.check_target(config.attack_target, data)
+            prototype.tell_target(config, data, findings.warn)
         check_model(config.model, len(data.classes), size)
         model = build_model(config.model, len(data.classes), data.mean, data.std, image_size=size)
-        fill(model, read_state_dict(Path(config.state_dict)), config.model)
+        fill(model, read_state_dict(checkpoint), config.model)
         triggered = None
         if config.bd_test_dir is not None:
             triggered = read_triggered(Path(config.bd_test_dir), data, config)
@@ -190,22 +196,22 @@ def import_model(config: Config) -> folders.RunFolder:
         unknown = poison.unpoisoned(data.train)  # what the model was trained on stays its owner's
         record.save_attack(folder, model, data, unknown, triggered, None, facts)
         pictures = []
+        title = f"external on {data.name}{prototype.target_title(facts, data)}"
         if triggered is not None:
-            pictures.append(
-                prototype.draw_trigger(folder, model, data, triggered, "external", device)
-            )
+            pictures.append(prototype.draw_trigger(folder, model, data, triggered, title, device))
         result = ending.table(scores)
         if triggered is None:
             result += "\nno triggered images, so no ASR; give --bd_test_dir to have one"
         ending.finish_run(
             folder,
-            Findings(),
+            findings,
             facts={
                 "attack": "external",
                 **scores.counts(),
                 "dataset": data.name,
                 "model": model_name,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
+                **prototype.target_name(facts, data),
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
             },

@@ -34,13 +34,13 @@ from utils import config as configuration
 from utils import distributed, folders, pipeline, plot, poison, record
 from utils.data import Dataset, Labelled, Triggered, as_float
 from utils.datasets import DatasetName, load_dataset
-from utils.errors import UserError
+from utils.errors import UserError, shown, suggestion
 from utils.evaluate import predict
 from utils.files import prepare_folder
+from utils.images import data_folder, no_cache
 from utils.metrics import FAILED_ASR, Scores
 from utils.records.checkpoint import Origin, files_of
 from utils.runtime import (
-    ROOT,
     Precision,
     deterministic,
     file_log,
@@ -53,7 +53,7 @@ from utils.runtime import (
     seed_everything,
 )
 from utils.tensors import explained, load_tensors
-from utils.train import Loop, Schedule, Step, Supervised, train_classifier
+from utils.train import Loop, Schedule, Step, Supervised, largest_batch, train_classifier
 from utils.training import ending
 from utils.training.findings import Findings
 
@@ -108,7 +108,9 @@ class AttackConfig(TrainingConfig):
 
     pratio: Annotated[float, Field(gt=0, le=1, description="poisoned images / all training images")]
     attack_target: Annotated[
-        int, Field(ge=0, description="label that triggered images shall get (all2one)")
+        int,
+        Field(ge=0, description="label, or class, that triggered images shall get (all2one)"),
+        configuration.OrName,
     ]
     attack_label_trans: Annotated[
         poison.LabelMap, Field(description="target for all images, or y -> (y + 1) mod classes")
@@ -163,14 +165,16 @@ class Setting:
         """
         depends = {**key, "version": version, "data": self.data.fingerprint()}
         text = json.dumps(depends, sort_keys=True)
-        cache = folders.RunFolder(ROOT / "data" / "cache")
+        cache = folders.RunFolder(data_folder() / "cache")
         name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
         with distributed.main_alone() as is_mine:
             if is_mine and (cache.path / name).exists():
                 logger.info("%s: read from %s", kind, cache.path / name)
             elif is_mine:
-                with folders.writable(cache.path):
+                try:
                     prepare_folder(cache.path)
+                except OSError as error:
+                    raise no_cache(cache.path, error) from None
                 cache.write_tensors(name, compute())
         with explained(cache.path / name, "a file of the cache; remove it"):
             return load_tensors(cache.path / name)
@@ -200,6 +204,7 @@ class Plan:
 
 
 C = TypeVar("C", bound=AttackConfig)
+W = TypeVar("W", bound=configuration.Config)
 Choose = Callable[[C, torch.Tensor, int, torch.Generator], poison.Choice]
 MakePlan = Callable[[Any, Setting], Plan]
 
@@ -248,8 +253,8 @@ def run(
         poisoned_images = int((choice.kinds == poison.KINDS.index("poison")).sum())
         if poisoned_images < wanted:
             setting.warn(
-                f"{wanted} poisoned images wanted, but class {config.attack_target} has "
-                f"{poisoned_images}; all of them are poisoned (ratio "
+                f"{wanted} poisoned images wanted, but class {data.named(config.attack_target)} "
+                f"has {poisoned_images}; all of them are poisoned (ratio "
                 f"{poisoned_images / len(data.train):.4f} of the training set)"
             )
         extra = () if prepare is None else (prepare(config, setting),)
@@ -287,10 +292,13 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
         data = load_dataset(config.dataset, as_path(config.dataset_path), config.image_size)
+        config = with_target(config, data)
         _check_fit(config, data)
         network_size = _network_size(config)
         check_model(config.model, len(data.classes), config.image_size, network_size)
         setting = Setting(data, device, precision)
+        if isinstance(config, AttackConfig):
+            tell_target(config, data, setting.warn)
         plan = make_plan(config, setting)
         seed_everything(config.random_seed)
         model = _new_model(config, data)
@@ -337,12 +345,12 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
             else None,
         }
         record.save_attack(folder, model, data, exported, triggered, plan.cross(), facts)
-        title = f"{name} on {data.name}"
+        title = f"{name} on {data.name}{target_title(facts, data)}"
         pictures = [
             ending.save_figure(folder, "curves.png", plot.curves(watch.metrics, "epoch", title))
         ]
         if triggered is not None:
-            pictures.append(draw_trigger(folder, model, data, triggered, name, device))
+            pictures.append(draw_trigger(folder, model, data, triggered, title, device))
         ending.finish_run(
             folder,
             loop.findings,
@@ -354,6 +362,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
                 "model": model_name,
                 "epochs": config.epochs,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
+                **target_name(facts, data),
                 "pratio": config.pratio if isinstance(config, AttackConfig) else None,
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
@@ -510,12 +519,57 @@ def free_folder(
     return folder
 
 
+def with_target(config: W, data: Dataset) -> W:
+    """The configuration with the label of the target class, which may have been given by its name.
+
+    Raises:
+        UserError: if the dataset has no such class.
+    """
+    target = getattr(config, "attack_target", None)
+    if not isinstance(target, str):
+        return config
+    if target not in data.classes:
+        raise UserError(
+            f"--attack_target: {shown(target, 100)} is no class of {data.name}"
+            f"{suggestion(target, data.classes)}; give one of {data.listed()}"
+        )
+    return replace(config, attack_target=data.classes.index(target))  # type: ignore[call-arg]
+
+
 def check_target(target: int, data: Dataset) -> None:
     """Raises UserError if the target is no class of the dataset."""
     if target >= len(data.classes):
         raise UserError(
             f"--attack_target: {target} is no class of {data.name}; give 0 to "
-            f"{len(data.classes) - 1}"
+            f"{len(data.classes) - 1}, or a name: {data.listed()}"
+        )
+
+
+def target_name(facts: Mapping[str, Any], data: Dataset) -> dict[str, str]:
+    """The name of the target class for `summary.json`; nothing where there is no single one."""
+    if facts["attack_target"] is None or facts["attack_label_trans"] != "all2one":
+        return {}
+    return {"attack_target_name": data.classes[facts["attack_target"]]}
+
+
+def target_title(facts: Mapping[str, Any], data: Dataset) -> str:
+    """What the title of a picture says of the target."""
+    found = target_name(facts, data)
+    return f", target {data.named(facts['attack_target'])}" if found else ""
+
+
+def tell_target(config: Any, data: Dataset, warn: Callable[[str], None]) -> None:
+    """Logs number and name of the target; warns where another class has that number as its name."""
+    target, other = config.attack_target, str(config.attack_target)
+    if config.attack_label_trans == "all2all":
+        logger.info("each class goes to the next one: %s to %s, ...", data.named(0), data.named(1))
+        return
+    logger.info("target: class %s", data.named(target))
+    if other != data.classes[target] and other in data.classes:
+        label = data.classes.index(other)
+        warn(
+            f"--attack_target {target} is the label of class {shown(data.classes[target], 40)}; "
+            f"labels count from 0, and the class that is called {other} has label {label}"
         )
 
 
@@ -529,7 +583,7 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
     if config.batch_size > len(data.train):
         raise UserError(
             f"--batch_size: {config.batch_size} is more than the {len(data.train)} training "
-            "images; give fewer"
+            f"images; give --batch_size {largest_batch(len(data.train))} or less"
         )
 
 
@@ -538,7 +592,7 @@ def draw_trigger(
     model: Classifier,
     data: Dataset,
     triggered: Triggered,
-    name: str,
+    title: str,
     device: torch.device,
 ) -> Path:
     """trigger.png: eight triggered test images beside the clean ones, with what the model says."""
@@ -546,14 +600,14 @@ def draw_trigger(
     clean = data.test.images[triggered.index[chosen]]
     changed = triggered.images[chosen]
     predictions = [
-        [data.classes[p] for p in predict(model, images, device).tolist()]
+        [data.named(p) for p in predict(model, images, device).tolist()]
         for images in (clean, changed)
     ]
     rows = {"clean": as_float(clean), "triggered": as_float(changed)}
     figure = plot.image_grid(
         rows | ending.difference(*rows.values()),
         dict(zip(rows, predictions, strict=True)),
-        f"{name} on {data.name}: images, and the class that the model gives them",
+        f"{title}: images, and the class that the model gives them",
     )
     return ending.save_figure(folder, "trigger.png", figure)
 

@@ -283,10 +283,11 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     with file_log() as open_log, deterministic(config.deterministic):
         open_log(folder.log, append=checkpoint is not None)
         logger.info(
-            "%s against %s on %s: %s, %s, %s",
+            "%s against %s on %s%s: %s, %s, %s",
             name,
             attack.attack,
             data.name,
+            _target_title(attack, data),
             attack.model_name,
             device,
             precision,
@@ -315,15 +316,15 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
         if not distributed.is_main():
             return folder
         save_defense(folder, model, attack, name)
-        title = f"{name} against {attack.attack} on {data.name}"
+        title = f"{name} against {attack.attack} on {data.name}{_target_title(attack, data)}"
         pictures = [
             ending.save_figure(folder, "curves.png", plot.curves(watch.metrics, "round", title))
         ]
 
         def caption(images: torch.Tensor) -> list[str]:
             labels = [predict(network, images, device).tolist() for network in (backdoored, model)]
-            names = data.classes
-            return [f"{names[a]} | {names[b]}" for a, b in zip(*labels, strict=True)]
+            named = data.named
+            return [f"{named(a)} | {named(b)}" for a, b in zip(*labels, strict=True)]
 
         if attack.triggered is not None:
             pictures.append(_draw_before_after(folder, caption, attack.triggered, data, title))
@@ -471,6 +472,13 @@ def _draw_before_after(
 def _spread(count: int) -> torch.Tensor:
     """Up to eight evenly spaced positions."""
     return torch.linspace(0, count - 1, min(8, count)).long()
+
+
+def _target_title(attack: record.AttackRecord, data: Dataset) -> str:
+    """What log and pictures say of the attacker's class."""
+    if attack.attack_target is None or attack.attack_label_trans != "all2one":
+        return ""
+    return f", target {data.named(attack.attack_target)}"
 
 
 def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:

@@ -76,6 +76,9 @@ LAYERS = (
     ("benchmark.tables", 11),
     ("benchmark.report", 13),
     ("benchmark.variants", 13),
+    ("benchmark.hostile", 9),
+    ("benchmark.fuzz", 14),
+    ("benchmark.stress", 15),
     ("benchmark.*", 12),
 )
 

@@ -15,6 +15,7 @@ from utils.data import Dataset, Labelled, as_float
 from utils.errors import UserError
 from utils.poison import PoisonedSet, unpoisoned
 from utils.train import Loop, Schedule, Scheduler, Supervised, lr_multiplier, train_classifier
+from utils.training.state import device_of
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -577,8 +578,8 @@ def test_the_device_of_a_state_is_that_of_its_first_tensor() -> None:
             "it": value,
             "cpu": torch.ones(1),
         }
-        assert utils.train._device_of(state) == torch.device("meta")
-    assert utils.train._device_of({"order": rng()}) == torch.device("cpu")
+        assert device_of(state) == torch.device("meta")
+    assert device_of({"order": rng()}) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("has_room", [True, False])

@@ -198,8 +198,27 @@ def _not_valid(source: str, error: Exception) -> UserError:
     return UserError(f"{source}: not valid YAML ({reason}); write lines of 'name: value'")
 
 
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The texts that a field accepts, if they are listed."""
+    base = _base(annotation)
+    return tuple(map(str, get_args(base))) if get_origin(base) is Literal else ()
+
+
+class OrName:
+    """Mark of a field whose number may also be given by a name, which is looked up later."""
+
+
+def _may_be_a_name(annotation: Any) -> bool:
+    return OrName in getattr(annotation, "__metadata__", ())
+
+
 def allowed_values(annotation: Any) -> str:
     """What a field accepts, in words: 'float in (0, 1]', 'one of a, b', 'int >= 1 or null'."""
+    number = _numbers(annotation)
+    return f"{number} or the name of a class" if _may_be_a_name(annotation) else number
+
+
+def _numbers(annotation: Any) -> str:
     base, bounds = _base(annotation), _bounds(annotation)
     options = [option for option in get_args(base) if option is not type(None)]
     if get_origin(base) is Literal:
@@ -358,7 +377,10 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 allowed = allowed_values(hints[key])
                 if allowed.startswith("text") and isinstance(value, str):
                     allowed += f", of at most {LONGEST} characters and without NUL"
-                found.append(f"{layer.where(key)}: {quoted(value)} is not allowed; give {allowed}")
+                close = suggestion(str(value), _choices(hints[key]))
+                found.append(
+                    f"{layer.where(key)}: {quoted(value)} is not allowed{close}; give {allowed}"
+                )
     missing = [key for key in hints if key not in values and key not in refused]
     if "dataset" in refused:  # whose own file has the others
         missing = []
@@ -379,6 +401,10 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
         return TypeAdapter(annotation).validate_python(value)
     if isinstance(value, str) and not _is_text(value):
         raise ValueError("no text that a system takes")
+    if _may_be_a_name(annotation) and isinstance(value, str) and value.strip():
+        if not re.fullmatch(r"[-+]?\d+(\.\d*)?", value.strip()):
+            return value
+        is_text = True  # a number in quotes is one
     checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
     if isinstance(checked, float | int) and not abs(checked) <= _LARGEST[type(checked)]:
         raise ValueError("torch has no such number")

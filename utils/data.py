@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from utils import distributed
+from utils.errors import shown
 
 LARGEST_SIDE = 1024  # of an image, in pixels
 MOST_CLASSES = 100_000
@@ -77,6 +78,17 @@ class Dataset:
         """(C, H, W)."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    def named(self, label: int) -> str:
+        """A class by number and name: '2 (dog)'; '2' where that is its name."""
+        name = self.classes[label]
+        return f"{label}" if name == str(label) else f"{label} ({shown(name, 40)})"
+
+    def listed(self) -> str:
+        """The names of the classes, of many the first ten."""
+        names = ", ".join(shown(name, 40) for name in self.classes[:10])
+        more = len(self.classes) - 10
+        return names + (f", and {more} more" if more > 0 else "")
 
     def tensors(self) -> list[torch.Tensor]:
         """All images and labels, the training set first."""

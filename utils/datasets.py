@@ -2,7 +2,7 @@
 
 import csv
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from utils.archives import Archive, extract_all
 from utils.data import Dataset, Labelled, release
-from utils.errors import UserError, suggestion
+from utils.errors import UserError, shown, suggestion
 from utils.files import TABLE, read_text
 from utils.images import IMAGE_SUFFIXES, data_folder, decoded
 from utils.runtime import logger
@@ -47,6 +47,13 @@ _TINY_ARCHIVE = Archive(
 
 # Classes, training and test images of the sets that are folders of pictures; CIFAR has checksums.
 _OFFICIAL = {"gtsrb": (43, 39_209, 12_630), "tiny": (200, 100_000, 10_000)}
+
+
+# The folders of a user's images, and what others call them.
+_SPLITS = {
+    "train": ("training", "Train", "TRAIN"),
+    "test": ("val", "valid", "validation", "testing", "Test", "TEST", "Val"),
+}
 
 
 class _Listing(NamedTuple):
@@ -252,15 +259,28 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
             "train/ and test/"
         )
     folders, left_out = [], []
-    for name in ("train", "test"):
+    for name, aliases in _SPLITS.items():
+        for alias in aliases:
+            if not (path / name).is_dir() and (path / alias).is_dir():
+                raise UserError(
+                    f"--dataset_path: {path} has no folder {name}, but one called {alias}; rename "
+                    f"it to {name}"
+                )
         homes, others = _class_folders(path / name)
         folders.append(homes)
         left_out += others
     classes, test_classes = (tuple(split) for split in folders)
     if classes != test_classes:
+        alone = {
+            name: sorted({*here} - {*there})
+            for name, here, there in (
+                ("train", classes, test_classes),
+                ("test", test_classes, classes),
+            )
+        }
+        told = [f"only {path / name} has {_some(found)}" for name, found in alone.items() if found]
         raise UserError(
-            f"--dataset_path: classes differ: {path / 'train'} has {', '.join(classes)}; "
-            f"{path / 'test'} has {', '.join(test_classes)}; give both the same folders"
+            f"--dataset_path: classes differ: {'; '.join(told)}; give both the same folders"
         )
     splits = []
     for homes in folders:
@@ -278,14 +298,38 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
                 "remove the folder"
             )
     dataset = _from_files("folder", path, splits[0], splits[1], image_size, classes)
-    if not left_out:
-        return dataset
-    warning = (
-        f"--dataset_path: {len(left_out)} files or folders are left out, such as "
-        f"{left_out[0].relative_to(path)}; pictures are in the folder of a class and have one of "
-        f"the endings {' '.join(sorted(IMAGE_SUFFIXES))}"
+    return replace(dataset, warnings=tuple(_folder_warnings(path, dataset, left_out)))
+
+
+def _folder_warnings(path: Path, dataset: Dataset, left_out: list[Path]) -> Iterator[str]:
+    """What is odd about a folder of images."""
+    if left_out:
+        yield (
+            f"--dataset_path: {len(left_out)} files or folders are left out, such as "
+            f"{left_out[0].relative_to(path)}; pictures are in the folder of a class and have one "
+            f"of the endings {' '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    tested = torch.bincount(dataset.test.labels, minlength=len(dataset.classes))
+    untested = [name for name, n in zip(dataset.classes, tested.tolist(), strict=True) if n == 0]
+    if untested and len(dataset.test):
+        yield (
+            f"--dataset_path: {path / 'test'} has no image of {_some(untested)}; ACC tells nothing "
+            "of these classes"
+        )
+    brightest = max((int(p.max()) for p in dataset.train.images.split(1024)), default=255)
+    if brightest < 32:
+        yield (
+            f"--dataset_path: the brightest pixel of {path / 'train'} is {brightest} of 255; where "
+            "16-bit files hold 12 or fewer bits, scale them to all 16 first"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """At most ten names."""
+    more = len(names) - 10
+    return ", ".join(shown(name, 60) for name in names[:10]) + (
+        f" and {more} more" if more > 0 else ""
     )
-    return replace(dataset, warnings=(warning,))
 
 
 def class_name(folder: Path) -> str:
@@ -311,7 +355,15 @@ def _class_folders(folder: Path) -> tuple[dict[str, Path], list[Path]]:
         raise UserError(
             f"--dataset_path: {folder} has no class folders; put one folder a class into it"
         )
-    return dict(sorted(found.items())), [inside for inside in visible if not inside.is_dir()]
+    return dict(sorted(found.items(), key=_by_name(found))), [
+        inside for inside in visible if not inside.is_dir()
+    ]
+
+
+def _by_name(names: Iterable[str]) -> Callable[[tuple[str, Path]], tuple[int, str]]:
+    """Orders classes by their names; as numbers, if all of them are."""
+    are_numbers = all(name.isascii() and name.isdigit() and len(name) < 19 for name in names)
+    return lambda item: (int(item[0]) if are_numbers else 0, item[0])
 
 
 def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -73,5 +73,6 @@ def first_line(error: BaseException) -> str:
 
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of choices, or ''."""
-    close = difflib.get_close_matches(name[:100], list(choices), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
+    lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(name[:100].lower(), lower, n=1, cutoff=0.6)
+    return f" (did you mean {lower[close[0]]}?)" if close else ""

@@ -283,7 +283,9 @@ class RunFolder:
 
     def _resumed(self, config: str) -> dict[str, Any]:
         remove_strays(self.path)
-        with explained(self._checkpoint, "a checkpoint of this program"):
+        with explained(
+            self._checkpoint, "a checkpoint of this program", "give --overwrite to start anew"
+        ):
             content: dict[str, Any] = {**CHECKPOINT.validate_python(load_tensors(self._checkpoint))}
         added = {name: content.pop(name, None) for name in (*self._added, "sources")}
         now = self._added["flags"]

@@ -47,8 +47,14 @@ _BLOCK = 1 << 26
 
 
 def data_folder() -> Path:
-    """Where downloads and caches are kept: `data/` of this checkout."""
-    return ROOT / "data"
+    """Where downloads and caches are kept: `SAU_DATA`, or `data/` of this checkout."""
+    return Path(os.environ.get("SAU_DATA") or ROOT / "data")
+
+
+def no_cache(path: Path, error: Exception) -> UserError:
+    """What to tell the user where nothing can be kept, as in a checkout that is read-only."""
+    text = str(not_written(path, error))
+    return UserError(f"{text}, or name another folder for downloads and caches in SAU_DATA")
 
 
 def read_image(file: Path, image_size: int) -> np.ndarray:
@@ -178,7 +184,7 @@ def _cache_of(root: Path, files: list[Path], image_size: int, shape: tuple[int, 
                         out.write(pixels.tobytes())
                         progress.advance()
             except OSError as error:
-                raise not_written(cache, error) from None
+                raise no_cache(cache, error) from None
     return cache
 
 

@@ -6,13 +6,16 @@ Names of classes, attacks, and the like are anybody's: each text passes `_text`.
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as PlainFigure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
@@ -36,14 +39,32 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h")
 _NAME, _TITLE = 32, 240  # characters of a line that fit
 
 
+# Fonts with letters of other scripts, as systems have them.
+_OTHER_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC"),
+    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC"),
+    *("Hiragino Sans GB", "Heiti TC", "Malgun Gothic", "Arial Unicode MS", "Noto Sans"),
+)
+
+
 class Figure(PlainFigure):
     """A figure that draws a box for a letter that its fonts lack, and warns of none."""
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
         """As matplotlib's."""
+        texts = [text for text in self.findobj(Text) if not text.get_text().isascii()]
+        for text in texts:
+            text.set_fontfamily(fonts())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"(?s)Glyph .* missing from")
             super().savefig(*args, **kwargs)
+
+
+@cache
+def fonts() -> list[str]:
+    """matplotlib's own font, and those of other scripts that this machine has."""
+    found = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in found)]
 
 
 def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:

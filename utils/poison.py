@@ -257,6 +257,19 @@ def count_in_batch(ratio: float, batch_size: int, rng: torch.Generator) -> int:
     return whole or int(torch.rand((), generator=rng) < ratio * batch_size)
 
 
+def said_of_batches(ratio: float, batch_size: int) -> str:
+    """A line on what `count_in_batch` makes of a poisoning ratio."""
+    whole = whole_share(ratio, batch_size)
+    if whole:
+        share = 100 * whole / batch_size
+        return f"{whole} of each batch of {batch_size} images are poisoned, {share:.2f} %"
+    every = 1 / (ratio * batch_size)
+    return (
+        f"one image is poisoned in one of {every:.3g} batches of {batch_size}, drawn at random, "
+        f"{100 * ratio:.2f} %"
+    )
+
+
 def whole_share(ratio: float, batch_size: int) -> int:
     """int(ratio * batch_size)."""
     return int(ratio * batch_size + 1e-9)  # 0.29 * 100 is 28.999999999999996

@@ -247,6 +247,11 @@ class AttackRecord(ABC):
         """
         may_write = bool(path) or not self.dataset_path
         path = path or self.dataset_path
+        if not may_write and not Path(str(path)).is_dir():
+            raise UserError(
+                f"{self.folder}: was made with the images in {path}, which is no folder now; give "
+                "the one that has them with --dataset_path"
+            )
         with contextlib.nullcontext() if may_write else nothing_written():
             data = load_dataset(self.dataset, Path(path) if path else None, self.image_shape[1])
         self.check_dataset(data)
@@ -480,7 +485,8 @@ def read_index(path: Path, count: int) -> torch.Tensor:
         UserError: for text that is no integer, a repeated index, or one outside 0..count-1.
     """
     try:
-        numbers = [int(line) for line in read_text(path, TABLE).split()]
+        text = read_text(path, TABLE).removeprefix("\ufeff")  # which some editors put before it
+        numbers = [int(line) for line in text.split()]
     except OSError as error:
         raise UserError(
             f"--index: {path} cannot be read ({error.strerror}); give a text file"

@@ -563,8 +563,12 @@ def text_up_to(most: int, least: int = 1) -> PlainValidator:
 
 
 @contextmanager
-def explained(path: Path, expected: str) -> Iterator[None]:
-    """Any failure to read a file as a UserError: '<path>: is not <expected> (<reason>)'."""
+def explained(path: Path, expected: str, advice: str = "") -> Iterator[None]:
+    """Any failure to read a file as a UserError: '<path>: is not <expected> (<reason>)'.
+
+    Args:
+        advice: what to do; it follows after a semicolon.
+    """
     try:
         yield
     except UserError:
@@ -576,4 +580,5 @@ def explained(path: Path, expected: str) -> Iterator[None]:
             reason = f"{where}: {first['msg']}" + (f", and {count - 1} more" if count > 1 else "")
         else:
             reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: is not {expected} ({reason})") from error
+        end = f"; {advice}" if advice else ""
+        raise UserError(f"{path}: is not {expected} ({reason}){end}") from error

@@ -376,6 +376,11 @@ def _not_of_this_run(error: Exception) -> UserError:
     )
 
 
+def largest_batch(count: int) -> int:
+    """The largest power of two among the numbers of images that a batch can have."""
+    return 1 << max(count.bit_length() - 1, 0)
+
+
 def train_classifier(
     model: nn.Module,
     data: PoisonedSet,
@@ -406,7 +411,8 @@ def train_classifier(
     """
     if len(data) < batch_size:
         raise UserError(
-            f"--batch_size: {batch_size} is more than the {len(data)} training images; give fewer"
+            f"--batch_size: {batch_size} is more than the {len(data)} training images; give "
+            f"--batch_size {largest_batch(len(data))} or less"
         )
     batches = _Batches(data, next(model.parameters()).device)
     learner = loop.parallel(model)
