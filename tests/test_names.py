@@ -136,7 +136,12 @@ def test_a_bar_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def test_problems_of_the_first_process_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the others, which are told of them."""
-    monkeypatch.setattr(distributed, "from_main", lambda value: ("a\nb", "c"))
+    told: list[object] = []
+    monkeypatch.setattr(distributed, "from_main", told.append)
+    with pytest.raises(UserError), distributed.main_alone():
+        raise UserError("a\nb", "c")
+    assert told == [("a\nb", "c")]
+    monkeypatch.setattr(distributed, "from_main", lambda _: told[0])
     with pytest.raises(UserError) as caught, distributed.main_alone():
         pass
     assert caught.value.problems == ("a\nb", "c")
@@ -149,6 +154,31 @@ def test_flags_of_the_benchmark_are_refused_in_one_line(capsys: pytest.CaptureFi
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert is_one_line(line)
+
+
+@pytest.mark.parametrize("text", ["3", "[a, b]", "{a: b}", "true", '"a\\0b"', "1" + "0" * 400])
+def test_a_record_that_a_yaml_names_is_a_text(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """It is looked for before all values are checked."""
+    (tmp_path / "x.yaml").write_text(f"result_file: {text}\n")
+    logger.handlers[:] = []
+    flags = ["--record_path", workplace / "record", "--yaml_path", tmp_path / "x.yaml"]
+    assert run_script(ROOT / "defense/sau.py", *flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "result_file: " in lines[0]
+    assert " is not allowed; give text or null" in lines[0]
+    assert all(line.startswith("error: ") and is_one_line(line) for line in lines)
+
+
+def test_a_flag_that_argparse_itself_refuses_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logger.handlers[:] = []
+    assert run_script(ROOT / "attack/badnet.py", "--help=\x1b[31m") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert is_one_line(line)
 
 
 PATHS = ["x" * 300, "x" * 5000, "\udcff", "a\x1b[31m\nb", "/dev/null/x", "a\0b", ""]
@@ -192,6 +222,21 @@ def test_reports_from_and_into_paths_that_cannot_be(
         assert report(*flags) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
+
+
+def test_the_state_of_a_grid_is_a_line_a_cell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the folder, in which a failed one's log is, has a line break in its name."""
+    grid, root = tmp_path / "grid.yaml", tmp_path / "a\x1b[31m\nb"
+    grid.write_text("{datasets: [digits], models: [resnet18], attacks: [badnet], seeds: [0]}")
+    (root / ".grid/logs").mkdir(parents=True)
+    (root / ".grid/logs/digits-resnet18-badnet-s0.failed").touch()
+    assert run_script(ROOT / "benchmark/run.py", grid, "--record_path", root, "--status") == 0
+    cell, total = capsys.readouterr().out.splitlines()
+    assert cell.startswith("failed ")
+    assert total == "1 cells: 1 failed"
+    assert is_one_line(cell)
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -285,6 +330,8 @@ def test_a_report_takes_any_name(
         cells = len(re.findall(r"(?<!\\)\|", line))
         assert cells in (0, 4 + 3 + 4, 10, 9, 8, 7, 6, 5, 4), line
     assert "<b>" not in markdown
+    runs, _ = read_runs(tmp_path / "record")
+    assert runs["label"].map(str.isprintable).all()
     assert read_runs(tmp_path / "to")[0].shape == read_runs(tmp_path / "record")[0].shape
 
 

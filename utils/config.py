@@ -38,14 +38,16 @@ C = TypeVar("C", bound="Config")
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags of a script that has no configuration; `--help` shows the description as it is.
+    """Flags of a script; `--help` shows the description as it is.
 
     What is wrong with them is one line, as everywhere.
     """
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, **more: Any) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **more,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -118,7 +120,7 @@ class Config:
         Raises:
             UserError: naming every unknown flag or key and every value that is not allowed.
         """
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser = Parser(None, add_help=False, allow_abbrev=False)
         for name in [*_hints(cls), *USER_FILES]:
             const = (
                 "true" if _hints(cls).get(name) and _base(_hints(cls)[name]) is bool else _NO_VALUE
