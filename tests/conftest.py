@@ -56,6 +56,22 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(plot, name, lambda *_: Picture())
 
 
+NO_FILES = ("pipe", "zero", "itself", "nowhere", "sparse", "folder")
+
+
+def put_no_file(path: Path, kind: str) -> None:
+    """Something that is no regular file of sane size, one of `NO_FILES`, at a free path."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(200 * 10**9)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"zero": "/dev/zero", "itself": path, "nowhere": "/nowhere/x"}[kind])
+
+
 @pytest.fixture
 def tiny_data() -> Dataset:
     """Random 8x8 images of three classes: 12 for training, 9 for testing, labels 0 1 2 0 1 2 ..."""

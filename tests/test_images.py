@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import NO_FILES, put_no_file
 from utils import images
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, MOST_PIXELS, read_image
@@ -83,18 +84,10 @@ def test_each_ending_that_is_listed_is_of_a_format_that_is_opened() -> None:
     assert {Image.EXTENSION[suffix] for suffix in IMAGE_SUFFIXES} == set(images._FORMATS)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "zero", "itself", "sparse", "folder"])
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.png"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "sparse":
-        with path.open("wb") as file:
-            file.truncate(200 * 10**9)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to("/dev/zero" if kind == "zero" else path)
+    put_no_file(path, kind)
     for read in (lambda: read_image(path, 8), lambda: images.decoded(tmp_path, [path], 8)):
         with pytest.raises(UserError, match=r"x\.png"):
             read()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models import Classifier, build_model
+from tests.conftest import NO_FILES, put_no_file
 from utils import archives
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
@@ -218,7 +219,6 @@ class Trap:
         self.mark = mark
 
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        import os
 
         return os.mkdir, (str(self.mark),)
 
@@ -495,19 +495,10 @@ def test_poison_that_is_changed_meanwhile_is_refused(saved: RunFolder, tiny_data
 
 
 @pytest.mark.parametrize("name", ["summary.json", "attack_result.pt", "poison.pt"])
-@pytest.mark.parametrize("kind", ["pipe", "zero", "itself", "sparse", "folder", "nowhere"])
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_file_is_refused_at_once(saved: RunFolder, name: str, kind: str) -> None:
-    path = saved.path / name
-    path.unlink()
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "sparse":
-        with path.open("wb") as file:
-            file.truncate(200 * 10**9)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to({"zero": "/dev/zero", "itself": path, "nowhere": "/nowhere/x"}[kind])
+    (saved.path / name).unlink()
+    put_no_file(saved.path / name, kind)
     assert str(saved.path) in load_problem(saved)
 
 

@@ -5,7 +5,6 @@ import codecs
 import collections
 import datetime
 import io
-import os
 import pickle
 import random
 import re
@@ -23,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import NO_FILES, put_no_file
 from tests.test_layers import modules_under
 from utils.errors import UserError
 from utils.runtime import ROOT
@@ -481,20 +481,10 @@ def test_a_large_file_takes_little_more_than_its_size(tmp_path: Path) -> None:
 # --- files --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pipe", "zero", "itself", "sparse", "folder", "absent"])
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_only_regular_files_of_sane_size_are_opened(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.pt"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "zero":
-        path.symlink_to("/dev/zero")
-    elif kind == "itself":
-        path.symlink_to(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "sparse":
-        with path.open("wb") as file:
-            file.truncate(200 * 10**9)
+    put_no_file(path, kind)
     with pytest.raises(OSError, match=rf"{re.escape(str(path))}"):
         load_plain(path)
     with pytest.raises(UserError) as caught, explained(path, "a record"):
