@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import utils.images
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import defense
@@ -194,7 +196,7 @@ def preparation_that_fails(data: Dataset) -> dict[str, Any]:
     def compute() -> dict[str, torch.Tensor]:
         raise UserError(f"nothing comes of it in process {distributed.rank()}")
 
-    with mock.patch.object(prototype, "ROOT", Path(sys.argv[1]).parent):
+    with mock.patch.object(utils.images, "ROOT", Path(sys.argv[1]).parent):
         setting = prototype.Setting(data, torch.device("cpu"), "fp32")
         try:
             setting.cached("nothing", {}, compute)
@@ -217,7 +219,7 @@ def preparation(data: Dataset) -> dict[str, Any]:
         train(model, data, Supervised(2, True, generator(0, "x")), Loop(), 12)
         return {"linear": model.network[-1].weight.detach()}
 
-    with mock.patch.object(prototype, "ROOT", Path(sys.argv[1]).parent):
+    with mock.patch.object(utils.images, "ROOT", Path(sys.argv[1]).parent):
         setting = prototype.Setting(data, torch.device("cpu"), "fp32")
         read = setting.cached("test", {}, compute)
     return {

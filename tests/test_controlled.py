@@ -11,6 +11,7 @@ from torch import nn
 
 import attack.controlled as controlled
 import attack.prototype as prototype
+import utils.images
 from attack.controlled import affine_augmentation, labels_of_batch, stored
 from attack.wanet import Config
 from utils.data import Dataset, Labelled
@@ -315,7 +316,7 @@ def test_every_control_works_at_every_size(
     name: str, channels: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of training, then both triggers on stored images of that shape."""
-    monkeypatch.setattr(prototype, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
     source = torch.Generator().manual_seed(0)
     shape = (channels, size, size)
     images = torch.randint(0, 200, (12, *shape), dtype=torch.uint8, generator=source)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import attack.prototype as prototype
 from benchmark import stress
 from tests.conftest import make_small
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
@@ -239,8 +238,7 @@ def place(workplace: Path) -> Iterator[Path]:
     shutil.copytree(workplace / "images", root / "images")
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
-        for module in (images, prototype):
-            patch.setattr(module, "ROOT", root)
+        patch.setattr(images, "ROOT", root)
         flags = attack_flags(root, "x", epochs=1)
         assert run_script(ROOT / "attack/badnet.py", *flags) == 0
         assert run_script(ROOT / "defense/ft.py", *defense_flags(root, "x")) == 0
@@ -278,8 +276,7 @@ def test_what_a_user_may_not_do_is_told(
     message: str,
 ) -> None:
     """Refused by the system itself, not by a stand-in."""
-    for module in (images, prototype):
-        monkeypatch.setattr(module, "ROOT", place)
+    monkeypatch.setattr(images, "ROOT", place)
     kind, *extra = (place / flag if (place / str(flag)).exists() else flag for flag in flags)
     script, run = (
         ("attack/badnet.py", attack_flags(place, "new"))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import attack.prototype as prototype
 import utils.datasets
 import utils.images
 from utils.runtime import ROOT
@@ -53,8 +52,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (utils.images, prototype):
-        monkeypatch.setattr(module, "ROOT", workplace)
+    monkeypatch.setattr(utils.images, "ROOT", workplace)
 
 
 def run_script(path: Path, *flags: object) -> int:
@@ -101,8 +99,7 @@ def defense_flags(workplace: Path, name: str, **changes: object) -> list[object]
 
 def trained(workplace: Path, name: str, patch: pytest.MonkeyPatch, **changes: object) -> Path:
     """The record of a BadNets run, made before a test's own `cache` fixture is there."""
-    for module in (utils.images, prototype):
-        patch.setattr(module, "ROOT", workplace)
+    patch.setattr(utils.images, "ROOT", workplace)
     flags = attack_flags(workplace, name, **changes)
     assert run_script(ROOT / "attack/badnet.py", *flags) == 0
     return workplace / "record" / name

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import attack.inputaware as inputaware
 import attack.prototype as prototype
+import utils.images
 from attack.inputaware import Config, InputAware, density_loss, diversity_loss, paint, rms
 from models import Classifier, Normalize
 from models.inputaware import PixelGenerator, threshold, widths_for
@@ -24,7 +25,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prototype, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
 
 
 def setting(data: Dataset) -> prototype.Setting:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import attack.lc
 import attack.prototype
+import utils.images
 from attack.lc import (
     AdversarialTraining,
     Config,
@@ -37,7 +38,7 @@ def config(**changes: object) -> Config:
 
 @pytest.fixture
 def setting(tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr(attack.prototype, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
     return Setting(tiny_data, CPU, "fp32")
 
 
@@ -232,7 +233,7 @@ def test_hard_images_are_those_of_the_target_made_once(
     assert 0 < (first.images.int() - clean.int()).abs().max() <= 8
     assert "of 4 images of the target class the surrogate recognises" in caplog.text
 
-    for file in (attack.prototype.ROOT / "data/cache").iterdir():
+    for file in (utils.images.ROOT / "data/cache").iterdir():
         file.unlink()
     torch.rand(7)
     assert torch.equal(prepare(settings, setting).images, first.images)
@@ -244,7 +245,7 @@ def test_hard_images_are_those_of_the_target_made_once(
 
 def test_the_two_surrogates_differ(setting: Setting, tiny_model: Classifier) -> None:
     """A plain surrogate does not depend on the bound; an adversarial one does, and is another."""
-    cache = attack.prototype.ROOT / "data/cache"
+    cache = utils.images.ROOT / "data/cache"
     for surrogate, models in (("plain", 1), ("adversarial", 3)):
         for bound in (8.0, 16.0):
             prepare(config(surrogate=surrogate, adv_bound=bound), setting)
