@@ -200,6 +200,16 @@ def test_a_snapshot_of_another_run_is_refused_in_one_line(tmp_path: Path, way: s
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_refusal_of_a_snapshot_has_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        two_phases(cut_after(8, tmp_path / "x.pt", []))
+    kept = load_tensors(tmp_path / "x.pt") | {"phase": "x"}
+    with pytest.raises(
+        UserError, match=r"not of this run \(phase 'x' instead of ''\); give --overw"
+    ):
+        two_phases(Loop(resume=kept))
+
+
 def test_batches_may_be_drawn_with_replacement() -> None:
     """Of three images, 50 batches of four: each has four, and some image is in a batch twice."""
     order = torch.Generator().manual_seed(0)
