@@ -25,7 +25,7 @@ from utils.files import TEXT, read_bytes
 
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)", re.DOTALL)
 _PREFIX = "user_model_"  # of the names of the modules that users' files become
-_SOURCES: dict[str, bytes] = {}  # by path, for as long as the run takes
+_RUNS: list[dict[str, bytes]] = []  # of each run that goes on: the texts of files by path
 _LEAVE = os._exit
 
 
@@ -99,7 +99,7 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
     Raises:
         UserError: in the place of what a frame of the user's file raised or let pass.
     """
-    _SOURCES.clear()
+    _RUNS.append({})
     try:
         yield
     except (UserError, but_for):
@@ -113,6 +113,8 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
             f"--model: {frame.f_code.co_filename}, line {line}: {type(error).__name__}: "
             f"{one_line(error)}; this is your own file, repair it"
         ) from error
+    finally:
+        _RUNS.pop()
 
 
 def _is_user_s(frame: FrameType) -> bool:
@@ -141,14 +143,15 @@ def _parts(name: str) -> tuple[Path, str]:
 
 
 def _source(file: Path) -> bytes:
-    """The text of a file as it was when it was first asked for."""
+    """The text of a file; within a run, as it was when the run first asked for it."""
     try:
         path = os.path.realpath(file)
-        if path not in _SOURCES:
-            _SOURCES[path] = read_bytes(file, TEXT)
+        texts = _RUNS[-1] if _RUNS else {}
+        if path not in texts:
+            texts[path] = read_bytes(file, TEXT)
     except (OSError, ValueError) as error:  # ValueError: a path with NUL
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
             f"--model: {file} cannot be read ({reason}); give file.py:function"
         ) from None
-    return _SOURCES[path]
+    return texts[path]

@@ -234,6 +234,17 @@ def test_a_dictionary_takes_tensors_alone(state: Any) -> None:
     assert torch.equal(value["a"], torch.ones(2))
 
 
+def test_a_method_s_own_tensors_may_hold_infinities() -> None:
+    """NC keeps the smallest norm so far, which is infinite before there is one."""
+    kept = {"best": torch.tensor([math.inf, -math.inf])}
+    value = {"best": torch.zeros(2)}
+    restore("theta", value, kept)
+    assert value["best"].tolist() == [math.inf, -math.inf]
+    single = torch.zeros(2)
+    restore("best", single, kept["best"])
+    assert single.tolist() == [math.inf, -math.inf]
+
+
 def test_a_dictionary_may_have_got_other_entries() -> None:
     value = {"a": torch.ones(2), "b": torch.ones(1)}
     restore("masks", value, {"a": torch.zeros(2), "c": torch.zeros(3)})

@@ -379,7 +379,8 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 allowed = allowed_values(hints[key])
                 if allowed.startswith("text") and isinstance(value, str):
                     allowed += f", of at most {LONGEST} characters and without NUL"
-                close = suggestion(str(value), _choices(hints[key]))
+                choices = _choices(hints[key]) if isinstance(value, str) else ()
+                close = suggestion(str(value), choices) if choices else ""
                 found.append(
                     f"{layer.where(key)}: {quoted(value)} is not allowed{close}; give {allowed}"
                 )

@@ -70,7 +70,7 @@ def _restore(name: str, value: Any, state: Any) -> None:
     if isinstance(value, torch.Generator):
         value.set_state(state)  # torch checks it
     elif isinstance(value, torch.Tensor):
-        _require_like(name, value, state)
+        _require_like(name, value, state, may_be_infinite=True)
         value.copy_(state)
     elif isinstance(value, dict):
         _restore_tensors(name, value, state)
@@ -100,7 +100,7 @@ def _restore_tensors(name: str, value: dict[str, torch.Tensor], state: Any) -> N
             raise ValueError(f"{name}: {shown(key, 100)} is no tensor")
         if key in value and value[key].dtype != tensor.dtype:
             raise ValueError(f"{name}: {shown(key, 100)} is of {tensor.dtype}")
-        _require_finite(f"{name}: {shown(key, 100)}", tensor)
+        _require_numbers(f"{name}: {shown(key, 100)}", tensor)
     for key in [key for key in value if key not in state]:
         del value[key]
     for key, tensor in state.items():
@@ -253,7 +253,9 @@ def _require_names(name: str, expected: Mapping[str, Any], found: Any) -> None:
         raise ValueError(f"{name}: has other names ({shown(odd, 100)})")
 
 
-def _require_like(name: str, expected: torch.Tensor, found: Any) -> None:
+def _require_like(
+    name: str, expected: torch.Tensor, found: Any, may_be_infinite: bool = False
+) -> None:
     if not isinstance(found, torch.Tensor):
         raise ValueError(f"{name}: is no tensor")
     if (found.dtype, found.shape) != (expected.dtype, expected.shape):
@@ -261,12 +263,16 @@ def _require_like(name: str, expected: torch.Tensor, found: Any) -> None:
             f"{name}: is {found.dtype} of {tuple(found.shape)} instead of {expected.dtype} of "
             f"{tuple(expected.shape)}"
         )
-    _require_finite(name, found)
-
-
-def _require_finite(name: str, tensor: torch.Tensor) -> None:
-    if not_finite({name: tensor}):
+    if may_be_infinite:
+        _require_numbers(name, found)
+    elif not_finite({name: found}):
         raise ValueError(f"{name}: is not finite")
+
+
+def _require_numbers(name: str, tensor: torch.Tensor) -> None:
+    """A method's own tensors may hold an infinity, such as the best value before there is one."""
+    if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        raise ValueError(f"{name}: is no number")
 
 
 def _require_number(name: str, value: Any, least: float) -> None:
