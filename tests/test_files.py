@@ -1,7 +1,6 @@
 """Files are whole or not there, and what killed processes leave is removed."""
 
 import errno
-import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NoReturn
 
 import pytest
 
+from utils import locks
 from utils.files import not_written, prepare_folder, remove_strays, replaced
 from utils.runtime import ROOT
 
@@ -75,7 +75,7 @@ def test_only_strays_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     (tmp_path / ".x.zip.0123abcd.tmp" / "inside").mkdir(parents=True)
     with (tmp_path / ".y.89abcdef.tmp").open() as other:
-        fcntl.flock(other, fcntl.LOCK_SH)
+        assert locks.lock(other.fileno(), shared=True)
         remove_strays(tmp_path, "x")
         assert ".x.0123abcd.tmp.pt" not in names_in(tmp_path)
         assert ".x.zip.0123abcd.tmp" in names_in(tmp_path)

@@ -28,6 +28,7 @@ LAYERS = (
     ("models", 1),
     ("models.parts", 3),
     ("models.*", 1),
+    ("utils.locks", -1),
     ("utils.files", 0),
     ("utils.tensors", 2),
     ("utils.config", 1),

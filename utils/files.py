@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -13,6 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
+from utils import locks
 from utils.errors import UserError
 
 # What a system refuses for reasons that the user can see to; never a defect of the program.
@@ -42,7 +42,7 @@ def opened(path: Path, largest: int = TABLE) -> IO[bytes]:
     Raises:
         OSError: if it is no regular file, larger, or cannot be opened; `strerror` says why.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    handle = locks.open_at_once(path, os.O_RDONLY)
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
@@ -93,7 +93,7 @@ def replaced(path: Path) -> Iterator[Path]:
     """A temporary name to write a file under; at the end it is flushed and takes the file's name.
 
     If anything goes wrong, an earlier file of that name stays as it is, and nothing is left. The
-    temporary file is locked, which tells it from those of processes that were killed.
+    temporary file is open and locked, which tells it from those of processes that were killed.
 
     Raises:
         OSError: if the file cannot be written.
@@ -104,7 +104,7 @@ def replaced(path: Path) -> Iterator[Path]:
             _lock(file.fileno())
             yield partial
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        locks.patiently(lambda: os.replace(partial, path))
     finally:
         with contextlib.suppress(OSError):  # a read-only folder refuses this even if it is gone
             partial.unlink()
@@ -118,13 +118,19 @@ def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
         OSError: if it cannot be made.
     """
     partial = folder / f".{name}.{_token()}.tmp"
+    guard = _guard_of(partial)
+    handle = os.open(guard, os.O_RDONLY | os.O_CREAT) if locks.WINDOWS else None
     partial.mkdir()
-    handle = os.open(partial, os.O_RDONLY)
     try:
-        _lock(handle)
+        if handle is None:
+            handle = os.open(partial, os.O_RDONLY)
+            _lock(handle)
         yield partial
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            guard.unlink()
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -148,11 +154,14 @@ def remove_strays(folder: Path, name: str = "*") -> None:
     """
     for stray in folder.glob(f".{name}.{'[0-9a-f]' * _DIGITS}.tmp*"):
         with contextlib.suppress(OSError):  # another process has it, or has just removed it
-            how = os.O_RDONLY if stray.is_dir() else os.O_RDWR
-            handle = os.open(stray, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            if locks.WINDOWS:
+                _guard_of(stray).unlink(missing_ok=True)  # refused while it is open
+                _remove(stray)
+                continue
+            handle = locks.open_no_link(stray, os.O_RDONLY if stray.is_dir() else os.O_RDWR)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+                if locks.lock(handle):
+                    _remove(stray)
             finally:
                 os.close(handle)
 
@@ -175,6 +184,16 @@ def _token() -> str:
     return secrets.token_hex(_DIGITS // 2)
 
 
+def _guard_of(folder: Path) -> Path:
+    """On Windows, which opens no folder, this file is open as long as the folder is written."""
+    return folder.with_name(f"{folder.name}.open")
+
+
+def _remove(stray: Path) -> None:
+    shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+
+
 def _lock(handle: int) -> None:
-    with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(handle, fcntl.LOCK_SH)
+    if not locks.WINDOWS:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            locks.lock(handle, shared=True)

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import fcntl
 import glob
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from utils import distributed
+from utils import distributed, locks
 from utils.config import parse_yaml, read_yaml
 from utils.contents import MARK, NAME, Contents, is_file_name, write_mark
 from utils.errors import NothingToDo, UserError, shown
@@ -190,13 +189,12 @@ class RunFolder:
         absent = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         made.extend(parent for parent in absent if parent not in made)
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         is_left = False
         try:
             try:
-                handle = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+                handle = locks.open_no_link(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             except FileExistsError:
-                handle, is_left = os.open(path, flags), True
+                handle, is_left = locks.open_no_link(path, os.O_RDWR), True
         except FileNotFoundError:  # the process before has just removed it, or its folder
             return None
         status = os.fstat(handle)
@@ -204,11 +202,8 @@ class RunFolder:
             os.close(handle)
             raise UserError(f"{path}: is no lock of this program; move it away")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle).st_nlink:
+            if locks.lock(handle) and os.fstat(handle).st_nlink:
                 return handle, is_left
-        except BlockingIOError:
-            pass
         except OSError:
             os.close(handle)
             raise
@@ -220,10 +215,14 @@ class RunFolder:
         handle, made = _LOCKS.pop(os.path.realpath(self._lock), (None, []))
         if handle is None:
             return
+        if locks.WINDOWS:  # an open file cannot be removed, by which nobody loses a lock either
+            os.close(handle)
         with contextlib.suppress(OSError):  # its folder may be gone, or read-only by now
-            if os.fstat(handle).st_nlink:  # else the file of that name is another process's
-                self._lock.unlink()
-        os.close(handle)
+            # Without a name by now, the file of that name is another process's.
+            if locks.WINDOWS or os.fstat(handle).st_nlink:
+                locks.patiently(self._lock.unlink)
+        if not locks.WINDOWS:
+            os.close(handle)
         _remove_empty(made)
 
     @property
@@ -403,18 +402,15 @@ def _is_locked(lock: Path) -> bool:
     if os.path.realpath(lock) in _LOCKS:
         return False
     try:
-        handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = locks.open_no_link(lock, os.O_RDONLY)
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not locks.lock(handle, shared=True)
     except OSError:
-        pass
+        return False
     finally:
         os.close(handle)
-    return False
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
