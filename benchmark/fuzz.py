@@ -16,7 +16,6 @@ import logging
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -46,7 +45,7 @@ from benchmark.grid import read_grid
 from defense import ft, sau
 from interop.backdoorbench import export_record
 from models import build_model
-from utils import datasets, folders, pipeline, plot, poison, record, weights
+from utils import datasets, folders, pipeline, plot, poison, record, runtime, weights
 from utils.config import Parser
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
@@ -381,7 +380,7 @@ def peak_memory() -> int:
     """Bytes that this process has had in memory at most."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return runtime.peak_memory()
     found = re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))
     return 1024 * int(found[1]) if found else 0
 
@@ -495,6 +494,12 @@ def run_cases(
     return pd.DataFrame(ended).T.fillna(0).astype(int), problems
 
 
+def require_fork() -> None:
+    """Raises UserError where a process cannot be forked, as on Windows."""
+    if not hasattr(os, "fork"):
+        raise UserError("this needs a system that forks processes; use Linux or macOS")
+
+
 def main() -> None:
     """Parses the flags and prints the table."""
     parser = Parser(__doc__)
@@ -502,6 +507,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the damage")
     parser.add_argument("--only", type=int, help="number of the one case to run, here and now")
     flags = parser.parse_args()
+    require_fork()
     torch.set_num_threads(1)  # processes that are forked have no threads of torch
     loader = lambda path, image_size, **_: make_data()  # noqa: E731
     with (

@@ -81,9 +81,9 @@ def small(num_classes: int) -> nn.Module:
 def resident_mib() -> float:
     """Resident memory of this process now."""
     gc.collect()
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in lines if line.startswith("VmRSS:"))
-    return int(line.split()[1]) / 1024
+    import psutil  # here, see utils.runtime.peak_memory
+
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def long_run(kind: str, root: Path) -> dict[str, Any]:

@@ -33,7 +33,10 @@ from benchmark.grid import Cell, cells_of, read_grid
 from utils.config import Parser
 from utils.errors import UserError, shown
 from utils.folders import RunFolder
-from utils.runtime import ROOT, Progress, clock, logger, run_script
+from utils.runtime import ROOT, Progress, clock, logger, run_script, usable_cores
+
+# What asks a script to end. Windows has SIGTERM only as a name: it would end it at once.
+STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
 
 
 class Board:
@@ -161,7 +164,7 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
             time.sleep(0.2)
     finally:
         for process, _ in running.values():
-            process.send_signal(signal.SIGTERM)  # the script saves a checkpoint and ends
+            process.send_signal(STOP)  # the script saves a checkpoint and ends
         for process, _ in running.values():
             process.wait()
 
@@ -171,7 +174,7 @@ def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[byt
     log = log_of(cell, root)
     log.parent.mkdir(parents=True, exist_ok=True)
     mark_of(cell, root).unlink(missing_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, usable_cores() // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if gpus == [""]:
@@ -186,6 +189,7 @@ def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[byt
             stdin=subprocess.DEVNULL,
             env=environment,
             start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # so on Windows
         )
 
 

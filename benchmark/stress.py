@@ -31,7 +31,6 @@ import json
 import os
 import random
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -55,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 from attack import badnet
-from benchmark import fuzz, report  # noqa: F401  as below: so that no fork has to import it
+from benchmark import fuzz, report  # noqa: F401  report as below: no fork has to import it
 from defense import sau  # noqa: F401
 from interop import backdoorbench  # noqa: F401
 from models import build_model
@@ -85,6 +84,8 @@ def start(kind: str, root: Path, *flags: str, largest: int | None = None) -> sub
         root: folder of records.
         largest: bytes that a file may have.
     """
+
+    import resource  # which Windows lacks
 
     def limit() -> None:
         if largest is not None:
@@ -602,6 +603,7 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(SCENES), help="of the matrix, with commas")
     parser.add_argument("--every", type=int, default=1, help="so manyth change of the matrix")
     flags = parser.parse_args()
+    fuzz.require_fork()
     kinds = flags.kinds.split(",")
     for kind in kinds:
         if kind not in SCENES:

@@ -127,7 +127,7 @@ def release(images: torch.Tensor) -> None:
     """
     if images.device.type == "cpu" and images.untyped_storage().nbytes() > RESIDENT:
         pages = _MAPS.get(images.untyped_storage().data_ptr())
-        if pages is not None:
+        if pages is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             pages.madvise(mmap.MADV_DONTNEED)
 
 

@@ -8,7 +8,6 @@ import os
 import platform
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -28,8 +27,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models import userfile
 from utils import distributed
-from utils.errors import NothingToDo, UserError, shown
+from utils.errors import NothingToDo, UserError, one_line, shown
 from utils.files import REFUSALS, not_written
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parents[1]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -51,9 +55,10 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
     A `UserError` is printed, one line a problem, and exits with 2, and so is what the system
-    refuses (no access, no space) and whatever the user's own network raises; Ctrl-C exits with 130,
-    SIGTERM with 143, a closed terminal with 129. Of several processes the first one speaks for all;
-    another one only of what it alone has met.
+    refuses (no access, no space), what torch cannot do on `mps`, and whatever the user's own
+    network raises; Ctrl-C exits with 130, SIGTERM with 143, a closed terminal with 129, Ctrl-Break
+    (Windows) with 149. Of several processes the first one speaks for all; another one only of what
+    it alone has met.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else it is not a terminal's, nor a file's
@@ -83,10 +88,17 @@ def run_script(main: Callable[[], None]) -> None:
         advice = "make space, make it accessible, or give another path"
         logger.error("error: %s: %s; %s", what, error.strerror, advice)
         raise SystemExit(2) from None
-    except RuntimeError as error:
-        if not str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
+    except (RuntimeError, TypeError) as error:
+        if str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
+            logger.error("error: %s; give another path", error)
+        elif re.search(r"\bMPS\b", str(error)):
+            logger.error(
+                "error: --device: mps lacks what this run needs (%s); give cpu, or set "
+                "PYTORCH_ENABLE_MPS_FALLBACK=1 for what it can leave to the CPU",
+                shown(one_line(error), 200),
+            )
+        else:
             raise
-        logger.error("error: %s; give another path", error)
         raise SystemExit(2) from None
     except NothingToDo as done:
         logger.info("%s", done)
@@ -131,7 +143,9 @@ def stop_signal() -> int | None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """A first SIGINT, SIGTERM or SIGHUP waits where work can be resumed; another ends it at once.
+    """A first signal to end waits where work can be resumed; another one ends it at once.
+
+    These are SIGINT, SIGTERM and, where the system has them, SIGHUP and SIGBREAK.
 
     What comes within a second of the first is still the first: schedulers and launchers signal all
     processes of a job, and each of these passes it on to its children.
@@ -150,8 +164,11 @@ def _signals() -> Iterator[None]:
         yield
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
-        numbers.append(signal.SIGHUP)  # the terminal is closed
+    hang_up = getattr(signal, "SIGHUP", None)  # the terminal is closed; not on Windows
+    if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(hang_up)
+    if hasattr(signal, "SIGBREAK"):  # Windows, which has no other signal from process to process
+        numbers.append(signal.SIGBREAK)
     before = {n: signal.signal(n, handle) for n in numbers}
     try:
         yield
@@ -298,6 +315,7 @@ def random_states() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "python": random.getstate(),
         "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
     }
@@ -330,7 +348,9 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a `--device` value; `auto` is the GPU where there is one.
+    """The device of a `--device` value; `auto` is an NVIDIA or AMD GPU where there is one.
+
+    Every other device of torch, `mps` among them, is tried if it is named.
 
     Raises:
         UserError: for a name that torch does not know or a device that is not there.
@@ -343,9 +363,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        reason = shown(one_line(error), 200)
         raise UserError(
-            f"--device: {name} is not usable here ({reason}); give auto, cpu or cuda"
+            f"--device: {name} is not usable here ({reason}); give auto, cpu, cuda or mps"
         ) from None
     return device
 
@@ -374,6 +394,8 @@ def pick_precision(name: Precision, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
     checks = (
         getattr(torch.cpu, check, None)
         for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -405,10 +427,32 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
     }
 
 
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at most.
+
+    Raises:
+        ImportError: if this system has neither `resource` nor psutil.
+    """
+    if resource is not None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    import psutil  # here, because it needs `resource` itself where that is usual
+
+    now = psutil.Process().memory_info()
+    return getattr(now, "peak_wset", now.rss)  # Windows has the peak, too
+
+
+def usable_cores() -> int:
+    """How many of the processor's cores this process may use, >= 1."""
+    ask = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(ask(0)) if ask else os.cpu_count() or 1
+
+
 def peak_memory_mib(device: torch.device) -> dict[str, float]:
-    """Largest resident memory of this process, and of torch on the GPU, in MiB."""
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = {"peak_memory_mib": round(kib / (1024 if sys.platform != "darwin" else 1024**2), 1)}
+    """Largest resident memory of this process, if it is known, and of torch on the GPU, in MiB."""
+    peak = {}
+    with contextlib.suppress(ImportError):
+        peak["peak_memory_mib"] = round(peak_memory() / 2**20, 1)
     if device.type == "cuda":
         peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     return peak

@@ -346,7 +346,8 @@ class Loop:
         """The mean losses of the round so far, over all processes; waits for the device."""
         if not self._sums:
             return {}
-        sums = torch.stack([value.double() for value in self._sums.values()])
+        # On the CPU, because not every device (mps) has float64.
+        sums = torch.stack([value.cpu().double() for value in self._sums.values()])
         everything = torch.cat([sums, sums.new_tensor([self._images])])
         *values, images = distributed.total(everything).tolist()
         return {name: value / images for name, value in zip(self._sums, values, strict=True)}

@@ -199,6 +199,9 @@ def restore_random(states: Any) -> None:
         cuda = states["cuda"]
         if cuda and len(cuda) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(cuda)
+        mps = states.get("mps")  # which earlier checkpoints lack
+        if mps and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(mps[0])
     except (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"random generators: {error or type(error).__name__}") from error
 
