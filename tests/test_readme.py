@@ -101,7 +101,7 @@ def test_the_flags_of_the_settings_table_are_taken(workplace: Path) -> None:
     ]
     assert len(groups) >= 9
     for number, flags in enumerate(groups):
-        if flags[:2] == ["--device", "cuda"]:
+        if flags[0] == "--device":
             continue  # not on every machine
         if flags[0] in ("--ratio", "--norm_type"):
             run = shortened(["--result_file", "flags0"], workplace)
