@@ -38,7 +38,7 @@ from utils.data import as_float, augment
 from utils.errors import UserError
 from utils.poison import count_in_batch, partners
 from utils.runtime import Progress, evaluating, generator, logger
-from utils.train import Loop
+from utils.train import Loop, batch_sizes
 from utils.training.state import restore
 
 BETAS = (0.5, 0.9)  # of both Adams
@@ -114,8 +114,8 @@ def train_mask(
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr_M, betas=BETAS)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, MASK_MILESTONES, gamma=0.1)
     network.train()
-    steps = config.mask_epochs * -(-len(images) // batch_size)
-    with Progress(steps, "training the mask", says=False) as progress:
+    sizes = batch_sizes(len(images), batch_size)
+    with Progress(config.mask_epochs * len(sizes), "training the mask", says=False) as progress:
 
         def say(epoch: int, total: int, losses: dict[str, float], _: dict[str, Any]) -> None:
             text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
@@ -124,7 +124,7 @@ def train_mask(
 
         loop = Loop(say, lambda _: progress.advance(), rate="--lr_M")
         for _ in loop.rounds(config.mask_epochs):
-            others = torch.randperm(len(images), generator=second_order).split(batch_size)
+            others = torch.randperm(len(images), generator=second_order).split(sizes)
             batches = loop.batches(len(images), batch_size, first_order, whole=True)
             for pair in zip(batches, others, strict=True):
                 first, second = (
@@ -224,7 +224,9 @@ class InputAware:
         As published, the gradient is the sum over the whole training so far, see
         `accumulate_generator_grad`.
         """
-        epoch = self._batches // -(-len(self._setting.data.train) // self._config.batch_size)
+        epoch = self._batches // len(
+            batch_sizes(len(self._setting.data.train), self._config.batch_size)
+        )
         self._batches += 1
         if not self._has_gradient:
             return

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import Augmented, HeldOut, Rounds, run
+from defense.base import Augmented, HeldOut, Rounds, checked, run
 from models.parts import norms, scaled, silenced
 from utils.data import as_float, augment
 from utils.runtime import generator
@@ -182,6 +182,7 @@ def learned_masks(
     return {name: mask.detach() for name, mask in masks.items()}
 
 
+@checked
 def purify(
     model: nn.Module,
     images: torch.Tensor,

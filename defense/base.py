@@ -7,6 +7,7 @@ Dataset, model, normalization and target come from the record. Test images and t
 the report alone.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ from utils.runtime import (
 from utils.train import Loop, Schedule
 from utils.training import ending, selection
 from utils.training.findings import Findings
+from utils.training.guard import check_given, seeded, single_images_told
 from utils.training.selection import acceptable as acceptable  # public under this name, too
 from utils.training.selection import hold_out as hold_out
 
@@ -213,7 +215,46 @@ class Purify(Protocol[C_contra]):
             labels: (N,) int64.
             config: of the defense.
             loop: counts phases, rounds and batches, and takes what is found.
+
+        Raises:
+            UserError: if these do not fit together, see `checked`.
         """
+
+
+def checked(purify: Purify[C]) -> Purify[C]:
+    """What every `purify` is wrapped in; a method file writes `@checked` over it.
+
+    Model, images and labels are looked at first (`check_given`). Dropout, and whatever else draws
+    from the global generators, begins with `random_seed` in every call; the generators are put back
+    at the end. A network that cannot learn from one image at a time is told in one line.
+
+    Args:
+        purify: the method.
+
+    Returns:
+        The same, which raises UserError if what it is given does not fit together.
+    """
+
+    @functools.wraps(purify)
+    def wrapped(
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        config: C,
+        loop: Loop | None = None,
+    ) -> nn.Module:
+        with seeded(config.random_seed), single_images_told():
+            check_given(
+                model,
+                images,
+                labels,
+                needs_images=config.sees != "nothing",
+                needs_labels=isinstance(config, CleanData),
+                batch_size=config.batch_size if isinstance(config, FineTuned) else None,
+            )
+            return purify(model, images, labels, config, loop)
+
+    return wrapped
 
 
 def run(config_class: type[C], purify: Purify[C]) -> None:

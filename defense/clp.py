@@ -28,7 +28,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import DefenseConfig, run
+from defense.base import DefenseConfig, checked, run
 from models.parts import Pairs, convolutions_before, running_norms
 from utils.train import Loop
 from utils.training.pruning import pruned_in_rounds
@@ -65,6 +65,7 @@ def channel_lipschitz(
     return singular * bn_weight.detach().float().abs() / running_var.float().sqrt()
 
 
+@checked
 def purify(
     model: nn.Module,
     images: torch.Tensor,

@@ -28,7 +28,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import PoisonedData, Rounds, run
+from defense.base import PoisonedData, Rounds, checked, run
 from models.parts import norms, recording
 from utils.data import as_float
 from utils.runtime import evaluating
@@ -99,6 +99,7 @@ def largest_inputs(
     return {name: torch.cat(parts).T for name, parts in found.items() if parts}
 
 
+@checked
 def purify(
     model: nn.Module,
     images: torch.Tensor,

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import FineTuned, run
+from defense.base import FineTuned, checked, run
 from utils.data import as_float, augment
 from utils.runtime import generator
-from utils.train import Loop, Scheduler
+from utils.train import Loop, Scheduler, batch_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Config(FineTuned):
     pass
 
 
+@checked
 def purify(
     model: nn.Module,
     images: torch.Tensor,
@@ -63,7 +64,7 @@ def purify(
         weight_decay=config.wd,
         fused=device.type == "cuda",
     )
-    steps = -(-len(images) // config.batch_size)
+    steps = len(batch_sizes(len(images), config.batch_size))
     scheduler = Scheduler(optimizer, config.lr_scheduler, config.n_rounds, steps)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation", images.device)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import FineTuned, run
+from defense.base import FineTuned, checked, run
 from models.parts import keeping_statistics
 from utils.train import Loop
 from utils.training.sgd import fine_tune
@@ -82,6 +82,7 @@ def smoothed_cross_entropy(
     return F.kl_div(logits.log_softmax(1), target, reduction="batchmean")
 
 
+@checked
 def purify(
     model: nn.Module,
     images: torch.Tensor,

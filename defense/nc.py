@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import FineTuned, run
+from defense.base import FineTuned, checked, run
 from utils.data import as_float, augment
 from utils.runtime import evaluating, frozen, generator
 from utils.train import Loop
@@ -128,7 +128,7 @@ def invert_trigger(
             best=best,
             search=search,
         ):
-            for index in loop.batches(len(images), config.batch_size, order):
+            for index in loop.batches(len(images), config.batch_size, order, least=1):
                 batch = augment(images[index], config.crop_padding, config.flip, crops)
                 x = as_float(batch, device)
                 mask, pattern = bounded(theta["mask"]), bounded(theta["pattern"])
@@ -216,6 +216,7 @@ def flagged_classes(norms: torch.Tensor, threshold: float = 2.0) -> list[int]:
     return [label for label in norms.argsort(stable=True).tolist() if is_flagged[label]]
 
 
+@checked
 def purify(
     model: nn.Module,
     images: torch.Tensor,

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import CleanData, Rounds, run
+from defense.base import CleanData, Rounds, checked, run
 from models.changes import insert
 from models.parts import bare, keeping_statistics, layer, recording
 from utils.data import as_float
@@ -167,6 +167,7 @@ def input_channels(model: nn.Module, name: str, images: torch.Tensor) -> int:
     return inputs[name].shape[1]
 
 
+@checked
 def purify(
     model: nn.Module,
     images: torch.Tensor,

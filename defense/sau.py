@@ -42,7 +42,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import CleanData, Rounds, run
+from defense.base import CleanData, Rounds, checked, run
 from utils.data import as_float
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.runtime import evaluating, frozen, generator
@@ -189,6 +189,7 @@ def unlearning_loss(
     return {"clean": clean, "adversarial": adversarial, "shared": shared, "total": total}
 
 
+@checked
 def purify(
     model: nn.Module,
     images: torch.Tensor,
@@ -239,7 +240,7 @@ def purify(
     for _ in loop.rounds(
         config.n_rounds, model=model, optimizer=optimizer, order=order, start=start
     ):
-        for index in loop.batches(len(images), config.batch_size, order):
+        for index in loop.batches(len(images), config.batch_size, order, least=1):
             x, y = as_float(images[index], device), labels[index].to(device)
             ref_clean = ref_logits[index.to(device)]
             delta = image_by_image(perturb, x, y, ref_clean.argmax(1))

@@ -18,7 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from utils.errors import UserError, one_line
 from utils.files import TEXT, read_bytes
@@ -71,6 +73,8 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
         if not callable(build):
             raise UserError(f"--model: {file} has no function {function}; name one that it has")
         network = build(num_classes=num_classes, image_size=image_size)
+        if isinstance(network, nn.Module) and image_size is not None:
+            _fill_lazy_layers(network, image_size)
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the user's code may raise anything
@@ -84,6 +88,21 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
             f"--model: {name} gave {type(network).__name__}; it has to return an nn.Module"
         )
     return network
+
+
+def _fill_lazy_layers(network: nn.Module, image_size: int) -> None:
+    """Gives lazy layers (`nn.LazyLinear`) their weights, in a pass of two black images.
+
+    It is in eval mode, so that BatchNorm counts nothing.
+    """
+    if not any(is_lazy(value) for value in (*network.parameters(), *network.buffers())):
+        return
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    with torch.no_grad():
+        network(torch.zeros(2, 3, image_size, image_size))
+    for module, mode in modes:
+        module.training = mode
 
 
 @contextlib.contextmanager

@@ -180,11 +180,11 @@ def careless(data: Dataset) -> dict[str, Any]:
 
 
 def small_batch(data: Dataset) -> dict[str, Any]:
-    """A last batch of one image cannot be shared."""
+    """A batch of one image cannot be shared."""
     loop = Loop()
     loop.parallel(network(data))
     try:
-        list(loop.batches(37, 12, generator(0, "order")))
+        list(loop.batches(37, 1, generator(0, "order")))
     except UserError as error:
         return {"refused": str(error)}
     return {"refused": None}

@@ -34,7 +34,7 @@ from tests.conftest import Picture
 from tests.every_defense import cases, fields, module, of_the_method, shortened
 from tests.processes import Small
 from tests.test_end_to_end import cache, run_script, trained, workplace
-from utils import pipeline, plot, record
+from utils import pipeline, plot, record, runtime
 from utils.config import USER_FILES, read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.errors import UserError
@@ -377,6 +377,189 @@ def test_a_network_without_batchnorm_works_or_is_refused_in_one_line(
     assert (refused is None) == bool(loop.begun)
     assert refused is None or ("BatchNorm" in refused and len(refused.splitlines()) == 1)
     assert differences(before, everything_of(model), "model") == []
+
+
+# --- what is refused, and what a network draws by itself -----------------------------------------
+
+
+def refused(name: str, model: nn.Module, images: Any, labels: Any, **changes: Any) -> str:
+    """The one line of a `purify` that is given nonsense; nothing else may come of it."""
+    config = shortened(name, fitted(), **changes)
+    with pytest.raises(UserError) as caught:
+        module(name).purify(model, images, labels, config)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def float_images() -> torch.Tensor:
+    return bright_data().train.images / 255
+
+
+NONSENSE_IMAGES: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "255": (lambda x: x * 255, "floats in [0, 1]"),
+    "normalized": (lambda x: (x - 0.5) / 0.2, "before any normalization"),
+    "a little over": (lambda x: x + 0.4, "floats in [0, 1]"),
+    "a little under": (lambda x: x - 0.2, "floats in [0, 1]"),
+    "one NaN": (lambda x: x.index_put((torch.tensor(36),), torch.tensor(math.nan)), "nan"),
+    "one inf": (lambda x: x.index_put((torch.tensor(36),), torch.tensor(math.inf)), "inf"),
+    "int64": (lambda x: x.long(), "torch.int64"),
+    "bool": (lambda x: x > 0.5, "torch.bool"),
+    "complex": (lambda x: x + 0j, "complex"),
+    "an image": (lambda x: x[0], "(N, C, H, W)"),
+    "rows": (lambda x: x.flatten(1), "(N, C, H, W)"),
+    "five": (lambda x: x.unsqueeze(0), "(N, C, H, W)"),
+    "no pixels": (lambda x: x[:, :, :0], "(N, C, H, W)"),
+    "an array": (lambda x: x.numpy(), "ndarray is no tensor"),
+    "nothing": (lambda x: None, "NoneType is no tensor"),
+    "grey": (lambda x: x[:, :1].repeat(1, 5, 1, 1), "cannot take images of shape"),
+    "small": (lambda x: x[:, :, :4, :4], "cannot take images of shape"),
+    "last first": (lambda x: x.permute(0, 2, 3, 1), "cannot take images of shape"),
+}
+
+NONSENSE_LABELS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "twice": (lambda y: y.repeat(2), "for 37 images"),
+    "half": (lambda y: y[:18], "for 37 images"),
+    "one hot": (lambda y: F.one_hot(y), "for 37 images"),
+    "float": (lambda y: y.float(), "int64"),
+    "int32": (lambda y: y.int(), "int64"),
+    "from 1": (lambda y: y + 1, "give 0 to 3"),
+    "one is -1": (lambda y: y.index_fill(0, torch.tensor(5), -1), "give 0 to 3"),
+    "a list": (lambda y: y.tolist(), "list is no tensor"),
+    "nothing": (lambda y: None, "NoneType is no tensor"),
+}
+
+
+@every_defense
+@pytest.mark.parametrize(("change", "said"), NONSENSE_IMAGES.values(), ids=NONSENSE_IMAGES)
+def test_images_that_are_none_are_refused(
+    name: str, change: Callable[[torch.Tensor], Any], said: str
+) -> None:
+    assert said in refused(name, fitted(), change(float_images()), bright_data().train.labels)
+
+
+@every_defense
+@pytest.mark.parametrize(("change", "said"), NONSENSE_LABELS.values(), ids=NONSENSE_LABELS)
+def test_labels_that_are_none_are_refused(
+    name: str, change: Callable[[torch.Tensor], Any], said: str
+) -> None:
+    assert said in refused(name, fitted(), float_images(), change(bright_data().train.labels))
+
+
+@every_defense
+def test_no_image_is_refused_by_who_needs_some(name: str) -> None:
+    """Who sees nothing works without; who reads no labels works without these."""
+    images, labels, model = float_images(), bright_data().train.labels, fitted()
+    config = shortened(name, model)
+    if config.sees == "nothing":
+        module(name).purify(model, images[:0], labels[:0], config)
+    else:
+        assert "there is none" in refused(name, model, images[:0], labels[:0])
+    if isinstance(config, base.CleanData):
+        assert "for 37 images" in refused(name, model, images, labels[:0])
+    else:
+        module(name).purify(model, images, labels[:0], config)
+
+
+class Pair(nn.Module):
+    """Gives its logits in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = fitted()
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.inner(images), images
+
+
+@every_defense
+def test_a_network_that_is_none_is_refused(name: str) -> None:
+    images, labels = float_images(), bright_data().train.labels
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(4))
+    for model, said in (
+        (lazy, "lazy layer was never called"),
+        (nn.Flatten(), "has no weights"),
+        (lambda x: x, "is no network"),
+        (Pair(), "gives tuple"),
+        (nn.Sequential(*list(fitted().network)[:-2]), "logits (N, K) are needed"),
+    ):
+        assert said in refused(name, model, images, labels)  # type: ignore[arg-type]
+    assert isinstance(lazy[0], nn.LazyConv2d)  # the look at it was at a copy
+
+
+@every_case
+def test_pixels_at_the_bounds_and_beyond_by_rounding_are_taken(
+    name: str, changes: dict[str, Any]
+) -> None:
+    images, model = float_images(), fitted()
+    images[0], images[1] = 1 + 1e-6, -1e-6
+    config = shortened(name, model, **changes)
+    module(name).purify(model, images, bright_data().train.labels, config)
+
+
+def with_dropout() -> nn.Module:
+    """The fitted network, which drops features before its last layer in train mode."""
+    layers = list(fitted().network)
+    return nn.Sequential(*layers[:-1], nn.Dropout(0.5), layers[-1])
+
+
+@every_case
+def test_a_network_with_dropout_gives_the_same_bits(name: str, changes: dict[str, Any]) -> None:
+    """Whatever the global generators hold; they are then as they were. Another seed differs."""
+    data, states = bright_data(), []
+    given = data.train.images, data.train.labels
+
+    def run(**more: Any) -> Outcome:
+        disturb()
+        states.append(runtime.random_states())
+        config = shortened(name, with_dropout(), **{**changes, "train_mode": True, **more})
+        result = outcome(name, with_dropout(), *given, config)
+        assert differences(runtime.random_states(), states[-1], "generators") == []
+        return result
+
+    first, second, third = run(), run(), run(random_seed=1)
+    assert second.differs_from(first) == []
+    assert differences(states[0], states[1], "generators") != []
+    if any(losses for *_, losses in first.rounds):
+        assert differences(third.rounds, first.rounds, "rounds") != []
+
+
+@every_defense
+def test_generators_are_put_back_after_a_refusal(name: str) -> None:
+    before = runtime.random_states()
+    refused(name, fitted(), float_images() * 255, bright_data().train.labels)
+    assert differences(runtime.random_states(), before, "generators") == []
+
+
+def narrow() -> nn.Module:
+    """BatchNorm of one value a channel and image, which knows nothing of one image."""
+    torch.manual_seed(3)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    last = (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(*layers, *last).eval()
+
+
+@every_case
+@pytest.mark.parametrize(("count", "batch_size"), [(37, 12), (37, 36), (3, 2), (37, 1), (1, 16)])
+def test_a_batch_of_one_image_works_or_is_told_in_one_line(
+    name: str, changes: dict[str, Any], count: int, batch_size: int
+) -> None:
+    """A last one works in every defense; else the line comes before a single step was made."""
+    data = bright_data().train.at(torch.arange(count))
+    steps: list[Any] = []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    config = shortened(name, narrow(), **{**changes, "batch_size": batch_size, "val_ratio": 0.4})
+    said = ""
+    try:
+        outcome(name, narrow(), data.images, data.labels, config)
+    except UserError as error:
+        said = str(error)
+    finally:
+        hook.remove()
+    if said:
+        assert min(count, batch_size) == 1
+        assert "a --batch_size of at least 2" in said
+        assert len(said.splitlines()) == 1
+        assert steps == []
 
 
 # --- configurations that change nothing ----------------------------------------------------------

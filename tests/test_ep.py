@@ -194,12 +194,12 @@ class Channels(nn.Module):
 def mixture(channels: int, count: int = 300, side: int = 2) -> torch.Tensor:
     """Normal values in all channels but number 4, of which a part of the images lies far apart."""
     torch.manual_seed(0)
-    images = torch.randn(count, channels, side, side)
-    images[: count // 2, 4] += 60
+    images = 0.2 + 0.01 * torch.randn(count, channels, side, side)
+    images[: count // 2, 4] += 0.6
     return images
 
 
-NO_LABELS = torch.full((300,), -1)  # they are not read
+NO_LABELS = torch.zeros(0, dtype=torch.int64)  # they are not read
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(10, []), (11, [4])])
@@ -240,8 +240,8 @@ def test_a_constant_channel_is_never_pruned() -> None:
 def test_the_largest_pixel_counts_not_the_mean() -> None:
     """One bright pixel makes the second mode where 16 pixels' mean would hardly move."""
     images = mixture(12, side=4)
-    images[:150, 4] -= 60
-    images[:150, 4, 2, 1] += 60
+    images[:150, 4] -= 0.6
+    images[:150, 4, 2, 1] += 0.6
     pruned = purify(Channels(12), images, NO_LABELS, Config.load(u=2.5))
     assert torch.nonzero(pruned.bn.weight == 0).flatten().tolist() == [4]
 

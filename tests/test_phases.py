@@ -31,7 +31,7 @@ def two_phases(loop: Loop) -> dict[str, Any]:
     best: dict[str, torch.Tensor] = {}
     amount = torch.zeros(())
     for number in loop.rounds(2, "teacher", teacher=teacher, order=order, masks=masks, best=best):
-        for index in loop.batches(5, 2, order):
+        for index in loop.batches(6, 2, order):
             with torch.no_grad():
                 teacher.weight += index.sum() * torch.rand(())  # the global generator
             masks["a"] *= torch.rand(3, generator=order)  # in the middle of a permutation
@@ -43,7 +43,7 @@ def two_phases(loop: Loop) -> dict[str, Any]:
     for _ in loop.rounds(
         3, model=model, optimizer=optimizer, order=order, noise=noise, amount=amount, best=best
     ):
-        for index in loop.batches(5, 2, order):
+        for index in loop.batches(6, 2, order):
             loss = (model(teacher.weight) * torch.rand((), generator=noise) + shift).square().sum()
             optimizer.zero_grad()
             loss.backward()

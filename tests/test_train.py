@@ -14,7 +14,15 @@ from utils import distributed
 from utils.data import Dataset, Labelled, as_float
 from utils.errors import UserError
 from utils.poison import PoisonedSet, unpoisoned
-from utils.train import Loop, Schedule, Scheduler, Supervised, lr_multiplier, train_classifier
+from utils.train import (
+    Loop,
+    Schedule,
+    Scheduler,
+    Supervised,
+    batch_sizes,
+    lr_multiplier,
+    train_classifier,
+)
 from utils.training.state import device_of
 
 
@@ -153,7 +161,56 @@ def test_a_loop_without_callbacks_only_counts() -> None:
     assert list(loop.rounds(0, "search")) == []
     assert (loop.phase, loop.position, loop.total) == ("search", (0, 0), 0)
     assert list(loop.rounds(3)) == [1, 2, 3]
-    assert [len(batch) for batch in loop.batches(5, 2, rng())] == [2, 2, 1]
+    assert [len(batch) for batch in loop.batches(6, 2, rng())] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "least", "sizes"),
+    [
+        (9, 4, 2, [4, 5]),
+        (9, 4, 1, [4, 4, 1]),
+        (10, 4, 2, [4, 4, 2]),
+        (8, 4, 2, [4, 4]),
+        (3, 1, 2, [1, 1, 1]),
+        (1, 4, 2, [1]),
+        (3, 4, 2, [3]),
+    ],
+)
+def test_a_last_batch_of_one_image_joins_the_one_before(
+    count: int, size: int, least: int, sizes: list[int]
+) -> None:
+    """All images come once, in the order of the permutation, whatever the batches are."""
+    assert batch_sizes(count, size, least) == sizes
+    batches = list(Loop().batches(count, size, rng(), least=least))
+    assert [len(batch) for batch in batches] == sizes
+    assert torch.equal(torch.cat(batches), torch.randperm(count, generator=rng()))
+
+
+def test_a_single_image_is_left_out_where_batches_have_to_be_full() -> None:
+    assert [len(batch) for batch in Loop().batches(9, 4, rng(), drop_last=True)] == [4, 4]
+
+
+def test_two_processes_share_a_batch_that_one_image_has_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "parallel", lambda model: model)
+    parts = []
+    for number in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        loop = Loop()
+        loop.parallel(Scalar())
+        parts.append(list(loop.batches(9, 4, rng())))
+    assert [[len(own) for own in part] for part in parts] == [[2, 2], [2, 3]]
+    joined = torch.cat([torch.cat(pair) for pair in zip(*parts, strict=True)])
+    assert torch.equal(joined, torch.randperm(9, generator=rng()))
+
+
+def test_no_image_and_no_weight_to_train_are_refused() -> None:
+    with pytest.raises(UserError, match="no image is left to learn from"):
+        next(Loop().batches(0, 4, rng(), steps=3))
+    with pytest.raises(UserError, match="no weight that may be trained; set requires_grad"):
+        Loop().parallel(Scalar().requires_grad_(False))
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 99])
@@ -238,7 +295,7 @@ def test_a_whole_batch_goes_to_every_process(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_several_processes_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method without `parallel`; a last batch of one for two processes, but not one of two."""
+    """A method without `parallel`; a last batch of one for two processes, but not a larger one."""
     monkeypatch.setattr(distributed, "processes", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     monkeypatch.setattr(distributed, "parallel", lambda model: model)
@@ -247,7 +304,7 @@ def test_what_several_processes_cannot_share_is_refused(monkeypatch: pytest.Monk
         next(loop.batches(10, 5, rng()))
     loop.parallel(Scalar())
     with pytest.raises(UserError, match="the last batch has 1 of 10 images, fewer than the 2"):
-        next(loop.batches(10, 3, rng()))
+        next(loop.batches(10, 3, rng(), least=1))
     assert [len(own) for own in loop.batches(10, 4, rng())] == [2, 2, 1]
     assert [len(own) for own in loop.batches(9, 4, rng(), drop_last=True)] == [2, 2]
     assert list(loop.batches(3, 4, rng(), drop_last=True)) == []

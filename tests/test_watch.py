@@ -306,15 +306,15 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 def test_each_phase_has_a_bar_of_all_its_batches(
     folder: RunFolder, bars: list[tuple[object, ...]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Five images in twos are three batches a round: three for the teacher, and six."""
+    """Six images in twos are three batches a round: three for the teacher, and six."""
     caplog.set_level(logging.INFO, "sau")
     watch = Watch(folder, "round", score, eval_every=1)
     loop, order = watch.start(), torch.Generator()
     for _ in loop.rounds(1, "teacher", order=order):
-        for index in loop.batches(5, 2, order):
+        for index in loop.batches(6, 2, order):
             loop.log(len(index), loss=torch.tensor(2.0))
     for _ in loop.rounds(2, model=Numbered(40), order=order):
-        for index in loop.batches(5, 2, order):
+        for index in loop.batches(6, 2, order):
             loop.log(len(index), clean=torch.tensor(0.5), shared=torch.tensor(1.0))
     watch.finish(Numbered(50))
     assert bars == [
@@ -338,7 +338,7 @@ def test_the_bar_of_a_resumed_run_begins_where_it_was_cut_off(
     def run(watch: Watch, stop_at: int | None = None) -> None:
         loop, order = watch.start(), torch.Generator()
         for number in loop.rounds(2, order=order):
-            for _ in loop.batches(5, 2, order):
+            for _ in loop.batches(6, 2, order):
                 runtime._Stop.signal = signal.SIGTERM if number == stop_at else None
 
     with pytest.raises(runtime.Stopped):

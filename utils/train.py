@@ -113,7 +113,15 @@ class Loop:
         """The module to train a model through; it shares the model's weights.
 
         Backward comes before the next call where that is possible, see `models.graphed`.
+
+        Raises:
+            UserError: if no weight has `requires_grad`.
         """
+        if not any(weight.requires_grad for weight in model.parameters()):
+            raise UserError(
+                "the network has no weight that may be trained; set requires_grad on those that "
+                "this method shall change"
+            )
         self._is_shared = True
         return self.alone(distributed.parallel(model))
 
@@ -210,6 +218,7 @@ class Loop:
         drop_last: bool = False,
         whole: bool = False,
         steps: int | None = None,
+        least: int = 2,
     ) -> Iterator[torch.Tensor]:
         """A fresh permutation of range(count) in batches of int64 indices.
 
@@ -221,7 +230,14 @@ class Loop:
             drop_last: whether to leave out a last batch that is not full.
             whole: give every process the whole batch; for `distributed.Gathered`.
             steps: so many batches of images drawn with replacement, instead of a permutation.
+            least: images of a last batch, see `batch_sizes`; 1 for methods that do without the
+                statistics of a batch.
+
+        Raises:
+            UserError: if there is no image, or a process would get none of a batch.
         """
+        if count == 0:
+            raise UserError("no image is left to learn from; give more images (--ratio)")
         if distributed.processes() > 1 and not (self._is_shared or whole):
             raise UserError(
                 "this method does not train data-parallel; start it without torchrun, in one "
@@ -238,7 +254,8 @@ class Loop:
             done, self._resume = self._batch, None
         self._generator, self._order = generator, generator.get_state()
         if steps is None:
-            batches = torch.randperm(count, generator=generator).split(batch_size)
+            sizes = batch_sizes(count, batch_size, 1 if drop_last else least)
+            batches = torch.randperm(count, generator=generator).split(sizes)
         else:
             batches = tuple(torch.randint(count, (steps, batch_size), generator=generator))
         if now is not None:  # what was drawn from it for other things after the permutation
@@ -359,6 +376,25 @@ class Loop:
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
 
 
+def batch_sizes(count: int, batch_size: int, least: int = 2) -> list[int]:
+    """The images of each batch of a round: full batches, and a last one of those that are left.
+
+    Where fewer than `least` are left they join the batch before. So none of several batches has a
+    single image, of which BatchNorm knows no statistics in train mode.
+
+    Args:
+        count: images, >= 1.
+        batch_size: >= 1.
+        least: 1 lets a last batch be of one image.
+    """
+    full, left = divmod(count, batch_size)
+    sizes = [batch_size] * full
+    if sizes and left < least:
+        sizes[-1] += left
+        return sizes
+    return [*sizes, left]
+
+
 def _kept(value: Any) -> Any:
     """Plain data and tensors as they are now, the tensors copied to the CPU."""
     if isinstance(value, torch.Tensor):
@@ -422,7 +458,9 @@ def train_classifier(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
     )
-    steps_per_epoch = len(data) // batch_size if drop_last else -(-len(data) // batch_size)
+    steps_per_epoch = (
+        len(data) // batch_size if drop_last else len(batch_sizes(len(data), batch_size))
+    )
     scheduler = Scheduler(optimizer, schedule, epochs, steps_per_epoch)
     for _ in loop.rounds(
         epochs, model=model, optimizer=optimizer, scheduler=scheduler, order=order, step=step

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from utils.data import as_float, augment
 from utils.runtime import generator
-from utils.train import Loop, Schedule, Scheduler
+from utils.train import Loop, Schedule, Scheduler, batch_sizes
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # Computes a loss, leaves its gradient on the weights, and gives the loss back.
@@ -77,7 +77,7 @@ def fine_tune(
         weight_decay=config.wd,
         fused=device.type == "cuda",
     )
-    steps = -(-len(images) // config.batch_size)
+    steps = len(batch_sizes(len(images), config.batch_size))
     scheduler = Scheduler(optimizer, config.lr_scheduler, rounds, steps)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation", images.device)

@@ -1,0 +1,181 @@
+"""What holds around every defense's `purify`: sound input, and draws that repeat."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from utils.data import as_float
+from utils.errors import UserError, one_line, shown
+from utils.runtime import random_states, seed_everything
+from utils.training.state import restore_random
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ROUNDING = 1e-3  # by which a pixel may leave [0, 1], as after a normalization that was undone
+GIVE_IMAGES = "give (N, C, H, W), floats in [0, 1] or uint8 in 0 to 255"
+
+T = TypeVar("T")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the global generators begin with the seed; they are put back at the end.
+
+    So dropout, and whatever else a network draws by itself, repeats, and the caller's own draws are
+    those that they would have been.
+    """
+    before = random_states()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        restore_random(before)
+
+
+@contextmanager
+def single_images_told() -> Iterator[None]:
+    """Turns BatchNorm's refusal of a batch of one image, in train mode, into a UserError.
+
+    A last batch of one image does not occur (`utils.train.batch_sizes`). So only runs meet it of
+    which every batch has one image, and they meet it in their first step.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel when training" not in str(error):
+            raise
+        raise UserError(
+            "this network cannot learn from one image at a time, because its BatchNorm would see "
+            "a single value of a channel; give at least two images (--ratio), and a --batch_size "
+            "of at least 2"
+        ) from error
+
+
+def check_given(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    needs_images: bool,
+    needs_labels: bool,
+    batch_size: int | None = None,
+) -> None:
+    """Looks at what a `purify` is given; a copy of the network is called with two images.
+
+    Args:
+        needs_images: whether there must be at least one image.
+        needs_labels: whether there must be a label for each image; else there may be none at all.
+        batch_size: of methods that train the whole network in train mode; None for others.
+
+    Raises:
+        UserError: if the network has no weights, or not yet; if images are no (N, C, H, W) of
+            floats in [0, 1] or uint8; if labels are no (N,) of int64 below the number of classes;
+            if the network cannot take the images, gives no logits (N, K) where there are labels, or
+            cannot be trained on so few.
+    """
+    _check_network(model)
+    _check_images(images, needs_images)
+    if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
+        _check_labels(labels, len(images))
+    some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
+    copy = _told("be copied by copy.deepcopy", lambda: deepcopy(model))
+    copy.eval()
+    with torch.no_grad():
+        logits = _told(
+            f"take images of shape {tuple(some.shape)} and type {some.dtype}",
+            lambda: copy(as_float(some, _device(model))),
+        )
+    if len(labels) == 0:
+        return
+    classes = _classes(logits, len(some))
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UserError(
+            f"labels: {int(labels.min())} to {int(labels.max())}, but the network has {classes} "
+            f"classes; give 0 to {classes - 1}"
+        )
+    if batch_size is not None and min(len(images), batch_size) == 1:
+        with single_images_told(), torch.no_grad():
+            copy.train()(as_float(some[:1], _device(model)))
+
+
+def _check_network(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: {type(model).__name__} is no network; give an nn.Module")
+    if next(model.parameters(), None) is None:
+        raise UserError("model: the network has no weights; give one that was trained")
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lazy = [name for name, value in tensors.items() if is_lazy(value)]
+    if lazy:
+        raise UserError(
+            f"model: {shown(lazy[0], 100)} has no values yet, because its lazy layer was never "
+            "called; call the network once, and load the weights that were trained"
+        )
+
+
+def _check_images(images: torch.Tensor, needs_images: bool) -> None:
+    if not isinstance(images, torch.Tensor):
+        raise UserError(f"images: {type(images).__name__} is no tensor; {GIVE_IMAGES}")
+    if images.dim() != 4 or 0 in images.shape[1:]:
+        raise UserError(f"images: the shape is {tuple(images.shape)}; {GIVE_IMAGES}")
+    if images.dtype not in (torch.uint8, *FLOATS):
+        raise UserError(f"images: the type is {images.dtype}; {GIVE_IMAGES}")
+    if len(images) == 0:
+        if needs_images:
+            raise UserError("images: there is none, which this method needs; give at least one")
+        return
+    if images.dtype == torch.uint8:
+        return
+    low, high = (float(value) for value in images.detach().aminmax())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # nor if one of them is NaN
+        raise UserError(
+            f"images: pixels reach from {low:g} to {high:g}; {GIVE_IMAGES}, before any "
+            "normalization, which belongs into the network"
+        )
+
+
+def _check_labels(labels: torch.Tensor, count: int) -> None:
+    if not isinstance(labels, torch.Tensor):
+        raise UserError(f"labels: {type(labels).__name__} is no tensor; give (N,) int64")
+    if tuple(labels.shape) != (count,):
+        raise UserError(
+            f"labels: the shape is {tuple(labels.shape)} for {count} images; give one for each, "
+            f"({count},) int64"
+        )
+    if labels.dtype != torch.int64:
+        raise UserError(f"labels: the type is {labels.dtype}; give (N,) int64")
+
+
+def _classes(logits: object, count: int) -> int:
+    """The number of classes in what a network gives for so many images."""
+    if not isinstance(logits, torch.Tensor):
+        found = type(logits).__name__
+    elif logits.dim() != 2 or len(logits) != count or logits.shape[1] < 1:
+        found = str(tuple(logits.shape))
+    elif not logits.is_floating_point():
+        found = str(logits.dtype)
+    else:
+        return logits.shape[1]
+    raise UserError(
+        f"model: the network gives {found} for {count} images; logits (N, K) are needed, as floats"
+    )
+
+
+def _told(what: str, work: Callable[[], T]) -> T:
+    """What `work` returns; a UserError that says what the network cannot do if it raises."""
+    try:
+        return work()
+    except UserError:
+        raise
+    except Exception as error:  # a user's network may raise anything
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"model: the network cannot {what} ({reason}); give images that it takes, or repair it"
+        ) from error
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
