@@ -241,7 +241,7 @@ def test_the_defense_sees_nothing() -> None:
     assert not hasattr(config, "ratio")
     assert not hasattr(config, "index")
     none = purify(with_outlier(), NO_IMAGES, NO_LABELS, config)
-    some = purify(with_outlier(), torch.rand(2, 3, 8, 8), torch.tensor([1, 0]), config)
+    some = purify(with_outlier(), torch.rand(2, 3, 8, 8).double(), torch.tensor([1, 0]), config)
     assert differing(none.state_dict(), some.state_dict()) == []
 
 

@@ -14,6 +14,7 @@ import attack.prototype as prototype
 import utils.images
 from attack.controlled import affine_augmentation, labels_of_batch, stored
 from attack.wanet import Config
+from tests.processes import Recorder, random_data, train
 from utils.data import Dataset, Labelled
 from utils.errors import UserError
 from utils.poison import KINDS, count_in_batch, first_of_batches, partners
@@ -375,3 +376,23 @@ class Idle:
         return images
 
     cross = trigger
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("wanet", "WaNet"), ("bpp", "Bpp"), ("inputaware", "InputAware")]
+)
+def test_a_last_batch_of_one_image_joins_the_one_before(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """37 images by 12, before a BatchNorm that knows nothing of one image: three steps an epoch."""
+    monkeypatch.setattr(prototype, "ROOT", tmp_path)
+    data, module = random_data(), importlib.import_module(f"attack.{name}")
+    changes = {"mask_epochs": 1} if name == "inputaware" else {}
+    flags = module.Config.load("digits", batch_size=12, pratio=0.1, **changes)
+    control = getattr(module, kind)(flags, setting(data))
+    control.before_training()
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten())
+    model, loop = nn.Sequential(*layers, nn.Linear(8, 4)), Recorder()
+    train(model, data, control, loop, 12, epochs=2, drop_last=False, whole=True)
+    assert len(loop.steps) == 2 * 3

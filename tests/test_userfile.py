@@ -12,6 +12,7 @@ import torch
 
 import models
 from models import build_model, check_model, model_identity, userfile
+from models.userfile import build_user_model
 from tests.conftest import Picture
 from tests.test_config import odd_file
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
@@ -164,12 +165,11 @@ STATES = {
         "Net.forward = forward"
     ): "other names or shapes of weights after a call than before",
     (
-        "def forward(self, images):\n"
-        "    self.linear.seen = torch.zeros(1)\n"
-        "    return self.linear(images.flatten(1))\n"
         "def build(num_classes, image_size):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))"
-    ): "LazyLinear|cannot be saved|uninitialized",
+        "    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))\n"
+        "    net[1].unused = nn.LazyLinear(4)\n"
+        "    return net"
+    ): "cannot be saved as finite tensors alone",
     (
         "def build(num_classes, image_size):\n"
         "    sys.calls = getattr(sys, 'calls', 0) + 1\n"
@@ -179,6 +179,24 @@ STATES = {
     "Net.__deepcopy__ = lambda self, memo: self": "no copy with weights of its own",
     "Net.__deepcopy__ = lambda self, memo: None": "cannot be saved as finite tensors alone",
 }
+
+
+def test_lazy_layers_have_their_weights_once_the_network_is_made(tmp_path: Path) -> None:
+    """BatchNorm has counted nothing, modes are the constructor's, and the trial accepts it."""
+    name = net(
+        tmp_path,
+        more="\ndef build(num_classes, image_size):\n"
+        "    layers = nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Dropout().eval()\n"
+        "    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(num_classes))\n",
+    )
+    network = build_user_model(name, 3, 8)
+    assert [type(layer).__name__ for layer in network] == [
+        *("Conv2d", "BatchNorm2d", "Dropout", "Flatten", "Linear")
+    ]
+    assert network[-1].weight.shape == (3, 4 * 6 * 6)
+    assert int(network[1].num_batches_tracked) == 0
+    assert [layer.training for layer in network] == [True, True, False, True, True]
+    check_model(name, 3, 8)
 
 
 @pytest.mark.parametrize("more", STATES)
