@@ -38,6 +38,7 @@ from utils.errors import UserError
 from utils.evaluate import evaluate
 from utils.images import IMAGE_SUFFIXES, decoded
 from utils.metrics import FAILED_ASR, Scores
+from utils.records.checkpoint import digest
 from utils.runtime import Precision, file_log, logger, pick_device, pick_precision, run_script
 from utils.training import ending
 from utils.training.findings import Findings
@@ -181,6 +182,11 @@ def import_model(config: Config) -> folders.RunFolder:
         folder.start(config.dump())
         open_log(folder.log)
         model_name, model_sha256 = model_identity(config.model)
+        shown = {}
+        if triggered is not None:
+            parts = (triggered.index, triggered.images, triggered.targets)
+            shown = {"bd_test_dir": digest(parts)}
+        inputs = ending.inputs_of(config, data, model_sha256, **shown)
         logger.info("external model on %s: %s, %s, %s", data.name, model_name, device, precision)
         scores = evaluate(model, data.test, triggered, device)
         is_backdoored = triggered is not None or config.attack_target is not None
@@ -209,6 +215,7 @@ def import_model(config: Config) -> folders.RunFolder:
                 "attack": "external",
                 **scores.counts(),
                 "dataset": data.name,
+                "dataset_path": facts["dataset_path"],
                 "model": model_name,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
                 **prototype.target_name(facts, data),
@@ -220,7 +227,7 @@ def import_model(config: Config) -> folders.RunFolder:
             result=result,
             pictures=pictures,
             files=["attack_result.pt", "poison.pt"],
-            run=ending.run_facts(config, started, device, precision),
+            run=ending.run_facts(config, started, device, precision, inputs),
         )
     return folder
 

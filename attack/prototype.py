@@ -306,6 +306,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
 
         distributed.barrier()  # all have come so far before one empties the folder
         model_name, model_sha256 = model_identity(config.model)
+        inputs = ending.inputs_of(config, data, model_sha256)
         poisoned = plan.training
         origin = Origin(
             method=name,
@@ -359,6 +360,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
                 **scores.counts(),
                 "seed": config.random_seed,
                 "dataset": data.name,
+                "dataset_path": facts["dataset_path"],
                 "model": model_name,
                 "epochs": config.epochs,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
@@ -374,7 +376,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
             result=ending.table(scores),
             pictures=pictures,
             files=["attack_result.pt", "poison.pt"],
-            run=ending.run_facts(config, started - watch.earlier, device, precision),
+            run=ending.run_facts(config, started - watch.earlier, device, precision, inputs),
         )
     return folder
 

@@ -30,10 +30,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from attack import names as attacks
 from defense import names as defenses
+from models import is_user_file
 from utils.config import Config, read_yaml
 from utils.errors import UserError, quoted, suggestion
 from utils.files import read_text
 from utils.folders import FREE_TO_CHANGE, NAME
+from utils.records.checkpoint import files_of
+from utils.training.ending import paths_of
 
 _OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
@@ -276,18 +279,55 @@ def _differences(cell: Cell) -> list[str]:
     shown = ", ".join(f"{name} {before[name]}, not {value}" for name, value in differing.items())
     if shown:
         return [f"{cell.folder}: was made with {shown}; delete it, or give the grid another name"]
+    changed = [
+        f"{flag} {cell.flags[flag.removeprefix('--')]}"
+        for flag, sha256 in _inputs(cell).items()
+        if _inputs_of_record(cell.folder).get(flag, sha256) != sha256
+    ]
+    if changed:
+        return [
+            f"{cell.folder}: was made with another content of {', '.join(changed)}; delete it, or "
+            "give the grid another name"
+        ]
     if cell.attack is not None and _sha256s(cell.folder) != _sha256s(cell.attack.folder):
         return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
     return []
 
 
+def _inputs(cell: Cell) -> dict[str, str]:
+    """sha256 of the files that a cell's flags name, as they are now, by flag."""
+    folder, name = cell.script.removesuffix(".py").split("/")
+    config = _config_class(folder, name)
+    names = set() if config is None else paths_of(config)
+    named = {flag: value for flag, value in cell.flags.items() if flag in names}
+    model = str(cell.flags.get("model"))
+    if is_user_file(model):
+        named["model"] = model.rpartition(":")[0]
+    return files_of(named)
+
+
+def _inputs_of_record(folder: Path) -> dict[str, Any]:
+    """sha256 of what a finished run has read; empty where its summary does not say."""
+    found = _summary(folder).get("inputs")
+    return found if isinstance(found, dict) else {}
+
+
 def _sha256s(folder: Path) -> str | None:
     """Of the attack's model, which a defense's summary names too."""
+    summary = _summary(folder)
+    try:
+        return summary.get("attack_sha256") or summary["files"]["attack_result.pt"]
+    except (KeyError, TypeError):
+        return None
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """A run's summary; empty where it cannot be read."""
     try:
         summary = json.loads(read_text(folder / "summary.json"))
-        return summary.get("attack_sha256") or summary["files"]["attack_result.pt"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _told(value: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from benchmark.summaries import CLEAN, METRICS, UNDEFENDED
+from benchmark.summaries import METRICS, UNDEFENDED, is_clean
 from utils.metrics import FAILED_ASR
 
 HIGHER_IS_BETTER = {"acc": True, "asr": False, "ra": True, "der": True}
@@ -20,7 +20,6 @@ FLAGS = {
     "m": "mean over fewer attacks than without a defense",
     "n": "the defense sees no images",
     "p": "the defense sees a part of the poisoned training set, which the others do not see",
-    "r": "seeds of different recipes",
     "s": "one seed only",
     "v": "other versions, precision or kind of device than most of this table",
 }
@@ -91,10 +90,12 @@ def summarize(runs: pd.DataFrame) -> list[Table]:
     tables: list[Table] = []
     setting = ["dataset", "image_size", "train_images", "test_images", "model"]
     for _, group in runs.groupby(setting, dropna=False):
-        attacks = group[group["attack"] != CLEAN]
+        without = group["attack"].map(is_clean)
+        attacks = group[~without]
         if attacks.groupby("attack")["pratio"].nunique(dropna=False).max() > 1:
-            clean = group[group["attack"] == CLEAN]
-            parts = [pd.concat([p, clean]) for _, p in attacks.groupby("pratio", dropna=False)]
+            parts = [
+                pd.concat([p, group[without]]) for _, p in attacks.groupby("pratio", dropna=False)
+            ]
         else:
             parts = [group]
         for part in parts:
@@ -109,7 +110,7 @@ def is_variant(label: str, method: str) -> bool:
 
 def _table(runs: pd.DataFrame, names: list[str]) -> Table:
     first = runs.iloc[0]
-    usual = runs.loc[runs["attack"] != CLEAN, "pratio"].mode()
+    usual = runs.loc[~runs["attack"].map(is_clean), "pratio"].mode()
     runs = runs.assign(row=runs["attack"])
     if len(usual):
         own = runs["pratio"].notna() & (runs["pratio"] != usual.max())
@@ -168,7 +169,6 @@ def _cells(runs: pd.DataFrame) -> Cells:
     cells: Cells = {}
     for (attack, label), group in runs.groupby(["row", "label"]):
         general = "g" * bool(commit is not None and (group["commit"] != commit).any())
-        general += "r" * (group.loc[group["config"] != "-", "config"].nunique() > 1)
         for flag, kind in (("n", "nothing"), ("p", "poisoned")):
             general += flag * bool((group["sees"] == kind).any())
         general += "v" * bool(usual is not None and (made_by[group.index] != usual).any())
@@ -191,13 +191,14 @@ def _majority(values: pd.Series) -> str | None:
 
 def _main(labels: list[str], runs: pd.DataFrame, cells: Cells) -> Grid:
     columns = {label: METRICS[:3] if label == UNDEFENDED else METRICS for label in labels}
-    attacks = sorted(set(runs["row"]) - {CLEAN})
+    attacks = sorted(name for name in set(runs["row"]) if not is_clean(name))
     rows = [_row_of(a, {label: cells.get((a, label), {}) for label in labels}) for a in attacks]
     rows = [_with_best_in_row(row) for row in rows]
-    clean = {label: cells.get((CLEAN, label), {}) for label in labels}
     foot = [_with_best_in_row(_mean_row(rows, columns, runs))] if len(rows) > 1 else []
-    if any(clean.values()):
-        foot.append(_with_best_in_row(_row_of(CLEAN, clean)))
+    for name in sorted(filter(is_clean, set(runs["row"]))):
+        clean = {label: cells.get((name, label), {}) for label in labels}
+        if any(clean.values()):
+            foot.append(_with_best_in_row(_row_of(name, clean)))
     return Grid("attack", columns, tuple(rows), tuple(foot))
 
 
@@ -246,11 +247,11 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
         found = [row.numbers[heading, metric] for row in rows if (heading, metric) in row.numbers]
         of = (UNDEFENDED, "asr" if metric == "der" else metric)
         if found:
-            flags = "".join(f for f in "acgnprv" if any(f in n.flags for n in found))
+            flags = "".join(f for f in "acgnpv" if any(f in n.flags for n in found))
             flags += "m" * (len(found) < sum(of in row.numbers for row in rows))
             flags += "s" * (metric == "acc" and all(n.seeds == 1 for n in found))
             mean = sum(n.mean for n in found) / len(found)
-            own = runs[(runs["label"] == heading) & (runs["row"] != CLEAN)]
+            own = runs[(runs["label"] == heading) & ~runs["row"].map(is_clean)]
             by_seed = own.pivot_table(metric, "seed", "row")
             is_whole = (
                 len(by_seed) > 1

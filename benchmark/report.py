@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import gallery, page, sources, tables
 from benchmark.means import Grid, Table, summarize
-from benchmark.summaries import CLEAN, METRICS, UNDEFENDED, read_runs
+from benchmark.summaries import METRICS, UNDEFENDED, is_clean, read_runs
 from utils import plot
 from utils.config import Parser
 from utils.errors import UserError, one_line
@@ -114,7 +114,7 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
         has_gallery: whether there is a gallery of triggers, which a less complete one does not
             replace.
     """
-    plain = table.runs[table.runs["label"].isin(table.labels()) & (table.runs["row"] != CLEAN)]
+    plain = table.runs[table.runs["label"].isin(table.labels()) & ~table.runs["row"].map(is_clean)]
     rates = ["acc_before", "asr_before", "acc", "asr", "der", "seconds"]
     points = plain.groupby(["label", "row"], as_index=False)[rates].mean()
     points = points.rename(columns={"label": "defense", "row": "attack"})
@@ -172,7 +172,7 @@ def _gallery(table: Table, has_one: bool) -> Figure | None:
 
     Where there is a gallery and some attack has no such record: None.
     """
-    undefended = table.runs[(table.runs["label"] == UNDEFENDED) & (table.runs["row"] != CLEAN)]
+    undefended = table.runs[(table.runs["label"] == UNDEFENDED) & ~table.runs["row"].map(is_clean)]
     needed = ("attack_result.pt", "poison.pt", "summary.json")
     is_whole = [all((Path(f) / name).is_file() for name in needed) for f in undefended["folder"]]
     firsts = undefended.loc[is_whole].drop_duplicates("attack")

@@ -3,10 +3,13 @@
 A run is a model without a defense, or what a defense made of it.
 """
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,6 +24,7 @@ UNDEFENDED = "no defense"
 CLEAN = "clean model"
 METRICS = ("acc", "asr", "ra", "der")
 LARGEST = 1 << 20  # bytes of a summary.json
+_UNKNOWN = "-"
 _ABSOLUTE = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\)")
 
 
@@ -50,6 +54,7 @@ Text = Annotated[
     AfterValidator(without_places),
 ]
 Line = Annotated[str, AfterValidator(lambda text: text[:300])]  # cut, not refused
+Place = Annotated[str, AfterValidator(lambda text: Path(without_places(text)).name[:300])]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -80,6 +85,7 @@ class _Facts(BaseModel):
     versions: dict[Text, Text] = {}
     commit: Text | None = None
     config_sha256: Text | None = None
+    inputs: dict[Text, Text] = {}  # what was read -> sha256; none in summaries of earlier versions
     warnings: list[Line] = []
     files: dict[Text, Text] = {}
 
@@ -90,6 +96,8 @@ class _Attack(_Facts):
     pratio: Share | None = None
     train_images: Count | None = None
     image_size: Count | None = None
+    dataset_path: Place | None = None
+    imported_sha256: Text | None = None
     acc: Share | None = None
     acc_total: Count | None = None
     asr: Share | None = None
@@ -110,8 +118,16 @@ class _Defense(_Facts):
 S = TypeVar("S", bound=BaseModel)
 
 
+def is_clean(attack: str) -> bool:
+    """Whether a row's name is that of models without a backdoor."""
+    return attack == CLEAN or attack.startswith(f"{CLEAN} (")
+
+
 def read_runs(under: Path, without: Path | None = None) -> tuple[pd.DataFrame, list[str]]:
     """The runs of all records under a folder, at any depth; links are not followed.
+
+    Runs are repeats, of which a table gives the mean, if they differ in nothing but seed, time and
+    place. Where datasets, networks or recipes of one name differ, each has a name of its own.
 
     Args:
         without: a folder whose content is not looked at.
@@ -148,7 +164,8 @@ def read_runs(under: Path, without: Path | None = None) -> tuple[pd.DataFrame, l
         found += [{"record": name, **row} for row in rows]
     runs = pd.DataFrame(found)
     if not runs.empty:
-        runs, problems = _without_repeats(runs, problems)
+        runs, problems = _without_repeats(_told_apart(_numeric(runs)), problems)
+        runs = runs.drop(columns=[name for name in runs if str(name).startswith("_")])
     return runs, [problem.removeprefix(f"{under}{os.sep}") for problem in problems]
 
 
@@ -205,7 +222,16 @@ def _rows(
         return
     all2all = "_all2all" if attack and attack.attack_label_trans == "all2all" else ""
     model = facts.model or (attack and attack.model_name) or "-"
+    made_of = attack.files.get("attack_result.pt") if attack else defenses[0][1].attack_sha256
+    known = [attack.config_sha256, attack.imported_sha256] if attack else []
+    is_described = bool(attack and (attack.seed is not None or attack.inputs))
     shared = {
+        "_at": str(folder),
+        "_dataset": facts.inputs.get("dataset", _UNKNOWN),
+        "_place": (attack and attack.dataset_path) or "",
+        "_model": facts.inputs.get("--model", _UNKNOWN),
+        # Without a seed, or flags that say what was read, it is the model that tells records apart.
+        "_recipe": " ".join(filter(None, known if is_described else [made_of, *known])) or _UNKNOWN,
         "attack": CLEAN if facts.attack == "prototype" else facts.attack + all2all,
         "dataset": facts.dataset,
         "model": model,
@@ -258,52 +284,131 @@ def _row(
     }
 
 
-def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
-    """Two records of one cell and seed would pass for two seeds: the first by name is taken.
-
-    Of another recipe they are a variant, named after its record.
-    """
+def _numeric(runs: pd.DataFrame) -> pd.DataFrame:
+    """The same runs, their numbers as such."""
     numbers = ["pratio", "image_size", "train_images", "test_images", "seed", *METRICS, "seconds"]
     numbers += ["purify_seconds"]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
-    runs = runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
-    undefended = runs[runs["label"] == UNDEFENDED]
-    cell = [
-        "dataset",
-        "image_size",
-        "train_images",
-        "test_images",
-        "model",
-        "attack",
-        "pratio",
-        "seed",
-    ]
-    attacks = undefended[undefended["attack"] != CLEAN]
-    for _, attack in attacks.groupby(cell[:-1], dropna=False, sort=False):
-        if attack[attack["seed"].notna()].groupby("seed")["config"].nunique().max() > 1:
-            runs = _with_variants(runs, attack)
-    known = runs[(runs["label"] == UNDEFENDED) & runs["seed"].notna()]
-    for _, same in known.groupby(cell, dropna=False, sort=False):
-        for repeat in same["record"].iloc[1:]:
-            first = same["record"].iloc[0]
-            problems.append(f"{repeat}: is of the same attack and seed as {first}; left out")
-            runs = runs[runs["record"] != repeat]
-    return runs.reset_index(drop=True), problems
+    return runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
 
 
-def _with_variants(runs: pd.DataFrame, attack: pd.DataFrame) -> pd.DataFrame:
-    """The runs with the recipes of an attack told apart: the first by name keeps its name.
+_SETTING = ["dataset", "image_size", "train_images", "test_images", "model"]
+_CELL = [*_SETTING, "attack", "pratio"]
 
-    Another one is named after its records without their seeds, as a grid names them.
+
+def _told_apart(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with different names for datasets, networks, attacks and results that differ.
+
+    What a summary does not say tells nothing apart.
     """
-    base, names = attack["config"].iloc[0], dict[str, str]()
-    renamed = runs["attack"].copy()
-    for record, config in zip(attack["record"], attack["config"], strict=True):
-        if config == base:
-            continue
-        name = re.sub(r"-s\d+$", "", record.rpartition("/")[2])
-        if names.setdefault(name, config) != config:
-            name += f" {config[:6]}"
-        of_it = runs["record"] == record
-        renamed[of_it] = runs.loc[of_it, "attack"] + f" ({name})"
-    return runs.assign(attack=renamed)
+    runs = _renamed(runs, "dataset", ["dataset", "image_size"], _by_dataset)
+    runs = _renamed(runs, "model", ["model"], _by_model)
+    undefended = runs[runs["label"] == UNDEFENDED]
+    names = _renamed(undefended, "attack", _CELL, _by_recipe).set_index("_at")["attack"]
+    runs = runs.assign(attack=runs["_at"].map(names))
+    results = runs[runs["label"] != UNDEFENDED]
+    for _, group in results.groupby([*_SETTING, "label"], dropna=False, sort=False):
+        counts = Counter(group["method"] + " " + group["config"])
+        suffixes = partial(_by_result, usual=counts.most_common(1)[0][0])
+        renamed = _renamed(group, "label", ["attack", "pratio"], suffixes)
+        runs.loc[group.index, "label"] = renamed["label"]
+    return runs
+
+
+def _renamed(
+    runs: pd.DataFrame, column: str, by: list[str], suffixes: Callable[[pd.DataFrame], pd.Series]
+) -> pd.DataFrame:
+    """The runs with a suffix in brackets added to a column.
+
+    Args:
+        by: columns; of each group of runs that agree in them, `suffixes` gives a text a run, which
+            is empty for those that keep their name.
+    """
+    names = runs[column].copy()
+    for _, group in runs.groupby(by, dropna=False, sort=False):
+        found = suffixes(group)
+        found = found[found != ""]
+        names[found.index] = runs.loc[found.index, column] + " (" + found + ")"
+    return runs.assign(**{column: names})
+
+
+def _by_dataset(runs: pd.DataFrame) -> pd.Series:
+    """Several contents of one name are called after their folders."""
+    return runs["_dataset"].map(_names(runs["_dataset"], runs["_place"]))
+
+
+def _by_model(runs: pd.DataFrame) -> pd.Series:
+    """Several contents of a user's file are called after their sha256."""
+    return runs["_model"].map(_names(runs["_model"], pd.Series("", runs.index)))
+
+
+def _by_recipe(runs: pd.DataFrame) -> pd.Series:
+    """Several recipes are called after their records; the first one with a seed keeps its name.
+
+    What has no seed was trained elsewhere, and is no repeat of anything.
+    """
+    recipes, has_seed = runs["_recipe"], runs["seed"].notna()
+    records = runs["record"].map(lambda name: re.sub(r"-s\d+$", "", name.rpartition("/")[2]))
+    names = _names(recipes, records, is_mixed=bool(has_seed.any() and not has_seed.all()))
+    first = recipes[has_seed & (recipes != _UNKNOWN)].head(1)
+    return recipes.map(names | dict.fromkeys(first, ""))
+
+
+def _by_result(runs: pd.DataFrame, usual: str) -> pd.Series:
+    """Results of one name by several methods or recipes are called after them.
+
+    One keeps its name: that of most runs of the column, or the first.
+    """
+    known = runs["config"] != _UNKNOWN
+    whole = runs["method"] + " " + runs["config"]
+    recipes = whole.where(known | (runs["method"].nunique() > 1), _UNKNOWN)
+    kept = usual if usual in set(recipes) else next(iter(recipes[recipes != _UNKNOWN]), _UNKNOWN)
+    is_own = (runs["method"] != kept.partition(" ")[0]) & (runs["method"].nunique() > 1)
+    return recipes.map(_names(recipes, runs["method"].where(is_own, "")) | {kept: ""})
+
+
+def _names(keys: pd.Series, hints: pd.Series, is_mixed: bool = False) -> dict[str, str]:
+    """A text for each key of several, the first hint that stands beside it.
+
+    Where others have the same hint, as many letters of the key as tell it apart follow, at least
+    six. A key that is not known has an empty text, and so has a single one.
+
+    Args:
+        is_mixed: whether a single key needs a text, too.
+    """
+    texts = dict.fromkeys(keys, "")
+    known = [key for key in texts if key != _UNKNOWN]
+    if len(known) < 2 and not is_mixed:
+        return texts
+    first: dict[str, str] = {}
+    for key, hint in zip(keys, hints, strict=True):
+        first[key] = first.get(key) or hint
+    shared = Counter(first.values())
+    digests = {key: key.rpartition(" ")[2] for key in known}
+    if len(set(digests.values())) < len(known):
+        digests = {key: hashlib.sha256(key.encode()).hexdigest() for key in known}
+    length = 6
+    while len({digest[:length] for digest in digests.values()}) < len(known):
+        length += 2
+    for key in known:
+        is_own = bool(first[key]) and shared[first[key]] == 1
+        texts[key] = first[key] if is_own else f"{first[key]} {digests[key][:length]}".strip()
+    return texts
+
+
+def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Two records of one cell and seed would pass for two seeds: the first by name is taken.
+
+    Likewise of two records of one model that was trained elsewhere.
+    """
+    undefended = runs[runs["label"] == UNDEFENDED]
+    seeds = undefended["seed"].astype(object)
+    seeds = seeds.where(undefended["seed"].notna(), undefended["_recipe"])
+    known = undefended.assign(_same=seeds)[seeds != _UNKNOWN]
+    for _, same in known.groupby([*_CELL, "_same"], dropna=False, sort=False):
+        first = same.iloc[0]
+        what = "attack and seed" if pd.notna(first["seed"]) else "model"
+        for repeat, folder in zip(same["record"].iloc[1:], same["_at"].iloc[1:], strict=True):
+            problems.append(f"{repeat}: is of the same {what} as {first['record']}; left out")
+            runs = runs[runs["_at"] != folder]
+    return runs.reset_index(drop=True), problems

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from benchmark.means import FLAGS, Grid, Number, Row, Table
-from benchmark.summaries import CLEAN, METRICS, UNDEFENDED
+from benchmark.summaries import METRICS, UNDEFENDED, is_clean
 from utils.errors import shown
 
 _MADE_BY = (
@@ -91,7 +91,7 @@ def made_by(table: Table) -> tuple[pd.DataFrame, str]:
     )
     order = ["is_clean", "row", "is_defense", "label"]
     grouped = grouped.assign(
-        is_clean=grouped["row"] == CLEAN, is_defense=grouped["label"] != UNDEFENDED
+        is_clean=grouped["row"].map(is_clean), is_defense=grouped["label"] != UNDEFENDED
     ).sort_values(order, ignore_index=True)
     grouped = grouped.drop(columns=["is_clean", "is_defense"])
     grouped = grouped.rename(columns={"row": "attack", "label": "defense", "seed": "seeds"})

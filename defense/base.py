@@ -11,7 +11,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -304,6 +304,9 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     seed_everything(config.random_seed)
     backdoored = prepare(attack.build(config.model), device, precision)
 
+    # Flags that only repeat what the record says are no part of the recipe.
+    recipe = replace(config, dataset=None, model=None)
+    inputs = ending.inputs_of(recipe, data, attack.model_sha256)
     distributed.barrier()  # all have come so far before one empties the folder
     triggered = attack.triggered
     shown = [] if triggered is None else [triggered.index, triggered.images, triggered.targets]
@@ -400,7 +403,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
             result=result,
             pictures=pictures,
             files=["defense_result.pt", *filter(None, [listed])],
-            run=ending.run_facts(config, started - watch.earlier, device, precision),
+            run=ending.run_facts(recipe, started - watch.earlier, device, precision, inputs),
         )
     return folder
 

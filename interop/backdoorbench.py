@@ -207,6 +207,7 @@ def import_record(
             "poisoned_images": poison,
             "imported_from": "BackdoorBench",
             "imported_sha256": attack.sha256,
+            "inputs": {"dataset": data.fingerprint()},
         },
         warnings=[],
         result="",

@@ -54,9 +54,10 @@ def test_facts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe's sum is of the values as a YAML file has them."""
     config = ft.Config.load(random_seed=3)
     monkeypatch.setattr(ending, "time", SimpleNamespace(monotonic=lambda: 100.0))
-    facts = ending.run_facts(config, 100 - 12.345, CPU, "fp32")
+    facts = ending.run_facts(config, 100 - 12.345, CPU, "fp32", {"--index": "a" * 64})
     values = {field: getattr(config, field) for field in ft.Config.__dataclass_fields__}
     assert facts["config_sha256"] == ending.recipe_sha256(values)
+    assert facts["inputs"] == {"--index": "a" * 64}
     assert facts["seconds"] == 12.3
     assert facts["device"] == "cpu"
     assert facts["precision"] == "fp32"

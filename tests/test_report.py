@@ -189,11 +189,16 @@ def test_the_best_defense_of_a_row_is_bold_and_the_undefended_never(two_attacks:
 
 
 def test_flags_stand_beside_the_numbers_that_need_them(two_attacks: Path) -> None:
-    """LF failed (ASR 30 %), was run once, with another torch; FT halves ACC: 0.92 -> 0.40."""
+    """LF failed (ASR 30 %), was run once, with another torch; FT halves ACC: 0.92 -> 0.40.
+
+    A commit is a flag, and another recipe a column of its own.
+    """
     other = {"versions": {"python": "3.11.7", "torch": "2.6.0"}}
     lf = attack(two_attacks, "lf-0", 0.92, 0.3, 0.5, **other)
     defense(lf, "ft", 0.40, 0.1, 0.2)
-    defense(two_attacks / "sig-0", "sau", 0.90, 0.15, 0.6, commit="d" * 40, config_sha256="e" * 64)
+    defense(two_attacks / "sig-0", "sau", 0.90, 0.15, 0.6, commit="d" * 40)
+    defense(two_attacks / "sig-0", "other", 0.9, 0.1, 0.6)
+    defense(two_attacks / "sig-1", "other", 0.9, 0.1, 0.6, config_sha256="e" * 64)
     shutil.rmtree(two_attacks / "blended-1/defense/ft")
     table = the_table(two_attacks)
 
@@ -202,7 +207,8 @@ def test_flags_stand_beside_the_numbers_that_need_them(two_attacks: Path) -> Non
     rows = {row.name: row for row in table.main.body}
     assert (rows["lf"].seeds, rows["lf"].flags) == (1, "s")
     assert rows["sig"].flags == ""
-    assert printed(table, "sig", "sau")[0] == "90.00 ± 0.00 gr"
+    assert printed(table, "sig", "sau")[0] == "90.00 ± 0.00 g"
+    assert printed(table, "sig", "other (eeeeee)")[0] == "90.00 (1) s"
     assert printed(table, "blended", "ft")[:2] == ["89.00 (1) s", "50.00 (1)"]
     # The mean has SAU against two of the three attacks; it is not compared with others.
     mean = numbers(table, "mean of 3 attacks")
@@ -212,8 +218,8 @@ def test_flags_stand_beside_the_numbers_that_need_them(two_attacks: Path) -> Non
     assert mean["ft", "asr"].flags == "a"
 
     legend = "\n".join(tables.legend([table.main]))
-    assert [line[0] for line in legend.splitlines()[1:]] == list("acgmrsv")
-    assert "<sup>gr</sup>" in tables.markdown([table])
+    assert [line[0] for line in legend.splitlines()[1:]] == list("acgmsv")
+    assert "<sup>g</sup>" in tables.markdown([table])
     csv = pd.read_csv(pd.io.common.StringIO(tables.tidy([table])))
     row = csv[(csv["attack"] == "lf") & (csv["defense"] == "ft") & (csv["metric"] == "der")]
     assert row["flags"].item() == "as"
@@ -249,13 +255,17 @@ def test_a_mean_over_seeds_that_some_attacks_lack_has_no_deviation(two_attacks: 
 
 
 def test_clean_models_alone_are_a_table_too(tmp_path: Path) -> None:
-    """Two recipes of one seed are no attacks; one of them is left out, and said."""
-    for name, config in (("prototype-0", "b" * 64), ("prototype-1", "e" * 64)):
+    """Two recipes are two rows and no attacks; of one recipe and seed one is left out, and said."""
+    for name, config in (
+        ("prototype-0", "b" * 64),
+        ("prototype-1", "e" * 64),
+        ("prototype-2", "b" * 64),
+    ):
         more = {"pratio": None, "attack_label_trans": None, "seed": 0, "config_sha256": config}
         attack(tmp_path / "record", name, 0.9, None, **more)
     runs, (problem,) = read_runs(tmp_path / "record")
-    assert set(runs["attack"]) == {CLEAN}
-    assert problem.startswith("prototype-1: is of the same attack and seed as prototype-0")
+    assert set(runs["attack"]) == {CLEAN, f"{CLEAN} (prototype-1)"}
+    assert problem.startswith("prototype-2: is of the same attack and seed as prototype-0")
     assert report("--under", tmp_path / "record", "--to", tmp_path / "to") == 0
 
 

@@ -6,18 +6,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from matplotlib.figure import Figure
 
 from utils import plot, record
 from utils.config import Config, parse_yaml
+from utils.data import Dataset
 from utils.folders import FREE_TO_CHANGE, RunFolder
 from utils.metrics import Scores, rate_label
+from utils.records.checkpoint import files_of
 from utils.runtime import environment, logger, peak_memory_mib
 from utils.training.findings import Findings, Picture, Verdict
 
+# Flags that say where a run reads and writes, or what is drawn by chance.
+_PLACES = {
+    *FREE_TO_CHANGE,
+    "random_seed",
+    "result_file",
+    "dataset_path",
+    "device",
+    "eval_every",
+    "deterministic",
+}
 Captions = Callable[[torch.Tensor], list[str]]
 
 
@@ -134,32 +146,66 @@ def save_figure(folder: RunFolder, name: str, figure: Figure) -> Path:
     return folder.write(name, lambda path: figure.savefig(path, dpi=160))
 
 
+def inputs_of(
+    config: Config, data: Dataset, model_sha256: str | None = None, **contents: str
+) -> dict[str, str]:
+    """What a run reads -> sha256 of its content: the dataset, and the files that flags name.
+
+    Args:
+        model_sha256: of the user's file that makes the network; None for any other.
+        contents: name of a flag -> sha256, for what is no single file.
+    """
+    found = {name: value for name, value in vars(config).items() if name in paths_of(type(config))}
+    return {
+        "dataset": data.fingerprint(),
+        **({} if model_sha256 is None else {"--model": model_sha256}),
+        **files_of(found),
+        **{f"--{name}": sha256 for name, sha256 in contents.items()},
+    }
+
+
+def paths_of(config_class: type[Config]) -> set[str]:
+    """The flags that name files which are part of the recipe."""
+    free = {*_PLACES, "dataset", "model"}
+    hints = get_type_hints(config_class)
+    return {name for name, kind in hints.items() if kind == str | None and name not in free}
+
+
 def run_facts(
-    config: Config, started: float, device: torch.device, precision: str
+    config: Config,
+    started: float,
+    device: torch.device,
+    precision: str,
+    inputs: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Recipe, seconds, peak memory and environment for `summary.json`.
+    """Recipe, inputs, seconds, peak memory and environment for `summary.json`.
 
     Args:
         started: by `time.monotonic`, less the seconds of an earlier part of the run.
+        inputs: as `inputs_of` gives them.
     """
+    values = parse_yaml(config.dump(), "the configuration")
     return {
-        "config_sha256": recipe_sha256(parse_yaml(config.dump(), "the configuration")),
+        "config_sha256": recipe_sha256(values, inputs),
+        "inputs": dict(inputs),
         "seconds": round(time.monotonic() - started, 1),
         **peak_memory_mib(device),
         **environment(device, precision),
     }
 
 
-def recipe_sha256(values: Mapping[str, Any]) -> str:
-    """Of a configuration without its seed, and without what says where it runs and writes."""
-    own = {
-        *FREE_TO_CHANGE,
-        "random_seed",
-        "result_file",
-        "dataset_path",
-        "device",
-        "eval_every",
-        "deterministic",
-    }
-    recipe = {name: value for name, value in values.items() if name not in own}
+def recipe_sha256(values: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
+    """Of a configuration without its seed, and without what says where it runs and writes.
+
+    Args:
+        inputs: as `inputs_of` gives them; of a flag that names a file the content counts, not the
+            place.
+    """
+    recipe = {name: value for name, value in values.items() if name not in _PLACES}
+    for flag, sha256 in (inputs or {}).items():
+        name = flag.removeprefix("--")
+        if flag.startswith("--") and recipe.get(name) is not None:
+            # The name of a user's file may be that of several networks.
+            function = recipe[name].rpartition(":")[2] if name == "model" else ""
+            recipe[name] = f"{sha256} {function}".strip()
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
