@@ -487,6 +487,7 @@ def run_cases(
         ended[kind][end if is_fine else "failed"] += 1
         if not is_fine:
             problems.append(f"case {number} ({kind}): {end}")
+            logger.error("%s", problems[-1].splitlines()[0])
         shutil.rmtree(place)
     logger.setLevel(level)
     utils.images.ROOT = before_root
