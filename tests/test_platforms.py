@@ -20,7 +20,7 @@ import yaml
 from tests.test_layers import modules_under
 from utils import files, locks
 from utils.errors import UserError
-from utils.folders import RunFolder
+from utils.folders import RunFolder, attack_folder
 from utils.runtime import ROOT, pick_device, pick_precision, run_script, usable_cores
 
 ELSEWHERE = [sys.executable, str(ROOT / "tests" / "elsewhere.py")]
@@ -198,6 +198,17 @@ def test_files_are_written_and_cleaned_in_each_way(system: str, tmp_path: Path) 
     (tmp_path / ".x.0123abcd.tmp.txt").touch()
     files.remove_strays(tmp_path)
     assert names_in(tmp_path) == {"x.txt"}
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "lpt1", "x."])
+def test_names_of_devices_are_refused_on_windows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert attack_folder(name, tmp_path).path.name == name
+    monkeypatch.setattr(locks, "WINDOWS", True)
+    assert attack_folder(f"{name}x", tmp_path).path.name == f"{name}x"
+    with pytest.raises(UserError, match="is no name on Windows"):
+        attack_folder(name, tmp_path)
 
 
 # --- signals, processors and devices --------------------------------------------------------------

@@ -99,15 +99,12 @@ def replaced(path: Path) -> Iterator[Path]:
         OSError: if the file cannot be written.
     """
     partial = path.with_name(f".{path.stem}.{_token()}.tmp{path.suffix}")
-    try:
+    with _removed_at_end(partial):
         with partial.open("w+b") as file:
             _lock(file.fileno())
             yield partial
             os.fsync(file.fileno())
         locks.patiently(lambda: os.replace(partial, path))
-    finally:
-        with contextlib.suppress(OSError):  # a read-only folder refuses this even if it is gone
-            partial.unlink()
 
 
 @contextlib.contextmanager
@@ -118,20 +115,17 @@ def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
         OSError: if it cannot be made.
     """
     partial = folder / f".{name}.{_token()}.tmp"
-    guard = _guard_of(partial)
-    handle = os.open(guard, os.O_RDONLY | os.O_CREAT) if locks.WINDOWS else None
-    partial.mkdir()
-    try:
-        if handle is None:
+    with contextlib.ExitStack() as stack:
+        if locks.WINDOWS:
+            guard = stack.enter_context(_removed_at_end(_guard_of(partial)))
+            stack.enter_context(guard.open("wb"))
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        partial.mkdir()
+        if not locks.WINDOWS:
             handle = os.open(partial, os.O_RDONLY)
+            stack.callback(os.close, handle)
             _lock(handle)
         yield partial
-    finally:
-        if handle is not None:
-            os.close(handle)
-        with contextlib.suppress(OSError):
-            guard.unlink()
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def prepare_folder(folder: Path) -> None:
@@ -182,6 +176,15 @@ def not_written(path: Path, error: Exception) -> UserError:
 
 def _token() -> str:
     return secrets.token_hex(_DIGITS // 2)
+
+
+@contextlib.contextmanager
+def _removed_at_end(file: Path) -> Iterator[Path]:
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # a read-only folder refuses this even if it is gone
+            file.unlink()
 
 
 def _guard_of(folder: Path) -> Path:

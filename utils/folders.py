@@ -5,6 +5,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from utils.runtime import ROOT, logger
 from utils.tensors import explained, load_tensors
 
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
+# What Windows takes for a device, or for another name.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 # Flags that say where a run writes, and when, but not what comes out.
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
 # By the lock's path: the open file, and the folders that were made for it.
@@ -454,6 +457,8 @@ def _checked_name(name: str) -> str:
             f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no "
             "folders"
         )
+    if locks.WINDOWS and _DEVICE.fullmatch(name):
+        raise UserError(f"--save_folder_name: {name} is no name on Windows; give another one")
     if len(name) > LONGEST_NAME:
         raise UserError(
             f"--save_folder_name: has {len(name):,} letters; give at most {LONGEST_NAME}"
