@@ -131,7 +131,7 @@ ARRAYS = [
 ]
 
 
-@pytest.mark.parametrize("value", ARRAYS, ids=repr)
+@pytest.mark.parametrize("value", ARRAYS, ids=lambda value: str(value.dtype))
 def test_numpy_is_read_where_it_is_allowed(tmp_path: Path, value: Any) -> None:
     torch.save({"a": value}, tmp_path / "x.pt")
     found = load_tensors(tmp_path / "x.pt", arrays=True)["a"]
@@ -157,7 +157,7 @@ def test_numpy_is_read_where_it_is_allowed(tmp_path: Path, value: Any) -> None:
         np.ma.masked_array([1]),
         np.longdouble(1),
     ],
-    ids=repr,
+    ids=lambda value: str(value.dtype),
 )
 def test_arrays_of_anything_but_numbers_are_refused(tmp_path: Path, value: Any) -> None:
     torch.save({"a": value}, tmp_path / "x.pt")
