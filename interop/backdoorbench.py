@@ -8,7 +8,6 @@ Defenses read a record of BackdoorBench as it is; `import` makes one of ours, fo
 read is refused: other datasets and networks than its own, and clean models.
 """
 
-import argparse
 import contextlib
 import errno
 import glob
@@ -17,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +26,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import backdoorbench, folders, record
-from utils.config import read_yaml
+from utils.config import Parser, read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.errors import UserError
 from utils.files import read_text, remove_strays, temporary_folder
@@ -336,20 +335,9 @@ def _export_defense(source: Path, to: Path) -> None:
     folders.RunFolder(folder).write_tensors("defense_result.pt", result)
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a wrong command line, as everywhere."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def _parsed() -> Any:
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     theirs = commands.add_parser(
         "import", allow_abbrev=False, help="a record of BackdoorBench becomes one of ours"
     )

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,22 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(models.CONSTRUCTORS, "preactresnet18", TinyNet)
     for name in ("curves", "image_grid"):
         patch.setattr(plot, name, lambda *_: Picture())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Halves of characters, which some tests log, would end the processes of pytest-xdist."""
+
+    def whole(text: object) -> str:
+        return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+    report = yield
+    report.sections = [(name, whole(text)) for name, text in report.sections]
+    if report.failed and whole(report.longrepr) != str(report.longrepr):
+        report.longrepr = whole(report.longrepr)
+    return report
 
 
 NO_FILES = ("pipe", "zero", "itself", "nowhere", "sparse", "folder")

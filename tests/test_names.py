@@ -181,7 +181,7 @@ def test_a_flag_that_argparse_itself_refuses_is_one_line(
     assert is_one_line(line)
 
 
-PATHS = ["x" * 300, "x" * 5000, "\udcff", "a\x1b[31m\nb", "/dev/null/x", "a\0b", ""]
+PATHS = ["x" * 300, "x" * 5000, "\udcff", "a\x1b[31m\nb", "/dev/null/x", "a\0b", "", "/dev/zero"]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=range(len(PATHS)))

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     What is wrong with them is one line, as everywhere.
     """
 
-    def __init__(self, description: str | None, **more: Any) -> None:
+    def __init__(self, description: str | None = None, **more: Any) -> None:
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
