@@ -489,6 +489,8 @@ def run_cases(
             problems.append(f"case {number} ({kind}): {end}")
             logger.error("%s", problems[-1].splitlines()[0])
         shutil.rmtree(place)
+        if number % 500 == 499:
+            logger.error("%d cases, %d problems", number + 1, len(problems))
     logger.setLevel(level)
     utils.images.ROOT = before_root
     problems += [f"written outside: {path}" for path in sorted(outside() - before)]
