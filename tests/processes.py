@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import utils.images
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import defense
+import utils.images
 from attack import bpp, inputaware, prototype, wanet
 from models import Classifier, prepare
 from tests.every_defense import module, shortened

@@ -385,7 +385,7 @@ def test_a_last_batch_of_one_image_joins_the_one_before(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """37 images by 12, before a BatchNorm that knows nothing of one image: three steps an epoch."""
-    monkeypatch.setattr(prototype, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
     data, module = random_data(), importlib.import_module(f"attack.{name}")
     changes = {"mask_epochs": 1} if name == "inputaware" else {}
     flags = module.Config.load("digits", batch_size=12, pratio=0.1, **changes)
