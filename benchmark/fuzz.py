@@ -307,8 +307,8 @@ def cases(good: Path) -> dict[str, Case]:
     def reported(folder: Path, rng: random.Random) -> None:
         shutil.copytree(good / "record", folder / "records/x")
         runs = [folder / "records/x", folder / "records/x/defense/ft"]
-        for _ in range(rng.randint(1, 2)):
-            spoil_run(rng.choice(runs), ("summary.json", "config.yaml", "metrics.csv"), rng)
+        for run in rng.sample(runs, rng.randint(1, 2)):
+            spoil_run(run, ("summary.json", "config.yaml", "metrics.csv"), rng)
         report.write(folder / "records", folder / "to", rng.random() < 0.5)
 
     return {
