@@ -358,8 +358,12 @@ def test_a_run_leaves_its_rows_its_images_and_its_pictures(
     index = [int(line) for line in (folder.path / "clean_index.txt").read_text().split()]
     assert index == seen_images(config(record), record, record.data).index.tolist()
     (metrics, unit, title), (grid, texts, name) = drawn
-    assert (len(metrics), unit, title) == (3, "round", "never against badnet on tiny")
-    assert name == "never against badnet on tiny: test images; label before | after"
+    assert (len(metrics), unit, title) == (
+        3,
+        "round",
+        "never against badnet on tiny, target 0 (ant)",
+    )
+    assert name == f"{title}: test images; label before | after"
     assert len(grid["triggered"]) == 2
     assert all(text.split(" | ")[1] in ("bee", "cat") for text in texts["triggered"])
     predicted = record.model(torch.ones(2, 3, 8, 8)).argmax(1).tolist()
@@ -510,14 +514,14 @@ def test_what_a_method_found_is_told_and_drawn(
     assert (verdict["is_right"], verdict["target_found"], verdict["targets"]) == (True, True, [0])
     assert (folder.path / "found.png").exists()
     _, texts, title = drawn[-1]
-    assert title == "finds against badnet on tiny: a picture"
+    assert title == "finds against badnet on tiny, target 0 (ant): a picture"
     assert len(texts["row"]) == 1
     assert " | " in texts["row"][0]
     messages = [entry.message for entry in caplog.records]
     assert "verdict: backdoored, target 0 (ant); right" in messages
     assert any(message.startswith("DER") for message in messages)
     assert messages[:2] == [
-        "finds against badnet on tiny: tiny, cpu, fp32",
+        "finds against badnet on tiny, target 0 (ant): tiny, cpu, fp32",
         "6 clean images of 12",
     ]
     assert messages[2].startswith("before  ACC ")

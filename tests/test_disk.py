@@ -162,7 +162,8 @@ def test_what_an_attack_prepares_is_refused_before_the_work(
         patch.setattr("attack.prototype.train_classifier", work)
         assert run_script(ROOT / "attack/lc.py", *flags) == 2
     error = one_error(capsys)
-    assert f"{workplace / 'data/cache'}: cannot be written (Read-only file system)" in error
+    assert f"{workplace / 'data/cache'}: could not be written (Read-only file system)" in error
+    assert "SAU_DATA" in error
     assert not (workplace / "record/prepared").exists()
 
 
@@ -262,7 +263,12 @@ def place(workplace: Path) -> Iterator[Path]:
         ("x.yaml", 0o000, ("attack", "--yaml_path", "x.yaml"), "x.yaml: cannot be read (Perm"),
         ("record/x/defense", 0o555, ("defense",), "sau: cannot be written (Permission denied)"),
         ("record/x", 0o000, ("defense",), "Permission denied"),
-        ("record/x/attack_result.pt", 0o000, ("defense",), "record/x: cannot be read ([Errno 13]"),
+        (
+            "record/x/attack_result.pt",
+            0o000,
+            ("defense",),
+            "(Permission denied), so it is no finished run",
+        ),
         ("index.txt", 0o000, ("defense", "--index", "index.txt"), "index.txt cannot be read (Per"),
     ],
 )

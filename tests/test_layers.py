@@ -54,6 +54,7 @@ LAYERS = (
     ("utils.records", 0),
     ("utils.training.findings", 3),
     ("utils.training.state", 3),
+    ("utils.training.guard", 5),
     ("utils.training.selection", 3),
     ("utils.training.parts", 3),
     ("utils.training.sgd", 7),

@@ -136,7 +136,7 @@ def test_a_capped_ratio_is_said_in_the_summary(
     setting = prototype.Setting(tiny_data, torch.device("cpu"), "fp32")
     plans[0](Config.load("cifar10", pratio=0.5, attack_target=1), setting)
     (warning,) = setting.warnings
-    assert warning.startswith("6 poisoned images wanted, but class 1 has 4; ")
+    assert warning.startswith("6 poisoned images wanted, but class 1 (bee) has 4; ")
     plans[0](Config.load("cifar10", pratio=0.25), setting)
     assert setting.warnings == [warning]
 

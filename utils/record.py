@@ -247,7 +247,8 @@ class AttackRecord(ABC):
         """
         may_write = bool(path) or not self.dataset_path
         path = path or self.dataset_path
-        if not may_write and not Path(str(path)).is_dir():
+        is_folder = self.dataset == "folder"  # of others some archive may be anywhere
+        if not may_write and is_folder and not Path(str(path)).is_dir():
             raise UserError(
                 f"{self.folder}: was made with the images in {path}, which is no folder now; give "
                 "the one that has them with --dataset_path"

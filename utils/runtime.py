@@ -365,7 +365,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = shown(one_line(error), 200)
         raise UserError(
-            f"--device: {name} is not usable here ({reason}); give auto, cpu, cuda or mps"
+            f"--device: {name} is not usable here ({reason}); give auto, cpu or cuda, or mps"
         ) from None
     return device
 
