@@ -365,9 +365,9 @@ def test_a_run_leaves_its_rows_its_images_and_its_pictures(
     )
     assert name == f"{title}: test images; label before | after"
     assert len(grid["triggered"]) == 2
-    assert all(text.split(" | ")[1] in ("bee", "cat") for text in texts["triggered"])
+    assert all(text.split(" | ")[1] in ("1 (bee)", "2 (cat)") for text in texts["triggered"])
     predicted = record.model(torch.ones(2, 3, 8, 8)).argmax(1).tolist()
-    names = [record.data.classes[label] for label in predicted]
+    names = [record.data.named(label) for label in predicted]
     assert [text.split(" | ")[0] for text in texts["triggered"]] == names
     assert {path.name for path in folder.path.glob("*.png")} == {"curves.png", "before_after.png"}
 
