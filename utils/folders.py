@@ -300,7 +300,9 @@ class RunFolder:
         if differing:
             raise UserError(
                 f"--resume: {self.path} was run with "
-                + ", ".join(f"--{name} {before[name]}" for name in differing)
+                + ", ".join(
+                    f"--{shown(name, 60)} {shown(before[name], 200)}" for name in differing[:20]
+                )
                 + "; give the same"
             )
         others = [
@@ -311,13 +313,14 @@ class RunFolder:
         if added["model_sha256"] not in (None, self._added["model_sha256"]):
             others.append(now["model"])
         if others:
+            named = ", ".join(shown(what, 100) for what in others[:10])
             raise UserError(
-                f"--resume: {self.path} was run with another content of {', '.join(others)}; give "
+                f"--resume: {self.path} was run with another content of {named}; give "
                 "it as it was, or --overwrite to start anew"
             )
         conditions = self._added["conditions"]
         changed = [
-            f"{name} {value}, now {conditions.get(name)}"
+            f"{shown(name, 60)} {shown(value, 60)}, now {conditions.get(name)}"
             for name, value in (added["conditions"] or {}).items()
             if conditions.get(name) != value
         ]
