@@ -311,7 +311,7 @@ class RunFolder:
             if self._origin.sources.get(what) != sha256
         ]
         if added["model_sha256"] not in (None, self._added["model_sha256"]):
-            others.append(now["model"])
+            others.append(str(now.get("model", "the network")))
         if others:
             named = ", ".join(shown(what, 100) for what in others[:10])
             raise UserError(
