@@ -348,3 +348,12 @@ def test_the_mark_and_summary_are_no_part_of_this(tmp_path: Path) -> None:
     folder.write_summary({"files": {}})
     assert json.loads((folder.path / "summary.json").read_text()) == {"files": {}}
     assert not (folder.path / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_that_claims_a_network_is_refused(tmp_path: Path) -> None:
+    """The run's flags name none."""
+    folder = begun(tmp_path / "x", Origin())
+    content = load_tensors(folder.path / "checkpoint.pt") | {"model_sha256": "ab" * 32}
+    torch.save(content, folder.path / "checkpoint.pt")
+    with pytest.raises(UserError, match="another content of the network;"):
+        RunFolder(folder.path).start("lr: 0.1\n", resume=True)
