@@ -3,9 +3,10 @@
     python attack/external.py --state_dict my_model.pt --model resnet18 --save_folder_name theirs
 
 The checkpoint is a state dict, `.pt`/`.pth` (tensors, plain data, NumPy's arrays and numbers;
-nothing else is read) or `.safetensors`, bare or under `state_dict`, `model`, `model_state_dict` or
-`net`; `module.` before names is stripped, and all names and shapes have to be the network's.
-Nothing is trained.
+nothing else is read) or `.safetensors`, bare or under one of the usual names (`state_dict`,
+`model`, `ema`, ...; all of them in `utils/weights.py`). What torch and training frameworks put
+before names (`module.`, `_orig_mod.`, `model.`) is taken off; beyond that all names and shapes have
+to be the network's. Nothing is trained.
 
 ASR needs triggered test images, as picture files named after the test image that they come from:
 
@@ -182,11 +183,11 @@ def import_model(config: Config) -> folders.RunFolder:
         folder.start(config.dump())
         open_log(folder.log)
         model_name, model_sha256 = model_identity(config.model)
-        shown = {}
+        contents = {}
         if triggered is not None:
             parts = (triggered.index, triggered.images, triggered.targets)
-            shown = {"bd_test_dir": digest(parts)}
-        inputs = ending.inputs_of(config, data, model_sha256, **shown)
+            contents = {"bd_test_dir": digest(parts)}
+        inputs = ending.inputs_of(config, data, model_sha256, **contents)
         logger.info("external model on %s: %s, %s, %s", data.name, model_name, device, precision)
         scores = evaluate(model, data.test, triggered, device)
         is_backdoored = triggered is not None or config.attack_target is not None
@@ -202,7 +203,7 @@ def import_model(config: Config) -> folders.RunFolder:
         unknown = poison.unpoisoned(data.train)  # what the model was trained on stays its owner's
         record.save_attack(folder, model, data, unknown, triggered, None, facts)
         pictures = []
-        title = f"external on {data.name}{prototype.target_title(facts, data)}"
+        title = f"external on {data.name}{ending.target_title(facts, data)}"
         if triggered is not None:
             pictures.append(prototype.draw_trigger(folder, model, data, triggered, title, device))
         result = ending.table(scores)
@@ -218,7 +219,7 @@ def import_model(config: Config) -> folders.RunFolder:
                 "dataset_path": facts["dataset_path"],
                 "model": model_name,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
-                **prototype.target_name(facts, data),
+                **ending.target_name(facts, data),
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
             },

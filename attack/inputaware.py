@@ -174,6 +174,7 @@ class InputAware:
         }
         self._partners = partners(len(data.train), generator(seed, "partners of stored images"))
         self._batches = 0
+        self._batches_per_epoch = len(batch_sizes(len(data.train), config.batch_size))
         self._has_gradient = False
 
     def before_training(self) -> None:
@@ -224,9 +225,7 @@ class InputAware:
         As published, the gradient is the sum over the whole training so far, see
         `accumulate_generator_grad`.
         """
-        epoch = self._batches // len(
-            batch_sizes(len(self._setting.data.train), self._config.batch_size)
-        )
+        epoch = self._batches // self._batches_per_epoch
         self._batches += 1
         if not self._has_gradient:
             return

@@ -39,7 +39,7 @@ from utils.evaluate import predict
 from utils.files import prepare_folder
 from utils.images import data_folder, no_cache
 from utils.metrics import FAILED_ASR, Scores
-from utils.records.checkpoint import Origin, files_of
+from utils.records.checkpoint import Origin
 from utils.runtime import (
     Precision,
     deterministic,
@@ -310,7 +310,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
         poisoned = plan.training
         origin = Origin(
             method=name,
-            files=files_of(vars(config)),
+            files=ending.files_of_flags(inputs),
             tensors={
                 f"the images and labels of {data.name}": data.tensors(),
                 "the poisoned images": [poisoned.index, poisoned.images, poisoned.labels],
@@ -346,7 +346,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
             else None,
         }
         record.save_attack(folder, model, data, exported, triggered, plan.cross(), facts)
-        title = f"{name} on {data.name}{target_title(facts, data)}"
+        title = f"{name} on {data.name}{ending.target_title(facts, data)}"
         pictures = [
             ending.save_figure(folder, "curves.png", plot.curves(watch.metrics, "epoch", title))
         ]
@@ -364,7 +364,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
                 "model": model_name,
                 "epochs": config.epochs,
                 **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
-                **target_name(facts, data),
+                **ending.target_name(facts, data),
                 "pratio": config.pratio if isinstance(config, AttackConfig) else None,
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
@@ -545,19 +545,6 @@ def check_target(target: int, data: Dataset) -> None:
             f"--attack_target: {target} is no class of {data.name}; give 0 to "
             f"{len(data.classes) - 1}, or a name: {data.listed()}"
         )
-
-
-def target_name(facts: Mapping[str, Any], data: Dataset) -> dict[str, str]:
-    """The name of the target class for `summary.json`; nothing where there is no single one."""
-    if facts["attack_target"] is None or facts["attack_label_trans"] != "all2one":
-        return {}
-    return {"attack_target_name": data.classes[facts["attack_target"]]}
-
-
-def target_title(facts: Mapping[str, Any], data: Dataset) -> str:
-    """What the title of a picture says of the target."""
-    found = target_name(facts, data)
-    return f", target {data.named(facts['attack_target'])}" if found else ""
 
 
 def tell_target(config: Any, data: Dataset, warn: Callable[[str], None]) -> None:

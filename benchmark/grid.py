@@ -33,7 +33,7 @@ from defense import names as defenses
 from models import is_user_file
 from utils.config import Config, read_yaml
 from utils.errors import UserError, quoted, suggestion
-from utils.files import read_text
+from utils.files import read_object
 from utils.folders import FREE_TO_CHANGE, NAME
 from utils.records.checkpoint import files_of
 from utils.training.ending import paths_of
@@ -324,10 +324,9 @@ def _sha256s(folder: Path) -> str | None:
 def _summary(folder: Path) -> dict[str, Any]:
     """A run's summary; empty where it cannot be read."""
     try:
-        summary = json.loads(read_text(folder / "summary.json"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(folder / "summary.json")
+    except (OSError, ValueError):
         return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def _told(value: Any) -> str:

@@ -27,7 +27,7 @@ from utils.errors import UserError, shown
 from utils.evaluate import predict
 from utils.files import read_bytes
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
-from utils.records.checkpoint import Origin, files_of
+from utils.records.checkpoint import Origin
 from utils.records.defense import save_defense
 from utils.runtime import (
     Precision,
@@ -309,14 +309,14 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     inputs = ending.inputs_of(recipe, data, attack.model_sha256)
     distributed.barrier()  # all have come so far before one empties the folder
     triggered = attack.triggered
-    shown = [] if triggered is None else [triggered.index, triggered.images, triggered.targets]
+    poison = [] if triggered is None else [triggered.index, triggered.images, triggered.targets]
     origin = Origin(
         method=name,
-        files={"the record": attack.sha256, **files_of(vars(config))},
+        files={"the record": attack.sha256, **ending.files_of_flags(inputs)},
         tensors={
             f"the images and labels of {data.name}": data.tensors(),
             "the images that the defense sees": [given.index, given.images, given.labels],
-            "the triggered images": shown,
+            "the triggered images": poison,
         },
         conditions=run_conditions(device, precision),
     )
@@ -324,6 +324,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     listed = {"clean": "clean_index.txt", "poisoned": "poisoned_index.txt"}.get(config.sees)
     if listed:
         folder.write_text(listed, "".join(f"{number}\n" for number in given.index.tolist()))
+    of_target = ending.target_title(vars(attack), data)
     with file_log() as open_log, deterministic(config.deterministic):
         open_log(folder.log, append=checkpoint is not None)
         logger.info(
@@ -331,7 +332,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
             name,
             attack.attack,
             data.name,
-            _target_title(attack, data),
+            of_target,
             attack.model_name,
             device,
             precision,
@@ -360,7 +361,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
         if not distributed.is_main():
             return folder
         save_defense(folder, model, attack, name)
-        title = f"{name} against {attack.attack} on {data.name}{_target_title(attack, data)}"
+        title = f"{name} against {attack.attack} on {data.name}{of_target}"
         pictures = [
             ending.save_figure(folder, "curves.png", plot.curves(watch.metrics, "round", title))
         ]
@@ -516,13 +517,6 @@ def _draw_before_after(
 def _spread(count: int) -> torch.Tensor:
     """Up to eight evenly spaced positions."""
     return torch.linspace(0, count - 1, min(8, count)).long()
-
-
-def _target_title(attack: record.AttackRecord, data: Dataset) -> str:
-    """What log and pictures say of the attacker's class."""
-    if attack.attack_target is None or attack.attack_label_trans != "all2one":
-        return ""
-    return f", target {data.named(attack.attack_target)}"
 
 
 def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:

@@ -11,7 +11,6 @@ read is refused: other datasets and networks than its own, and clean models.
 import contextlib
 import errno
 import glob
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from utils import backdoorbench, folders, record
 from utils.config import Parser, read_yaml
 from utils.data import Dataset, Labelled, Triggered
 from utils.errors import UserError
-from utils.files import read_text, remove_strays, temporary_folder
+from utils.files import read_object, remove_strays, temporary_folder
 from utils.poison import KINDS, PoisonedSet
 from utils.runtime import logger, run_script
 from utils.tensors import explained, load_tensors
@@ -224,15 +223,15 @@ def _absolute(path: str | None) -> str | None:
 def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None) -> bool:
     """Whether a finished record is what importing that folder gives."""
     try:
-        summary = json.loads(read_text(folder.path / "summary.json"))
+        summary = read_object(folder.path / "summary.json")
         found = record.file_hashes(folders.RunFolder(source), backdoorbench.RESULT)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
     expected = {
         "imported_sha256": found.get(backdoorbench.RESULT, ""),
         "dataset_path": _absolute(dataset_path),
     }
-    return isinstance(summary, dict) and expected.items() <= summary.items()
+    return expected.items() <= summary.items()
 
 
 def _refuse_unknown(attack: record.AttackRecord) -> None:
@@ -299,7 +298,7 @@ def _write_notes(
     if len(poisoned.index) and not (poisoned.kinds == KINDS.index("cross")).any():
         listed = np.zeros(len(poisoned), dtype=np.float64)
         listed[poisoned.index[poisoned.kinds == KINDS.index("poison")].numpy()] = 1
-        folder.write(backdoorbench.POISON_LIST, lambda path: _save(listed, path))
+        folder.write(backdoorbench.POISON_LIST, lambda path: folders.save_plain(path, listed))
     metrics = attack.folder / "metrics.csv"
     if metrics.exists():
         with explained(metrics, "a table of metrics"):
@@ -307,11 +306,6 @@ def _write_notes(
             known = {theirs: ours[name] for theirs, name in _COLUMNS.items() if name in ours}
         table = pd.DataFrame(known, columns=list(backdoorbench.METRICS))
         folder.write("attack_df.csv", lambda path: table.to_csv(path, index=False))
-
-
-def _save(listed: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:  # given a path, torch would put its name into the file
-        torch.save(listed, file)
 
 
 def _export_defense(source: Path, to: Path) -> None:

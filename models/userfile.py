@@ -3,7 +3,7 @@
 Such a file is run only because the user names it in a flag, never because a record does. A record
 keeps its name and sha256, so that a defense can check that it is given the same file again. A run
 reads a file once: what runs is the text that the sha256 is of, even if the file changes meanwhile.
-Without a run, as in a notebook, a file is read once like a module that is imported.
+Outside of a run, as in a notebook, it is read anew each time.
 """
 
 import contextlib

@@ -10,14 +10,14 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from utils.config import read_yaml
 from utils.errors import UserError
-from utils.files import is_stray, read_text, replaced
+from utils.files import is_stray, read_object, read_text, replaced
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a run
 MARK = "run.json"
@@ -193,10 +193,9 @@ def _of_earlier(folder: Path, files: Collection[str]) -> list[str]:
 
 def _has_hashes(folder: Path) -> bool:
     try:
-        summary: Any = json.loads(read_text(folder / "summary.json"))
-    except (OSError, ValueError, RecursionError):
+        files = read_object(folder / "summary.json").get("files")
+    except (OSError, ValueError):
         return False
-    files = summary.get("files") if isinstance(summary, dict) else None
     return (
         isinstance(files, dict)
         and any(name in files for name in _EARLIER_RESULTS)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from utils import distributed
-from utils.errors import shown
+from utils.errors import listed, shown
 
 LARGEST_SIDE = 1024  # of an image, in pixels
 MOST_CLASSES = 100_000
@@ -86,9 +86,7 @@ class Dataset:
 
     def listed(self) -> str:
         """The names of the classes, of many the first ten."""
-        names = ", ".join(shown(name, 40) for name in self.classes[:10])
-        more = len(self.classes) - 10
-        return names + (f", and {more} more" if more > 0 else "")
+        return listed(self.classes, limit=40)
 
     def tensors(self) -> list[torch.Tensor]:
         """All images and labels, the training set first."""

@@ -2,7 +2,7 @@
 
 import csv
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from utils.archives import Archive, extract_all
 from utils.data import Dataset, Labelled, release
-from utils.errors import UserError, shown, suggestion
+from utils.errors import UserError, listed, suggestion
 from utils.files import TABLE, read_text
 from utils.images import IMAGE_SUFFIXES, data_folder, decoded
 from utils.runtime import logger
@@ -278,7 +278,7 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
                 ("test", test_classes, classes),
             )
         }
-        told = [f"only {path / name} has {_some(found)}" for name, found in alone.items() if found]
+        told = [f"only {path / name} has {listed(found)}" for name, found in alone.items() if found]
         raise UserError(
             f"--dataset_path: classes differ: {'; '.join(told)}; give both the same folders"
         )
@@ -313,8 +313,8 @@ def _folder_warnings(path: Path, dataset: Dataset, left_out: list[Path]) -> Iter
     untested = [name for name, n in zip(dataset.classes, tested.tolist(), strict=True) if n == 0]
     if untested and len(dataset.test):
         yield (
-            f"--dataset_path: {path / 'test'} has no image of {_some(untested)}; ACC tells nothing "
-            "of these classes"
+            f"--dataset_path: {path / 'test'} has no image of {listed(untested)}; ACC tells "
+            "nothing of these classes"
         )
     brightest = max((int(p.max()) for p in dataset.train.images.split(1024)), default=255)
     if brightest < 32:
@@ -322,14 +322,6 @@ def _folder_warnings(path: Path, dataset: Dataset, left_out: list[Path]) -> Iter
             f"--dataset_path: the brightest pixel of {path / 'train'} is {brightest} of 255; where "
             "16-bit files hold 12 or fewer bits, scale them to all 16 first"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    """At most ten names."""
-    more = len(names) - 10
-    return ", ".join(shown(name, 60) for name in names[:10]) + (
-        f" and {more} more" if more > 0 else ""
-    )
 
 
 def class_name(folder: Path) -> str:

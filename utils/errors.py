@@ -1,7 +1,7 @@
 """The exceptions that a user gets to read, and a help to word them."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -69,6 +69,17 @@ def one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, cut to 200 characters; its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def listed(names: Sequence[object], between: str = ", ", limit: int = 60) -> str:
+    """At most ten names, and how many more there are.
+
+    Args:
+        limit: characters of each, see `shown`.
+    """
+    more = len(names) - 10
+    parts = [shown(name, limit) for name in names[:10]] + [f"and {more} more"] * (more > 0)
+    return between.join(parts)
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -10,7 +11,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from utils import locks
 from utils.errors import UserError
@@ -73,6 +74,22 @@ def read_text(path: Path, largest: int = TEXT) -> str:
         ValueError: if it is no UTF-8.
     """
     return read_bytes(path, largest).decode("utf-8")
+
+
+def read_object(path: Path, largest: int = TEXT) -> dict[str, Any]:
+    """The object of a JSON file; see `opened`.
+
+    Raises:
+        OSError: as `opened`.
+        ValueError: if it is no JSON, nested too deep, or no object.
+    """
+    try:
+        found = json.loads(read_text(path, largest))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")
+    return found
 
 
 def file_sha256(path: Path) -> str:

@@ -382,7 +382,7 @@ class RunFolder:
 
     def write_tensors(self, name: str, content: Mapping[str, Any]) -> None:
         """Plain data and CPU tensors, which `torch.load(..., weights_only=True)` reads."""
-        self.write(name, lambda path: _save(path, content))
+        self.write(name, lambda path: save_plain(path, dict(content)))
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]], name: str = "metrics.csv") -> None:
         """A table as CSV, a line a row."""
@@ -509,9 +509,10 @@ def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
 
 
-def _save(path: Path, content: Mapping[str, Any]) -> None:
+def save_plain(path: Path, content: Any) -> None:
+    """`torch.save`, whose file depends on the content alone."""
     with path.open("wb") as file:  # given a path, torch would put its name into the file
-        torch.save(dict(content), file)
+        torch.save(content, file)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from models import Classifier
-from utils.errors import UserError, first_line, shown
+from utils.errors import UserError, first_line, listed, shown
 from utils.files import TENSORS, read_bytes
 from utils.runtime import logger
 from utils.tensors import load_tensors, not_finite
@@ -21,7 +21,6 @@ WRAPPERS = (
 )
 # What torch puts before, or between, names: of a parallel run, of a compiled module.
 _OF_TORCH = re.compile(r"(?:^(?:module\.|_orig_mod\.)+)|(?<=\.)_orig_mod\.")
-_MOST_NAMES = 10  # in a message
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -50,16 +49,17 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor)
     ]
     if others or not state:
+        what = listed(others, limit=200) or "nothing"
         raise UserError(
-            f"--state_dict: {path} holds no state dict ({_listed(others, ', ') or 'nothing'} is no "
-            f"tensor); give one, bare or under {', '.join(WRAPPERS)}"
+            f"--state_dict: {path} holds no state dict ({what} is no tensor); give one, bare or "
+            f"under {', '.join(WRAPPERS)}"
         )
     try:
         broken = not_finite(state)
     except ValueError as error:
         raise UserError(f"--state_dict: {path}: {error}; give another file") from None
     if broken:
-        names = _listed(broken, ", ")
+        names = listed(broken, limit=200)
         raise UserError(f"--state_dict: {path}: not finite: {names}; give another file")
     stripped = {_OF_TORCH.sub("", key): value for key, value in state.items()}
     if len(stripped) < len(state):
@@ -102,9 +102,10 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
     )
     problems = [text for texts in zip_longest(*kinds) for text in texts if text]  # some of each
     if problems:
+        told = listed(problems, "; ", limit=200)
         raise UserError(
-            f"--state_dict: does not fit --model {name}: {_listed(problems, '; ')}; give its own "
-            "network, dataset and image size"
+            f"--state_dict: does not fit --model {name}: {told}; give its own network, dataset and "
+            "image size"
         )
     model.network.load_state_dict({**own, **state})
 
@@ -135,22 +136,15 @@ def _without_prefix(
         return state
     if len(found) > 1:
         raise UserError(
-            f"--state_dict: has all weights {len(found)} times, under {_listed(found, ', ')}; give "
-            "a file that has them once"
+            f"--state_dict: has all weights {len(found)} times, under {listed(found, limit=200)}; "
+            "give a file that has them once"
         )
     (prefix,) = found
     taken = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
     others = [key for key in state if not key.startswith(prefix)]
-    rest = f"; skipped beside them: {_listed(others, ', ')}" if others else ""
+    rest = f"; skipped beside them: {listed(others, limit=200)}" if others else ""
     logger.info("%s", f"the weights are those under '{shown(prefix, 100)}'{rest}")
     return taken
-
-
-def _listed(names: list[str], between: str) -> str:
-    """At most ten names, and how many more there are."""
-    listed = between.join(shown(name, 200) for name in names[:_MOST_NAMES])
-    more = len(names) - _MOST_NAMES
-    return listed + (f"{between}and {more} more" if more > 0 else "")
 
 
 def _way_out(path: Path, reason: str) -> str:

@@ -123,6 +123,24 @@ def judged(verdict: Verdict, attack: record.AttackRecord) -> dict[str, Any]:
     }
 
 
+def target_name(attack: Mapping[str, Any], data: Dataset) -> dict[str, str]:
+    """The name of the target class for `summary.json`; nothing where there is no single one.
+
+    Args:
+        attack: what a record says, `attack_target` and `attack_label_trans` among it.
+    """
+    target = attack["attack_target"]
+    if target is None or attack["attack_label_trans"] != "all2one":
+        return {}
+    return {"attack_target_name": data.classes[target]}
+
+
+def target_title(attack: Mapping[str, Any], data: Dataset) -> str:
+    """What log and pictures say of the target class; see `target_name`."""
+    has_one = target_name(attack, data)
+    return f", target {data.named(attack['attack_target'])}" if has_one else ""
+
+
 def difference(clean: torch.Tensor, changed: torch.Tensor) -> dict[str, torch.Tensor]:
     """A row of the amplified difference of two rows of images, under its name.
 
@@ -161,6 +179,15 @@ def inputs_of(
         **({} if model_sha256 is None else {"--model": model_sha256}),
         **files_of(found),
         **{f"--{name}": sha256 for name, sha256 in contents.items()},
+    }
+
+
+def files_of_flags(inputs: Mapping[str, str]) -> dict[str, str]:
+    """Of `inputs_of`, the files that a checkpoint depends on beside the network's own."""
+    return {
+        flag: sha256
+        for flag, sha256 in inputs.items()
+        if flag.startswith("--") and flag != "--model"
     }
 
 
