@@ -3,7 +3,8 @@
 Such a file is run only because the user names it in a flag, never because a record does. A record
 keeps its name and sha256, so that a defense can check that it is given the same file again. A run
 reads a file once: what runs is the text that the sha256 is of, even if the file changes meanwhile.
-Outside of a run, as in a notebook, it is read anew each time.
+Outside of a run, as in a notebook, it is read anew each time. Modules that lie beside the file and
+that it imports (`neighbours.py`) are part of it: the sha256 is then of all of them.
 """
 
 import contextlib
@@ -15,13 +16,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from models.neighbours import Neighbours, files_beside, is_of_user
 from utils.errors import UserError, one_line
 from utils.files import TEXT, read_bytes
 
@@ -39,16 +40,25 @@ def is_user_file(name: str) -> bool:
 def model_identity(name: str) -> tuple[str, str | None]:
     """What a record keeps of a `--model` value: its name, and the sha256 of a user's file.
 
+    Where the file imports others beside it, the sha256 is that of a list with a line for each
+    of them, in the order of their paths: its sha256, two spaces, its path from the file's folder.
+
     Returns:
         ("my_net.py:build", sha256) for a file, wherever it is; (name, None) for any other name.
 
     Raises:
-        UserError: if the file cannot be read.
+        UserError: if a file cannot be read.
     """
     if not is_user_file(name):
         return name, None
     file, function = _parts(name)
-    return f"{file.name}:{function}", hashlib.sha256(_source(file)).hexdigest()
+    digest = hashlib.sha256(_source(file)).hexdigest()
+    beside = {path for paths in files_beside(file, _source).values() for path in paths} - {file}
+    if beside:
+        listed = {p.relative_to(file.parent).as_posix(): p for p in sorted({file, *beside})}
+        lines = [f"{hashlib.sha256(_source(p)).hexdigest()}  {name}" for name, p in listed.items()]
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return f"{file.name}:{function}", digest
 
 
 def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.Module:
@@ -66,13 +76,16 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
     module = importlib.util.module_from_spec(spec)
     module.__file__ = str(file)
     sys.modules[module_name] = module
+    neighbours = Neighbours(file.parent, list(files_beside(file, _source)), _source)
+    module.__dict__["__builtins__"] = neighbours.builtins()
     _guard_exit()
     try:
-        exec(compile(source, str(file), "exec"), module.__dict__)
-        build = getattr(module, function, None)
-        if not callable(build):
-            raise UserError(f"--model: {file} has no function {function}; name one that it has")
-        network = build(num_classes=num_classes, image_size=image_size)
+        with neighbours.visible():
+            exec(compile(source, str(file), "exec"), module.__dict__)
+            build = getattr(module, function, None)
+            if not callable(build):
+                raise UserError(f"--model: {file} has no function {function}; name one that it has")
+            network = build(num_classes=num_classes, image_size=image_size)
         if isinstance(network, nn.Module) and image_size is not None:
             _fill_lazy_layers(network, image_size)
     except (UserError, KeyboardInterrupt):
@@ -124,7 +137,7 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
     except (UserError, but_for):
         raise
     except BaseException as error:
-        steps = [step for step in traceback.walk_tb(error.__traceback__) if _is_user_s(step[0])]
+        steps = [step for step in traceback.walk_tb(error.__traceback__) if is_of_user(step[0])]
         if not steps:
             raise
         frame, line = steps[-1]
@@ -136,10 +149,6 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
         _RUNS.pop()
 
 
-def _is_user_s(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).startswith(_PREFIX)
-
-
 def _guard_exit() -> None:
     """`os._exit` in the code of a user's file is told, too, rather than the end without a record.
 
@@ -148,7 +157,7 @@ def _guard_exit() -> None:
     mine = os.getpid()
 
     def leave(status: int) -> NoReturn:
-        if os.getpid() == mine and _is_user_s(sys._getframe(1)):
+        if os.getpid() == mine and is_of_user(sys._getframe(1)):
             raise SystemExit(f"os._exit({status})")
         _LEAVE(status)
 
@@ -158,7 +167,7 @@ def _guard_exit() -> None:
 def _parts(name: str) -> tuple[Path, str]:
     match = _NAME.fullmatch(name)
     assert match is not None  # callers ask is_user_file
-    return Path(match["file"]), match["function"]
+    return Path(os.path.abspath(match["file"])), match["function"]
 
 
 def _source(file: Path) -> bytes:

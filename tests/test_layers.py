@@ -25,6 +25,7 @@ LAYERS = (
     ("utils.distributed", 1),
     ("models.batchnorm", 0),
     ("models.convolution", 0),
+    ("models.neighbours", 0),
     ("models", 1),
     ("models.parts", 3),
     ("models.*", 1),
