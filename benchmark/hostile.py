@@ -159,20 +159,22 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
             return content
         place, size = rng.randrange(len(content)), rng.randint(1, 64)
         piece = content[place : place + size]
-        flipped = bytes([content[place] ^ 1 << rng.randrange(8)])
-        content = rng.choice(
-            (
-                content[:place],
-                content[:place] + flipped + content[place + 1 :],
-                content[:place] + rng.randbytes(len(piece)) + content[place + len(piece) :],
-                content[:place] + piece * rng.randint(2, 50) + content[place:],
-                content[place:] + content[:place],
-                content[:place] + content[place + size :],
-                content[:place]
-                + rng.choice((b"\xff" * 8, b"\0" * 8, b"9" * 9))
-                + content[place + 8 :],
-            )
-        )
+        if (kind := rng.randrange(7)) == 0:
+            content = content[:place]
+        elif kind == 1:
+            flipped = bytes([content[place] ^ 1 << rng.randrange(8)])
+            content = content[:place] + flipped + content[place + 1 :]
+        elif kind == 2:
+            content = content[:place] + rng.randbytes(len(piece)) + content[place + len(piece) :]
+        elif kind == 3:
+            content = content[:place] + piece * rng.randint(2, 50) + content[place:]
+        elif kind == 4:
+            content = content[place:] + content[:place]
+        elif kind == 5:
+            content = content[:place] + content[place + size :]
+        else:
+            eight = rng.choice((b"\xff" * 8, b"\0" * 8, b"9" * 9))
+            content = content[:place] + eight + content[place + 8 :]
     return content
 
 
@@ -387,7 +389,7 @@ def yaml_text(good: str, rng: random.Random) -> bytes:
                 line.replace(": ", rng.choice((":", " : ", ": !!str ", ":\t"))) for line in lines
             ]
         else:
-            lines = [f"{name(rng)}: {line}" for line in lines]
+            lines[:100] = [f"{name(rng)}: {line}" for line in lines[:100]]
     content = "\n".join(lines).encode("utf-8", "surrogatepass")
     if rng.random() < 0.2:
         content = damaged(content, rng)
