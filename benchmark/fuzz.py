@@ -456,6 +456,7 @@ def run_cases(
     Returns:
         How each kind ended, and what should not have happened.
     """
+    torch.set_num_threads(1)  # a fork of a process with threads of torch would wait for them
     good, place = root / "good", root / "place"
     good.mkdir()
     utils.images.ROOT, before_root = root, utils.images.ROOT
@@ -511,7 +512,6 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="number of the one case to run, here and now")
     flags = parser.parse_args()
     require_fork()
-    torch.set_num_threads(1)  # processes that are forked have no threads of torch
     loader = lambda path, image_size, **_: make_data()  # noqa: E731
     with (
         tempfile.TemporaryDirectory() as name,
