@@ -10,7 +10,7 @@ labels, and nothing of the training.
 
     python attack/adaptive_blend.py --dataset cifar10 --save_folder_name cifar10_adaptive_blend
 
-The published picture is not shipped: the emblem of `utils/emblem.py` has its statistics, and
+The published picture is not shipped: the emblem of `utils/data/emblem.py` has its statistics, and
 `--trigger_image` takes any. The authors' first release has `--alpha 0.2`.
 
 The counts are rounded; the authors cut them down (one image less on the digits, none on CIFAR-10).
@@ -32,11 +32,12 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, dirty_label, run
-from utils.emblem import picture
+from attack.poisoning import dirty_label, run
+from attack.recipe import AttackConfig
+from utils.data.emblem import picture
+from utils.data.poison import KINDS, Choice, Triggers
 from utils.errors import UserError
-from utils.poison import KINDS, Choice, Triggers
-from utils.runtime import generator
+from utils.process.seeds import generator
 
 TILES = 4  # along each side
 

@@ -31,9 +31,10 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, run
+from attack.poisoning import run
+from attack.recipe import AttackConfig
+from utils.data.poison import Trigger
 from utils.errors import UserError
-from utils.poison import Trigger
 
 
 @dataclass(frozen=True, kw_only=True)

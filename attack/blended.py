@@ -10,7 +10,7 @@ and nothing of the training. The trigger is the same at test time.
     python attack/blended.py --save_folder_name blended_demo
 
 Published results use a cartoon figure that is not shipped. The built-in emblem has its statistics
-(`utils/emblem.py`); `--trigger_image` takes the figure or any other picture.
+(`utils/data/emblem.py`); `--trigger_image` takes the figure or any other picture.
 
 Limits: square images with one or three channels; under some 16 pixels the emblem is a blot.
 
@@ -28,9 +28,10 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, run
-from utils.emblem import picture
-from utils.poison import Trigger
+from attack.poisoning import run
+from attack.recipe import AttackConfig
+from utils.data.emblem import picture
+from utils.data.poison import Trigger
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,10 +37,10 @@ from attack.controlled import (
     run_controlled,
     stored,
 )
-from attack.prototype import Setting
-from utils.data import as_float
-from utils.poison import count_in_batch, partners
-from utils.runtime import Draws, generator
+from attack.setting import Setting
+from utils.data.batches import as_float
+from utils.data.poison import count_in_batch, partners
+from utils.process.seeds import Draws, generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,20 @@ the record gets what the control leaves for stored images.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 from pydantic import Field
 
-from attack.prototype import AttackConfig, Plan, Setting, run_plan
-from utils import poison
-from utils.data import Dataset, Labelled, Triggered, as_float, augment_affine
-from utils.runtime import generator, logger
-from utils.train import Step
+from attack.prototype import run_plan
+from attack.recipe import AttackConfig, Plan
+from attack.setting import Setting
+from utils.data import poison
+from utils.data.batches import as_float, augment_affine
+from utils.data.labelled import Dataset, Labelled, Triggered
+from utils.process.script import logger
+from utils.process.seeds import generator
+from utils.training.loop import Step
 
 _CHUNK = 256  # images that a control is given at once, outside of training
 
@@ -89,44 +92,67 @@ def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], C
     batches that the model saw are never stored.
     """
 
-    def plan(config: K, setting: Setting) -> Plan:
-        data = setting.data
-        labels = (config.attack_label_trans, config.attack_target)
+    run_plan(config_class, lambda config, setting: ControlledPlan(config, setting, make_control))
+
+
+class ControlledPlan(Plan):
+    """Training by a control, and the images that its trigger makes, before and after.
+
+    Args:
+        make_control: from the configuration and the setting to the control.
+    """
+
+    drop_last = False
+    whole = True
+
+    def __init__(
+        self, config: K, setting: Setting, make_control: Callable[[K, Setting], Control]
+    ) -> None:
+        self._config, self._data = config, setting.data
+        self._labels = (config.attack_label_trans, config.attack_target)
         # What cannot work is refused before anything is trained.
-        poison.poison_count(len(data.train), config.pratio)
-        index = poison.test_images_to_trigger(data, *labels)
-        control = make_control(config, setting)
+        poison.poison_count(len(self._data.train), config.pratio)
+        index = poison.test_images_to_trigger(self._data, *self._labels)
+        self._control = make_control(config, setting)
         logger.info("%s", poison.said_of_batches(config.pratio, config.batch_size))
-        control.before_training()
-        trigger = _as_trigger(control.trigger, setting, config.truncate)
-        cross_trigger = _as_trigger(control.cross, setting, config.truncate)
-        poison.require_effect(trigger, data.test.images, index)
+        self._control.before_training()
+        self._trigger = _as_trigger(self._control.trigger, setting, config.truncate)
+        self._cross_trigger = _as_trigger(self._control.cross, setting, config.truncate)
+        poison.require_effect(self._trigger, self._data.test.images, index)
+        self._kept: dict[str, Any] = {}  # of a trigger that does not change
+        super().__init__(poison.unpoisoned(self._data.train), self._control)
 
-        def exported() -> poison.PoisonedSet:
-            counts = control.poisoned_per_batch
-            return poison.first_of_batches(
-                data, config.batch_size, counts, trigger, cross_trigger, *labels
-            )
+    def triggered(self) -> Triggered:
+        def make() -> Triggered:
+            return poison.triggered_test_set(self._data, self._trigger, *self._labels)
 
-        def cross() -> Labelled:
-            everything = torch.arange(len(data.test))
-            images = poison.apply_trigger(cross_trigger, data.test.images, everything)
-            return Labelled(images, data.test.labels)
+        return self._made("triggered", make)
 
-        def triggered() -> Triggered:
-            return poison.triggered_test_set(data, trigger, *labels)
+    def cross(self) -> Labelled:
+        def make() -> Labelled:
+            everything, test = torch.arange(len(self._data.test)), self._data.test
+            images = poison.apply_trigger(self._cross_trigger, test.images, everything)
+            return Labelled(images, test.labels)
 
-        return Plan(
-            training=poison.unpoisoned(data.train),
-            step=control,
-            triggered=triggered if control.learns_trigger else cache(triggered),
-            cross=cross if control.learns_trigger else cache(cross),
-            exported=exported,
-            drop_last=False,
-            whole=True,
+        return self._made("cross", make)
+
+    def exported(self) -> poison.PoisonedSet:
+        return poison.first_of_batches(
+            self._data,
+            self._config.batch_size,
+            self._control.poisoned_per_batch,
+            self._trigger,
+            self._cross_trigger,
+            *self._labels,
         )
 
-    run_plan(config_class, plan)
+    def _made(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, each time anew if the trigger learns."""
+        if self._control.learns_trigger:
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
 
 def stored(images: torch.Tensor, data: Dataset, truncate: bool) -> torch.Tensor:

@@ -4,9 +4,9 @@
 
 The checkpoint is a state dict, `.pt`/`.pth` (tensors, plain data, NumPy's arrays and numbers;
 nothing else is read) or `.safetensors`, bare or under one of the usual names (`state_dict`,
-`model`, `ema`, ...; all of them in `utils/weights.py`). What torch and training frameworks put
-before names (`module.`, `_orig_mod.`, `model.`) is taken off; beyond that all names and shapes have
-to be the network's. Nothing is trained.
+`model`, `ema`, ...; all of them in `utils/records/weights.py`). What torch and training
+frameworks put before names (`module.`, `_orig_mod.`, `model.`) is taken off; beyond that all names
+and shapes have to be the network's. Nothing is trained.
 
 ASR needs triggered test images, as picture files named after the test image that they come from:
 
@@ -29,21 +29,28 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack import prototype
+from attack.recipe import TrainingConfig
 from models import build_model, check_model, model_identity, prepare
 from utils import config as configuration
-from utils import folders, poison, record
-from utils.data import Dataset, Triggered
-from utils.datasets import DatasetName, class_name, load_dataset
+from utils.data import poison
+from utils.data.datasets import DatasetName, class_name, load_dataset
+from utils.data.images import IMAGE_SUFFIXES, decoded
+from utils.data.labelled import Dataset, Triggered
+from utils.data.targets import check_target, tell_target, with_target
 from utils.errors import UserError
-from utils.evaluate import evaluate
-from utils.images import IMAGE_SUFFIXES, decoded
+from utils.files import absolute, as_path
 from utils.metrics import FAILED_ASR, Scores
+from utils.process.device import Precision, pick_device, pick_precision
+from utils.process.script import file_log, logger, run_script
+from utils.records import folders
+from utils.records.attack import save_attack
 from utils.records.checkpoint import digest
-from utils.runtime import Precision, file_log, logger, pick_device, pick_precision, run_script
+from utils.records.folders import free_folder
+from utils.records.weights import fill, read_state_dict
 from utils.training import ending
+from utils.training.ending import draw_trigger
+from utils.training.evaluate import evaluate
 from utils.training.findings import Findings
-from utils.weights import fill, read_state_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +153,7 @@ def import_model(config: Config) -> folders.RunFolder:
         UserError: if checkpoint, network, data and flags do not fit together.
     """
     started = time.monotonic()
-    folder = prototype.free_folder(config.save_folder_name, config.record_path, config.overwrite)
+    folder = free_folder(config.save_folder_name, config.record_path, config.overwrite)
     if config.state_dict is None:
         raise UserError("--state_dict: a value is needed; give the model's checkpoint")
     checkpoint = Path(config.state_dict)
@@ -159,19 +166,19 @@ def import_model(config: Config) -> folders.RunFolder:
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     # The size has its home in the recipe of the dataset.
-    size = config.image_size or prototype.TrainingConfig.load(config.dataset).image_size
+    size = config.image_size or TrainingConfig.load(config.dataset).image_size
     with file_log() as open_log:
-        data = load_dataset(config.dataset, prototype.as_path(config.dataset_path), size)
+        data = load_dataset(config.dataset, as_path(config.dataset_path), size)
         data = replace(
             data,
             mean=config.mean or data.mean,
             std=config.std or data.std,
         )
-        config = prototype.with_target(config, data)
+        config = with_target(config, data)
         findings = Findings()
         if config.attack_target is not None:
-            prototype.check_target(config.attack_target, data)
-            prototype.tell_target(config, data, findings.warn)
+            check_target(config.attack_target, data)
+            tell_target(config, data, findings.warn)
         check_model(config.model, len(data.classes), size)
         model = build_model(config.model, len(data.classes), data.mean, data.std, image_size=size)
         fill(model, read_state_dict(checkpoint), config.model)
@@ -196,16 +203,16 @@ def import_model(config: Config) -> folders.RunFolder:
             "model_name": model_name,
             "model_sha256": model_sha256,
             "network_size": None,
-            "dataset_path": prototype.absolute(config.dataset_path),
+            "dataset_path": absolute(config.dataset_path),
             "attack_target": config.attack_target,
             "attack_label_trans": config.attack_label_trans if is_backdoored else None,
         }
         unknown = poison.unpoisoned(data.train)  # what the model was trained on stays its owner's
-        record.save_attack(folder, model, data, unknown, triggered, None, facts)
+        save_attack(folder, model, data, unknown, triggered, None, facts)
         pictures = []
         title = f"external on {data.name}{ending.target_title(facts, data)}"
         if triggered is not None:
-            pictures.append(prototype.draw_trigger(folder, model, data, triggered, title, device))
+            pictures.append(draw_trigger(folder, model, data, triggered, title, device))
         result = ending.table(scores)
         if triggered is None:
             result += "\nno triggered images, so no ASR; give --bd_test_dir to have one"

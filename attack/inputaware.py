@@ -31,14 +31,17 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack.controlled import ControlledConfig, labels_of_batch, run_controlled
-from attack.prototype import Setting
+from attack.setting import Setting
 from models import Normalize
 from models.inputaware import EPSILON, PixelGenerator, threshold, widths_for
-from utils.data import as_float, augment
+from models.modes import evaluating
+from utils.data.batches import as_float, augment
+from utils.data.poison import count_in_batch, partners
 from utils.errors import UserError
-from utils.poison import count_in_batch, partners
-from utils.runtime import Progress, evaluating, generator, logger
-from utils.train import Loop, batch_sizes
+from utils.process.progress import Progress
+from utils.process.script import logger
+from utils.process.seeds import generator
+from utils.training.loop import Loop, batch_sizes
 from utils.training.state import restore
 
 BETAS = (0.5, 0.9)  # of both Adams

@@ -38,12 +38,18 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, Setting, clean_label, clean_model, recipe, run
-from utils.data import Labelled, as_float, augment, truncated
-from utils.evaluate import predict
-from utils.poison import Triggers
-from utils.runtime import Progress, evaluating, frozen, generator, logger
-from utils.train import Supervised
+from attack.poisoning import clean_label, run
+from attack.recipe import AttackConfig, clean_model, recipe
+from attack.setting import Setting
+from models.modes import evaluating, frozen
+from utils.data.batches import as_float, augment, truncated
+from utils.data.labelled import Labelled
+from utils.data.poison import Triggers
+from utils.process.progress import Progress
+from utils.process.script import logger
+from utils.process.seeds import generator
+from utils.training.evaluate import predict
+from utils.training.sgd import Supervised
 
 # Both left corners, rows from the top; the right ones mirror them.
 CORNER = torch.tensor([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])

@@ -34,11 +34,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, Setting, clean_model, recipe, run
-from utils.data import as_float, truncated
+from attack.poisoning import run
+from attack.recipe import AttackConfig, clean_model, recipe
+from attack.setting import Setting
+from utils.data.batches import as_float, truncated
+from utils.data.poison import Trigger
 from utils.errors import UserError
-from utils.poison import Trigger
-from utils.runtime import Progress, generator, logger
+from utils.process.progress import Progress
+from utils.process.script import logger
+from utils.process.seeds import generator
 
 OVERSHOOT = 1.02  # DeepFool goes this much of the way to the boundary
 

@@ -30,9 +30,10 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, clean_label, run
+from attack.poisoning import clean_label, run
+from attack.recipe import AttackConfig
+from utils.data.poison import Trigger
 from utils.errors import UserError
-from utils.poison import Trigger
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,12 +31,16 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, Setting, run
+from attack.poisoning import run
+from attack.recipe import AttackConfig
+from attack.setting import Setting
 from models.ssba import Encoder, Steganography
-from utils.data import as_float
+from utils.data.batches import as_float
+from utils.data.poison import Trigger
 from utils.errors import UserError
-from utils.poison import Trigger
-from utils.runtime import Progress, generator, logger
+from utils.process.progress import Progress
+from utils.process.script import logger
+from utils.process.seeds import generator
 
 RAMP = 200  # steps in which the weight of the pixel loss grows, once the string can be read
 PATIENCE = 600  # steps after which an initialisation that reads nothing is given up

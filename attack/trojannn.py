@@ -36,12 +36,16 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.prototype import AttackConfig, Setting, bare_model, clean_model, recipe, run
+from attack.poisoning import run
+from attack.recipe import AttackConfig, bare_model, clean_model, recipe
+from attack.setting import Setting
 from models import Classifier
-from utils.data import truncated
+from utils.data.batches import truncated
+from utils.data.poison import Trigger
 from utils.errors import UserError
-from utils.poison import Trigger
-from utils.runtime import Progress, generator, logger
+from utils.process.progress import Progress
+from utils.process.script import logger
+from utils.process.seeds import generator
 
 Apply = Literal["paste", "clip", "wrap"]
 RANDOM_HEAD = 1000  # outputs of the random last layer behind `neuron_choice: random`

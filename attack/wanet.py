@@ -32,10 +32,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack.controlled import AffineConfig, affine_augmentation, labels_of_batch, run_controlled
-from attack.prototype import Setting
-from utils.data import as_float
-from utils.poison import count_in_batch
-from utils.runtime import Draws, generator
+from attack.setting import Setting
+from utils.data.batches import as_float
+from utils.data.poison import count_in_batch
+from utils.process.seeds import Draws, generator
 
 
 @dataclass(frozen=True, kw_only=True)

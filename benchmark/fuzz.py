@@ -38,22 +38,27 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-import utils.images
+import utils.data.images
 from attack import badnet
 from benchmark import hostile, report
 from benchmark.grid import read_grid
 from defense import ft, sau
 from interop.backdoorbench import export_record
 from models import build_model
-from utils import datasets, folders, pipeline, plot, poison, record, runtime, weights
+from utils import plot
 from utils.config import Parser
-from utils.data import Dataset, Labelled
+from utils.data import datasets, poison
+from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError
 from utils.metrics import Rate, Scores
+from utils.process.device import peak_memory
+from utils.process.script import logger, run_script
+from utils.records import folders, weights
+from utils.records.attack import file_hashes, load_attack, recorded_dataset, save_attack
 from utils.records.defense import load_defense, save_defense
-from utils.runtime import logger, run_script
 from utils.tensors import load_plain
-from utils.train import Loop
+from utils.training.loop import Loop
+from utils.training.watch import Watch
 
 SECONDS = 20
 GIB = 1 << 30
@@ -98,7 +103,7 @@ def write_record(folder: Path, data: Dataset) -> None:
         "attack_target": 0,
         "attack_label_trans": "all2one",
     }
-    record.save_attack(
+    save_attack(
         run,
         build_model("preactresnet18", 10, data.mean, data.std),
         data,
@@ -108,7 +113,7 @@ def write_record(folder: Path, data: Dataset) -> None:
         facts,
     )
     run.write_metrics([{"epoch": 1, "loss": 1.0, "seconds": 1.0}])
-    files = record.file_hashes(run, "attack_result.pt", "poison.pt")
+    files = file_hashes(run, "attack_result.pt", "poison.pt")
     run.write_summary(
         {
             **facts,
@@ -199,8 +204,8 @@ def cases(good: Path) -> dict[str, Case]:
         shutil.copytree(good / "record", folder / "x")
         names = ("attack_result.pt", "attack_result.pt", "poison.pt", "poison.pt")
         spoil_run(folder / "x", (*names, "summary.json", "config.yaml"), rng)
-        record.recorded_dataset(folder / "x")
-        found = record.load_attack(folder / "x")
+        recorded_dataset(folder / "x")
+        found = load_attack(folder / "x")
         found.build()
         data = found.load_dataset()
         if found.triggered is not None:
@@ -223,8 +228,8 @@ def cases(good: Path) -> dict[str, Case]:
         else:
             picture = rng.choice(sorted((folder / "x").rglob("*.png")))
             spoil(picture, rng, hostile.damage_picture)
-        record.recorded_dataset(folder / "x")
-        found = record.load_attack(folder / "x")
+        recorded_dataset(folder / "x")
+        found = load_attack(folder / "x")
         found.build()
         found.poisoned_set(found.load_dataset())
 
@@ -234,7 +239,7 @@ def cases(good: Path) -> dict[str, Case]:
         spoil(folder / "x.yaml", rng, damage_yaml)
         flags = ["--yaml_path", str(folder / "x.yaml")]
         if rng.random() < 0.3:
-            flags = ["--dataset", hostile.name(rng)]
+            flags = [f"--dataset={hostile.name(rng)}"]
         config.from_command_line(flags, "", lambda values: values.get("dataset"))
 
     def grid(folder: Path, rng: random.Random) -> None:
@@ -247,7 +252,7 @@ def cases(good: Path) -> dict[str, Case]:
         path = folder / source.name
         shutil.copy(source, path)
         spoil(path, rng, hostile.damage_picture)
-        utils.images.read_image(path, 32)
+        utils.data.images.read_image(path, 32)
 
     def classes(folder: Path, rng: random.Random) -> None:
         names = []
@@ -287,9 +292,7 @@ def cases(good: Path) -> dict[str, Case]:
         spoil_tensors(folder / "x/checkpoint.pt", rng)
         run = folders.RunFolder(folder / "x")
         run.claim(False, resume=True)
-        watch = pipeline.Watch(
-            run, "round", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True)
-        )
+        watch = Watch(run, "round", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True))
         unlearn(watch.start())
 
     def claimed(folder: Path, rng: random.Random) -> None:
@@ -338,7 +341,7 @@ def damage_yaml(path: Path, rng: random.Random) -> None:
 def write_good(good: Path, data: Dataset) -> None:
     """One good file of every kind."""
     write_record(good / "record", data)
-    attack = record.load_attack(good / "record")
+    attack = load_attack(good / "record")
     run = folders.defense_folder(good / "record", "ft")
     run.start("defense: ft\n")
     save_defense(run, attack.build(), attack, "ft")
@@ -354,7 +357,7 @@ def write_good(good: Path, data: Dataset) -> None:
             "der": 0.5,
             "attack_sha256": attack.sha256,
             "seconds": 1.0,
-            "files": record.file_hashes(run, "defense_result.pt"),
+            "files": file_hashes(run, "defense_result.pt"),
         }
     )
     export_record(good / "record", good / "theirs")
@@ -376,11 +379,11 @@ def write_good(good: Path, data: Dataset) -> None:
 # --- one case -----------------------------------------------------------------------------------
 
 
-def peak_memory() -> int:
+def most_memory() -> int:
     """Bytes that this process has had in memory at most."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return runtime.peak_memory()
+        return peak_memory()
     found = re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"))
     return 1024 * int(found[1]) if found else 0
 
@@ -392,7 +395,7 @@ def size_of(place: Path) -> int:
 
 def run_case(case: Case, place: Path, rng: random.Random) -> str:
     """How a case ends: "read", "refused", or what should not have happened, in several words."""
-    before = peak_memory()
+    before = most_memory()
     try:
         case(place, rng)
         ended = "read"
@@ -403,7 +406,7 @@ def run_case(case: Case, place: Path, rng: random.Random) -> str:
             ended = f"too long a message: {sum(map(len, texts))} letters"
     except BaseException:
         ended = traceback.format_exc(limit=-4)
-    grown, allowed = peak_memory() - before, 2 * size_of(place) + GIB
+    grown, allowed = most_memory() - before, 2 * size_of(place) + GIB
     if grown > allowed:
         return f"{grown >> 20} MiB of memory, where {allowed >> 20} are allowed; {ended}"
     return ended
@@ -459,7 +462,7 @@ def run_cases(
     torch.set_num_threads(1)  # a fork of a process with threads of torch would wait for them
     good, place = root / "good", root / "place"
     good.mkdir()
-    utils.images.ROOT, before_root = root, utils.images.ROOT
+    utils.data.images.ROOT, before_root = root, utils.data.images.ROOT
     level = logger.level
     logger.setLevel(logging.ERROR)  # what a good run says is of no interest
     write_good(good, make_data())
@@ -493,7 +496,7 @@ def run_cases(
         if number % 500 == 499:
             logger.error("%d cases, %d problems", number + 1, len(problems))
     logger.setLevel(level)
-    utils.images.ROOT = before_root
+    utils.data.images.ROOT = before_root
     problems += [f"written outside: {path}" for path in sorted(outside() - before)]
     return pd.DataFrame(ended).T.fillna(0).astype(int), problems
 

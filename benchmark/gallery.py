@@ -16,11 +16,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.sources import file_stem
-from utils import folders, plot, record
+from utils import plot
 from utils.config import Parser
-from utils.data import as_float
+from utils.data.batches import as_float
 from utils.errors import UserError
-from utils.runtime import logger, run_script
+from utils.process.script import logger, run_script
+from utils.records import folders
+from utils.records.attack import AttackRecord, load_attack
 from utils.training import ending
 
 COUNT = 6  # images of a row
@@ -43,9 +45,9 @@ def load_rows(
         UserError: if a record has no trigger, two are of one attack, or of different datasets.
     """
     data, shared = None, None
-    found: dict[str, record.AttackRecord] = {}
+    found: dict[str, AttackRecord] = {}
     for folder in folders:
-        attack = record.load_attack(folder)
+        attack = load_attack(folder)
         if attack.triggered is None:
             raise UserError(f"{folder}: is a clean model; give records of attacks")
         name = _row_name(attack)
@@ -92,11 +94,11 @@ def write(records: list[Path], to: Path) -> None:
         logger.info("picture: %s", strips.write(f"{file_stem(name)}.png", strip.save))
 
 
-def _row_name(attack: record.AttackRecord) -> str:
+def _row_name(attack: AttackRecord) -> str:
     return attack.attack + ("_all2all" if attack.attack_label_trans == "all2all" else "")
 
 
-def _triggered(attack: record.AttackRecord, chosen: list[int]) -> torch.Tensor:
+def _triggered(attack: AttackRecord, chosen: list[int]) -> torch.Tensor:
     assert attack.triggered is not None  # checked when it was read
     rows = torch.searchsorted(attack.triggered.index, torch.tensor(chosen))
     return as_float(attack.triggered.images[rows])

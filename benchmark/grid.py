@@ -34,8 +34,8 @@ from models import is_user_file
 from utils.config import Config, read_yaml
 from utils.errors import UserError, quoted, suggestion
 from utils.files import read_object
-from utils.folders import FREE_TO_CHANGE, NAME
 from utils.records.checkpoint import files_of
+from utils.records.folders import FREE_TO_CHANGE, NAME
 from utils.training.ending import paths_of
 
 _OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")

@@ -20,9 +20,9 @@ from torchvision import transforms
 
 from defense.sau import Config, jensen_shannon, unlearning_loss
 from models.convolution import Conv3x3
-from utils.data import Dataset, Triggered
+from utils.data.labelled import Dataset, Triggered
+from utils.data.poison import PoisonedSet
 from utils.perturb import initial_perturbation, project
-from utils.poison import PoisonedSet
 
 
 def perturbation(

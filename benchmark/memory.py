@@ -36,11 +36,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
-from attack import badnet, prototype
+from attack import badnet
+from attack.poisoning import run
 from defense import base, sau
-from utils import datasets, images, pipeline
-from utils.data import Dataset, Labelled
-from utils.train import Loop
+from utils.data import datasets, images
+from utils.data.labelled import Dataset, Labelled
+from utils.training.loop import Loop
+from utils.training.watch import Watch
 
 BATCHES = 20
 SIDE = 224
@@ -81,7 +83,7 @@ def small(num_classes: int) -> nn.Module:
 def resident_mib() -> float:
     """Resident memory of this process now."""
     gc.collect()
-    import psutil  # here, see utils.runtime.peak_memory
+    import psutil  # here, see utils.process.device.peak_memory
 
     return psutil.Process().memory_info().rss / 2**20
 
@@ -89,9 +91,9 @@ def resident_mib() -> float:
 def long_run(kind: str, root: Path) -> dict[str, Any]:
     """Resident memory of 300 `epochs` of the attack, or `rounds` of SAU against its record."""
     after: dict[int, float] = {}
-    watched: Callable[..., None] = pipeline.Watch._after_round
+    watched: Callable[..., None] = Watch._after_round
 
-    def look(watch: pipeline.Watch, number: int, *rest: Mapping[str, Any]) -> None:
+    def look(watch: Watch, number: int, *rest: Mapping[str, Any]) -> None:
         watched(watch, number, *rest)
         if number in (SETTLED, 100, 200, ROUNDS):
             after[number] = round(resident_mib(), 1)
@@ -107,10 +109,10 @@ def long_run(kind: str, root: Path) -> dict[str, Any]:
         mock.patch.object(sys, "argv", argv),
         mock.patch.dict(models.CONSTRUCTORS, {"small": small}),
         mock.patch.dict(datasets._LOADERS, {"digits": random_set("digits", 8, 300, 100)}),
-        mock.patch.object(pipeline.Watch, "_after_round", look),
+        mock.patch.object(Watch, "_after_round", look),
     ):
         if kind == "epochs":
-            prototype.run(badnet.Config, badnet.make_trigger)
+            run(badnet.Config, badnet.make_trigger)
         else:
             base.run(sau.Config, sau.purify)
     growth = after[ROUNDS] / after[SETTLED] - 1
@@ -155,7 +157,7 @@ def attack(root: Path, *flags: str) -> dict[str, Any]:
     """The summary of one epoch of BadNets."""
     common = ["--record_path", str(root), "--save_folder_name", "memory", "--epochs", "1"]
     with mock.patch.object(sys, "argv", [badnet.__file__, *common, *flags]):
-        prototype.run(badnet.Config, badnet.make_trigger)
+        run(badnet.Config, badnet.make_trigger)
     return json.loads((root / "memory" / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -33,10 +33,10 @@ from benchmark.summaries import METRICS, UNDEFENDED, is_clean, read_runs
 from utils import plot
 from utils.config import Parser
 from utils.errors import UserError, one_line
-from utils.files import read_text
-from utils.folders import RunFolder
-from utils.record import load_attack
-from utils.runtime import ROOT, logger, run_script
+from utils.files import ROOT, read_text
+from utils.process.script import logger, run_script
+from utils.records.attack import load_attack
+from utils.records.folders import RunFolder
 
 _TRIGGERS = "Triggers, and the amplified change"
 _MARK = re.compile(r"<!-- (begin|end) ([^\s<>]+) -->\s*")

@@ -32,8 +32,11 @@ from benchmark import slurm
 from benchmark.grid import Cell, cells_of, read_grid
 from utils.config import Parser
 from utils.errors import UserError, shown
-from utils.folders import RunFolder
-from utils.runtime import ROOT, Progress, clock, logger, run_script, usable_cores
+from utils.files import ROOT
+from utils.process.device import usable_cores
+from utils.process.progress import Progress, clock
+from utils.process.script import logger, run_script
+from utils.records.folders import RunFolder
 
 # What asks a script to end. Windows has SIGTERM only as a name: it would end it at once.
 STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)

@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmark.grid import Cell, Slurm
 from utils.errors import UserError
-from utils.folders import RunFolder
-from utils.runtime import ROOT, logger
+from utils.files import ROOT
+from utils.process.script import logger
+from utils.records.folders import RunFolder
 
 ENDED = ("done", "failed", "skipped")
 _POLL = 5.0  # seconds

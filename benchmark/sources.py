@@ -17,8 +17,8 @@ from benchmark.summaries import LARGEST, UNDEFENDED, without_places
 from utils.config import read_yaml
 from utils.errors import UserError, one_line
 from utils.files import read_bytes, read_text
-from utils.folders import RunFolder
-from utils.runtime import logger
+from utils.process.script import logger
+from utils.records.folders import RunFolder
 
 RATES = ("acc", "asr", "ra", "cross_acc")
 _LARGEST = 4 << 20  # bytes of a metrics.csv

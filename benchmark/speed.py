@@ -38,22 +38,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark import literal
 from defense import sau
 from models import Classifier, build_model, prepare
-from utils import folders, plot, record
+from utils import plot
 from utils.config import Parser
-from utils.data import Dataset, Labelled, Triggered, as_float, augment
+from utils.data.batches import as_float, augment
+from utils.data.labelled import Dataset, Labelled, Triggered
+from utils.data.poison import PoisonedSet
 from utils.errors import UserError
-from utils.evaluate import evaluate
-from utils.poison import PoisonedSet
-from utils.runtime import (
-    environment,
-    generator,
-    logger,
-    pick_device,
-    pick_precision,
-    run_script,
-)
-from utils.train import Loop, Supervised, train_classifier
+from utils.process.device import environment, pick_device, pick_precision
+from utils.process.script import logger, run_script
+from utils.process.seeds import generator
+from utils.records import folders
+from utils.records.attack import load_attack
 from utils.training import ending
+from utils.training.evaluate import evaluate
+from utils.training.loop import Loop
+from utils.training.sgd import Supervised, train_classifier
 
 
 @dataclass(frozen=True)
@@ -379,7 +378,7 @@ def load(folder: Path, images: int, batch_size: int, device: torch.device, repea
     Raises:
         UserError: if the record has no triggered images.
     """
-    attack = record.load_attack(folder)
+    attack = load_attack(folder)
     if attack.triggered is None:
         raise UserError(f"{folder}: is a clean model; give the record of an attack")
     data = attack.load_dataset()

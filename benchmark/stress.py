@@ -58,14 +58,16 @@ from benchmark import fuzz, report  # noqa: F401  report as below: no fork has t
 from defense import sau  # noqa: F401
 from interop import backdoorbench  # noqa: F401
 from models import build_model
-from utils import datasets, images, plot
+from utils import plot
 from utils.config import Parser, parse_yaml
+from utils.data import datasets, images
 from utils.errors import UserError
-from utils.files import replaced
-from utils.folders import RunFolder
-from utils.runtime import ROOT, Progress, run_script
+from utils.files import ROOT, replaced
+from utils.process.progress import Progress
+from utils.process.script import run_script
+from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
-from utils.train import Loop
+from utils.training.loop import Loop
 
 COMMANDS = {
     "attack": ("attack/badnet.py", "--save_folder_name", "x", "--image_size", "8", "--epochs", "2"),

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmark.speed import Bench, at_precision, interleaved, load
 from defense import sau
 from models import preactresnet
-from utils import folders
 from utils.config import Parser
-from utils.data import as_float
-from utils.runtime import logger, pick_device, run_script
+from utils.data.batches import as_float
+from utils.process.device import pick_device
+from utils.process.script import logger, run_script
+from utils.records import folders
 
 Group = dict[str, Callable[[], Callable[[], object]]]
 

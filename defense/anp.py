@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, HeldOut, Rounds, checked, run
 from models.parts import norms, scaled, silenced
-from utils.data import as_float, augment
-from utils.runtime import generator
-from utils.train import Loop
+from utils.data.batches import as_float, augment
+from utils.process.seeds import generator
+from utils.training.loop import Loop
 from utils.training.pruning import pruned_by_masks
 
 Tensors = Mapping[str, torch.Tensor]

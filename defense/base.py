@@ -21,32 +21,29 @@ from torch import nn
 
 from models import prepare
 from utils import config as configuration
-from utils import distributed, folders, pipeline, plot, record
-from utils.data import Dataset, Triggered, as_float, keep_on
+from utils import plot
+from utils.data.batches import as_float, keep_on
+from utils.data.labelled import Dataset, Triggered
 from utils.errors import UserError, shown
-from utils.evaluate import predict
 from utils.files import read_bytes
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
+from utils.process import distributed
+from utils.process.device import Precision, pick_device, pick_precision, run_conditions
+from utils.process.script import file_log, logger, run_script
+from utils.process.seeds import deterministic, generator, seed_everything
+from utils.records import folders
+from utils.records.attack import AttackRecord, load_attack, read_index, recorded_dataset
 from utils.records.checkpoint import Origin
 from utils.records.defense import save_defense
-from utils.runtime import (
-    Precision,
-    deterministic,
-    file_log,
-    generator,
-    logger,
-    pick_device,
-    pick_precision,
-    run_conditions,
-    run_script,
-    seed_everything,
-)
-from utils.train import Loop, Schedule
 from utils.training import ending, selection
+from utils.training.evaluate import predict
 from utils.training.findings import Findings
 from utils.training.guard import check_given, seeded, single_images_told
+from utils.training.loop import Loop
 from utils.training.selection import acceptable as acceptable  # public under this name, too
 from utils.training.selection import hold_out as hold_out
+from utils.training.sgd import Schedule
+from utils.training.watch import Watch, scorer
 
 Sees = Literal["nothing", "clean", "poisoned"]
 Selection = Literal["fixed", "val"]
@@ -287,7 +284,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     started = time.monotonic()
     source = _record_folder(config.result_file, config.record_path)
     summary = _summary(source)
-    attack = record.load_attack(source)
+    attack = load_attack(source)
     folder = folders.defense_folder(attack.folder, config.save_folder_name or name)
     folder.claim(config.overwrite, config.resume, record=folders.RunFolder(source))
     if _summary(source) != summary:  # from now on an attack that would replace it sees this defense
@@ -340,11 +337,11 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
         logger.info("%s", _said_of(given, config, data))
         if attack.triggered is None:
             logger.info("the record has no triggered images: ACC alone is reported, no ASR or DER")
-        score = pipeline.scorer(data.test, lambda: attack.triggered, device)
+        score = scorer(data.test, lambda: attack.triggered, device)
         before = score(backdoored)
         logger.info("before  %s", before)
         rounds = config if isinstance(config, Rounds) else None
-        watch = pipeline.Watch(
+        watch = Watch(
             folder,
             "round",
             score,
@@ -409,7 +406,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     return folder
 
 
-def seen_images(config: DefenseConfig, attack: record.AttackRecord, data: Dataset) -> Given:
+def seen_images(config: DefenseConfig, attack: AttackRecord, data: Dataset) -> Given:
     """The images that a defense may see, and their labels.
 
     Raises:
@@ -449,7 +446,7 @@ def drawn_index(labels: torch.Tensor, config: CleanData | PoisonedData) -> torch
     """
     count = len(labels)
     if config.index is not None:
-        index = record.read_index(Path(config.index), count)
+        index = read_index(Path(config.index), count)
         if len(index) == 0:
             raise UserError(f"--index: {config.index} is empty; name at least one image")
         return index
@@ -494,7 +491,7 @@ def _dataset_of_record(values: Mapping[str, Any]) -> str | None:
     """The dataset whose YAML files apply; none without a record, which `--help` needs not."""
     if not values.get("result_file"):
         return None
-    return record.recorded_dataset(_record_folder(values["result_file"], values.get("record_path")))
+    return recorded_dataset(_record_folder(values["result_file"], values.get("record_path")))
 
 
 def _draw_before_after(

@@ -29,10 +29,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import PoisonedData, Rounds, checked, run
+from models.modes import evaluating
 from models.parts import norms, recording
-from utils.data import as_float
-from utils.runtime import evaluating
-from utils.train import Loop
+from utils.data.batches import as_float
+from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
 

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
-from utils.data import as_float, augment
-from utils.runtime import generator
-from utils.train import Loop, Scheduler, batch_sizes
+from utils.data.batches import as_float, augment
+from utils.process.seeds import generator
+from utils.training.loop import Loop, batch_sizes
+from utils.training.sgd import Scheduler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
 from models.parts import keeping_statistics
-from utils.train import Loop
+from utils.training.loop import Loop
 from utils.training.sgd import fine_tune
 
 

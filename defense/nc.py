@@ -32,10 +32,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
-from utils.data import as_float, augment
-from utils.runtime import evaluating, frozen, generator
-from utils.train import Loop
+from models.modes import evaluating, frozen
+from utils.data.batches import as_float, augment
+from utils.process.seeds import generator
 from utils.training.findings import Picture, Verdict
+from utils.training.loop import Loop
 from utils.training.sgd import fine_tune
 
 Trigger = tuple[torch.Tensor, torch.Tensor]  # mask (1, H, W), pattern (C, H, W)

@@ -36,12 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
 from models.changes import insert
+from models.modes import evaluating
 from models.parts import bare, keeping_statistics, layer, recording
-from utils.data import as_float
+from utils.data.batches import as_float
 from utils.errors import UserError
 from utils.perturb import Norm, project
-from utils.runtime import evaluating, generator
-from utils.train import Loop
+from utils.process.seeds import generator
+from utils.training.loop import Loop
 
 ENOUGH = 0.6  # share of a batch that goes to its targets, above which the inner loop ends
 

@@ -43,11 +43,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
-from utils.data import as_float
+from models.modes import evaluating, frozen
+from utils.data.batches import as_float
 from utils.perturb import Norm, Start, initial_perturbation, project
-from utils.runtime import evaluating, frozen, generator
-from utils.train import Loop
+from utils.process.seeds import generator
 from utils.training.findings import Picture
+from utils.training.loop import Loop
 from utils.training.parts import image_by_image, rows_of
 
 

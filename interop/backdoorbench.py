@@ -24,13 +24,33 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import backdoorbench, folders, record
+from interop.layout import attack_result, is_in_place, model_result, split_state, write_images
 from utils.config import Parser, read_yaml
-from utils.data import Dataset, Labelled, Triggered
+from utils.data.labelled import Dataset, Labelled, Triggered
+from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError
 from utils.files import read_object, remove_strays, temporary_folder
-from utils.poison import KINDS, PoisonedSet
-from utils.runtime import logger, run_script
+from utils.process.script import logger, run_script
+from utils.records import folders
+from utils.records.attack import (
+    AttackRecord,
+    file_hashes,
+    is_backdoorbench,
+    load_attack,
+    model_state,
+    save_attack,
+)
+from utils.records.backdoorbench import (
+    CROSS,
+    INFO,
+    METRICS,
+    MODELS,
+    NORMALIZATION,
+    POISON_LIST,
+    RESULT,
+    TEST,
+    TRAIN,
+)
 from utils.tensors import explained, load_tensors
 from utils.training import ending
 from utils.training.findings import Findings
@@ -59,7 +79,7 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
     with _made(to):
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise UserError(f"--to: {to} exists; give a new folder")
-    attack = record.load_attack(source)
+    attack = load_attack(source)
     _refuse_unknown(attack)
     triggered = attack.triggered
     if triggered is None:
@@ -67,7 +87,7 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
             f"{source}: has no triggered images, which BackdoorBench needs; give an attack's record"
         )
     data = attack.load_dataset(dataset_path)
-    state = record.model_state(attack.build())
+    state = model_state(attack.build())
     place = to.resolve()
     with _made(to):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +105,7 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
                 # Another process was faster, because an empty folder would have been replaced.
                 raise UserError(f"--to: {to} exists; give a new folder") from None
     logger.info("record: %s", to)
-    if not backdoorbench.is_in_place(to):
+    if not is_in_place(to):
         logger.warning(
             "warning: BackdoorBench finds its data beside the first 'record' of a path; move %s "
             "to its record/%s",
@@ -97,7 +117,7 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
 def _write_record(
     to: Path,
     name: str,
-    attack: record.AttackRecord,
+    attack: AttackRecord,
     data: Dataset,
     state: dict[str, torch.Tensor],
     triggered: Triggered,
@@ -115,30 +135,26 @@ def _write_record(
     train = None
     if len(poisoned.index):
         rows = (poisoned.index, poisoned.labels, true_labels)
-        train_folder = f"{name}/{backdoorbench.TRAIN}"
-        train = backdoorbench.split_state(train_folder, len(data.train), *rows)
-        backdoorbench.write_images(
-            to / backdoorbench.TRAIN, poisoned.images, poisoned.index, true_labels
-        )
+        train_folder = f"{name}/{TRAIN}"
+        train = split_state(train_folder, len(data.train), *rows)
+        write_images(to / TRAIN, poisoned.images, poisoned.index, true_labels)
     rows = (triggered.index, triggered.targets, triggered.labels)
-    test = backdoorbench.split_state(f"{name}/{backdoorbench.TEST}", len(data.test), *rows)
-    backdoorbench.write_images(
-        to / backdoorbench.TEST, triggered.images, triggered.index, triggered.labels
-    )
+    test = split_state(f"{name}/{TEST}", len(data.test), *rows)
+    write_images(to / TEST, triggered.images, triggered.index, triggered.labels)
     if cross is not None:
         everything = torch.arange(len(data.test))
-        backdoorbench.write_images(to / backdoorbench.CROSS, cross, everything, data.test.labels)
+        write_images(to / CROSS, cross, everything, data.test.labels)
     _write_notes(folder, attack, poisoned, name)
     for finished in sorted((attack.folder / "defense").glob("*/summary.json")):
         _export_defense(finished.parent, to)
-    content = backdoorbench.attack_result(
-        backdoorbench.model_result(attack.model_name, attack.num_classes, state),
+    content = attack_result(
+        model_result(attack.model_name, attack.num_classes, state),
         attack.dataset,
         attack.image_shape,
         train,
         test,
     )
-    folder.write_tensors(backdoorbench.RESULT, content)
+    folder.write_tensors(RESULT, content)
 
 
 def import_record(
@@ -168,9 +184,9 @@ def import_record(
     was_killed = folder.lock()
     is_again = was_killed and not overwrite and _is_import(folder, source, dataset_path)
     folder.claim(overwrite, resume=is_again)
-    if not record.is_backdoorbench(source):
+    if not is_backdoorbench(source):
         raise UserError(f"{source}: is no record of BackdoorBench; give one of its")
-    attack = record.load_attack(source)
+    attack = load_attack(source)
     data = attack.load_dataset(dataset_path)
     model = attack.build()
     poisoned, cross = attack.poisoned_set(data), attack.cross_images(data)
@@ -184,7 +200,7 @@ def import_record(
     }
     config = {"result_file": str(source.absolute()), "dataset": attack.dataset, **facts}
     folder.start(yaml.safe_dump(config, sort_keys=False))
-    record.save_attack(
+    save_attack(
         folder,
         model,
         data,
@@ -224,21 +240,21 @@ def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None
     """Whether a finished record is what importing that folder gives."""
     try:
         summary = read_object(folder.path / "summary.json")
-        found = record.file_hashes(folders.RunFolder(source), backdoorbench.RESULT)
+        found = file_hashes(folders.RunFolder(source), RESULT)
     except (OSError, ValueError):
         return False
     expected = {
-        "imported_sha256": found.get(backdoorbench.RESULT, ""),
+        "imported_sha256": found.get(RESULT, ""),
         "dataset_path": _absolute(dataset_path),
     }
     return expected.items() <= summary.items()
 
 
-def _refuse_unknown(attack: record.AttackRecord) -> None:
+def _refuse_unknown(attack: AttackRecord) -> None:
     """Refuses what BackdoorBench has no name for, or would normalize in another way."""
     for what, name, known in (
-        ("dataset", attack.dataset, backdoorbench.NORMALIZATION),
-        ("network", attack.model_name, backdoorbench.MODELS),
+        ("dataset", attack.dataset, NORMALIZATION),
+        ("network", attack.model_name, MODELS),
     ):
         if name not in known:
             raise UserError(
@@ -256,7 +272,7 @@ def _refuse_unknown(attack: record.AttackRecord) -> None:
             f"{attack.folder}: its {attack.model_name} resizes images to {attack.network_size}, "
             "but BackdoorBench's takes them as they are; train it without --pretrained"
         )
-    mean, std = backdoorbench.NORMALIZATION[attack.dataset]
+    mean, std = NORMALIZATION[attack.dataset]
     if not np.allclose([*attack.mean, *attack.std], [*mean, *std], atol=1e-6):
         raise UserError(
             f"{attack.folder}: its network normalizes with {attack.mean} and {attack.std}, but "
@@ -277,7 +293,7 @@ def _made(to: Path) -> Iterator[None]:
 
 def _write_notes(
     folder: folders.RunFolder,
-    attack: record.AttackRecord,
+    attack: AttackRecord,
     poisoned: PoisonedSet,
     name: str,
 ) -> None:
@@ -293,18 +309,18 @@ def _write_notes(
         "attack_label_trans": attack.attack_label_trans,
         "save_path": f"./record/{name}",
     }
-    folder.write_tensors(backdoorbench.INFO, arguments)
+    folder.write_tensors(INFO, arguments)
     # Attacks that control training have cross samples, and no such list.
     if len(poisoned.index) and not (poisoned.kinds == KINDS.index("cross")).any():
         listed = np.zeros(len(poisoned), dtype=np.float64)
         listed[poisoned.index[poisoned.kinds == KINDS.index("poison")].numpy()] = 1
-        folder.write(backdoorbench.POISON_LIST, lambda path: folders.save_plain(path, listed))
+        folder.write(POISON_LIST, lambda path: folders.save_plain(path, listed))
     metrics = attack.folder / "metrics.csv"
     if metrics.exists():
         with explained(metrics, "a table of metrics"):
             ours = pd.read_csv(metrics)
             known = {theirs: ours[name] for theirs, name in _COLUMNS.items() if name in ours}
-        table = pd.DataFrame(known, columns=list(backdoorbench.METRICS))
+        table = pd.DataFrame(known, columns=list(METRICS))
         folder.write("attack_df.csv", lambda path: table.to_csv(path, index=False))
 
 
@@ -320,9 +336,7 @@ def _export_defense(source: Path, to: Path) -> None:
                 source,
             )
             return
-        result = backdoorbench.model_result(
-            content["model_name"], content["num_classes"], content["model"]
-        )
+        result = model_result(content["model_name"], content["num_classes"], content["model"])
     folder = to / "defense" / source.name
     with _made(folder):
         folder.mkdir(parents=True)

@@ -17,8 +17,8 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("analysis", "attack", "benchmark", "defense", "interop", "models", "perf", "sau", "utils")
 _MARK = "__is_of_a_user_s_file__"  # among the builtins of such modules
 _MOST_FILES = 1000

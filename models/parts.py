@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import Classifier, Resize
+from models.modes import evaluating
 from utils.errors import UserError, suggestion
-from utils.runtime import evaluating
 
 Pairs = Literal["order", "direct"]
 

@@ -12,7 +12,7 @@ from torch import nn
 import models
 from models import Classifier
 from utils import plot
-from utils.data import Dataset, Labelled
+from utils.data.labelled import Dataset, Labelled
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker a core: threads of their own, and of the scripts that they run, would only wait.

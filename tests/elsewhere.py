@@ -113,7 +113,7 @@ def main() -> None:
 
         locks.WINDOWS = True
         if what == "hold":
-            from utils.folders import RunFolder
+            from utils.records.folders import RunFolder
 
             RunFolder(Path(rest[0])).lock()
             print("held", flush=True)

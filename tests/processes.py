@@ -18,16 +18,19 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import defense
-import utils.images
-from attack import bpp, inputaware, prototype, wanet
+import utils.data.images
+from attack import bpp, inputaware, wanet
+from attack.setting import Setting
 from models import Classifier, prepare
 from tests.every_defense import module, shortened
-from utils import distributed, poison
-from utils.data import Dataset, Labelled, Triggered
+from utils.data import poison
+from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.errors import UserError
-from utils.evaluate import evaluate
-from utils.runtime import generator
-from utils.train import Loop, Schedule, Supervised, train_classifier
+from utils.process import distributed
+from utils.process.seeds import generator
+from utils.training.evaluate import evaluate
+from utils.training.loop import Loop
+from utils.training.sgd import Schedule, Supervised, train_classifier
 
 
 class Recorder(Loop):
@@ -122,7 +125,7 @@ def controlled(module: Any, control: Any, **changes: Any) -> Callable[[Dataset],
 
     def run(data: Dataset) -> dict[str, Any]:
         config = module.Config.load("digits", batch_size=16, pratio=0.25, **changes)
-        setting = prototype.Setting(data, torch.device("cpu"), "fp32")
+        setting = Setting(data, torch.device("cpu"), "fp32")
         step = control(config, setting)
         loop, model = Recorder(), network(data)
         train(model, data, step, loop, 16, drop_last=False, whole=True)
@@ -195,8 +198,8 @@ def preparation_that_fails(data: Dataset) -> dict[str, Any]:
     def compute() -> dict[str, torch.Tensor]:
         raise UserError(f"nothing comes of it in process {distributed.rank()}")
 
-    with mock.patch.object(utils.images, "ROOT", Path(sys.argv[1]).parent):
-        setting = prototype.Setting(data, torch.device("cpu"), "fp32")
+    with mock.patch.object(utils.data.images, "ROOT", Path(sys.argv[1]).parent):
+        setting = Setting(data, torch.device("cpu"), "fp32")
         try:
             setting.cached("nothing", {}, compute)
             refused = None
@@ -218,8 +221,8 @@ def preparation(data: Dataset) -> dict[str, Any]:
         train(model, data, Supervised(2, True, generator(0, "x")), Loop(), 12)
         return {"linear": model.network[-1].weight.detach()}
 
-    with mock.patch.object(utils.images, "ROOT", Path(sys.argv[1]).parent):
-        setting = prototype.Setting(data, torch.device("cpu"), "fp32")
+    with mock.patch.object(utils.data.images, "ROOT", Path(sys.argv[1]).parent):
+        setting = Setting(data, torch.device("cpu"), "fp32")
         read = setting.cached("test", {}, compute)
     return {
         "times": int(distributed.total(torch.tensor(len(computed)))),

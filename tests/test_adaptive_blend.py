@@ -5,13 +5,12 @@ import runpy
 import pytest
 import torch
 
-from attack import prototype
 from attack.adaptive_blend import Config, choose, make_trigger, tile_masks
-from utils.data import Labelled
-from utils.emblem import picture
+from utils.data.emblem import picture
+from utils.data.labelled import Labelled
+from utils.data.poison import KINDS, Choice, replace_images
 from utils.errors import UserError
-from utils.poison import KINDS, Choice, replace_images
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 SHAPES = [(channels, size, size) for channels in (1, 3) for size in (16, 28, 32, 64)]
 
@@ -84,7 +83,7 @@ def test_more_images_than_there_are_is_refused() -> None:
 
 def test_the_script_runs_with_this_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict] = []
-    monkeypatch.setattr(prototype, "run", lambda *_, **options: calls.append(options))
+    monkeypatch.setattr("attack.poisoning.run", lambda *_, **options: calls.append(options))
     runpy.run_path(str(ROOT / "attack/adaptive_blend.py"), run_name="__main__")
     assert calls[0]["choose"].__name__ == "choose"
 

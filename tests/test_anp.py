@@ -15,11 +15,11 @@ from defense.anp import Config, adversarial_noise, learned_masks, mask_loss, pur
 from models import Classifier
 from models.parts import norms
 from tests.networks import conv_net, copied, differing, problem
-from utils.data import augment
+from utils.data.batches import augment
 from utils.errors import UserError
-from utils.runtime import generator
-from utils.train import Loop
+from utils.process.seeds import generator
 from utils.training import pruning
+from utils.training.loop import Loop
 from utils.training.pruning import channels_up_to, pruned_by_masks
 
 Tensors = dict[str, torch.Tensor]

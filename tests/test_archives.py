@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.archives import Archive, extract_all
+from utils.data.archives import Archive, extract_all
 from utils.errors import UserError
 
 FILES = {"signs/train/1.txt": b"one", "signs/2.txt": b"two", "readme.txt": b"not wanted"}

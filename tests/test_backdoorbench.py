@@ -20,11 +20,12 @@ from tests import backdoorbench_writer as writer
 from tests import test_fingerprints
 from tests.conftest import TinyNet
 from tests.test_end_to_end import run_script
-from utils import backdoorbench, record
-from utils.data import Dataset, Labelled
+from utils.data.labelled import Dataset, Labelled
+from utils.data.poison import KINDS
 from utils.errors import UserError
-from utils.poison import KINDS
-from utils.runtime import ROOT
+from utils.files import ROOT
+from utils.records.attack import load_attack, recorded_dataset
+from utils.records.backdoorbench import _finds_its_own, fit_state
 
 TRAIN, TEST = 60, 40
 TARGET = 2
@@ -53,7 +54,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Dataset:
         assert image_size == 32
         return dataclasses.replace(made, name=name)
 
-    monkeypatch.setattr(record, "load_dataset", load)
+    monkeypatch.setattr("utils.records.attack.load_dataset", load)
     return made
 
 
@@ -103,7 +104,7 @@ def wanet(data: Dataset, **changes: Any) -> writer.Record:
 def problem_of(folder: Path) -> str:
     """The one line that refuses a folder."""
     with pytest.raises(UserError) as caught:
-        record.load_attack(folder).load_dataset()
+        load_attack(folder).load_dataset()
     assert len(str(caught.value).splitlines()) == 1
     assert str(folder) in str(caught.value)
     return str(caught.value)
@@ -132,7 +133,7 @@ def test_every_variant_reads_alike(
     named = {word for word in globals_of(folder / "attack_result.pt") if "multiarray" in word}
     assert named == {f"{core} _reconstruct"} | ({f"{core} scalar"} if key is np.int64 else set())
 
-    found = record.load_attack(folder)
+    found = load_attack(folder)
     assert found.triggered is not None
     assert found.poison_index is not None
     others = [i for i in range(TEST) if i % 10 != TARGET]
@@ -158,7 +159,7 @@ def test_every_variant_reads_alike(
 
 def test_a_parallel_run_s_names_lose_their_prefix(tmp_path: Path, data: Dataset) -> None:
     state = {f"module.{name}": value for name, value in badnet(data).model.items()}
-    found = record.load_attack(writer.write(tmp_path / "r", badnet(data, model=state)))
+    found = load_attack(writer.write(tmp_path / "r", badnet(data, model=state)))
     assert list(found.state) == list(TinyNet(10).state_dict())
 
 
@@ -173,7 +174,7 @@ def test_cross_samples_are_told_from_poison(
             path = folder / f"cross_test_dataset/{label}/{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(triggered(data.test.images, index)).save(path)
-    found = record.load_attack(folder)
+    found = load_attack(folder)
     assert found.poison_index is not None
     assert found.poison_index.tolist() == [i for i in range(TRAIN) if i % 10 < 2]
     poisoned = found.poisoned_set(data)
@@ -193,7 +194,7 @@ def test_poison_may_keep_its_label(tmp_path: Path, data: Dataset) -> None:
     for rows in (clean, mixed):
         for has_list in (True, False):
             folder = tmp_path / f"{len(rows.images)}{has_list}"
-            found = record.load_attack(
+            found = load_attack(
                 writer.write(folder, badnet(data, train=rows, poison_list=has_list))
             )
             assert found.poison_index is not None
@@ -204,7 +205,7 @@ def test_an_attack_without_a_poisoned_training_set_is_read(tmp_path: Path, data:
     """Its triggered images may lie in a folder of any name."""
     test = dataclasses.replace(badnet(data).test, folder="bd_test_dataset_stage_one")
     folder = writer.write(tmp_path / "r", badnet(data, train=None, test=test, attack=None))
-    found = record.load_attack(folder)
+    found = load_attack(folder)
     assert found.poison_index is None
     assert found.attack == "unknown"
     assert found.triggered is not None
@@ -218,26 +219,26 @@ def test_all_to_all_and_other_maps_are_recognised(tmp_path: Path, data: Dataset)
     ):
         images = rows_of(data.test, list(range(TEST)), label)
         test = writer.Rows(TEST, images, False, "bd_test_dataset")
-        found = record.load_attack(writer.write(tmp_path / name, badnet(data, test=test)))
+        found = load_attack(writer.write(tmp_path / name, badnet(data, test=test)))
         assert (found.attack_target, found.attack_label_trans) == expected
 
 
 def test_triggered_images_of_the_target_class_do_not_count(tmp_path: Path, data: Dataset) -> None:
     images = rows_of(data.test, list(range(TEST)), lambda _: TARGET)
     test = writer.Rows(TEST, images, False, "bd_test_dataset")
-    found = record.load_attack(writer.write(tmp_path / "r", badnet(data, test=test)))
+    found = load_attack(writer.write(tmp_path / "r", badnet(data, test=test)))
     assert found.triggered is not None
     assert found.triggered.index.tolist() == [i for i in range(TEST) if i % 10 != TARGET]
 
 
 def test_the_dataset_is_known_before_the_record_is_read(tmp_path: Path, data: Dataset) -> None:
     folder = writer.write(tmp_path / "r", badnet(data, dataset="tiny"))
-    assert record.recorded_dataset(folder) == "tiny"
+    assert recorded_dataset(folder) == "tiny"
 
 
 def test_text_of_a_record_cannot_write_to_the_terminal(tmp_path: Path, data: Dataset) -> None:
     named = writer.write(tmp_path / "a", badnet(data, attack="bad\x1b[31m\n"))
-    assert record.load_attack(named).attack == "unknown"
+    assert load_attack(named).attack == "unknown"
     folder = writer.write(tmp_path / "b", badnet(data, model_name="a\nb"))
     assert "model_name has characters that cannot be printed" in problem_of(folder)
 
@@ -252,7 +253,7 @@ def test_weights_fit_by_name_by_position_or_not_at_all() -> None:
         dict(reversed(expected.items())),
         {f"part.{name}": value for name, value in expected.items()},
     ):
-        fitted = backdoorbench.fit_state(state, expected)
+        fitted = fit_state(state, expected)
         assert list(fitted) == list(expected)
         assert all(torch.equal(fitted[name], expected[name]) for name in expected)
 
@@ -288,7 +289,7 @@ def test_a_transformer_resizes_its_images_first(tmp_path: Path, data: Dataset) -
     network = get_model("vit_b_32", weights=None, num_classes=10)
     state = {f"1.{name}": value for name, value in network.state_dict().items()}
     folder = writer.write(tmp_path / "r", badnet(data, model_name="vit_b_32", model=state))
-    attack = record.load_attack(folder)
+    attack = load_attack(folder)
     assert attack.network_size == 224
     model = attack.build()
     images = torch.rand(1, 3, 32, 32)
@@ -374,7 +375,7 @@ def test_a_trap_in_a_file_beside_is_not_sprung(tmp_path: Path, data: Dataset) ->
     mark = tmp_path / "sprung"
     folder = writer.write(tmp_path / "r", badnet(data))
     torch.save({"attack": "badnet", "x": Trap(mark)}, folder / "info.pickle")
-    assert record.load_attack(folder).attack == "unknown"
+    assert load_attack(folder).attack == "unknown"
     torch.save(Trap(mark), folder / "train_poison_index_list.pickle")
     assert "train_poison_index_list.pickle: is not a row of numbers" in problem_of(folder)
     assert not mark.exists()
@@ -541,7 +542,7 @@ def test_another_dataset_is_detected(
         ("train", data.train.at(torch.arange(TRAIN).roll(20)), "its training images are not those"),
     ):
         other = dataclasses.replace(data, **{split: changed})
-        monkeypatch.setattr(record, "load_dataset", lambda *_, other=other: other)
+        monkeypatch.setattr("utils.records.attack.load_dataset", lambda *_, other=other: other)
         problem = problem_of(folder)
         assert reason in problem
         assert "--dataset_path" in problem
@@ -553,8 +554,8 @@ def test_images_that_were_resized_in_another_way_pass(
     folder = writer.write(tmp_path / "r", badnet(data))
     near = Labelled(data.test.images + (data.test.images % 3), data.test.labels)
     other = dataclasses.replace(data, test=near)
-    monkeypatch.setattr(record, "load_dataset", lambda *_: other)
-    record.load_attack(folder).load_dataset()
+    monkeypatch.setattr("utils.records.attack.load_dataset", lambda *_: other)
+    load_attack(folder).load_dataset()
 
 
 def test_a_trigger_that_leaves_nothing_of_an_image_passes(tmp_path: Path, data: Dataset) -> None:
@@ -563,7 +564,7 @@ def test_a_trigger_that_leaves_nothing_of_an_image_passes(tmp_path: Path, data: 
         assert rows is not None
         for index, (pixels, *labels) in rows.images.items():
             rows.images[index] = (np.full_like(pixels, 255), *labels)
-    record.load_attack(writer.write(tmp_path / "r", source)).load_dataset()
+    load_attack(writer.write(tmp_path / "r", source)).load_dataset()
 
 
 @pytest.mark.parametrize(
@@ -577,8 +578,8 @@ def test_triggered_photographs_are_like_their_own(name: str) -> None:
     """Half must be; in another order hardly any is. Neighbouring tiles overlap by half."""
     rows = torch.linspace(0, len(test_fingerprints.tiles()) - 1, 64).long()
     clean, changed = test_fingerprints.tiles()[rows], test_fingerprints.triggered(name)[rows]
-    assert backdoorbench._finds_its_own(changed, clean).float().mean() > 0.85
-    assert backdoorbench._finds_its_own(changed, clean.roll(1, 0)).float().mean() < 0.15
+    assert _finds_its_own(changed, clean).float().mean() > 0.85
+    assert _finds_its_own(changed, clean.roll(1, 0)).float().mean() < 0.15
 
 
 # --- defenses -----------------------------------------------------------------------------------

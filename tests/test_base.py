@@ -18,19 +18,20 @@ from torch import nn
 
 from defense import anp, base, clp, ep, ft
 from defense.base import Given, comparison, seen_images
-from utils import plot, runtime
-from utils.data import Dataset, Triggered
+from utils import plot
+from utils.data.labelled import Dataset, Triggered
+from utils.data.poison import PoisonedSet
 from utils.errors import NothingToDo, UserError
-from utils.evaluate import evaluate
-from utils.folders import RunFolder
 from utils.metrics import Rate, Scores, defense_effectiveness_rating
-from utils.pipeline import Watch
-from utils.poison import PoisonedSet
-from utils.record import model_state
+from utils.process.script import _Stop
+from utils.process.seeds import generator
+from utils.records.attack import model_state
 from utils.records.defense import load_defense
-from utils.runtime import generator
+from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
+from utils.training.evaluate import evaluate
 from utils.training.findings import Findings, Picture, Verdict
+from utils.training.watch import Watch
 
 
 def scores(acc: int, asr: int | None = None) -> Scores:
@@ -555,7 +556,7 @@ def drifting(ends_at: tuple[int, int] | None = None) -> Any:
 def signals() -> Iterator[None]:
     """Signals are not put off when a test ends."""
     yield
-    runtime._Stop.is_deferred = False
+    _Stop.is_deferred = False
 
 
 def cut(record: Record, **flags: Any) -> None:

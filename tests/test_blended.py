@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from attack.blended import Config, make_trigger
-from attack.prototype import dirty_label
-from utils.emblem import picture
+from attack.poisoning import dirty_label
+from utils.data.emblem import picture
 
 SHAPES = [(channels, size, size) for channels in (1, 3) for size in (16, 28, 32, 64)]
 

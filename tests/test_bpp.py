@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from attack.bpp import Bpp, Config, dither, quantize
 from attack.controlled import stored
-from attack.prototype import Setting
-from utils.data import Dataset, Labelled, as_float
+from attack.setting import Setting
+from utils.data.batches import as_float
+from utils.data.labelled import Dataset, Labelled
 
 STILL = {"crop_probability": 0.0, "rotation_probability": 0.0, "flip": False}
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)

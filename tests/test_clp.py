@@ -13,7 +13,7 @@ from models.parts import convolutions_before, recording
 from models.preactresnet import PreActResNet
 from tests.networks import ConvNet, conv_net, copied, differing, problem
 from utils.errors import UserError
-from utils.train import Loop
+from utils.training.loop import Loop
 
 NO_IMAGES = torch.zeros(0, 3, 8, 8, dtype=torch.float64)
 NO_LABELS = torch.zeros(0, dtype=torch.int64)

@@ -18,9 +18,9 @@ from pydantic.fields import FieldInfo
 
 from utils import config as configuration
 from utils.config import Config, allowed_values, read_yaml
-from utils.datasets import DatasetName
+from utils.data.datasets import DatasetName
 from utils.errors import UserError, suggestion
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmark import stress
-from utils import contents, folders
-from utils.contents import Contents, is_file_name, write_mark
 from utils.errors import NothingToDo, UserError
-from utils.folders import RunFolder, attack_folder, defense_folder
+from utils.records import contents, folders
+from utils.records.contents import Contents, is_file_name, write_mark
+from utils.records.folders import RunFolder, attack_folder, defense_folder
 
 HASH = "0123456789abcdef" * 4
 # --overwrite, --resume.

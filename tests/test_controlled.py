@@ -10,22 +10,22 @@ import torch
 from torch import nn
 
 import attack.controlled as controlled
-import attack.prototype as prototype
-import utils.images
+import utils.data.images
 from attack.controlled import affine_augmentation, labels_of_batch, stored
+from attack.setting import Setting
 from attack.wanet import Config
 from tests.processes import Recorder, random_data, train
-from utils.data import Dataset, Labelled
+from utils.data.labelled import Dataset, Labelled
+from utils.data.poison import KINDS, count_in_batch, first_of_batches, partners
 from utils.errors import UserError
-from utils.poison import KINDS, count_in_batch, first_of_batches, partners
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def setting(data: Dataset) -> prototype.Setting:
-    return prototype.Setting(data, torch.device("cpu"), "fp32")
+def setting(data: Dataset) -> Setting:
+    return Setting(data, torch.device("cpu"), "fp32")
 
 
 def config(**changes: Any) -> Config:
@@ -226,7 +226,7 @@ class Brighter:
 
     learns_trigger = True
 
-    def __init__(self, config: Config, setting: prototype.Setting) -> None:
+    def __init__(self, config: Config, setting: Setting) -> None:
         self.trained = False
 
     def before_training(self) -> None:
@@ -317,7 +317,7 @@ def test_every_control_works_at_every_size(
     name: str, channels: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of training, then both triggers on stored images of that shape."""
-    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path)
     source = torch.Generator().manual_seed(0)
     shape = (channels, size, size)
     images = torch.randint(0, 200, (12, *shape), dtype=torch.uint8, generator=source)
@@ -385,7 +385,7 @@ def test_a_last_batch_of_one_image_joins_the_one_before(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """37 images by 12, before a BatchNorm that knows nothing of one image: three steps an epoch."""
-    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path)
     data, module = random_data(), importlib.import_module(f"attack.{name}")
     changes = {"mask_epochs": 1} if name == "inputaware" else {}
     flags = module.Config.load("digits", batch_size=12, pratio=0.1, **changes)

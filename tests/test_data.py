@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from utils import data, distributed
-from utils.data import Dataset, Labelled, as_float, augment
+from utils.data.batches import as_float, augment, mapped, release
+from utils.data.labelled import Dataset, Labelled
+from utils.process import distributed
 
 # --- batches ------------------------------------------------------------------------------------
 
@@ -183,20 +184,20 @@ def test_released_pages_leave_memory_and_can_be_read_again(
     """64 MiB of a mapped file are read, given back, and read again."""
     pixels = np.random.default_rng(0).integers(0, 256, (1024, 256, 256), dtype=np.uint8)
     pixels.tofile(tmp_path / "pixels.bin")
-    images = data.mapped(tmp_path / "pixels.bin", (1024, 1, 256, 256))
+    images = mapped(tmp_path / "pixels.bin", (1024, 1, 256, 256))
     before = resident_mib()
     assert images.sum() == pixels.sum()
     assert resident_mib() > before + 50
-    data.release(images)  # a small file may stay
+    release(images)  # a small file may stay
     assert resident_mib() > before + 50
-    monkeypatch.setattr(data, "RESIDENT", 1 << 20)
-    data.release(images[100:200])  # any part of it gives back the whole
+    monkeypatch.setattr("utils.data.batches.RESIDENT", 1 << 20)
+    release(images[100:200])  # any part of it gives back the whole
     assert resident_mib() < before + 15
     assert torch.equal(images[7, 0], torch.from_numpy(pixels[7]))
 
 
 def test_release_leaves_ordinary_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "RESIDENT", 0)
+    monkeypatch.setattr("utils.data.batches.RESIDENT", 0)
     images = torch.arange(100, dtype=torch.uint8)
-    data.release(images)
+    release(images)
     assert images.tolist() == list(range(100))

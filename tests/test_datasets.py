@@ -17,17 +17,17 @@ import torch
 import torchvision
 from PIL import Image
 
-import utils.datasets
+import utils.data.datasets
 from tests.miniatures import official, official_cifar, official_gtsrb, official_tiny
-from utils.archives import Archive
-from utils.datasets import load_dataset
+from utils.data.archives import Archive
+from utils.data.datasets import load_dataset
 from utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Downloads and decoded images go here instead of into the checkout."""
-    monkeypatch.setattr("utils.images.ROOT", tmp_path / "root")
+    monkeypatch.setattr("utils.data.images.ROOT", tmp_path / "root")
     return tmp_path / "root"
 
 
@@ -528,11 +528,11 @@ def packed(name: str, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatc
     files: list[Path] = []
     folder.mkdir()
     if name == "gtsrb":
-        archives = [described(a, "gtsrb", "zip") for a in utils.datasets._GTSRB_ARCHIVES]
-        monkeypatch.setattr(utils.datasets, "_GTSRB_ARCHIVES", archives)
+        archives = [described(a, "gtsrb", "zip") for a in utils.data.datasets._GTSRB_ARCHIVES]
+        monkeypatch.setattr(utils.data.datasets, "_GTSRB_ARCHIVES", archives)
     elif name == "tiny":
-        archive = described(utils.datasets._TINY_ARCHIVE, "", "zip")
-        monkeypatch.setattr(utils.datasets, "_TINY_ARCHIVE", archive)
+        archive = described(utils.data.datasets._TINY_ARCHIVE, "", "zip")
+        monkeypatch.setattr(utils.data.datasets, "_TINY_ARCHIVE", archive)
     else:
         cifar = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
         reader = cifar[name]

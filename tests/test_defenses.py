@@ -34,15 +34,18 @@ from tests.conftest import Picture
 from tests.every_defense import cases, fields, module, of_the_method, shortened
 from tests.processes import Small
 from tests.test_end_to_end import cache, run_script, trained, workplace
-from utils import pipeline, plot, record, runtime
+from utils import plot
 from utils.config import USER_FILES, read_yaml
-from utils.data import Dataset, Labelled, Triggered
+from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.errors import UserError
-from utils.evaluate import evaluate
+from utils.files import ROOT
+from utils.process.seeds import random_states
+from utils.records.attack import AttackRecord, load_attack
 from utils.records.defense import load_defense
-from utils.runtime import ROOT
 from utils.tensors import load_tensors
-from utils.train import Loop
+from utils.training.evaluate import evaluate
+from utils.training.loop import Loop
+from utils.training.watch import Watch
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -510,10 +513,10 @@ def test_a_network_with_dropout_gives_the_same_bits(name: str, changes: dict[str
 
     def run(**more: Any) -> Outcome:
         disturb()
-        states.append(runtime.random_states())
+        states.append(random_states())
         config = shortened(name, with_dropout(), **{**changes, "train_mode": True, **more})
         result = outcome(name, with_dropout(), *given, config)
-        assert differences(runtime.random_states(), states[-1], "generators") == []
+        assert differences(random_states(), states[-1], "generators") == []
         return result
 
     first, second, third = run(), run(), run(random_seed=1)
@@ -525,9 +528,9 @@ def test_a_network_with_dropout_gives_the_same_bits(name: str, changes: dict[str
 
 @every_defense
 def test_generators_are_put_back_after_a_refusal(name: str) -> None:
-    before = runtime.random_states()
+    before = random_states()
     refused(name, fitted(), float_images() * 255, bright_data().train.labels)
-    assert differences(runtime.random_states(), before, "generators") == []
+    assert differences(random_states(), before, "generators") == []
 
 
 def narrow() -> nn.Module:
@@ -656,7 +659,7 @@ def attacked(workplace: Path) -> Path:
         return trained(workplace, "attacked", patch)
 
 
-def script_flags(attack: record.AttackRecord, name: str, model: nn.Module) -> list[str]:
+def script_flags(attack: AttackRecord, name: str, model: nn.Module) -> list[str]:
     """The flags of a shortened run on a record."""
     values: dict[str, Any] = of_the_method(shortened(name, model, ratio=0.5, batch_size=9))
     values |= {"result_file": attack.folder, "device": "cpu", "precision": "fp32"}
@@ -673,7 +676,7 @@ class Purified:
 
     name: str
     folder: Path
-    attack: record.AttackRecord
+    attack: AttackRecord
     config: base.DefenseConfig
 
     def again(self) -> Outcome:
@@ -698,7 +701,7 @@ def purified(request: pytest.FixtureRequest, attacked: Path) -> Purified:
     name = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.CONSTRUCTORS, "preactresnet18", Small)
-        attack = record.load_attack(attacked)
+        attack = load_attack(attacked)
         flags = script_flags(attack, name, attack.build())
         assert run_script(ROOT / f"defense/{name}.py", *flags) == 0
     folder = attacked / "defense" / name
@@ -799,7 +802,7 @@ def test_test_sets_of_noise_change_no_weight(
     labels = [getattr(attack.triggered, name) for name in ("targets", "labels", "index")]
     triggered = Triggered(noise(24), *(values.repeat(2) for values in labels))
     monkeypatch.setattr(type(attack), "load_dataset", lambda *_: replace(data, test=test))
-    monkeypatch.setattr(record, "load_attack", lambda _: replace(attack, triggered=triggered))
+    monkeypatch.setattr("defense.base.load_attack", lambda _: replace(attack, triggered=triggered))
     config = replace(purified.config, save_folder_name=f"{purified.name}-noise")
     folder = base.defend(config, purified.name, module(purified.name).purify).path
     assert differences(weights_of(folder), weights_of(purified.folder), "weights") == []
@@ -818,17 +821,17 @@ def test_a_script_that_is_stopped_in_each_phase_goes_on(
     """
     stopped: list[str] = []
     asked: list[int] = []
-    after_batch = pipeline.Watch._after_batch
+    after_batch = Watch._after_batch
 
-    def ask(watch: pipeline.Watch, batches: int) -> None:
+    def ask(watch: Watch, batches: int) -> None:
         loop = watch._loop
         if loop.position == (1, 1) and loop.phase not in stopped:
             stopped.append(loop.phase)
             asked.append(signal.SIGTERM)
         after_batch(watch, batches)
 
-    monkeypatch.setattr(pipeline.Watch, "_after_batch", ask)
-    monkeypatch.setattr(pipeline, "stop_signal", lambda: asked[0] if asked else None)
+    monkeypatch.setattr(Watch, "_after_batch", ask)
+    monkeypatch.setattr("utils.training.watch.stop_signal", lambda: asked[0] if asked else None)
     folder = purified.folder.with_name(f"{purified.name}-stopped")
     flags = script_flags(purified.attack, purified.name, purified.attack.build())
     flags += ["--save_folder_name", folder.name]
@@ -868,7 +871,7 @@ def test_a_script_on_a_network_without_batchnorm_works_or_says_one_line(
 ) -> None:
     """The network is made by a user's file. Its result loads again, or there is none."""
     record_folder, model = plain_record
-    attack = record.load_attack(record_folder)
+    attack = load_attack(record_folder)
     flags = script_flags(attack, name, attack.build(model))
     code = run_script(ROOT / f"defense/{name}.py", *flags, "--model", model)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -15,9 +15,12 @@ import pytest
 from benchmark import stress
 from tests.conftest import make_small
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from utils import folders, images, pipeline
+from utils.data import images
 from utils.errors import UserError
-from utils.runtime import ROOT, file_log, logger
+from utils.files import ROOT
+from utils.process.script import file_log, logger
+from utils.records import folders
+from utils.training.watch import Watch
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -158,8 +161,8 @@ def test_what_an_attack_prepares_is_refused_before_the_work(
         raise AssertionError("work began")
 
     with monkeypatch.context() as patch:
-        patch.setattr("attack.prototype.prepare_folder", refuse)
-        patch.setattr("attack.prototype.train_classifier", work)
+        patch.setattr("attack.setting.prepare_folder", refuse)
+        patch.setattr("attack.recipe.train_classifier", work)
         assert run_script(ROOT / "attack/lc.py", *flags) == 2
     error = one_error(capsys)
     assert f"{workplace / 'data/cache'}: could not be written (Read-only file system)" in error
@@ -173,14 +176,14 @@ def test_a_folder_that_is_removed_in_mid_run_is_told(
     """The run ends, and does not make the folder anew with half of its files."""
     flags = attack_flags(workplace, "kept", epochs=1)
     assert run_script(ROOT / "attack/badnet.py", *flags) == 0
-    after_round = pipeline.Watch._after_round
+    after_round = Watch._after_round
 
-    def remove(watch: pipeline.Watch, *rest: Any) -> None:
+    def remove(watch: Watch, *rest: Any) -> None:
         assert watch._folder is not None
         shutil.rmtree(watch._folder.path)
         after_round(watch, *rest)
 
-    monkeypatch.setattr(pipeline.Watch, "_after_round", remove)
+    monkeypatch.setattr(Watch, "_after_round", remove)
     for script, flags, folder in (
         ("attack/badnet.py", attack_flags(workplace, "gone", epochs=1), "gone"),
         ("defense/sau.py", defense_flags(workplace, "kept"), "kept/defense/sau"),

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import defense
-from utils import distributed
-from utils.runtime import ROOT
+from utils.files import ROOT
+from utils.process import distributed
 
 SCENES = (
     "supervised",

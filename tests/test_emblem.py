@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.emblem import emblem, picture
+from utils.data.emblem import emblem, picture
 from utils.errors import UserError
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import utils.datasets
-import utils.images
-from utils.runtime import ROOT
+import utils.data.datasets
+import utils.data.images
+from utils.files import ROOT
 
 PIPELINES = {"__init__", "prototype", "controlled", "external"}
 ATTACKS = sorted(path.stem for path in (ROOT / "attack").glob("*.py") if path.stem not in PIPELINES)
@@ -52,7 +52,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils.images, "ROOT", workplace)
+    monkeypatch.setattr(utils.data.images, "ROOT", workplace)
 
 
 def run_script(path: Path, *flags: object) -> int:
@@ -99,7 +99,7 @@ def defense_flags(workplace: Path, name: str, **changes: object) -> list[object]
 
 def trained(workplace: Path, name: str, patch: pytest.MonkeyPatch, **changes: object) -> Path:
     """The record of a BadNets run, made before a test's own `cache` fixture is there."""
-    patch.setattr(utils.images, "ROOT", workplace)
+    patch.setattr(utils.data.images, "ROOT", workplace)
     flags = attack_flags(workplace, name, **changes)
     assert run_script(ROOT / "attack/badnet.py", *flags) == 0
     return workplace / "record" / name
@@ -232,7 +232,7 @@ def test_lf_searches_its_pattern(workplace: Path) -> None:
     assert run_script(ROOT / "attack/lf.py", *flags, "--overwrite") == 0
     assert "lf-pattern: read from" in (workplace / "record/searched/log.txt").read_text()
     poison = torch.load(workplace / "record/searched/poison.pt", weights_only=True)
-    data = utils.datasets.load_dataset("folder", workplace / "images", 16)
+    data = utils.data.datasets.load_dataset("folder", workplace / "images", 16)
     is_dark = poison["test_labels"] == 1
     clean = data.test.images[poison["test_index"]].int()
     pattern = (poison["test_images"].int() - clean)[is_dark][0]

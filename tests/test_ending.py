@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from defense import ft
 from utils import plot
-from utils.folders import RunFolder
 from utils.metrics import Rate, Scores
+from utils.records.folders import RunFolder
 from utils.training import ending
 from utils.training.findings import Findings, Picture
 

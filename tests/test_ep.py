@@ -12,7 +12,7 @@ from models import Classifier
 from models.parts import recording
 from tests.networks import conv_net, copied, differing, problem
 from utils.errors import UserError
-from utils.train import Loop
+from utils.training.loop import Loop
 
 
 def entropy(*shares: float) -> float:

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-import utils.evaluate
+import utils.training.evaluate
 from models import Resize
-from utils.data import Dataset, Labelled
-from utils.evaluate import evaluate, predict
+from utils.data.labelled import Dataset, Labelled
+from utils.data.poison import LabelMap, triggered_test_set
 from utils.metrics import Rate, Scores
-from utils.poison import LabelMap, triggered_test_set
+from utils.training.evaluate import evaluate, predict
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_a_network_that_enlarges_images_gets_fewer_at_once(
         sides.append(side)
         return 2
 
-    monkeypatch.setattr(utils.evaluate, "images_at_once", at_once)
+    monkeypatch.setattr(utils.training.evaluate, "images_at_once", at_once)
     images = torch.zeros(3, 3, 4, 5, dtype=torch.uint8)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for model in (head, nn.Sequential(Resize(7), head)):
@@ -147,4 +147,4 @@ def test_the_batch_size_is_that_of_every_pass(data: Dataset) -> None:
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_the_longer_side_counts(shape: tuple[int, int]) -> None:
-    assert utils.evaluate._side(Reader(), torch.zeros(1, 3, *shape)) == 6
+    assert utils.training.evaluate._side(Reader(), torch.zeros(1, 3, *shape)) == 6

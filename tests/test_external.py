@@ -11,11 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-import attack.prototype as prototype
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from utils.datasets import load_dataset
-from utils.record import load_attack
-from utils.runtime import ROOT
+from utils.data.datasets import load_dataset
+from utils.files import ROOT
+from utils.records.attack import load_attack
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -317,8 +316,8 @@ def test_a_pretrained_network_that_resizes_is_rebuilt_from_its_record(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """24 pixels stand for 224, and no weights for torchvision's."""
-    monkeypatch.setattr(prototype, "pretrained_size", lambda name, image_size: 24)
-    monkeypatch.setattr(prototype, "load_pretrained", lambda network, name: "none")
+    monkeypatch.setattr("attack.recipe.pretrained_size", lambda name, image_size: 24)
+    monkeypatch.setattr("attack.recipe.load_pretrained", lambda network, name: "none")
     flags = [*attack_flags(workplace, "resized", model="resnet18", epochs=1), "--pretrained"]
     assert run_script(ROOT / "attack/badnet.py", *flags) == 0
     record = load_attack(workplace / "record/resized")

@@ -13,11 +13,13 @@ from torchvision.models import VisionTransformer
 from defense.sau import Config, purify, shared_perturbation
 from models import Classifier, build_model
 from tests.miniatures import official
-from utils.data import Dataset, Labelled, as_float
-from utils.datasets import DatasetName, load_dataset
-from utils.poison import unpoisoned
-from utils.runtime import generator
-from utils.train import Loop, Supervised, train_classifier
+from utils.data.batches import as_float
+from utils.data.datasets import DatasetName, load_dataset
+from utils.data.labelled import Dataset, Labelled
+from utils.data.poison import unpoisoned
+from utils.process.seeds import generator
+from utils.training.loop import Loop
+from utils.training.sgd import Supervised, train_classifier
 
 FAMILIES = [
     "preactresnet18",
@@ -40,7 +42,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
     """
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.images.ROOT", tmp_path_factory.mktemp("root"))
+        patch.setattr("utils.data.images.ROOT", tmp_path_factory.mktemp("root"))
         for name in get_args(DatasetName):
             folder = tmp_path_factory.mktemp(name)
             if name == "folder":

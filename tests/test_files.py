@@ -9,8 +9,7 @@ from typing import NoReturn
 import pytest
 
 from utils import locks
-from utils.files import not_written, prepare_folder, remove_strays, replaced
-from utils.runtime import ROOT
+from utils.files import ROOT, not_written, prepare_folder, remove_strays, replaced
 
 
 def names_in(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from utils.folders import RunFolder
+from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
 from utils.training import ending
 from utils.training.findings import Findings, Picture, Verdict

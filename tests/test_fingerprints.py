@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from attack import adaptive_blend, badnet, blended, lc, lf, sig, wanet
 from attack.bpp import quantize
-from utils.images import read_image
-from utils.poison import Trigger
-from utils.runtime import generator
+from utils.data.images import read_image
+from utils.data.poison import Trigger
+from utils.process.seeds import generator
 
 SHAPE = (3, 32, 32)
 CIFAR10 = Path(os.environ["CIFAR10_FOLDER"]) if "CIFAR10_FOLDER" in os.environ else None

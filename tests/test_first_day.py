@@ -11,24 +11,26 @@ import pytest
 import torch
 from PIL import Image
 
-import utils.images
-from attack import badnet, prototype
+import utils.data.images
+from attack import badnet
+from attack.recipe import AttackConfig
 from tests.conftest import make_small
 from tests.test_end_to_end import attack_flags, defense_flags, run_script
-from utils import plot, poison
+from utils import plot
 from utils.config import allowed_values
-from utils.data import Dataset, Labelled
-from utils.datasets import load_dataset
+from utils.data import poison
+from utils.data.datasets import load_dataset
+from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError
-from utils.record import load_attack, read_index
-from utils.runtime import ROOT
-from utils.train import largest_batch
+from utils.files import ROOT
+from utils.records.attack import load_attack, read_index
+from utils.training.loop import largest_batch
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_small(monkeypatch)
-    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -172,9 +174,7 @@ def test_a_number_that_is_its_class_s_name_is_not(
 
 def test_flags_say_that_a_name_will_do() -> None:
     hint = badnet.Config.__dataclass_fields__["attack_target"].type
-    assert "name of a class" in allowed_values(
-        prototype.AttackConfig.__annotations__["attack_target"]
-    )
+    assert "name of a class" in allowed_values(AttackConfig.__annotations__["attack_target"])
     assert hint is not None
     assert badnet.Config.load("digits", attack_target="3").attack_target == 3
 
@@ -288,7 +288,7 @@ def test_a_cut_checkpoint_says_what_to_do(place: Path, capsys: pytest.CaptureFix
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.pipeline.Watch._after_round", stop)
+        patch.setattr("utils.training.watch.Watch._after_round", stop)
         assert attack(place, "x", "--checkpoint_every", 0, batch_size=4) == 130
     path = place / "record/x/checkpoint.pt"
     os.truncate(path, path.stat().st_size // 2)

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from defense import ft
 from tests.networks import ConvNet, conv_net, copied, differing, problem
-from utils.data import augment
-from utils.runtime import generator
-from utils.train import Loop
+from utils.data.batches import augment
+from utils.process.seeds import generator
 from utils.training import sgd
+from utils.training.loop import Loop
 from utils.training.sgd import fine_tune
 
 

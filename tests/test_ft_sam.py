@@ -11,9 +11,10 @@ from torch import nn
 from defense import ft
 from defense.ft_sam import Config, adaptive_ascent, purify, smoothed_cross_entropy
 from tests.networks import conv_net, copied, differing, problem
-from utils.data import augment
-from utils.runtime import generator
-from utils.train import Loop, Scheduler
+from utils.data.batches import augment
+from utils.process.seeds import generator
+from utils.training.loop import Loop
+from utils.training.sgd import Scheduler
 
 
 def config(**changes: Any) -> Config:

@@ -8,7 +8,7 @@ import pytest
 
 import models
 from benchmark import fuzz, hostile
-from utils import datasets
+from utils.data import datasets
 
 
 @pytest.fixture(autouse=True)

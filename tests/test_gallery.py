@@ -8,8 +8,8 @@ from PIL import Image
 
 from tests.test_end_to_end import attack_flags, badnet, cache, run_script, workplace
 from utils import plot
-from utils.datasets import load_dataset
-from utils.runtime import ROOT
+from utils.data.datasets import load_dataset
+from utils.files import ROOT
 
 __all__ = ["badnet", "cache", "workplace"]  # fixtures
 

@@ -16,10 +16,11 @@ from defense import sau
 from models import build_model, graphed, prepare
 from models.batchnorm import BatchNorm2d, _Linear
 from models.graphed import Graphed, is_plain
-from utils import poison
-from utils.data import Labelled
-from utils.runtime import deterministic, generator
-from utils.train import Loop, Supervised, train_classifier
+from utils.data import poison
+from utils.data.labelled import Labelled
+from utils.process.seeds import deterministic, generator
+from utils.training.loop import Loop
+from utils.training.sgd import Supervised, train_classifier
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -16,7 +16,7 @@ from benchmark.grid import Cell, cells_of, read_grid
 from benchmark.narrow import build as narrow_network
 from models.preactresnet import preactresnet18
 from utils.errors import UserError
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 GRIDS = sorted((ROOT / "benchmark/grids").glob("*.yaml"))
 TEXT = """
@@ -246,7 +246,9 @@ def test_the_status_tells_what_failed_and_what_another_process_runs(stubs: Path)
     with run.Board(cells) as board:
         run.run_local(cells[:2], stubs, 1, board)
     cells[2].folder.mkdir()  # as a run that still prepares its trigger
-    holds = "import sys, time; from utils.folders import RunFolder; from pathlib import Path;"
+    holds = (
+        "import sys, time; from utils.records.folders import RunFolder; from pathlib import Path;"
+    )
     holds += "RunFolder(Path(sys.argv[1])).lock(); print('held', flush=True); time.sleep(60)"
     call = [sys.executable, "-c", holds, str(cells[2].folder)]
     with subprocess.Popen(call, stdout=subprocess.PIPE, cwd=ROOT) as other:

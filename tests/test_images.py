@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import NO_FILES, put_no_file
-from utils import images
+from utils.data import images
+from utils.data.images import IMAGE_SUFFIXES, MOST_PIXELS, read_image
 from utils.errors import UserError
-from utils.images import IMAGE_SUFFIXES, MOST_PIXELS, read_image
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n"
 # What Pillow also opens: a header, and the format that Pillow takes it for.

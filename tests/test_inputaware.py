@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import attack.inputaware as inputaware
-import attack.prototype as prototype
-import utils.images
+import utils.data.images
 from attack.inputaware import Config, InputAware, density_loss, diversity_loss, paint, rms
+from attack.setting import Setting
 from models import Classifier, Normalize
 from models.inputaware import PixelGenerator, threshold, widths_for
-from utils.data import Dataset, Labelled, as_float
+from utils.data.batches import as_float
+from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError
 
 
@@ -25,11 +26,11 @@ def rng(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path)
 
 
-def setting(data: Dataset) -> prototype.Setting:
-    return prototype.Setting(data, torch.device("cpu"), "fp32")
+def setting(data: Dataset) -> Setting:
+    return Setting(data, torch.device("cpu"), "fp32")
 
 
 def config(**changes: Any) -> Config:

@@ -24,11 +24,25 @@ from models import Classifier, build_model, preactresnet18
 from tests import backdoorbench_writer as writer
 from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, tiny, wanet
 from tests.test_end_to_end import run_script
-from utils import folders, record
-from utils.data import Dataset, Labelled
+from utils.data.labelled import Dataset, Labelled
+from utils.data.poison import (
+    KINDS,
+    Choice,
+    dirty_label,
+    replace_images,
+    triggered_test_set,
+    unpoisoned,
+)
 from utils.errors import UserError
-from utils.poison import KINDS, Choice, dirty_label, replace_images, triggered_test_set, unpoisoned
-from utils.runtime import ROOT
+from utils.files import ROOT
+from utils.records import folders
+from utils.records.attack import (
+    file_hashes,
+    load_attack,
+    model_state,
+    recorded_dataset,
+    save_attack,
+)
 
 __all__ = ["data", "tiny"]  # fixtures
 SCRIPT = ROOT / "interop/backdoorbench.py"
@@ -72,7 +86,7 @@ def save_ours(
         cross = Labelled(square(data.test.images, torch.arange(TEST)), data.test.labels)
     run = folders.RunFolder(folder)
     run.start("dataset: cifar10\nlr: 0.01\nflip: true\ndataset_path: null\n")
-    record.save_attack(
+    save_attack(
         run,
         model,
         data,
@@ -82,10 +96,10 @@ def save_ours(
         {**FACTS, **changes},
     )
     run.write_metrics([{"epoch": 1, "loss": 0.5, "acc": 0.75, "asr": 1.0, "ra": 0.0, "seconds": 3}])
-    run.write_summary({"files": record.file_hashes(run, "attack_result.pt", "poison.pt")})
+    run.write_summary({"files": file_hashes(run, "attack_result.pt", "poison.pt")})
     defended = folders.defense_folder(folder, "sau")
     defended.start("lr: 0.01\n")
-    weights = {name: value + 1 for name, value in record.model_state(model).items()}
+    weights = {name: value + 1 for name, value in model_state(model).items()}
     result = {"model": weights, "model_name": "preactresnet18", "num_classes": 10, "mean": [0.1]}
     defended.write_tensors("defense_result.pt", result)
     defended.write_summary({})
@@ -216,9 +230,9 @@ def test_import_gives_an_export_back(
             else:
                 assert value == second[key]
     assert json.loads((back.path / "summary.json").read_text())["imported_from"] == "BackdoorBench"
-    loaded = record.load_attack(back.path)
+    loaded = load_attack(back.path)
     loaded.load_dataset()
-    assert record.recorded_dataset(back.path) == "cifar10"
+    assert recorded_dataset(back.path) == "cifar10"
 
 
 @pytest.mark.parametrize("make", [badnet, wanet, lambda data: badnet(data, train=None)])
@@ -226,7 +240,7 @@ def test_a_record_of_theirs_is_imported(tmp_path: Path, data: Dataset, make: Any
     """What a defense sees of it is the same, before and after; exported it is theirs again."""
     folder = writer.write(tmp_path / "theirs", make(data))
     import_record(folder, "ours", record_path=tmp_path)
-    first, second = (record.load_attack(tmp_path / name) for name in ("theirs", "ours"))
+    first, second = (load_attack(tmp_path / name) for name in ("theirs", "ours"))
     for name in ("attack", "model_name", "dataset", "attack_target", "attack_label_trans"):
         assert getattr(first, name) == getattr(second, name)
     assert first.triggered is not None
@@ -249,11 +263,11 @@ def test_a_record_without_poisoned_training_images_is_exported_without(
     content = torch.load(tmp_path / "record/again/attack_result.pt", weights_only=False)
     assert content["bd_train"] is None
     assert not (tmp_path / "record/again/train_poison_index_list.pickle").exists()
-    assert record.load_attack(tmp_path / "record/again").poison_index is None
+    assert load_attack(tmp_path / "record/again").poison_index is None
 
 
 def test_a_transformer_that_does_not_resize_is_not_exported(tmp_path: Path, data: Dataset) -> None:
-    attack = record.load_attack(writer.write(tmp_path / "r", badnet(data)))
+    attack = load_attack(writer.write(tmp_path / "r", badnet(data)))
     vit = dataclasses.replace(attack, model_name="vit_b_16", network_size=224)
     _refuse_unknown(vit)
     with pytest.raises(UserError, match="resizes them to 224; train it with --pretrained"):
@@ -281,8 +295,8 @@ def test_what_backdoorbench_cannot_read_is_not_exported(
         assert not to.exists()
     clean = folders.RunFolder(tmp_path / "clean")
     clean.start("dataset: cifar10\n")
-    record.save_attack(clean, model, data, unpoisoned(data.train), None, None, FACTS)
-    clean.write_summary({"files": record.file_hashes(clean, "attack_result.pt")})
+    save_attack(clean, model, data, unpoisoned(data.train), None, None, FACTS)
+    clean.write_summary({"files": file_hashes(clean, "attack_result.pt")})
     with pytest.raises(UserError, match="has no triggered images"):
         export_record(clean.path, to)
 
@@ -370,7 +384,7 @@ def test_of_three_exports_at_once_one_is_done(
             assert text == f"error: --to: {tmp_path / 'record/y[1]'} exists; give a new folder\n"
     assert {path.name for path in (tmp_path / "record").iterdir()} == {"y", "y[1]"}
     monkeypatch.setitem(models.CONSTRUCTORS, "preactresnet18", fuzz.small)
-    assert len(record.load_attack(tmp_path / "record/y[1]").state) > 5
+    assert len(load_attack(tmp_path / "record/y[1]").state) > 5
 
 
 def test_an_export_that_fails_leaves_nothing(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 PACKAGES = ("utils", "models", "attack", "defense", "interop", "benchmark")
 
@@ -22,7 +22,7 @@ LAYERS = (
     ("interop", 0),
     ("benchmark", 0),
     ("utils.errors", -1),
-    ("utils.distributed", 1),
+    ("utils.process.distributed", 1),
     ("models.batchnorm", 0),
     ("models.convolution", 0),
     ("models.neighbours", 0),
@@ -36,21 +36,21 @@ LAYERS = (
     ("utils.metrics", 1),
     ("utils.perturb", 1),
     ("utils.runtime", 2),
-    ("utils.weights", 3),
+    ("utils.records.weights", 3),
     ("utils.data", 3),
-    ("utils.images", 4),
-    ("utils.archives", 3),
-    ("utils.datasets", 5),
-    ("utils.poison", 4),
-    ("utils.emblem", 5),
-    ("utils.evaluate", 4),
+    ("utils.data.images", 4),
+    ("utils.data.archives", 3),
+    ("utils.data.datasets", 5),
+    ("utils.data.poison", 4),
+    ("utils.data.emblem", 5),
+    ("utils.training.evaluate", 4),
     ("utils.backdoorbench", 4),
     ("utils.train", 6),
-    ("utils.contents", 2),
-    ("utils.folders", 5),
-    ("utils.record", 6),
+    ("utils.records.contents", 2),
+    ("utils.records.folders", 5),
+    ("utils.records.attack", 6),
     ("utils.plot", 6),
-    ("utils.pipeline", 7),
+    ("utils.training.watch", 7),
     ("utils.training", 0),
     ("utils.records", 0),
     ("utils.training.findings", 3),
@@ -148,12 +148,28 @@ def test_imports_go_down_only() -> None:
 @pytest.mark.parametrize(
     ("module", "text", "problem"),
     [
-        ("utils/data.py", "import utils.poison", "utils.data (layer 3) imports utils.poison"),
-        ("utils/data.py", "from utils import poison", "utils.data (layer 3) imports utils.poison"),
-        ("utils/data.py", "from . import poison", "utils.data (layer 3) imports utils.poison"),
-        ("utils/data.py", "from .poison import x", "utils.data (layer 3) imports utils.poison"),
+        (
+            "utils/data.py",
+            "import utils.data.poison",
+            "utils.data (layer 3) imports utils.data.poison",
+        ),
+        (
+            "utils/data.py",
+            "from utils import poison",
+            "utils.data (layer 3) imports utils.data.poison",
+        ),
+        ("utils/data.py", "from . import poison", "utils.data (layer 3) imports utils.data.poison"),
+        (
+            "utils/data.py",
+            "from .poison import x",
+            "utils.data (layer 3) imports utils.data.poison",
+        ),
         ("utils/errors.py", "def f():\n    import utils.data", "utils.errors (layer -1) imports"),
-        ("utils/record.py", "import utils.train", "utils.record (layer 6) imports utils.train"),
+        (
+            "utils/records/attack.py",
+            "import utils.train",
+            "utils.records.attack (layer 6) imports utils.train",
+        ),
         ("utils/data.py", "from attack.lc import x", "utils.data (layer 3) imports attack.lc"),
         ("attack/lc.py", "import attack.wanet", "attack.lc (layer 10) imports attack.wanet"),
         ("defense/ft.py", "from attack import lc", "defense.ft (layer 10) imports attack.lc"),

@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import attack.lc
-import attack.prototype
-import utils.images
+import utils.data.images
 from attack.lc import (
     AdversarialTraining,
     Config,
@@ -22,9 +21,10 @@ from attack.lc import (
     make_trigger,
     prepare,
 )
-from attack.prototype import Setting, clean_label
+from attack.poisoning import clean_label
+from attack.setting import Setting
 from models import Classifier
-from utils.data import Dataset, Labelled
+from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def config(**changes: object) -> Config:
 
 @pytest.fixture
 def setting(tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path)
     return Setting(tiny_data, CPU, "fp32")
 
 
@@ -233,7 +233,7 @@ def test_hard_images_are_those_of_the_target_made_once(
     assert 0 < (first.images.int() - clean.int()).abs().max() <= 8
     assert "of 4 images of the target class the surrogate recognises" in caplog.text
 
-    for file in (utils.images.ROOT / "data/cache").iterdir():
+    for file in (utils.data.images.ROOT / "data/cache").iterdir():
         file.unlink()
     torch.rand(7)
     assert torch.equal(prepare(settings, setting).images, first.images)
@@ -245,7 +245,7 @@ def test_hard_images_are_those_of_the_target_made_once(
 
 def test_the_two_surrogates_differ(setting: Setting, tiny_model: Classifier) -> None:
     """A plain surrogate does not depend on the bound; an adversarial one does, and is another."""
-    cache = utils.images.ROOT / "data/cache"
+    cache = utils.data.images.ROOT / "data/cache"
     for surrogate, models in (("plain", 1), ("adversarial", 3)):
         for bound in (8.0, 16.0):
             prepare(config(surrogate=surrogate, adv_bound=bound), setting)

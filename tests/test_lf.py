@@ -18,9 +18,9 @@ from attack.lf import (
     search_pattern,
     smoothing,
 )
-from attack.prototype import Setting
+from attack.setting import Setting
 from models import Classifier
-from utils.data import Dataset
+from utils.data.labelled import Dataset
 from utils.errors import UserError
 
 SHAPES = [(channels, size, size) for channels in (1, 3) for size in (16, 28, 32, 64)]

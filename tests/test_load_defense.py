@@ -14,17 +14,17 @@ from torch import nn
 from models import Classifier, build_model, model_identity
 from models.changes import insert
 from tests.networks import copied, differing
-from utils import record
 from utils.errors import UserError
-from utils.folders import RunFolder
+from utils.records.attack import file_hashes, model_state
 from utils.records.defense import RESULT, load_defense, save_defense
+from utils.records.folders import RunFolder
 
 
 def attack_of(model: Classifier, **facts: Any) -> Any:
     """What a defense's result keeps of the record of a model."""
     return SimpleNamespace(
         **{
-            "state": record.model_state(model),
+            "state": model_state(model),
             "model_name": "tiny",
             "model_sha256": None,
             "network_size": None,
@@ -60,7 +60,7 @@ def saved(folder: Path, model: nn.Module, attack: Any) -> Path:
 def describe(folder: Path) -> None:
     """Writes a summary that fits the result as it is now."""
     run_folder = RunFolder(folder)
-    run_folder.write_summary({"files": record.file_hashes(run_folder, RESULT)})
+    run_folder.write_summary({"files": file_hashes(run_folder, RESULT)})
 
 
 def rewritten(folder: Path, **changes: Any) -> None:
@@ -241,7 +241,7 @@ def test_a_summary_of_something_else_is_refused(folder: Path, summary: Any) -> N
 def test_the_folder_of_an_attack_is_refused(folder: Path) -> None:
     (folder / RESULT).rename(folder / "attack_result.pt")
     run_folder = RunFolder(folder)
-    run_folder.write_summary({"files": record.file_hashes(run_folder, "attack_result.pt")})
+    run_folder.write_summary({"files": file_hashes(run_folder, "attack_result.pt")})
     assert "is not the file that summary.json describes" in refusal(folder)
 
 

@@ -25,10 +25,12 @@ from benchmark.summaries import read_runs
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
 from tests.test_report import attack, defense, report
 from tests.test_userfile import net
-from utils import distributed, plot
-from utils import runtime as program
+from utils import plot
 from utils.errors import UserError, quoted, shown
-from utils.runtime import ROOT, Progress, file_log, logger
+from utils.files import ROOT
+from utils.process import distributed, script
+from utils.process.progress import Progress
+from utils.process.script import file_log, logger
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -71,7 +73,7 @@ def test_a_name_is_part_of_one_line(
 
     logger.handlers[:] = []
     with pytest.raises(SystemExit) as caught:
-        program.run_script(main)
+        script.run_script(main)
     assert caught.value.code == 2
     lines = capsys.readouterr().err.removesuffix("\n").split("\n")
     starts = ["class ", "warning: class ", "error: --x: ", "error: --y: "]
@@ -111,7 +113,7 @@ def test_a_stream_that_lacks_a_letter_writes_its_number(monkeypatch: pytest.Monk
         logger.info("猫")
 
     logger.handlers[:] = []
-    program.run_script(main)
+    script.run_script(main)
     for stream in streams:
         stream.flush()
         assert stream.buffer.getvalue() == b"\\u732b\n"  # type: ignore[attr-defined]

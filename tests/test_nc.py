@@ -23,9 +23,9 @@ from defense.nc import (
     stamp,
 )
 from tests.networks import conv_net, copied, differing, problem
-from utils.data import augment
-from utils.runtime import generator
-from utils.train import Loop
+from utils.data.batches import augment
+from utils.process.seeds import generator
+from utils.training.loop import Loop
 from utils.training.sgd import fine_tune
 
 NORMS = torch.tensor([10.0, 60, 62, 64, 66, 68, 70, 72, 74, 76])

@@ -14,7 +14,7 @@ from models import build_model, model_identity
 from models.neighbours import files_beside
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
 from utils.errors import UserError
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 __all__ = ["cache", "workplace"]  # fixtures
 

@@ -18,8 +18,8 @@ from models.changes import Polarizer, changes_of
 from models.preactresnet import PreActResNet
 from tests.networks import ConvNet, conv_net, copied, differing, problem
 from utils.errors import UserError
-from utils.runtime import generator
-from utils.train import Loop
+from utils.process.seeds import generator
+from utils.training.loop import Loop
 
 State = dict[str, torch.Tensor]
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from attack.prototype import TrainingConfig
+from attack.recipe import TrainingConfig
 from defense.sau import Config
 from tests import backdoorbench_writer as writer
 from tests.conftest import TinyNet, make_small
 from tests.miniatures import official, official_tiny
 from tests.test_end_to_end import run_script
-from utils import record
 from utils.config import read_yaml
-from utils.datasets import load_dataset
-from utils.runtime import ROOT
+from utils.data.datasets import load_dataset
+from utils.files import ROOT
+from utils.records.attack import load_attack
 
 # Of the full recipe: epochs, rounds of SAU, side, flip.
 RECIPES = {
@@ -31,7 +31,7 @@ RECIPES = {
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
-    monkeypatch.setattr("utils.images.ROOT", tmp_path)
+    monkeypatch.setattr("utils.data.images.ROOT", tmp_path)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,7 +101,7 @@ def test_a_record_of_tiny_has_backdoorbenchs_order(tmp_path: Path, layout: str) 
         dataset="tiny",
         size=64,
     )
-    attack = record.load_attack(writer.write(tmp_path / "theirs", written))
+    attack = load_attack(writer.write(tmp_path / "theirs", written))
     folder = official_tiny(tmp_path / "again", layout=layout)
     data = attack.load_dataset(str(folder))
     assert attack.triggered is not None

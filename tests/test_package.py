@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 USER_SCRIPT = """
 import sys

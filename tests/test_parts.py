@@ -24,8 +24,8 @@ from models.parts import (
 )
 from models.preactresnet import PreActResNet
 from tests.networks import ConvNet, conv_net, copied, differing, problem
-from utils import distributed
 from utils.errors import UserError
+from utils.process import distributed
 
 
 def classifier(network: nn.Module) -> Classifier:

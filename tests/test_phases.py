@@ -11,7 +11,7 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.tensors import load_tensors
-from utils.train import Loop
+from utils.training.loop import Loop
 
 
 class Cut(Exception):

@@ -20,8 +20,10 @@ import yaml
 from tests.test_layers import modules_under
 from utils import files, locks
 from utils.errors import UserError
-from utils.folders import RunFolder, attack_folder
-from utils.runtime import ROOT, pick_device, pick_precision, run_script, usable_cores
+from utils.files import ROOT
+from utils.process.device import peak_memory_mib, pick_device, pick_precision, usable_cores
+from utils.process.script import run_script
+from utils.records.folders import RunFolder, attack_folder
 
 ELSEWHERE = [sys.executable, str(ROOT / "tests" / "elsewhere.py")]
 needs_linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="simulates on Linux")
@@ -230,14 +232,13 @@ def test_cores_are_counted_without_what_linux_has(monkeypatch: pytest.MonkeyPatc
 
 
 def test_memory_is_measured_without_resource(monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils import runtime
 
-    usual = runtime.peak_memory_mib(torch.device("cpu"))["peak_memory_mib"]
-    monkeypatch.setattr(runtime, "resource", None)
-    found = runtime.peak_memory_mib(torch.device("cpu"))["peak_memory_mib"]
+    usual = peak_memory_mib(torch.device("cpu"))["peak_memory_mib"]
+    monkeypatch.setattr("utils.process.device.resource", None)
+    found = peak_memory_mib(torch.device("cpu"))["peak_memory_mib"]
     assert usual / 4 < found <= usual * 1.01
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert runtime.peak_memory_mib(torch.device("cpu")) == {}
+    assert peak_memory_mib(torch.device("cpu")) == {}
 
 
 def test_mps_is_tried_by_name() -> None:

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from utils.data import Dataset, Labelled
-from utils.errors import UserError
-from utils.poison import (
+from utils.data.labelled import Dataset, Labelled
+from utils.data.poison import (
     KINDS,
     Choice,
     LabelMap,
@@ -20,6 +19,7 @@ from utils.poison import (
     triggered_test_set,
     unpoisoned,
 )
+from utils.errors import UserError
 
 
 def rng(seed: int = 0) -> torch.Generator:

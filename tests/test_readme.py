@@ -11,9 +11,9 @@ import torch
 
 import attack
 import defense
-import utils.images
+import utils.data.images
 from tests.test_end_to_end import cache, run_script, workplace
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -160,4 +160,4 @@ def test_the_scripts_of_the_methods_tables_are_all_there_are() -> None:
     assert all(record in (name, "") for _, name, record in commands)
     listed = {path for path, _, _ in commands}
     assert listed | set(re.findall(r"^\| `(defense/\w+\.py)`", README, flags=re.M)) == scripts
-    assert utils.images.ROOT  # the cache of these tests is the workplace's
+    assert utils.data.images.ROOT  # the cache of these tests is the workplace's

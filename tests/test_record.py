@@ -13,11 +13,9 @@ import torch
 
 from models import Classifier, build_model
 from tests.conftest import NO_FILES, put_no_file
-from utils import archives
-from utils.data import Dataset, Labelled
-from utils.errors import UserError
-from utils.folders import RunFolder
-from utils.poison import (
+from utils.data import archives
+from utils.data.labelled import Dataset, Labelled
+from utils.data.poison import (
     KINDS,
     PoisonedSet,
     dirty_label,
@@ -25,7 +23,8 @@ from utils.poison import (
     triggered_test_set,
     unpoisoned,
 )
-from utils.record import (
+from utils.errors import UserError
+from utils.records.attack import (
     file_hashes,
     load_attack,
     model_state,
@@ -33,6 +32,7 @@ from utils.record import (
     recorded_dataset,
     save_attack,
 )
+from utils.records.folders import RunFolder
 
 FACTS = {
     "attack": "white",
@@ -452,7 +452,7 @@ def test_a_network_is_made_only_for_weights_that_fit(
     record = load_attack(saved.path)
     made = []
     monkeypatch.setattr(
-        "utils.record.build_model",
+        "utils.records.attack.build_model",
         lambda *args, **kwargs: (
             made.append(torch.empty(0).device.type),
             build_model(*args, **kwargs),
@@ -602,7 +602,7 @@ def test_a_dataset_is_read_where_a_record_says(
         seen.append((path, archives._may_write))
         return tiny_data
 
-    monkeypatch.setattr("utils.record.load_dataset", load)
+    monkeypatch.setattr("utils.records.attack.load_dataset", load)
     record = load_attack(saved.path)
     record.load_dataset()
     record.load_dataset(str(tmp_path / "here"))

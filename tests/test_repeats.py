@@ -18,7 +18,7 @@ from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script
 from tests.test_external import OWN, flags, network, own, state, triggered_images, wrapped
 from tests.test_report import attack, defense, write
 from utils.errors import UserError
-from utils.runtime import ROOT
+from utils.files import ROOT
 from utils.training import ending
 
 __all__ = ["cache", "own", "state", "workplace"]  # fixtures

@@ -17,7 +17,7 @@ from benchmark.report import draw, made_folder
 from benchmark.summaries import CLEAN, UNDEFENDED, read_runs
 from tests.test_end_to_end import badnet, cache, defense_flags, run_script, workplace
 from utils import plot
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 __all__ = ["badnet", "cache", "workplace"]  # fixtures
 

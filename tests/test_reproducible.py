@@ -11,9 +11,10 @@ import torch
 import models
 from tests.conftest import make_small
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from utils import pipeline
 from utils.errors import UserError
-from utils.runtime import ROOT, deterministic
+from utils.files import ROOT
+from utils.process.seeds import deterministic
+from utils.training.watch import Watch
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -114,13 +115,13 @@ def test_the_flag_sets_it_for_the_whole_run(
 ) -> None:
     make_small(monkeypatch)
     seen = []
-    after_round = pipeline.Watch._after_round
+    after_round = Watch._after_round
 
     def look(*arguments: object) -> None:
         seen.append(torch.are_deterministic_algorithms_enabled())
         after_round(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline.Watch, "_after_round", look)
+    monkeypatch.setattr(Watch, "_after_round", look)
     extra = ("--deterministic",) if wanted else ()
     fingerprint(workplace, f"whole_{wanted}", *extra)
     assert seen == [wanted, wanted]

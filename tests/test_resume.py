@@ -16,14 +16,17 @@ import pandas as pd
 import pytest
 import torch
 
-from attack import bpp, inputaware, prototype, wanet
+from attack import bpp, inputaware, wanet
+from attack.setting import Setting
 from tests import processes
-from utils import pipeline
 from utils.errors import UserError
-from utils.folders import RunFolder
-from utils.runtime import ROOT, generator
+from utils.files import ROOT
+from utils.process.seeds import generator
+from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
-from utils.train import Loop, Schedule, Supervised
+from utils.training.loop import Loop
+from utils.training.sgd import Schedule, Supervised
+from utils.training.watch import Watch
 
 
 class Interrupted(Exception):
@@ -41,7 +44,7 @@ def controlled(module: Any, control: Any) -> Callable[[Loop], torch.nn.Module]:
     def run(loop: Loop) -> torch.nn.Module:
         data = processes.random_data()
         config = module.Config.load("digits", batch_size=12, pratio=0.25)
-        setting = prototype.Setting(data, torch.device("cpu"), "fp32")
+        setting = Setting(data, torch.device("cpu"), "fp32")
         model = processes.network(data)
         step = control(config, setting)
         processes.train(model, data, step, loop, 12, epochs=3, drop_last=False, whole=True)
@@ -191,7 +194,7 @@ def test_scripts_stop_and_go_on(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
     """A second process is refused while the first lives, and not when it was killed."""
     hold = (
-        "import sys, time, pathlib; from utils.folders import RunFolder;"
+        "import sys, time, pathlib; from utils.records.folders import RunFolder;"
         "RunFolder(pathlib.Path(sys.argv[1])).claim(False);"
         "print('held', flush=True); time.sleep(60)"
     )
@@ -234,7 +237,7 @@ def test_a_watch_goes_on_with_its_rows(tmp_path: Path) -> None:
     """Rows and seconds of the run before are kept."""
     rows = [{"epoch": 1, "loss": 2.0, "seconds": 5.0}]
     checkpoint = {"rows": rows, "seconds": 7.5, "loop": {}}
-    watch = pipeline.Watch(None, "epoch", lambda model: None, 1, checkpoint=checkpoint)  # type: ignore[arg-type,return-value]
+    watch = Watch(None, "epoch", lambda model: None, 1, checkpoint=checkpoint)  # type: ignore[arg-type,return-value]
     assert watch.earlier == 7.5
     assert json.loads(watch.metrics.to_json(orient="records")) == [
         {"epoch": 1, "loss": 2.0, "seconds": 5.0}

@@ -20,11 +20,11 @@ from tests.test_end_to_end import (
     trained,
     workplace,
 )
-from utils.data import Dataset
+from utils.data.labelled import Dataset
 from utils.errors import UserError
-from utils.folders import RunFolder
+from utils.files import ROOT
 from utils.records.checkpoint import CHECKPOINT, Origin, digest, files_of
-from utils.runtime import ROOT
+from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
 
 __all__ = ["cache", "workplace"]  # fixtures
@@ -49,7 +49,7 @@ def stopped(script: str, *flags: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.pipeline.Watch._after_round", stop)
+        patch.setattr("utils.training.watch.Watch._after_round", stop)
         assert run_script(ROOT / script, *flags, "--checkpoint_every", 0) == 130
 
 

@@ -13,26 +13,20 @@ import pytest
 import torch
 from torch import nn
 
+from models.modes import evaluating, frozen
 from utils.errors import UserError, first_line
-from utils.runtime import (
+from utils.process.device import (
     Precision,
-    Progress,
-    defer_signals,
     environment,
-    evaluating,
-    file_log,
-    frozen,
-    generator,
     images_at_once,
-    logger,
     peak_memory_mib,
     pick_device,
     pick_precision,
     rounded_up,
-    run_script,
-    seed_everything,
-    stop_signal,
 )
+from utils.process.progress import Progress
+from utils.process.script import defer_signals, file_log, logger, run_script, stop_signal
+from utils.process.seeds import generator, seed_everything
 
 CPU = torch.device("cpu")
 

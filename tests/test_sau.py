@@ -19,9 +19,9 @@ from defense.sau import (
 from models import build_model
 from tests import oracle
 from utils.errors import UserError
-from utils.runtime import generator
-from utils.train import Loop
+from utils.process.seeds import generator
 from utils.training import parts
+from utils.training.loop import Loop
 
 NORMS = {"L_inf": 0.2, "L1": 12.0, "L2": 1.2, "Reg": 0.2}
 STARTS = ("zero", "random", "max", "min")

@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from utils import images, tensors
+from utils import tensors
 from utils.config import LARGEST
-from utils.runtime import ROOT
+from utils.data import images
+from utils.files import ROOT
 
 TEXT = " ".join((ROOT / "SECURITY.md").read_text(encoding="utf-8").split())
 

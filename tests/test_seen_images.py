@@ -9,9 +9,9 @@ import torch
 
 from defense import anp, clp, ep, ft
 from defense.base import drawn_index, seen_images
-from utils.data import Dataset
+from utils.data.labelled import Dataset
+from utils.data.poison import PoisonedSet
 from utils.errors import UserError
-from utils.poison import PoisonedSet
 
 LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 2)
 

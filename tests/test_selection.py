@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defense import base
-from utils.runtime import generator
+from utils.process.seeds import generator
 from utils.training.selection import acceptable, drawn_by_class, hold_out, outliers, tried
 
 # Classes 0, 1, 2, 3 with ten, five, two and one image, mixed.

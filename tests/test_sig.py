@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from attack import prototype
+from attack.poisoning import clean_label, run
+from attack.setting import Setting
 from attack.sig import Config, make_trigger
-from utils.data import Dataset
+from utils.data.labelled import Dataset
 from utils.errors import UserError
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 SHAPES = [(channels, size, size) for channels in (1, 3) for size in (16, 28, 32, 64)]
 
@@ -100,7 +101,7 @@ def test_a_frequency_that_the_pixels_cannot_show_is_refused(
 def test_the_script_poisons_the_target_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 100 images of ten classes, 5 % are five images of class 3, which keep their label."""
     calls: list[dict[str, object]] = []
-    monkeypatch.setattr(prototype, "run", lambda *_, **options: calls.append(options))
+    monkeypatch.setattr("attack.poisoning.run", lambda *_, **options: calls.append(options))
     runpy.run_path(str(ROOT / "attack/sig.py"), run_name="__main__")
     choose = calls[0]["choose"]
     assert callable(choose)
@@ -120,9 +121,9 @@ def test_the_ratio_is_of_all_images_and_capped_by_the_class() -> None:
     """Of 100 images of ten classes, 10 % are the whole class; 20 % too."""
     labels = torch.arange(100) % 10
     rng = torch.Generator().manual_seed(0)
-    whole = prototype.clean_label(Config.load("cifar10"), labels, 10, rng)
+    whole = clean_label(Config.load("cifar10"), labels, 10, rng)
     assert whole.index.tolist() == list(range(0, 100, 10))
-    capped = prototype.clean_label(Config.load("cifar10", pratio=0.2), labels, 10, rng)
+    capped = clean_label(Config.load("cifar10", pratio=0.2), labels, 10, rng)
     assert capped.index.tolist() == whole.index.tolist()
 
 
@@ -131,9 +132,9 @@ def test_a_capped_ratio_is_said_in_the_summary(
 ) -> None:
     """Half of 12 are 6 images, but the class has 4."""
     plans: list[Any] = []
-    monkeypatch.setattr(prototype, "run_plan", lambda _, plan: plans.append(plan))
-    prototype.run(Config, make_trigger, choose=prototype.clean_label)
-    setting = prototype.Setting(tiny_data, torch.device("cpu"), "fp32")
+    monkeypatch.setattr("attack.poisoning.run_plan", lambda _, plan: plans.append(plan))
+    run(Config, make_trigger, choose=clean_label)
+    setting = Setting(tiny_data, torch.device("cpu"), "fp32")
     plans[0](Config.load("cifar10", pratio=0.5, attack_target=1), setting)
     (warning,) = setting.warnings
     assert warning.startswith("6 poisoned images wanted, but class 1 (bee) has 4; ")
@@ -144,4 +145,4 @@ def test_a_capped_ratio_is_said_in_the_summary(
 def test_all_to_all_is_refused() -> None:
     config = Config.load("cifar10", attack_label_trans="all2all")
     with pytest.raises(UserError, match=r"^--attack_label_trans: .* give all2one$"):
-        prototype.clean_label(config, torch.arange(10), 10, torch.Generator())
+        clean_label(config, torch.arange(10), 10, torch.Generator())

@@ -15,7 +15,7 @@ from benchmark import run, slurm
 from benchmark.grid import Slurm, cells_of, read_grid
 from tests.test_end_to_end import cache, workplace
 from utils.errors import UserError
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 __all__ = ["cache", "workplace"]  # fixtures
 

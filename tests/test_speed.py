@@ -14,8 +14,9 @@ from models import Classifier, build_model, prepare
 from models.convolution import Conv3x3
 from tests.oracle import perturbation
 from tests.test_end_to_end import badnet, cache, run_script, workplace
-from utils.data import Dataset, as_float
-from utils.runtime import ROOT
+from utils.data.batches import as_float
+from utils.data.labelled import Dataset
+from utils.files import ROOT
 
 __all__ = ["badnet", "cache", "workplace"]  # fixtures
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import utils.images
+import utils.data.images
 from attack import ssba
-from attack.prototype import Setting
+from attack.setting import Setting
 from attack.ssba import (
     Config,
     bit_accuracy,
@@ -25,7 +25,7 @@ from attack.ssba import (
     train,
 )
 from models.ssba import Decoder, Encoder, Steganography
-from utils.data import Dataset
+from utils.data.labelled import Dataset
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def fixed(residual: torch.Tensor, logits: torch.Tensor) -> Steganography:
 
 @pytest.fixture
 def setting(tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path)
     return Setting(tiny_data, CPU, "fp32")
 
 
@@ -291,7 +291,7 @@ def test_an_encoder_that_never_learned_is_refused_and_not_kept(
     monkeypatch.setattr(ssba, "train", lambda *_: False)
     with pytest.raises(UserError, match=r"learned nothing from 5 starts; .* --message_bits"):
         prepare(config(), setting)
-    assert list((utils.images.ROOT / "data/cache").glob("*.pt")) == []
+    assert list((utils.data.images.ROOT / "data/cache").glob("*.pt")) == []
 
 
 def test_the_encoder_is_trained_once_and_disturbs_no_draw(
@@ -304,7 +304,7 @@ def test_the_encoder_is_trained_once_and_disturbs_no_draw(
     first = prepare(config(), setting)
     assert torch.equal(torch.get_rng_state(), state)
     assert "bit accuracy of the encoder on 9 test images: 0." in caplog.text
-    (cached,) = (utils.images.ROOT / "data/cache").iterdir()
+    (cached,) = (utils.data.images.ROOT / "data/cache").iterdir()
     cached.unlink()
     torch.manual_seed(6)
     second = prepare(config(), setting)

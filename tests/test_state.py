@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.runtime import Draws, generator, random_states
+from utils.process.seeds import Draws, generator, random_states
 from utils.tensors import load_tensors
-from utils.train import Loop, Scheduler
 from utils.training.findings import Findings, Picture, Verdict
+from utils.training.loop import Loop
+from utils.training.sgd import Scheduler
 from utils.training.state import restore, restore_random, state_of
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -11,7 +11,7 @@ import pytest
 
 from benchmark import stress
 from tests.test_end_to_end import run_script
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 
 def matrix(*flags: object) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ from torch import nn
 from tests.conftest import NO_FILES, put_no_file
 from tests.test_layers import modules_under
 from utils.errors import UserError
-from utils.runtime import ROOT
+from utils.files import ROOT
 from utils.tensors import explained, load_plain, load_tensors
 
 

@@ -8,21 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-import utils.train
+import utils.training.sgd
 from models import Classifier
-from utils import distributed
-from utils.data import Dataset, Labelled, as_float
+from utils.data.batches import as_float
+from utils.data.labelled import Dataset, Labelled
+from utils.data.poison import PoisonedSet, unpoisoned
 from utils.errors import UserError
-from utils.poison import PoisonedSet, unpoisoned
-from utils.train import (
-    Loop,
-    Schedule,
-    Scheduler,
-    Supervised,
-    batch_sizes,
-    lr_multiplier,
-    train_classifier,
-)
+from utils.process import distributed
+from utils.training.loop import Loop, batch_sizes
+from utils.training.sgd import Schedule, Scheduler, Supervised, lr_multiplier, train_classifier
 from utils.training.state import device_of
 
 
@@ -648,7 +642,7 @@ def test_batches_are_given_on_their_device(
     images = tiny_data.train.images
     index, zeros = torch.tensor([1, 4]), torch.zeros(2, dtype=torch.int64)
     data = PoisonedSet(tiny_data.train, index, images[:2], zeros, zeros.byte())
-    batches = utils.train._Batches(data, torch.device("meta"))
+    batches = utils.training.sgd._Batches(data, torch.device("meta"))
     assert batches._images.is_meta == has_room
     taken, labels = batches.take(torch.tensor([0, 1, 5]))
     assert taken.is_meta

@@ -23,9 +23,9 @@ from tests.test_end_to_end import (
     workplace,
 )
 from utils.errors import UserError
-from utils.folders import RunFolder
-from utils.record import file_hashes
-from utils.runtime import ROOT
+from utils.files import ROOT
+from utils.records.attack import file_hashes
+from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
 
 __all__ = ["cache", "workplace"]  # fixtures
@@ -181,7 +181,7 @@ def test_the_checkpoint_of_an_interrupted_run(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("utils.pipeline.Watch._after_round", stop)
+        patch.setattr("utils.training.watch.Watch._after_round", stop)
         assert run_script(ROOT / script, *flags, "--checkpoint_every", 0) == 130
     way(folder / "checkpoint.pt", trap)
     before = sorted(path.name for path in folder.iterdir())

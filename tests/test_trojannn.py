@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import utils.images
-from attack.prototype import Setting
+import utils.data.images
+from attack.setting import Setting
 from attack.trojannn import (
     Config,
     disc,
@@ -21,7 +21,7 @@ from attack.trojannn import (
     strongest,
 )
 from models import Classifier
-from utils.data import Dataset
+from utils.data.labelled import Dataset
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def config(**changes: object) -> Config:
 
 @pytest.fixture
 def setting(tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr(utils.images, "ROOT", tmp_path)
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path)
     return Setting(tiny_data, CPU, "fp32")
 
 
@@ -171,7 +171,7 @@ def test_another_version_of_the_code_reads_no_earlier_file(setting: Setting) -> 
     for version in (1, 2, 2, 1):
         found = setting.cached("x", {"a": 1}, lambda: {"v": next(made)}, version)
         assert int(found["v"]) == version
-    assert len(list((utils.images.ROOT / "data/cache").iterdir())) == 2
+    assert len(list((utils.data.images.ROOT / "data/cache").iterdir())) == 2
 
 
 def test_the_patch_is_grey_levels_inside_the_disc(
@@ -192,7 +192,7 @@ def test_the_patch_depends_on_the_seed_alone(
     """Model and patch are made once, then read from the cache; a global draw changes nothing."""
     first = prepare(config(neuron_choice=choice), setting)
     facts = dict(setting.facts)
-    cached = sorted((utils.images.ROOT / "data/cache").iterdir())
+    cached = sorted((utils.data.images.ROOT / "data/cache").iterdir())
     assert [file.name.rpartition("-")[0] for file in cached] == ["clean-model", "trojan-patch"]
     torch.rand(7)
     setting.facts.clear()

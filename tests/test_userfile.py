@@ -18,7 +18,7 @@ from tests.test_config import odd_file
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
 from utils import plot
 from utils.errors import UserError
-from utils.runtime import ROOT
+from utils.files import ROOT
 
 __all__ = ["cache", "workplace"]  # fixtures
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attack.prototype import Setting
+from attack.setting import Setting
 from attack.wanet import Config, WaNet, add_noise, flow_field, warp, warping_grid
-from utils.data import Dataset, as_float
+from utils.data.batches import as_float
+from utils.data.labelled import Dataset
 
 SIZES = [16, 28, 32, 64]
 STILL = {"crop_probability": 0.0, "rotation_probability": 0.0, "flip": False}

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from utils import pipeline, runtime
-from utils.data import Dataset
-from utils.folders import RunFolder
+from utils.data.labelled import Dataset
 from utils.metrics import Rate, Scores
-from utils.pipeline import Watch
+from utils.process.script import Stopped, _Stop
+from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
+from utils.training.watch import Watch, scorer
 
 
 class Numbered(nn.Module):
@@ -36,7 +36,7 @@ def score(model: nn.Module) -> Scores:
 def signals() -> Iterator[None]:
     """Signals are not put off when a test ends."""
     yield
-    runtime._Stop.is_deferred, runtime._Stop.signal = False, None
+    _Stop.is_deferred, _Stop.signal = False, None
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_model_that_no_round_has_changed_is_scored_all_the_same(folder: RunFol
     assert list(watch.start(score(Numbered(90))).rounds(0)) == []
     assert watch.finish(Numbered(80)).acc.value == 0.8
     assert rows(folder) == [{"round": 0, "acc": 0.9}]
-    assert not runtime._Stop.is_deferred
+    assert not _Stop.is_deferred
 
 
 def test_earlier_phases_have_a_table_of_their_own(folder: RunFolder) -> None:
@@ -124,7 +124,7 @@ def test_the_method_s_own_time_is_told_from_that_of_scores_and_files(
     The checkpoint of the last batch is made after 3 * 5 seconds, two scores, and two checkpoints.
     """
     clock = [70.0]
-    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("utils.training.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def slow(model: nn.Module) -> Scores:
         clock[0] += 100
@@ -159,10 +159,10 @@ def test_a_signal_ends_a_phase_that_has_no_batches(folder: RunFolder) -> None:
     watch = Watch(folder, "round", score, eval_every=1)
     rounds = watch.start().rounds(5, "search")
     assert [next(rounds), next(rounds)] == [1, 2]
-    runtime._Stop.signal = signal.SIGTERM
-    with pytest.raises(runtime.Stopped, match="stopped in search, round 2"):
+    _Stop.signal = signal.SIGTERM
+    with pytest.raises(Stopped, match="stopped in search, round 2"):
         next(rounds)
-    assert not runtime._Stop.is_deferred
+    assert not _Stop.is_deferred
     assert not (folder.path / "checkpoint.pt").exists()
 
 
@@ -170,13 +170,13 @@ def test_signals_are_no_longer_put_off_once_the_last_round_is_over(folder: RunFo
     """What a method does after it, such as a selection, can be ended at once."""
     watch = Watch(folder, "round", score, eval_every=1)
     loop = watch.start()
-    assert runtime._Stop.is_deferred
+    assert _Stop.is_deferred
     for _ in loop.rounds(1, "search"):
         pass
-    assert runtime._Stop.is_deferred
+    assert _Stop.is_deferred
     for _ in loop.rounds(1):
         pass
-    assert not runtime._Stop.is_deferred
+    assert not _Stop.is_deferred
 
 
 def test_the_last_round_is_the_one_that_calls_stop(folder: RunFolder) -> None:
@@ -194,7 +194,7 @@ def test_a_resumed_watch_goes_on_with_all_its_rows_and_its_seconds(
 ) -> None:
     """Of the phases before, too; a checkpoint that is older than these has none."""
     clock = [1000.0]
-    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("utils.training.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
     kept = {
         "loop": None,
         "rows": [{"round": 0, "acc": 0.5, "seconds": 0.0}],
@@ -226,7 +226,7 @@ def test_a_watch_without_a_folder_writes_nothing_and_keeps_signals(tmp_path: Pat
     assert watch.findings.facts == {}
     loop = watch.start()
     assert watch.findings is loop.findings
-    assert not runtime._Stop.is_deferred
+    assert not _Stop.is_deferred
     order = torch.Generator()
     for _ in loop.rounds(2, model=Numbered(40)):
         for _ in loop.batches(3, 1, order):
@@ -241,7 +241,7 @@ def test_a_checkpoint_is_made_after_the_first_batch_that_is_late_enough(
 ) -> None:
     """Batches of 5 seconds and a checkpoint every 10: after the second one, then the fourth."""
     clock, saved = [0.0], []
-    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("utils.training.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(folder, "write_checkpoint", lambda content: saved.append(clock[0]))
     watch = Watch(folder, "round", score, eval_every=1, checkpoint_every=10)
     loop, order = watch.start(), torch.Generator()
@@ -259,8 +259,8 @@ def test_a_signal_makes_a_checkpoint_and_says_where_it_stopped(folder: RunFolder
     assert next(rounds) == 1
     batches = loop.batches(6, 2, order)
     assert len(next(batches)) == 2
-    runtime._Stop.signal = signal.SIGTERM
-    with pytest.raises(runtime.Stopped) as stopped:
+    _Stop.signal = signal.SIGTERM
+    with pytest.raises(Stopped) as stopped:
         next(batches)
     assert str(stopped.value) == (
         "stopped in teacher, round 1 after batch 1 of 3; go on with the same command and --resume"
@@ -299,7 +299,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
         def show(self, text: str) -> None:
             asked.append(("show", text))
 
-    monkeypatch.setattr(pipeline, "Progress", Bar)
+    monkeypatch.setattr("utils.training.watch.Progress", Bar)
     return asked
 
 
@@ -339,9 +339,9 @@ def test_the_bar_of_a_resumed_run_begins_where_it_was_cut_off(
         loop, order = watch.start(), torch.Generator()
         for number in loop.rounds(2, order=order):
             for _ in loop.batches(6, 2, order):
-                runtime._Stop.signal = signal.SIGTERM if number == stop_at else None
+                _Stop.signal = signal.SIGTERM if number == stop_at else None
 
-    with pytest.raises(runtime.Stopped):
+    with pytest.raises(Stopped):
         run(Watch(folder, "round", score, eval_every=1), stop_at=2)
     assert bars == [
         ("open", 6, "round", 0),
@@ -358,7 +358,7 @@ def test_the_bar_of_a_resumed_run_begins_where_it_was_cut_off(
 
 def test_seconds_are_kept_to_hundredths(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("utils.training.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
     watch = Watch(folder, "round", score, eval_every=1)
     for _ in watch.start().rounds(1):
         clock[0] = 1.23456
@@ -373,16 +373,18 @@ def test_a_scorer_asks_for_triggered_and_cross_images_each_time(
     """An attack that trains its trigger has others each time; test images stay on the device."""
     given: list[tuple[object, ...]] = []
     kept = torch.ones(9, 3, 8, 8)
-    monkeypatch.setattr(pipeline, "keep_on", lambda *asked: kept if asked[0] == cpu else None)
+    monkeypatch.setattr(
+        "utils.training.watch.keep_on", lambda *asked: kept if asked[0] == cpu else None
+    )
 
     def evaluate(*arguments: object, cross: object) -> Scores:
         given.append((*arguments, cross))
         return Scores(Rate(1, 2))
 
-    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr("utils.training.watch.evaluate", evaluate)
     numbers, model, cpu = iter(range(9)), Numbered(1), torch.device("cpu")
-    of_all = pipeline.scorer(tiny_data.test, lambda: next(numbers), cpu, lambda: next(numbers))
-    of_clean = pipeline.scorer(tiny_data.test, lambda: None, cpu)
+    of_all = scorer(tiny_data.test, lambda: next(numbers), cpu, lambda: next(numbers))
+    of_clean = scorer(tiny_data.test, lambda: None, cpu)
     assert [of_all(model), of_all(model), of_clean(model)] == [Scores(Rate(1, 2))] * 3
     assert [(first, *others) for first, _, *others in given] == [
         *[(model, 0, cpu, 1), (model, 2, cpu, 3), (model, None, cpu, None)],

@@ -14,7 +14,7 @@ from torch import nn
 
 from models import Classifier
 from utils.errors import UserError
-from utils.weights import WRAPPERS, fill, read_state_dict
+from utils.records.weights import WRAPPERS, fill, read_state_dict
 
 
 class Net(nn.Module):

@@ -23,9 +23,9 @@ from tests.test_end_to_end import (
     trained,
     workplace,
 )
-from utils import record
 from utils.config import _base, _bounds, _hints, _may_be_a_name, allowed_values
-from utils.runtime import ROOT
+from utils.files import ROOT
+from utils.records.attack import AttackRecord, load_attack
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -424,7 +424,7 @@ def test_the_folder_of_all_records_may_be_a_link(workplace: Path, tmp_path: Path
 HOLD = """
 import sys, time
 from pathlib import Path
-from utils.folders import RunFolder
+from utils.records.folders import RunFolder
 for name in sys.argv[1:]:
     RunFolder(Path(name)).claim(overwrite=True)
 print("held", flush=True)
@@ -458,7 +458,7 @@ def test_two_runs_of_one_name(
 FINISH = """
 import sys
 from pathlib import Path
-from utils.folders import RunFolder
+from utils.records.folders import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.claim(overwrite=True)
 run.start("lr: 0.1\\n")
@@ -506,7 +506,7 @@ def test_a_second_run_that_waits_for_the_first(
             if len(waits) == 1:
                 first.communicate("finish\n")
 
-        monkeypatch.setattr("utils.folders.time.sleep", wait)
+        monkeypatch.setattr("utils.records.folders.time.sleep", wait)
         assert run_script(ROOT / script, *run, *flags) == code
     assert len(waits) == 1
     assert re.search(message, capsys.readouterr().err)
@@ -560,14 +560,14 @@ def test_a_defense_does_not_work_on_a_record_that_was_replaced_while_it_was_read
     tmp_path: Path,
 ) -> None:
     summary = shutil.copytree(good, tmp_path / "record/x") / "summary.json"
-    load = record.load_attack
+    load = load_attack
 
-    def replaced(folder: Path) -> record.AttackRecord:
+    def replaced(folder: Path) -> AttackRecord:
         found = load(folder)
         summary.write_text(summary.read_text().replace("seconds", "later"))
         return found
 
-    monkeypatch.setattr(record, "load_attack", replaced)
+    monkeypatch.setattr("defense.base.load_attack", replaced)
     flags = defense_flags(tmp_path, "x", overwrite="true")
     assert run_script(ROOT / "defense/sau.py", *flags) == 2
     (error,) = errors(capsys)

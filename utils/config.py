@@ -11,7 +11,17 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 from pydantic import TypeAdapter
@@ -79,7 +89,12 @@ class Config:
     `<dataset>.yaml` beside it, for the module of each class from the base down to itself. A
     module's files may set fields of all configuration classes of that module; each class takes
     those that it has.
+
+    Attributes:
+        yaml_folder: the name of that folder where it is not the module's; of the class itself.
     """
+
+    yaml_folder: ClassVar[str]
 
     @classmethod
     def load(cls, dataset: str | None = None, **overrides: Any) -> Self:
@@ -330,7 +345,7 @@ def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
             continue
         script = Path(file).resolve()
         root = script.parents[1]
-        folder = root / "config" / script.parent.name / script.stem
+        folder = root / "config" / script.parent.name / vars(owner).get("yaml_folder", script.stem)
         names = ["default", "config"]
         if isinstance(dataset, str) and _FILE_NAME.fullmatch(dataset):  # else it is refused later
             names.append(dataset)

@@ -16,6 +16,8 @@ from typing import IO, Any
 from utils import locks
 from utils.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]  # the checkout
+
 # What a system refuses for reasons that the user can see to; never a defect of the program.
 REFUSALS = frozenset(
     (
@@ -217,3 +219,13 @@ def _lock(handle: int) -> None:
     if not locks.WINDOWS:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             locks.lock(handle, shared=True)
+
+
+def as_path(text: str | None) -> Path | None:
+    """A flag's path."""
+    return None if text is None else Path(text)
+
+
+def absolute(text: str | None) -> str | None:
+    """A flag's path as a record keeps it."""
+    return None if text is None else os.path.abspath(text)

@@ -13,7 +13,7 @@ import torch
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from utils.data import release
+from utils.data.batches import release
 from utils.files import file_sha256
 from utils.tensors import text_up_to
 

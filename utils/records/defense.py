@@ -11,18 +11,23 @@ from torch import nn
 
 from models import Classifier
 from models.changes import changes_of, shapes_without
-from utils import record
 from utils.errors import UserError
-from utils.folders import RunFolder
 from utils.records import schema
+from utils.records.attack import (
+    SUMMARY,
+    AttackRecord,
+    checked_hashes,
+    checked_model,
+    make_model,
+    model_state,
+)
+from utils.records.folders import RunFolder
 from utils.tensors import explained, load_tensors
 
 RESULT = "defense_result.pt"
 
 
-def save_defense(
-    folder: RunFolder, model: nn.Module, attack: record.AttackRecord, name: str
-) -> None:
+def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name: str) -> None:
     """Writes `defense_result.pt`: the model, and what is needed to make its network again.
 
     Args:
@@ -35,7 +40,7 @@ def save_defense(
         UserError: if the network is another one, which nothing could make again.
     """
     changes = changes_of(model.network) if isinstance(model, Classifier) else []
-    state = record.model_state(model) if isinstance(model, Classifier) else {}
+    state = model_state(model) if isinstance(model, Classifier) else {}
     shapes = shapes_without(state, changes)
     if shapes != {key: value.shape for key, value in attack.state.items()}:
         raise UserError(
@@ -73,17 +78,17 @@ def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
         UserError: if the run is not finished, or a file was changed or damaged.
     """
     folder = Path(folder)
-    if not (folder / record.SUMMARY).exists():
+    if not (folder / SUMMARY).exists():
         raise UserError(
             f"{folder}: has no summary.json, so it is no finished result of a defense; run the "
             "defense again, or give another folder"
         )
-    record.checked_hashes(folder, [RESULT])
+    checked_hashes(folder, [RESULT])
     with explained(folder / RESULT, "a defense's result of this program"):
         content = load_tensors(folder / RESULT)
         plain = schema.check_defense(content)
-    return record.make_model(
-        record.checked_model(plain["model_name"], plain.get("model_sha256"), model),
+    return make_model(
+        checked_model(plain["model_name"], plain.get("model_sha256"), model),
         content["model"],
         num_classes=plain["num_classes"],
         mean=plain["mean"],

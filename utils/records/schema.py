@@ -11,8 +11,8 @@ import torch
 from pydantic import Field, StringConstraints, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from utils.data import LARGEST_SIDE, MOST_CLASSES, Dataset, Triggered
-from utils.poison import KINDS, LabelMap
+from utils.data.labelled import LARGEST_SIDE, MOST_CLASSES, Dataset, Triggered
+from utils.data.poison import KINDS, LabelMap
 from utils.tensors import not_finite, text_up_to
 
 Name = Annotated[str, text_up_to(200)]

@@ -11,13 +11,18 @@ from typing import Any, get_type_hints
 import torch
 from matplotlib.figure import Figure
 
-from utils import plot, record
+from models import Classifier
+from utils import plot
 from utils.config import Config, parse_yaml
-from utils.data import Dataset
-from utils.folders import FREE_TO_CHANGE, RunFolder
+from utils.data.batches import as_float
+from utils.data.labelled import Dataset, Triggered
 from utils.metrics import Scores, rate_label
+from utils.process.device import environment, peak_memory_mib
+from utils.process.script import logger
+from utils.records.attack import AttackRecord, file_hashes
 from utils.records.checkpoint import files_of
-from utils.runtime import environment, logger, peak_memory_mib
+from utils.records.folders import FREE_TO_CHANGE, RunFolder
+from utils.training.evaluate import predict
 from utils.training.findings import Findings, Picture, Verdict
 
 # Flags that say where a run reads and writes, or what is drawn by chance.
@@ -65,7 +70,7 @@ def finish_run(
             **found,
             "warnings": [*dict.fromkeys([*said, *findings.warnings, *warnings])],
             **run,
-            "files": record.file_hashes(folder, *files),
+            "files": file_hashes(folder, *files),
         }
     )
     for warning in warnings:
@@ -105,7 +110,7 @@ def draw_findings(
     ]
 
 
-def judged(verdict: Verdict, attack: record.AttackRecord) -> dict[str, Any]:
+def judged(verdict: Verdict, attack: AttackRecord) -> dict[str, Any]:
     """A verdict as plain data, beside what the record says.
 
     `is_right` tells whether it says of a backdoored model that it is one, and of a clean one that
@@ -236,3 +241,28 @@ def recipe_sha256(values: Mapping[str, Any], inputs: Mapping[str, str] | None = 
             function = recipe[name].rpartition(":")[2] if name == "model" else ""
             recipe[name] = f"{sha256} {function}".strip()
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def draw_trigger(
+    folder: RunFolder,
+    model: Classifier,
+    data: Dataset,
+    triggered: Triggered,
+    title: str,
+    device: torch.device,
+) -> Path:
+    """trigger.png: eight triggered test images beside the clean ones, with what the model says."""
+    chosen = torch.linspace(0, len(triggered.index) - 1, 8).long()
+    clean = data.test.images[triggered.index[chosen]]
+    changed = triggered.images[chosen]
+    predictions = [
+        [data.named(p) for p in predict(model, images, device).tolist()]
+        for images in (clean, changed)
+    ]
+    rows = {"clean": as_float(clean), "triggered": as_float(changed)}
+    figure = plot.image_grid(
+        rows | difference(*rows.values()),
+        dict(zip(rows, predictions, strict=True)),
+        f"{title}: images, and the class that the model gives them",
+    )
+    return save_figure(folder, "trigger.png", figure)

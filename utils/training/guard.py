@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from utils.data import as_float
+from utils.data.batches import as_float
 from utils.errors import UserError, one_line, shown
-from utils.runtime import random_states, seed_everything
+from utils.process.seeds import random_states, seed_everything
 from utils.training.state import restore_random
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,8 +40,8 @@ def seeded(seed: int) -> Iterator[None]:
 def single_images_told() -> Iterator[None]:
     """Turns BatchNorm's refusal of a batch of one image, in train mode, into a UserError.
 
-    A last batch of one image does not occur (`utils.train.batch_sizes`). So only runs meet it of
-    which every batch has one image, and they meet it in their first step.
+    A last batch of one image does not occur (`utils.training.loop.batch_sizes`). So only runs meet
+    it of which every batch has one image, and they meet it in their first step.
     """
     try:
         yield

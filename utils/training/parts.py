@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from models.convolution import constant_weights
-from utils.runtime import images_at_once, rounded_up
+from utils.process.device import images_at_once, rounded_up
 
 
 def image_by_image(

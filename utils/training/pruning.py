@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from models.parts import named_channels, silenced
-from utils.evaluate import predict
-from utils.train import Loop
+from utils.training.evaluate import predict
 from utils.training.findings import Findings
+from utils.training.loop import Loop
 from utils.training.selection import acceptable, hold_out, tried
 
 

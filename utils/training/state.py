@@ -187,7 +187,7 @@ def _check_scheduler(name: str, expected: Mapping[str, Any], state: Any) -> None
 
 
 def restore_random(states: Any) -> None:
-    """Puts back the states of the global generators, see `utils.runtime.random_states`.
+    """Puts back the states of the global generators, see `utils.process.seeds.random_states`.
 
     Raises:
         ValueError: if they are none. NumPy itself would take a place beyond its own memory.

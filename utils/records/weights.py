@@ -11,7 +11,7 @@ import torch
 from models import Classifier
 from utils.errors import UserError, first_line, listed, shown
 from utils.files import TENSORS, read_bytes
-from utils.runtime import logger
+from utils.process.script import logger
 from utils.tensors import load_tensors, not_finite
 
 # Where programs keep a state dict beside other things.

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from utils.archives import Archive, extract_all
-from utils.data import Dataset, Labelled, release
+from utils.data.archives import Archive, extract_all
+from utils.data.batches import release
+from utils.data.images import IMAGE_SUFFIXES, data_folder, decoded
+from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError, listed, suggestion
 from utils.files import TABLE, read_text
-from utils.images import IMAGE_SUFFIXES, data_folder, decoded
-from utils.runtime import logger
+from utils.process.script import logger
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "gtsrb", "tiny", "folder"]
 

@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from utils.data import Dataset, Labelled, Triggered, release
+from utils.data.batches import release
+from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.errors import UserError
-from utils.runtime import Progress
+from utils.process.progress import Progress
 
 LabelMap = Literal["all2one", "all2all"]
 

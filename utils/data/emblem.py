@@ -1,7 +1,7 @@
 """The picture that Blended and Adaptive-Blend mix into images: drawn here, or the user's own.
 
 It stands by itself because two attacks need it and methods never import each other, and because
-`utils/poison.py` is about sets of images, whatever their trigger.
+`utils/data/poison.py` is about sets of images, whatever their trigger.
 """
 
 import functools
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from utils.data.images import read_image
 from utils.errors import UserError
-from utils.images import read_image
 
 _CANVAS = 256  # side in pixels that the emblem is drawn at
 _GROUND = (245, 245, 245)

@@ -11,13 +11,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from utils.data import Labelled, Triggered, keep_on
-from utils.evaluate import evaluate
-from utils.folders import RunFolder
+from utils.data.batches import keep_on
+from utils.data.labelled import Labelled, Triggered
 from utils.metrics import Scores
-from utils.runtime import Progress, Stopped, defer_signals, logger, stop_signal
-from utils.train import Loop
+from utils.process.progress import Progress
+from utils.process.script import Stopped, defer_signals, logger, stop_signal
+from utils.records.folders import RunFolder
+from utils.training.evaluate import evaluate
 from utils.training.findings import Findings
+from utils.training.loop import Loop
 
 
 class Watch:

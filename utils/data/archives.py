@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from utils import distributed
 from utils.errors import UserError, one_line
 from utils.files import remove_strays, replaced, temporary_folder
-from utils.runtime import Progress, logger
+from utils.process import distributed
+from utils.process.progress import Progress
+from utils.process.script import logger
 
 _MIB = 1 << 20
 

@@ -5,10 +5,12 @@ from torch import nn
 
 from models import Resize
 from models.convolution import constant_weights
-from utils import distributed
-from utils.data import Labelled, Triggered, as_float, release
+from models.modes import evaluating
+from utils.data.batches import as_float, release
+from utils.data.labelled import Labelled, Triggered
 from utils.metrics import Rate, Scores
-from utils.runtime import evaluating, images_at_once
+from utils.process import distributed
+from utils.process.device import images_at_once
 
 
 def predict(

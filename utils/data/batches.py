@@ -1,108 +1,19 @@
-"""Clean data as uint8 tensors, and batches of it as float images on the device."""
+"""Batches of images: in memory, as floats, augmented."""
 
-import hashlib
 import mmap
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from utils import distributed
-from utils.errors import listed, shown
+from utils.process import distributed
 
-LARGEST_SIDE = 1024  # of an image, in pixels
-MOST_CLASSES = 100_000
 RESIDENT = 1 << 29  # bytes of a mapped file that may stay in memory
+
 
 # By the address of a tensor's storage, which keeps the map alive.
 _MAPS: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images with their labels: uint8 (N, C, H, W) and int64 (N,)."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def at(self, index: torch.Tensor) -> "Labelled":
-        """The rows at int64 indices."""
-        chosen = Labelled(self.images[index], self.labels[index])
-        release(self.images)
-        return chosen
-
-
-@dataclass(frozen=True)
-class Triggered:
-    """Triggered images of one clean split.
-
-    Attributes:
-        images: uint8 (M, C, H, W), with the trigger.
-        targets: int64 (M,), the labels that the attacker wants.
-        labels: int64 (M,), the true labels.
-        index: int64 (M,), the positions in the clean split.
-    """
-
-    images: torch.Tensor
-    targets: torch.Tensor
-    labels: torch.Tensor
-    index: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A clean classification dataset in memory (or mapped from a cache file).
-
-    Attributes:
-        train, test: the two splits.
-        classes: names by label.
-        mean, std: per-channel constants of the network's normalization, pixel units in [0, 1].
-        warnings: what is odd about its files, one line each.
-    """
-
-    name: str
-    train: Labelled
-    test: Labelled
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
-
-    def named(self, label: int) -> str:
-        """A class by number and name: '2 (dog)'; '2' where that is its name."""
-        name = self.classes[label]
-        return f"{label}" if name == str(label) else f"{label} ({shown(name, 40)})"
-
-    def listed(self) -> str:
-        """The names of the classes, of many the first ten."""
-        return listed(self.classes, limit=40)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All images and labels, the training set first."""
-        return [self.train.images, self.train.labels, self.test.images, self.test.labels]
-
-    def fingerprint(self) -> str:
-        """sha256 over all labels and about 500 evenly spaced images of each split.
-
-        It tells whether a record's indices still mean the same images.
-        """
-        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogatepass"))
-        for split in (self.train, self.test):
-            digest.update(split.labels.numpy().tobytes())
-            digest.update(split.images[:: max(1, len(split) // 500)].contiguous().numpy().tobytes())
-            release(split.images)
-        return digest.hexdigest()
 
 
 def mapped(file: Path, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,13 +15,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from utils import distributed, locks
+from utils import locks
 from utils.config import parse_yaml, read_yaml
-from utils.contents import MARK, NAME, Contents, is_file_name, write_mark
 from utils.errors import NothingToDo, UserError, shown
-from utils.files import not_written, remove_strays, replaced
+from utils.files import ROOT, as_path, not_written, remove_strays, replaced
+from utils.process import distributed
+from utils.process.script import logger
 from utils.records.checkpoint import CHECKPOINT, Origin
-from utils.runtime import ROOT, logger
+from utils.records.contents import MARK, NAME, Contents, is_file_name, write_mark
 from utils.tensors import explained, load_tensors
 
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
@@ -37,9 +38,9 @@ class RunFolder:
     """The folder that a run writes; every file appears whole or not at all.
 
     `run.json` lists the files of the run, each before it is first written, so that nothing else is
-    ever removed; see `utils.contents`. `summary.json` is written last, so its presence means that
-    the run is done. A folder without it is what a failed run left, and may be written again. Of
-    several processes the first one alone writes.
+    ever removed; see `utils.records.contents`. `summary.json` is written last, so its presence says
+    that the run is done. A folder without it is what a failed run left, and may be written again.
+    Of several processes the first one alone writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -518,3 +519,18 @@ def save_plain(path: Path, content: Any) -> None:
 def _write_text(path: Path, text: str) -> None:
     # Names of bytes that are no UTF-8 have halves of characters, in JSON and YAML \udc80.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def free_folder(
+    name: str | None, root: str | None, overwrite: bool, resume: bool = False
+) -> RunFolder:
+    """The folder of a new record, or of one to go on with; this process alone may write it.
+
+    Raises:
+        UserError: if there is no name, or what stands there may not be replaced.
+    """
+    if name is None:
+        raise UserError("--save_folder_name: a value is needed; give the record a name")
+    folder = attack_folder(name, as_path(root))
+    folder.claim(overwrite, resume)
+    return folder

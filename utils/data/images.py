@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils import distributed
-from utils.data import mapped
+from utils.data.batches import mapped
 from utils.errors import UserError, one_line
-from utils.files import file_sha256, not_written, opened, prepare_folder, replaced
-from utils.runtime import ROOT, Progress, logger
+from utils.files import ROOT, file_sha256, not_written, opened, prepare_folder, replaced
+from utils.process import distributed
+from utils.process.progress import Progress
+from utils.process.script import logger
 
 IMAGE_SUFFIXES = frozenset(
     (

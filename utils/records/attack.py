@@ -13,16 +13,15 @@ import torch
 
 from models import Classifier, build_model, check_model, is_user_file, model_identity
 from models.changes import apply_changes
-from utils import backdoorbench
-from utils.archives import nothing_written
 from utils.config import read_yaml
-from utils.data import Dataset, Labelled, Triggered
-from utils.datasets import DatasetName, load_dataset
+from utils.data.archives import nothing_written
+from utils.data.datasets import DatasetName, load_dataset
+from utils.data.labelled import Dataset, Labelled, Triggered
+from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError, one_line
 from utils.files import TABLE, file_sha256, read_text
-from utils.folders import RunFolder
-from utils.poison import KINDS, PoisonedSet, unpoisoned
-from utils.records import schema
+from utils.records import backdoorbench, schema
+from utils.records.folders import RunFolder
 from utils.tensors import explained, load_tensors
 
 RESULT, POISON, SUMMARY = "attack_result.pt", "poison.pt", "summary.json"

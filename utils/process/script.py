@@ -1,0 +1,205 @@
+"""How a script runs: exit codes, signals, logs."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any
+
+from models import userfile
+from utils.errors import NothingToDo, UserError, one_line, shown
+from utils.files import REFUSALS, not_written
+from utils.process import distributed
+
+SAME_REQUEST = 1.0  # seconds
+
+
+logger = logging.getLogger("sau")
+
+
+class Line(logging.Formatter):
+    """One line for each record, whatever the texts hold that it tells; see `shown`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main function and turns its end into an exit code.
+
+    A `UserError` is printed, one line a problem, and exits with 2, and so is what the system
+    refuses (no access, no space), what torch cannot do on `mps`, and whatever the user's own
+    network raises; Ctrl-C exits with 130, SIGTERM with 143, a closed terminal with 129, Ctrl-Break
+    (Windows) with 149. Of several processes the first one speaks for all; another one only of what
+    it alone has met.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else it is not a terminal's, nor a file's
+            stream.reconfigure(errors="backslashreplace")  # where LANG has not all letters
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(Line("%(message)s"))
+    logger.addHandler(console)
+    logger.setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        logger.setLevel(logging.ERROR)
+    try:
+        with _signals(), distributed.joined(), userfile.blamed(but_for=Stopped):
+            main()
+    except UserError as error:
+        if not is_first:
+            # torchrun ends this process if the first one has failed as well, which may take a while
+            # on a busy machine; only what this one alone has met is then still to be said.
+            time.sleep(30)
+        for problem in error.problems:
+            logger.error("error: %s", problem)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        what = "a file" if error.filename is None else error.filename
+        advice = "make space, make it accessible, or give another path"
+        logger.error("error: %s: %s; %s", what, error.strerror, advice)
+        raise SystemExit(2) from None
+    except (RuntimeError, TypeError) as error:
+        if str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
+            logger.error("error: %s; give another path", error)
+        elif re.search(r"\bMPS\b", str(error)):
+            logger.error(
+                "error: --device: mps lacks what this run needs (%s); give cpu, or set "
+                "PYTORCH_ENABLE_MPS_FALLBACK=1 for what it can leave to the CPU",
+                shown(one_line(error), 200),
+            )
+        else:
+            raise
+        raise SystemExit(2) from None
+    except NothingToDo as done:
+        logger.info("%s", done)
+    except Stopped as stopped:
+        logger.error("%s", stopped)
+        raise SystemExit(128 + stopped.signal) from None
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    finally:
+        logger.removeHandler(console)
+
+
+class Stopped(KeyboardInterrupt):
+    """The user, or the system, has asked this process to end."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class _Stop:
+    """Whether work that can be resumed is being done, and which signal has come meanwhile."""
+
+    is_deferred = False
+    signal: int | None = None
+    since = 0.0
+
+
+def defer_signals(deferred: bool) -> None:
+    """Between True and False, a signal to end waits for `stop_signal` to be asked."""
+    _Stop.is_deferred = deferred
+
+
+def stop_signal() -> int | None:
+    """The signal that waits, if any."""
+    return _Stop.signal
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """A first signal to end waits where work can be resumed; another one ends it at once.
+
+    These are SIGINT, SIGTERM and, where the system has them, SIGHUP and SIGBREAK.
+
+    What comes within a second of the first is still the first: schedulers and launchers signal all
+    processes of a job, and each of these passes it on to its children.
+    """
+
+    def handle(number: int, _: Any) -> None:
+        if _Stop.signal is not None and time.monotonic() - _Stop.since < SAME_REQUEST:
+            return
+        if not _Stop.is_deferred or _Stop.signal is not None:
+            raise Stopped(number, "interrupted" if number == signal.SIGINT else "terminated")
+        _Stop.signal, _Stop.since = number, time.monotonic()
+        logger.warning("stopping after this step; once more to stop at once")
+
+    _Stop.is_deferred, _Stop.signal = False, None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hang_up = getattr(signal, "SIGHUP", None)  # the terminal is closed; not on Windows
+    if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:  # as nohup sets it
+        numbers.append(hang_up)
+    if hasattr(signal, "SIGBREAK"):  # Windows, which has no other signal from process to process
+        numbers.append(signal.SIGBREAK)
+    before = {n: signal.signal(n, handle) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def file_log() -> Iterator[Callable[..., None]]:
+    """Keeps the log's lines; the function that it gives opens the file that gets them all.
+
+    So that a log also tells what came before its folder was made. Each line has its own time. With
+    `append` a resumed run's lines come after those of the run before.
+    """
+    kept = MemoryHandler(capacity=1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    files: list[logging.FileHandler] = []
+
+    def open_file(path: Path, append: bool = False) -> None:
+        if not distributed.is_main():
+            return
+        try:
+            files.append(_LogFile(path, mode="a" if append else "w", encoding="utf-8"))
+        except OSError as error:
+            raise not_written(path, error) from None
+        files[0].setFormatter(Line("%(asctime)s %(levelname)s %(message)s"))
+        kept.setTarget(files[0])
+        kept.flushLevel = logging.NOTSET  # from now on each line is passed on at once
+        kept.flush()
+
+    logger.addHandler(kept)
+    try:
+        yield open_file
+    finally:
+        logger.removeHandler(kept)
+        for handler in (kept, *files):
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Ends the run with one line where logging itself would print a traceback for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        stream, self.stream = self.stream, None
+        with contextlib.suppress(OSError):  # what could not be written is tried once more
+            if stream is not None:
+                stream.close()
+        self.mode = "a"
+        raise not_written(Path(self.baseFilename), error) from None

@@ -1,0 +1,111 @@
+"""Random generators, and the same bits for the same seed."""
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """With `wanted`, a GPU gives the same bits for the same seed inside; all is put back after.
+
+    cuDNN and cuBLAS use deterministic algorithms alone, which may be slower. A CPU does so anyway.
+
+    Raises:
+        UserError: if the network has an operation that torch can only do in another way.
+    """
+    if not wanted:
+        yield
+        return
+    cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
+    before = (cudnn.deterministic, cudnn.benchmark, os.environ.get(variable))
+    was_strict = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn.deterministic, cudnn.benchmark = True, False
+    if before[2] not in (":4096:8", ":16:8"):
+        os.environ[variable] = ":4096:8"  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise UserError(
+            f"--deterministic: {found[1]} cannot be so on this device; leave the flag out, or give "
+            "another --model"
+        ) from None
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before[:2]
+        torch.use_deterministic_algorithms(was_strict, warn_only=only_warned)
+        os.environ.pop(variable, None)
+        if before[2] is not None:
+            os.environ[variable] = before[2]
+
+
+def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A private generator, so that what one purpose draws never shifts what another one draws.
+
+    Args:
+        seed: the run's seed.
+        purpose: any text, e.g. "poisoned indices".
+        device: where it draws.
+    """
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    made = torch.Generator(device)
+    made.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return made
+
+
+class Draws:
+    """An object whose state is that of the generators among its attributes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states by the names of the attributes."""
+        return {name: rng.get_state() for name, rng in self._generators().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is of other generators.
+        """
+        if state.keys() != self._generators().keys():
+            raise ValueError("the generators have other names")
+        for name, rng in self._generators().items():
+            rng.set_state(state[name])
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        values = vars(self).items()
+        return {name: value for name, value in values if isinstance(value, torch.Generator)}
+
+
+def random_states() -> dict[str, Any]:
+    """The states of the global generators of Python, NumPy and torch, as plain data and tensors.
+
+    `utils.training.state.restore_random` puts them back.
+    """
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+    }
