@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
-_PIPELINES = ("__init__", "__main__", "prototype", "controlled", "external")
+_PIPELINES = (
+    *("__init__", "__main__"),
+    *("recipe", "setting", "poisoning", "controlled", "prototype"),
+)
 
 
 def names() -> list[str]:
-    """The names of all attacks; a clean model and imported ones are none."""
+    """The names of all attacks; a clean model is none."""
     found = (path.stem for path in Path(__file__).parent.glob("*.py"))
     return sorted(name for name in found if name not in _PIPELINES)

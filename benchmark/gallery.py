@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.sources import file_stem
+from benchmark.reporting.sources import file_stem
 from utils import plot
 from utils.config import Parser
 from utils.data.batches import as_float

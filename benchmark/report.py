@@ -27,9 +27,10 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark import gallery, page, sources, tables
-from benchmark.means import Grid, Table, summarize
-from benchmark.summaries import METRICS, UNDEFENDED, is_clean, read_runs
+from benchmark import gallery
+from benchmark.reporting import page, sources, tables
+from benchmark.reporting.means import Grid, Table, summarize
+from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean, read_runs
 from utils import plot
 from utils.config import Parser
 from utils.errors import UserError, one_line

@@ -1,7 +1,7 @@
 """SAU written out literally and slowly, as the published procedure states it.
 
 All images take part in every step, clean predictions are recomputed in every step, nothing is
-cached. The tests hold `defense/sau.py` to it, and `benchmark/literal.py`.
+cached. The tests hold `defense/sau.py` to it, and `perf/literal.py`.
 """
 
 import torch

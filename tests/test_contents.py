@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import stress
+from perf import stress
 from utils.errors import NothingToDo, UserError
 from utils.records import contents, folders
 from utils.records.contents import Contents, is_file_name, write_mark

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmark.literal import plain_network
 from models import convolution
 from models.convolution import Conv3x3, constant_weights, patch_gradient
 from models.preactresnet import preactresnet18
+from perf.literal import plain_network
 
 
 @pytest.fixture

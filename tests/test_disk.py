@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmark import stress
+from perf import stress
 from tests.conftest import make_small
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
 from utils.data import images

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+import attack
 import utils.data.datasets
 import utils.data.images
 from utils.files import ROOT
 
-PIPELINES = {"__init__", "prototype", "controlled", "external"}
-ATTACKS = sorted(path.stem for path in (ROOT / "attack").glob("*.py") if path.stem not in PIPELINES)
+ATTACKS = attack.names()
 
 # What an attack prepares before its trigger, cut short: the tiny set cannot teach it anyway.
 SHORT: dict[str, dict[str, object]] = {

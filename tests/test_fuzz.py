@@ -1,4 +1,4 @@
-"""Damaged files are read or refused; a few of the many that `benchmark/fuzz.py` makes."""
+"""Damaged files are read or refused; a few of the many that `perf/fuzz.py` makes."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import models
-from benchmark import fuzz, hostile
+from perf import fuzz, hostile
 from utils.data import datasets
 
 

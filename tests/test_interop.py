@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 import models
-from benchmark import fuzz
 from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
+from perf import fuzz
 from tests import backdoorbench_writer as writer
 from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, tiny, wanet
 from tests.test_end_to_end import run_script

@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,83 +12,36 @@ import pytest
 
 from utils.files import ROOT
 
-PACKAGES = ("utils", "models", "attack", "defense", "interop", "benchmark")
+PACKAGES = ("utils", "models", "attack", "defense", "interop", "benchmark", "perf")
 
-# From the bottom up; the first pattern that fits a module gives its layer. Packages themselves are
-# empty files, except models, whose __init__ gathers the networks of its own package.
-LAYERS = (
-    ("utils", 0),
-    ("attack", 0),
-    ("defense", 0),
-    ("interop", 0),
-    ("benchmark", 0),
-    ("utils.errors", -1),
-    ("utils.process.distributed", 1),
-    ("models.batchnorm", 0),
-    ("models.convolution", 0),
-    ("models.neighbours", 0),
-    ("models", 1),
-    ("models.parts", 3),
-    ("models.*", 1),
-    ("utils.locks", -1),
-    ("utils.files", 0),
-    ("utils.tensors", 2),
-    ("utils.config", 1),
-    ("utils.metrics", 1),
-    ("utils.perturb", 1),
-    ("utils.runtime", 2),
-    ("utils.records.weights", 3),
-    ("utils.data", 3),
-    ("utils.data.images", 4),
-    ("utils.data.archives", 3),
-    ("utils.data.datasets", 5),
-    ("utils.data.poison", 4),
-    ("utils.data.emblem", 5),
-    ("utils.training.evaluate", 4),
-    ("utils.backdoorbench", 4),
-    ("utils.train", 6),
-    ("utils.records.contents", 2),
-    ("utils.records.folders", 5),
-    ("utils.records.attack", 6),
-    ("utils.plot", 6),
-    ("utils.training.watch", 7),
-    ("utils.training", 0),
-    ("utils.records", 0),
-    ("utils.training.findings", 3),
-    ("utils.training.state", 3),
-    ("utils.training.guard", 5),
-    ("utils.training.selection", 3),
-    ("utils.training.parts", 3),
-    ("utils.training.sgd", 7),
-    ("utils.training.pruning", 7),
-    ("utils.training.ending", 7),
-    ("utils.records.schema", 5),
-    ("utils.records.checkpoint", 4),
-    ("utils.records.defense", 7),
-    ("attack.prototype", 8),
-    ("defense.base", 8),
-    ("interop.*", 8),
-    ("attack.controlled", 9),
-    ("attack.*", 10),
-    ("defense.*", 10),
-    ("benchmark.literal", 11),
-    ("benchmark.grid", 11),
-    ("benchmark.run", 13),
-    ("benchmark.summaries", 9),
-    ("benchmark.means", 10),
-    ("benchmark.sources", 10),
-    ("benchmark.tables", 11),
-    ("benchmark.report", 13),
-    ("benchmark.variants", 13),
-    ("benchmark.hostile", 9),
-    ("benchmark.fuzz", 14),
-    ("benchmark.stress", 15),
-    ("benchmark.*", 12),
+# From the top down; a module is in the first row that has a pattern for it. Imports go to the rows
+# below, and within a row without circles; but methods never import each other.
+ROWS = (
+    ("benchmark.*", "perf.*"),
+    ("attack.?*", "defense.?*"),
+    (
+        *("attack.prototype", "attack.recipe", "attack.setting", "attack.poisoning"),
+        *("attack.controlled", "defense.base", "interop.*"),
+    ),
+    ("utils.training.*",),
+    ("utils.records.*",),
+    ("utils.data.*",),
+    ("utils.process.*",),
+    ("models", "models.*"),
+    ("utils.*", *PACKAGES, "utils.training", "utils.records", "utils.data", "utils.process"),
 )
+METHODS, PIPELINES = 1, 2
 
 
-def layer(module: str) -> int | None:
-    return next((number for name, number in LAYERS if fnmatch.fnmatchcase(module, name)), None)
+def row_of(module: str) -> int | None:
+    """The row of a module, 0 at the top; the names of pipelines and packages go before patterns."""
+    for number in sorted(range(len(ROWS)), key=lambda number: number == METHODS):
+        if module in ROWS[number]:
+            return number
+    for number, patterns in enumerate(ROWS):
+        if any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns):
+            return number
+    return None
 
 
 def modules_under(root: Path) -> dict[str, Path]:
@@ -121,24 +75,34 @@ def imports_of(module: str, path: Path, modules: dict[str, Path]) -> set[str]:
     return {name for name in names if name.split(".")[0] in PACKAGES and name != module}
 
 
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other, directly or around."""
+    sorter = graphlib.TopologicalSorter(imports)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        return [" imports ".join(reversed(error.args[1]))]
+    return []
+
+
 def violations(root: Path) -> list[str]:
-    """Every import that does not go strictly down, and every module without a layer."""
+    """Every import that does not go down, every circle, and every module without a row."""
     modules = modules_under(root)
-    found = []
-    for module, path in modules.items():
-        here = layer(module)
+    imports = {name: imports_of(name, path, modules) for name, path in modules.items()}
+    wrong = []
+    for module, imported_modules in imports.items():
+        here = row_of(module)
         if here is None:
-            found.append(f"{module} has no layer; give it one in LAYERS")
+            wrong.append(f"{module} is in no row; give it one in ROWS")
             continue
-        for imported in sorted(imports_of(module, path, modules)):
+        for imported in sorted(imported_modules):
             if imported not in modules:
-                found.append(f"{module} imports {imported}, which is no module")
+                wrong.append(f"{module} imports {imported}, which is no module")
                 continue
-            there = layer(imported)
-            is_own_package = module == "models" and imported.startswith("models.")
-            if there is None or (there >= here and not is_own_package):
-                found.append(f"{module} (layer {here}) imports {imported} (layer {there})")
-    return found
+            there = row_of(imported)
+            if there is None or there < here or (there == here == METHODS):
+                wrong.append(f"{module} imports {imported}, which is not below it")
+    return wrong or circles(imports)
 
 
 def test_imports_go_down_only() -> None:
@@ -149,56 +113,83 @@ def test_imports_go_down_only() -> None:
     ("module", "text", "problem"),
     [
         (
-            "utils/data.py",
+            "utils/data/poison.py",
+            "import utils.records.folders",
+            "utils.data.poison imports utils.r",
+        ),
+        (
+            "utils/data/poison.py",
+            "from utils.records import folders",
+            "utils.data.poison imports ut",
+        ),
+        (
+            "utils/data/poison.py",
+            "from ..records import folders",
+            "utils.data.poison imports utils.",
+        ),
+        (
+            "utils/data/poison.py",
+            "from ..records.folders import x",
+            "utils.data.poison imports util",
+        ),
+        ("utils/errors.py", "def f():\n    import models", "utils.errors imports models, which is"),
+        (
+            "utils/process/seeds.py",
             "import utils.data.poison",
-            "utils.data (layer 3) imports utils.data.poison",
+            "utils.process.seeds imports utils.da",
         ),
+        ("utils/data/poison.py", "from attack.lc import x", "utils.data.poison imports attack.lc"),
+        ("utils/training/x.py", "import defense.base", "utils.training.x imports defense.base"),
         (
-            "utils/data.py",
-            "from utils import poison",
-            "utils.data (layer 3) imports utils.data.poison",
+            "attack/lc.py",
+            "import attack.wanet",
+            "attack.lc imports attack.wanet, which is not below",
         ),
-        ("utils/data.py", "from . import poison", "utils.data (layer 3) imports utils.data.poison"),
-        (
-            "utils/data.py",
-            "from .poison import x",
-            "utils.data (layer 3) imports utils.data.poison",
-        ),
-        ("utils/errors.py", "def f():\n    import utils.data", "utils.errors (layer -1) imports"),
-        (
-            "utils/records/attack.py",
-            "import utils.train",
-            "utils.records.attack (layer 6) imports utils.train",
-        ),
-        ("utils/data.py", "from attack.lc import x", "utils.data (layer 3) imports attack.lc"),
-        ("attack/lc.py", "import attack.wanet", "attack.lc (layer 10) imports attack.wanet"),
-        ("defense/ft.py", "from attack import lc", "defense.ft (layer 10) imports attack.lc"),
-        ("models/vgg.py", "from models import x", "models.vgg (layer 1) imports models (layer 1)"),
-        ("utils/data.py", "import utils.gone", "utils.data imports utils.gone, which is no module"),
-        ("utils/new.py", "", "utils.new has no layer"),
+        ("defense/ft.py", "from attack import lc", "defense.ft imports attack.lc, which is not"),
+        ("defense/base.py", "from attack import lc", "defense.base imports attack.lc, which is n"),
+        ("attack/lc.py", "import benchmark.run", "attack.lc imports benchmark.run, which is not"),
+        ("models/vgg.py", "import utils.process.seeds", "models.vgg imports utils.process.seeds"),
+        ("utils/data/poison.py", "import utils.gone", "utils.data.poison imports utils.gone, whic"),
     ],
 )
 def test_the_check_finds_each_way_up(tmp_path: Path, module: str, text: str, problem: str) -> None:
     """One bad file in a tree of empty ones is one violation."""
-    for name in ("utils/data", "utils/poison", "utils/train", "attack/lc", "attack/wanet"):
-        write(tmp_path, f"{name}.py", "")
-    for package in PACKAGES:
-        write(tmp_path, f"{package}/__init__.py", "")
+    plant(tmp_path)
     assert violations(tmp_path) == []
     write(tmp_path, module, text)
-    (found,) = violations(tmp_path)
-    assert found.startswith(problem)
+    (wrong,) = violations(tmp_path)
+    assert wrong.startswith(problem)
+
+
+def test_the_check_finds_circles(tmp_path: Path) -> None:
+    plant(tmp_path)
+    write(tmp_path, "utils/data/a.py", "from utils.data import b")
+    write(tmp_path, "utils/data/b.py", "import utils.data.poison")
+    write(tmp_path, "utils/data/poison.py", "import utils.data.a")
+    (wrong,) = violations(tmp_path)
+    assert wrong.count(" imports ") == 3
 
 
 def test_the_check_lets_imports_down_pass(tmp_path: Path) -> None:
-    for package in PACKAGES:
-        write(tmp_path, f"{package}/__init__.py", "")
+    plant(tmp_path)
     write(tmp_path, "models/vgg.py", "from utils.errors import UserError")
     write(tmp_path, "models/__init__.py", "import torch\nfrom models.vgg import vgg")
-    write(tmp_path, "utils/errors.py", "import sys")
-    write(tmp_path, "attack/prototype.py", "from models import vgg\nfrom utils import errors")
-    write(tmp_path, "attack/lc.py", "from attack.prototype import run\nimport utils.errors")
+    write(tmp_path, "attack/prototype.py", "from models import vgg\nfrom attack import recipe")
+    write(tmp_path, "attack/lc.py", "from attack.prototype import run\nimport utils.data.poison")
+    write(tmp_path, "utils/records/folders.py", "import utils.process.seeds, utils.data.poison")
     assert violations(tmp_path) == []
+
+
+def plant(root: Path) -> None:
+    """Empty files, one or two for each row."""
+    names = ("utils/data/poison", "utils/records/folders", "utils/process/seeds", "utils/errors")
+    methods = ("attack/lc", "attack/wanet", "attack/recipe", "defense/ft", "benchmark/run")
+    rooms = ("training", "records", "data", "process")
+    for name in (*names, *methods, *(f"{package}/__init__" for package in PACKAGES)):
+        write(root, f"{name}.py", "")
+    for room in rooms:
+        write(root, f"utils/{room}/__init__.py", "")
+    write(root, "defense/base.py", "")
 
 
 def write(root: Path, name: str, text: str) -> None:
@@ -265,7 +256,7 @@ def watched_imports(
 
 def test_importing_any_module_prints_nothing_and_writes_nothing(tmp_path: Path) -> None:
     modules = modules_under(ROOT)
-    assert {"utils.data", "models", "attack.badnet", "defense.sau"} <= set(modules)
+    assert {"utils.data.batches", "models", "attack.badnet", "defense.sau"} <= set(modules)
     assert watched_imports(ROOT, modules, tmp_path, FOREIGN) == ""
     assert list(tmp_path.iterdir()) == []
 

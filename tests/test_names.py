@@ -19,9 +19,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmark import gallery, tables
-from benchmark.sources import file_stem, read_metrics
-from benchmark.summaries import read_runs
+from benchmark import gallery
+from benchmark.reporting import tables
+from benchmark.reporting.sources import file_stem, read_metrics
+from benchmark.reporting.summaries import read_runs
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
 from tests.test_report import attack, defense, report
 from tests.test_userfile import net
@@ -193,14 +194,14 @@ PATHS = ["x" * 300, "x" * 5000, "\udcff", "a\x1b[31m\nb", "/dev/null/x", "a\0b",
         *(("attack/badnet.py", flag) for flag in ("save_folder_name", "dataset_path", "model")),
         *(("attack/badnet.py", flag) for flag in ("dataset", "device", "yaml_path")),
         *(("defense/sau.py", flag) for flag in ("result_file", "bd_yaml_path", "dataset")),
-        ("attack/external.py", "state_dict"),
+        ("interop/state_dict.py", "state_dict"),
     ],
 )
 def test_no_value_of_a_flag_ends_in_a_traceback(
     workplace: Path, capsys: pytest.CaptureFixture[str], script: str, flag: str, path: str
 ) -> None:
-    flags = attack_flags(workplace, "flags") if script != "attack/external.py" else []
-    if script == "attack/external.py":
+    flags = attack_flags(workplace, "flags") if script != "interop/state_dict.py" else []
+    if script == "interop/state_dict.py":
         flags = [*attack_flags(workplace, "flags")[:10], "--image_size", 16, "--model", "resnet18"]
     elif script == "defense/sau.py":
         flags = ["--record_path", workplace / "record"]

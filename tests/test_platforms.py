@@ -46,12 +46,12 @@ def names_in(folder: Path) -> set[str]:
 
 def test_every_module_is_imported_without_what_windows_lacks(tmp_path: Path) -> None:
     modules = modules_under(ROOT)
-    assert {"utils.locks", "benchmark.stress", "benchmark.fuzz", "benchmark.memory"} <= set(modules)
+    assert {"utils.locks", "perf.stress", "perf.fuzz", "perf.memory"} <= set(modules)
     elsewhere(tmp_path, "import", *modules)
 
 
 def test_scripts_say_how_they_are_used_without_what_windows_lacks(tmp_path: Path) -> None:
-    scripts = ("attack/badnet.py", "defense/sau.py", "benchmark/run.py", "benchmark/stress.py")
+    scripts = ("attack/badnet.py", "defense/sau.py", "benchmark/run.py", "perf/stress.py")
     printed = elsewhere(tmp_path, "help", *scripts)
     for flag in ("--pratio", "--n_rounds", "--executor", "--kills"):
         assert f"  {flag}" in printed

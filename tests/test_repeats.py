@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmark import tables
 from benchmark.grid import Cell, cells_of, read_grid
-from benchmark.means import summarize
-from benchmark.summaries import CLEAN, UNDEFENDED, read_runs
+from benchmark.reporting import tables
+from benchmark.reporting.means import summarize
+from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
 from defense import ft
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from tests.test_external import OWN, flags, network, own, state, triggered_images, wrapped
 from tests.test_report import attack, defense, write
+from tests.test_state_dict import OWN, flags, network, own, state, triggered_images, wrapped
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.training import ending
@@ -246,7 +246,7 @@ def test_scripts_write_what_tells_their_runs_apart(
     workplace: Path, own: Path, state: Path, tmp_path: Path
 ) -> None:
     """Two checkpoints, two folders of pictures, two lists of indices, the same in two places."""
-    script = ROOT / "attack/external.py"
+    script = ROOT / "interop/state_dict.py"
     other = wrapped(
         tmp_path / "other.pt", {k: v + 0.1 for k, v in network().state_dict().items()}, "net"
     )

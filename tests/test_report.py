@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmark import page, sources, tables
-from benchmark.means import Number, Table, summarize
 from benchmark.report import draw, made_folder
-from benchmark.summaries import CLEAN, UNDEFENDED, read_runs
+from benchmark.reporting import page, sources, tables
+from benchmark.reporting.means import Number, Table, summarize
+from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
 from tests.test_end_to_end import badnet, cache, defense_flags, run_script, workplace
 from utils import plot
 from utils.files import ROOT

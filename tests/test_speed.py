@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmark import literal
-from benchmark.speed import Counting, forward_operations, interleaved, rows_of
 from defense import sau
 from models import Classifier, build_model, prepare
 from models.convolution import Conv3x3
+from perf import literal
+from perf.speed import Counting, forward_operations, interleaved, rows_of
 from tests.oracle import perturbation
 from tests.test_end_to_end import badnet, cache, run_script, workplace
 from utils.data.batches import as_float
@@ -67,7 +67,7 @@ def test_numbers_that_measure_nothing_are_refused(
     workplace: Path, badnet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--result_file", badnet, "--to", workplace / "none", "--repeats", 0]
-    assert run_script(ROOT / "benchmark/speed.py", *flags) == 2
+    assert run_script(ROOT / "perf/speed.py", *flags) == 2
     assert "--repeats: 0 is not allowed; give 1 or more" in capsys.readouterr().err
 
 
@@ -104,7 +104,7 @@ def test_it_leaves_a_table_and_a_chart(workplace: Path, badnet: Path) -> None:
     flags = ["--result_file", badnet, "--to", workplace / "speed", "--repeats", 1, "--images", 4]
     flags += ["--epoch_images", 8, "--batch_size", 4, "--device", "cpu"]
     flags += ["--parts", "round", "epoch", "share"]
-    assert run_script(ROOT / "benchmark/speed.py", *flags) == 0
+    assert run_script(ROOT / "perf/speed.py", *flags) == 0
     table = pd.read_csv(workplace / "speed/speed.csv")
     assert set(table["part"]) == {"round", "round+", "epoch", "epoch+", "share"}
     assert (table["seconds"] > 0).all()

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from benchmark import stress
+from perf import stress
 from tests.test_end_to_end import run_script
 from utils.files import ROOT
 
@@ -17,7 +17,7 @@ from utils.files import ROOT
 def matrix(*flags: object) -> subprocess.CompletedProcess[str]:
     """In a process of its own: a fork of one that has trained cannot train."""
     return subprocess.run(
-        [sys.executable, "benchmark/stress.py", "--matrix", *map(str, flags)],
+        [sys.executable, "perf/stress.py", "--matrix", *map(str, flags)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -45,7 +45,7 @@ def test_a_sample_of_the_matrix_gives_the_same_files(tmp_path: Path) -> None:
 def test_wrong_flags(
     capsys: pytest.CaptureFixture[str], flags: tuple[object, ...], message: str
 ) -> None:
-    assert run_script(ROOT / "benchmark/stress.py", "--matrix", *flags) == 2
+    assert run_script(ROOT / "perf/stress.py", "--matrix", *flags) == 2
     assert message in capsys.readouterr().err
 
 
@@ -98,7 +98,7 @@ def test_every_change_of_the_disk_is_seen(tmp_path: Path) -> None:
     program = """
 import os, shutil, sys
 from pathlib import Path
-from benchmark.stress import watch_changes
+from perf.stress import watch_changes
 place = Path(sys.argv[1])
 watch_changes(place, lambda number, what: print(number, what, flush=True))
 (place / "a").mkdir()

@@ -140,7 +140,7 @@ def test_a_checkpoint_of_the_user_s(
     way(path, trap)
     flags = ["--save_folder_name", "theirs", "--record_path", workplace / "record"]
     flags += ["--dataset", "folder", "--dataset_path", workplace / "images", "--image_size", 16]
-    assert_refused(capsys, trap, path, "attack/external.py", *flags, "--state_dict", path)
+    assert_refused(capsys, trap, path, "interop/state_dict.py", *flags, "--state_dict", path)
     assert not (workplace / "record/theirs").exists()
 
 
@@ -151,7 +151,7 @@ def test_a_pickle_that_calls_itself_safetensors(
     plain(path, trap)
     flags = ["--save_folder_name", "theirs", "--record_path", workplace / "record"]
     flags += ["--dataset", "folder", "--dataset_path", workplace / "images", "--image_size", 16]
-    assert run_script(ROOT / "attack/external.py", *flags, "--state_dict", path) == 2
+    assert run_script(ROOT / "interop/state_dict.py", *flags, "--state_dict", path) == 2
     assert f"--state_dict: {path} cannot be read as plain tensors" in capsys.readouterr().err
     assert not trap.mark.exists()
 

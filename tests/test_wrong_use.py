@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 
-from benchmark import stress
+from perf import stress
 from tests.conftest import make_small
 from tests.test_config import CONFIGS
 from tests.test_end_to_end import (
@@ -170,7 +170,7 @@ def test_the_bounds_are_those_of_the_dataclasses() -> None:
     assert wrong(hints["epochs"]) == ["0", "1.5", str(2**63), "much", "null"]
     assert wrong(hints["flip"]) == ["sideways", "null"]
     assert wrong(hints["dataset_path"]) == []
-    assert limits(_hints(CONFIGS["attack/external"])["std"]) == [(0.0, 5e-324)]
+    assert limits(_hints(CONFIGS["interop/state_dict"])["std"]) == [(0.0, 5e-324)]
 
 
 # --- combinations -------------------------------------------------------------------------------
@@ -272,14 +272,14 @@ def test_indices(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["attack/badnet.py", "defense/sau.py", "attack/external.py"])
+@pytest.mark.parametrize("script", ["attack/badnet.py", "defense/sau.py", "interop/state_dict.py"])
 def test_a_gpu_where_there_is_none(
     workplace: Path, good: Path, capsys: pytest.CaptureFixture[str], script: str
 ) -> None:
     flags = {
         "attack/badnet.py": attack_flags(workplace, "wrong"),
         "defense/sau.py": defense_flags(workplace, "good", overwrite="true"),
-        "attack/external.py": ["--save_folder_name", "wrong", "--state_dict", "x.pt"],
+        "interop/state_dict.py": ["--save_folder_name", "wrong", "--state_dict", "x.pt"],
     }[script]
     message = r"--device: cuda is not usable here \(.+\); give auto, cpu or cuda"
     assert_refused(workplace, capsys, message, script, *flags, "--device", "cuda")
@@ -598,7 +598,7 @@ def test_a_folder_of_the_user_s_own(
     message = r"own exists and is no record \(it holds \S+.*\); give another name, or move it away"
     runs: dict[str, list[object]] = {
         "attack/badnet.py": attack_flags(tmp_path, "own", dataset_path=workplace / "images"),
-        "attack/external.py": [
+        "interop/state_dict.py": [
             *("--save_folder_name", "own", "--record_path", tmp_path / "record"),
             *("--state_dict", "x.pt"),
         ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from benchmark.summaries import LARGEST, UNDEFENDED, without_places
+from benchmark.reporting.summaries import LARGEST, UNDEFENDED, without_places
 from utils.config import read_yaml
 from utils.errors import UserError, one_line
 from utils.files import read_bytes, read_text

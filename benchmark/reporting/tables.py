@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from benchmark.means import FLAGS, Grid, Number, Row, Table
-from benchmark.summaries import METRICS, UNDEFENDED, is_clean
+from benchmark.reporting.means import FLAGS, Grid, Number, Row, Table
+from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean
 from utils.errors import shown
 
 _MADE_BY = (

@@ -1,6 +1,6 @@
 """Damaged and hostile files through the real entry points, each in a process of its own.
 
-    python benchmark/fuzz.py --cases 5000 --seed 0
+    python perf/fuzz.py --cases 5000 --seed 0
 
 Good files of every kind that a user may be given (our records, results of defenses, BackdoorBench's
 records, checkpoints, YAML, pictures, folders of classes, records for a report) are changed at
@@ -40,11 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 import utils.data.images
 from attack import badnet
-from benchmark import hostile, report
+from benchmark import report
 from benchmark.grid import read_grid
 from defense import ft, sau
 from interop.backdoorbench import export_record
 from models import build_model
+from perf import hostile
 from utils import plot
 from utils.config import Parser
 from utils.data import datasets, poison

@@ -1,8 +1,8 @@
 """Memory of whole runs; prints one JSON line a run.
 
-    python benchmark/memory.py cifar       # CIFAR-10's size: 60,000 images, PreAct-ResNet18
-    python benchmark/memory.py large       # a folder whose pixels take 4 GiB
-    python benchmark/memory.py flat        # 300 epochs, and 300 rounds of SAU, on a small set
+    python perf/memory.py cifar       # CIFAR-10's size: 60,000 images, PreAct-ResNet18
+    python perf/memory.py large       # a folder whose pixels take 4 GiB
+    python perf/memory.py flat        # 300 epochs, and 300 rounds of SAU, on a small set
 
 `cifar` and `large` give the peak of a BadNets attack that runs in this process.
 

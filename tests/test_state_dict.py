@@ -70,7 +70,7 @@ def flags(workplace: Path, own: Path, state: Path, name: str, **changes: object)
 
 
 def run(*args: object) -> int:
-    return run_script(ROOT / "attack/external.py", *args)
+    return run_script(ROOT / "interop/state_dict.py", *args)
 
 
 def triggered_images(workplace: Path, folder: Path) -> Path:

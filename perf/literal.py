@@ -1,6 +1,6 @@
 """What everyone would write: SAU as published, and the usual way to train on poisoned images.
 
-Yardsticks for `benchmark/speed.py`; nothing else uses them. `round_of_sau` does what the published
+Yardsticks for `perf/speed.py`; nothing else uses them. `round_of_sau` does what the published
 procedure does and no less: clean predictions of both models again in each inner step, gradients of
 all weights, all images in every step, three passes for ACC, ASR and RA. `PlainEpoch` is the recipe
 of most repositories: poisoned images as PNG files, PIL and torchvision transforms in a DataLoader.

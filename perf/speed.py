@@ -1,12 +1,12 @@
 """Speed of SAU and of attack training beside what everyone would write, in one run.
 
     python attack/badnet.py --image_size 32 --save_folder_name badnet_32
-    python benchmark/speed.py --result_file badnet_32 --to record/speed
+    python perf/speed.py --result_file badnet_32 --to record/speed
 
 Repeats are interleaved, so that a busy machine slows both sides; medians and their ratios count,
 not the seconds. Writes `speed.csv` and `speed.png` and prints the table.
 
-round    rounds of SAU on a really backdoored model: literal (`benchmark/literal.py`), ours in fp32
+round    rounds of SAU on a really backdoored model: literal (`perf/literal.py`), ours in fp32
          and at the default precision; and the evaluation after a round
 epoch    an epoch of attack training: PIL images, DataLoader and PNG files, and ours; and the
          evaluation after an epoch
@@ -35,9 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark import literal
 from defense import sau
 from models import Classifier, build_model, prepare
+from perf import literal
 from utils import plot
 from utils.config import Parser
 from utils.data.batches import as_float, augment

@@ -1,6 +1,6 @@
 """A record from a model that was trained elsewhere, so that defenses can purify it.
 
-    python attack/external.py --state_dict my_model.pt --model resnet18 --save_folder_name theirs
+    python interop/state_dict.py --state_dict my_model.pt --model resnet18 --save_folder_name theirs
 
 The checkpoint is a state dict, `.pt`/`.pth` (tensors, plain data, NumPy's arrays and numbers;
 nothing else is read) or `.safetensors`, bare or under one of the usual names (`state_dict`,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from benchmark.summaries import METRICS, UNDEFENDED, is_clean
+from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean
 from utils.metrics import FAILED_ASR
 
 HIGHER_IS_BETTER = {"acc": True, "asr": False, "ra": True, "der": True}

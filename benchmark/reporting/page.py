@@ -13,9 +13,9 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
-from benchmark import sources, tables
-from benchmark.means import FLAGS, Grid, Row, Table
-from benchmark.summaries import UNDEFENDED
+from benchmark.reporting import sources, tables
+from benchmark.reporting.means import FLAGS, Grid, Row, Table
+from benchmark.reporting.summaries import UNDEFENDED
 from utils import plot
 
 LARGEST_FILE = 8 << 20  # bytes of a picture that is looked at

@@ -1,6 +1,6 @@
 """Kills runs at random moments and takes their disk away; what they do then is a table.
 
-    python benchmark/stress.py --kills 30 --to stress.csv
+    python perf/stress.py --kills 30 --to stress.csv
 
 An attack and a defense on a small set are each run once undisturbed. Then
 
@@ -13,7 +13,7 @@ An attack and a defense on a small set are each run once undisturbed. Then
 At last it is measured what a checkpoint costs. Each row is written to `--to` as soon as it is
 known, and the same command goes on after the rows that are there.
 
-    python benchmark/stress.py --matrix --kinds export,report --every 5
+    python perf/stress.py --matrix --kinds export,report --every 5
 
 With `--matrix` an attack, one that replaces a record, a defense, an import, an export and a report,
 all of them tiny, are killed before each of their changes of the disk in turn: files opened to be
@@ -54,10 +54,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 from attack import badnet
-from benchmark import fuzz, report  # noqa: F401  report as below: no fork has to import it
 from defense import sau  # noqa: F401
 from interop import backdoorbench  # noqa: F401
 from models import build_model
+from perf import fuzz
 from utils import plot
 from utils.config import Parser, parse_yaml
 from utils.data import datasets, images

@@ -1,7 +1,7 @@
 """What each way of making SAU and training faster is worth, one at a time.
 
     python attack/badnet.py --image_size 32 --save_folder_name badnet_32
-    python benchmark/variants.py --result_file badnet_32
+    python perf/variants.py --result_file badnet_32
 
 Each group has what the program does, and what it would be without one thing or with another;
 repeats are interleaved. The figures and what was decided are in `benchmark/README.md`.
@@ -23,9 +23,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.speed import Bench, at_precision, interleaved, load
 from defense import sau
 from models import preactresnet
+from perf.speed import Bench, at_precision, interleaved, load
 from utils.config import Parser
 from utils.data.batches import as_float
 from utils.process.device import pick_device
