@@ -46,10 +46,10 @@ from defense.base import CleanData, Rounds, checked, run
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float
 from utils.perturb import Norm, Start, initial_perturbation, project
+from utils.process.device import rows_of
 from utils.process.seeds import generator
 from utils.training.findings import Picture
 from utils.training.loop import Loop
-from utils.training.parts import image_by_image, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,9 +234,6 @@ def purify(
     order = generator(config.random_seed, "batches")
     start = generator(config.random_seed, "perturbation")
 
-    def perturb(x: torch.Tensor, y: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        return shared_perturbation(*attacked, x, y, config, ref_predictions=known, generator=start)
-
     loop.findings.pictures["perturbations"] = lambda: examples(reference, images, labels, config)
     for _ in loop.rounds(
         config.n_rounds, model=model, optimizer=optimizer, order=order, start=start
@@ -244,7 +241,9 @@ def purify(
         for index in loop.batches(len(images), config.batch_size, order, least=1):
             x, y = as_float(images[index], device), labels[index].to(device)
             ref_clean = ref_logits[index.to(device)]
-            delta = image_by_image(perturb, x, y, ref_clean.argmax(1))
+            delta = shared_perturbation(
+                *attacked, x, y, config, ref_predictions=ref_clean.argmax(1), generator=start
+            )
             with torch.no_grad():
                 ref_adv = reference(x + delta)
             for _ in range(config.outer_steps):

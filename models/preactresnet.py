@@ -11,7 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.fast.batchnorm import BatchNorm2d
-from models.fast.convolution import Conv3x3
+
+
+def conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution with padding 1 and no bias."""
+    return nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
 
 
 class PreActBlock(nn.Module):
@@ -26,9 +30,9 @@ class PreActBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = BatchNorm2d(in_channels)
-        self.conv1 = Conv3x3(in_channels, channels, stride)
+        self.conv1 = conv3x3(in_channels, channels, stride)
         self.bn2 = BatchNorm2d(channels)
-        self.conv2 = Conv3x3(channels, channels)
+        self.conv2 = conv3x3(channels, channels)
         self.shortcut: nn.Sequential | None = None
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
@@ -62,7 +66,7 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         first, second, third, last = widths
-        self.conv1 = Conv3x3(3, first)
+        self.conv1 = conv3x3(3, first)
         self.layer1 = _stage(first, first, blocks[0], stride=1)
         self.layer2 = _stage(first, second, blocks[1], stride=2)
         self.layer3 = _stage(second, third, blocks[2], stride=2)

@@ -19,7 +19,6 @@ from torch.utils.data import Dataset as Files
 from torchvision import transforms
 
 from defense.sau import Config, jensen_shannon, unlearning_loss
-from models.fast.convolution import Conv3x3
 from utils.data.labelled import Dataset, Triggered
 from utils.data.poison import PoisonedSet
 from utils.perturb import initial_perturbation, project
@@ -81,15 +80,8 @@ def round_of_sau(
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """A copy with the library's convolutions and memory order."""
-    network = copy.deepcopy(network)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, Conv3x3):
-            stride = module.stride[0]
-            own = nn.Conv2d(module.in_channels, module.out_channels, 3, stride, 1, bias=False)
-            own.weight = module.weight
-            network.set_submodule(name, own)
-    return network.to(memory_format=torch.contiguous_format)
+    """A copy with the library's usual memory order."""
+    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +35,7 @@ Group = dict[str, Callable[[], Callable[[], object]]]
 
 
 def training(bench: Bench) -> Group:
-    """A training step: layout, optimizer, compilation, precision, convolution."""
+    """A training step: layout, optimizer, compilation, precision."""
     images, labels = as_float(bench.clean.images, bench.device), bench.clean.labels.to(bench.device)
 
     def step(
@@ -44,7 +43,6 @@ def training(bench: Bench) -> Group:
         fused: bool = True,
         compiled: bool = False,
         precision: str = bench.precision,
-        plain: bool = False,
     ) -> Callable[[], Callable[[], object]]:
         model = at_precision(bench.model, precision, bench.device).train()
         model.to(memory_format=layout)
@@ -54,9 +52,8 @@ def training(bench: Bench) -> Group:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused)
 
         def call() -> None:
-            with librarys_convolutions() if plain else nullcontext():
-                optimizer.zero_grad()
-                F.cross_entropy(model(batch), labels).backward()
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch), labels).backward()
             optimizer.step()
 
         return lambda: call
@@ -66,7 +63,6 @@ def training(bench: Bench) -> Group:
         "contiguous instead of channels-last": step(layout=torch.contiguous_format),
         "optimizer not fused": step(fused=False),
         "torch.compile": step(compiled=True),
-        "the library's convolutions": step(plain=True),
     }
     other = "fp32" if bench.precision == "bf16" else "bf16"
     return group | {f"{other} instead of {bench.precision}": step(precision=other)}
@@ -140,48 +136,21 @@ def inner_loop(bench: Bench) -> Group:
     }
 
 
-def layer(bench: Bench, channels: int, side: int, count: int = 128) -> Group:
-    """A convolution forwards, and backwards to the image and to the weight."""
-    layout = torch.channels_last
-    images = torch.rand(count, channels, side, side, device=bench.device)
-    images = images.contiguous(memory_format=layout).requires_grad_()
-    convolution = preactresnet.Conv3x3(channels, channels).to(bench.device)
-    convolution.to(memory_format=layout)
-
-    def passes(patch: Callable[[], Any]) -> Callable[[], Callable[[], object]]:
-        def call() -> None:
-            with patch():
-                outputs = convolution(images)
-                outputs.backward(outputs.detach())
-
-        return lambda: call
-
-    what = f"{count} maps of {side} x {side}, {channels} channels"
-    return {what: passes(nullcontext), f"{what}: the library": passes(librarys_convolutions)}
-
-
 @contextmanager
 def weights_learn() -> Iterator[None]:
-    """The inner loop computes the gradients of weights, too, by the library's convolutions."""
-    with mock.patch.object(sau, "frozen", nullcontext_of), librarys_convolutions():
+    """The inner loop computes the gradients of weights, too."""
+    with mock.patch.object(sau, "frozen", nullcontext_of):
         yield
-
-
-def librarys_convolutions() -> Any:
-    """Inside, no convolution is ours."""
-    return mock.patch.object(preactresnet.Conv3x3, "forward", nn.Conv2d.forward)
 
 
 def nullcontext_of(*_: nn.Module) -> Any:
     return nullcontext()
 
 
-SHAPES = (64, 32), (128, 16), (256, 8), (512, 4)  # PreAct-ResNet18's channels and maps
 PARTS: dict[str, list[Callable[[Bench], Group]]] = {
     "training": [training],
     "inference": [inference],
     "inner_loop": [inner_loop],
-    "layers": [partial(layer, channels=channels, side=side) for channels, side in SHAPES],
 }
 
 

@@ -19,8 +19,8 @@ from defense.sau import (
 from models import build_model
 from tests import oracle
 from utils.errors import UserError
+from utils.process.device import rows_of
 from utils.process.seeds import generator
-from utils.training import parts
 from utils.training.loop import Loop
 
 NORMS = {"L_inf": 0.2, "L1": 12.0, "L2": 1.2, "Reg": 0.2}
@@ -317,22 +317,6 @@ def test_purify_takes_uint8_images_and_repeats_itself() -> None:
     assert all(torch.allclose(first[name], as_floats[name], atol=1e-6) for name in first)
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_the_images_of_a_pass_do_not_change_the_result(
-    start: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ten images in one pass, and in passes of three: the same random numbers, in order."""
-    model = small_network(0, batch_norm=True)
-    images, labels = problem(0, count=10)
-    config = Config.load(n_rounds=2, batch_size=10, pgd_init=start)
-    results = []
-    for size in (256, 3):
-        monkeypatch.setattr(parts, "images_at_once", lambda *_, size=size: size)
-        results.append(purify(model, images, labels, config).state_dict())
-    for name, value in results[0].items():
-        assert torch.allclose(value, results[1][name], atol=1e-6), name
-
-
 @pytest.mark.parametrize("multiple", [3, 8, 100])
 def test_shared_images_that_fill_up_change_nothing(
     multiple: int, monkeypatch: pytest.MonkeyPatch
@@ -349,7 +333,7 @@ def test_shared_images_that_fill_up_change_nothing(
         sizes.append(count)
         return -(-count // multiple) * multiple
 
-    monkeypatch.setattr(parts, "rounded_up", rounded_up)
+    monkeypatch.setattr("utils.process.device.rounded_up", rounded_up)
     filled = shared_perturbation(model, reference, images, labels, config)
     assert any(count < 24 and count % multiple for count in sizes), "nothing was filled up"
     assert torch.equal(filled, usual)
@@ -484,29 +468,10 @@ def test_examples_are_of_the_model_as_it_was_given() -> None:
     assert torch.equal(picture().rows["adversarial"], expected.rows["adversarial"])
 
 
-def test_images_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven in threes, with their factors; how many is asked for by device and width."""
-    asked: list[tuple[object, ...]] = []
-    sizes: list[int] = []
-
-    def times(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(images))
-        return images * factors.view(-1, 1, 1, 1)
-
-    monkeypatch.setattr(parts, "images_at_once", lambda *given: asked.append(given) or 3)
-    images, factors = torch.rand(7, 3, 4, 6), torch.arange(7.0)
-    found = parts.image_by_image(times, images, factors)
-    assert torch.equal(found, images * factors.view(-1, 1, 1, 1))
-    assert sizes == [3, 3, 1]
-    assert asked == [(images.device, 6)]
-    with pytest.raises(ValueError, match="zip"):
-        parts.image_by_image(times, images, factors[:3])
-
-
 def test_the_wanted_rows_come_first_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then others, where a device wants more of them."""
     wanted = torch.tensor([False, True, False, True, True])
-    assert parts.rows_of(wanted).tolist() == [1, 3, 4]
-    assert parts.rows_of(wanted & False).tolist() == []
-    monkeypatch.setattr(parts, "rounded_up", lambda device, count: count + 1)
-    assert parts.rows_of(wanted).tolist() == [1, 3, 4, 0]
+    assert rows_of(wanted).tolist() == [1, 3, 4]
+    assert rows_of(wanted & False).tolist() == []
+    monkeypatch.setattr("utils.process.device.rounded_up", lambda device, count: count + 1)
+    assert rows_of(wanted).tolist() == [1, 3, 4, 0]

@@ -9,7 +9,6 @@ import torch
 
 from defense import sau
 from models import Classifier, build_model, prepare
-from models.fast.convolution import Conv3x3
 from perf import literal
 from perf.speed import Counting, forward_operations, interleaved, rows_of
 from tests.oracle import perturbation
@@ -40,7 +39,6 @@ def test_the_literal_inner_loop_is_the_oracles(tiny_model: Classifier, tiny_data
 
 
 def test_delta_in_float32_is_the_literal_one_to_the_last_bit() -> None:
-    """In the network that has convolutions of our own, which are used where no sign is at stake."""
     torch.manual_seed(0)
     model, reference = (
         prepare(build_model("preactresnet18", 4), CPU, "fp32").eval() for _ in range(2)
@@ -51,16 +49,6 @@ def test_delta_in_float32_is_the_literal_one_to_the_last_bit() -> None:
     expected = literal.perturbation(*plain, images, labels, config)
     assert torch.equal(sau.shared_perturbation(model, reference, images, labels, config), expected)
     assert 0 < (expected > 0).float().mean() < 1
-
-
-def test_a_plain_network_is_the_same_function_without_our_convolutions() -> None:
-    network = build_model("preactresnet18", 4).network.eval()
-    plain = literal.plain_network(network)
-    assert not any(isinstance(module, Conv3x3) for module in plain.modules())
-    assert any(isinstance(module, Conv3x3) for module in network.modules())
-    images = torch.rand(2, 3, 16, 16)
-    assert torch.allclose(network(images), plain(images), atol=1e-5)
-    assert list(plain.state_dict()) == list(network.state_dict())
 
 
 def test_numbers_that_measure_nothing_are_refused(

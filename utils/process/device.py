@@ -64,6 +64,23 @@ def rounded_up(device: torch.device, count: int) -> int:
     return count if device.type == "cpu" else -(-count // 128) * 128
 
 
+def rows_of(wanted: torch.Tensor) -> torch.Tensor:
+    """The positions that are wanted, first.
+
+    On a GPU others follow, up to a multiple of 128, so that few sizes occur there; for callers that
+    more images do no harm.
+
+    Args:
+        wanted: bool (N,).
+
+    Returns:
+        int64 positions; none if none is wanted.
+    """
+    count = int(wanted.sum())
+    order = (~wanted).int().argsort(stable=True)
+    return order[: rounded_up(wanted.device, count)]
+
+
 def pick_precision(name: Precision, device: torch.device) -> str:
     """`auto` is bf16 where the hardware multiplies it natively, fp32 elsewhere."""
     if name != "auto":

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from models import Resize
-from models.fast.convolution import constant_weights
 from models.modes import evaluating
 from utils.data.batches import as_float, release
 from utils.data.labelled import Labelled, Triggered
@@ -28,7 +27,7 @@ def predict(
     """
     if len(images) == 0:
         return torch.zeros(0, dtype=torch.int64)
-    with evaluating(model), constant_weights(), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         predictions = []
         for batch in images.split(batch_size or images_at_once(device, _side(model, images))):
             predictions.append(model(as_float(batch, device)).argmax(1))
