@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 NAME ?= badnet_demo
 
-.PHONY: demo test lint mutants results
+.PHONY: demo test test-all lint mutants results
 
 demo: .venv/installed
 	$(BIN)/python attack/badnet.py --save_folder_name $(NAME) --overwrite
 	$(BIN)/python defense/sau.py --result_file $(NAME) --overwrite
 
+# What a change needs, in some minutes.
 test: .venv/installed-dev
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: .venv/installed-dev
+	@echo "beside make test: whole runs of scripts and grids, several processes, SLURM, the README's commands, that SAU works"
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/installed-dev
