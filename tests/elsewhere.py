@@ -120,7 +120,7 @@ def main() -> None:
             sys.stdin.read()
         else:
             import models
-            from tests.conftest import TinyNet
+            from models.tiny import TinyNet
 
             models.CONSTRUCTORS["preactresnet18"] = TinyNet
             keep_rules(Path.cwd())

@@ -6,15 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import models
 from perf import fuzz, hostile
-from utils.data import datasets
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.CONSTRUCTORS, "preactresnet18", fuzz.small)
-    monkeypatch.setitem(datasets._LOADERS, "cifar10", lambda *_, **__: fuzz.make_data())
 
 
 def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
@@ -68,7 +60,7 @@ def test_what_should_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.Mon
         "g": leave,
     }
     monkeypatch.setattr(fuzz, "cases", lambda good: broken)
-    monkeypatch.setattr(fuzz, "write_good", lambda good, data: None)
+    monkeypatch.setattr(fuzz, "write_good", lambda good: None)
     monkeypatch.setattr(fuzz, "SECONDS", 5)
     table, problems = fuzz.run_cases(7, 0, tmp_path)
     told = {problem.split(":")[0]: problem for problem in problems}

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import models
-from tests.conftest import TinyNet, make_small
+from models.tiny import TinyNet
+from tests.conftest import make_small
 from tests.test_end_to_end import (
     attack_flags,
     cache,
