@@ -32,7 +32,7 @@ def perturbation(
     labels: torch.Tensor,
     config: Config,
 ) -> torch.Tensor:
-    """The inner problem with nothing left out: (N, C, H, W) float -> delta, likewise."""
+    """The inner problem, and all of it: (N, C, H, W) float -> delta, likewise."""
     delta = initial_perturbation(config.pgd_init, config.trigger_norm, config.norm_type, images)
     for _ in range(config.adv_steps):
         delta = delta.detach().requires_grad_()
@@ -86,9 +86,9 @@ def plain_network(network: nn.Module) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, Conv3x3):
             stride = module.stride[0]
-            own = nn.Conv2d(module.in_channels, module.out_channels, 3, stride, 1, bias=False)
-            own.weight = module.weight
-            network.set_submodule(name, own)
+            librarys = nn.Conv2d(module.in_channels, module.out_channels, 3, stride, 1, bias=False)
+            librarys.weight = module.weight
+            network.set_submodule(name, librarys)
     return network.to(memory_format=torch.contiguous_format)
 
 

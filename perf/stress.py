@@ -277,7 +277,7 @@ def checkpoint_cost(kind: str, _: Path, root: Path) -> str:
 
 
 class Table:
-    """Rows that are in a file as soon as they are known.
+    """Rows that are in a file as soon as they are there.
 
     Args:
         path: a CSV, of which the rows are kept; None for none.
@@ -291,7 +291,7 @@ class Table:
                 self.rows = list(csv.DictReader(file))
 
     def add(self, run: str, what: str, find: Callable[[], str]) -> None:
-        """A row, which is found out unless it is known."""
+        """A row, which is found out unless the table has it."""
         if any((row["run"], row["what"]) == (run, what) for row in self.rows):
             return
         self.rows.append({"run": run, "what": what, "result": find()})

@@ -4,17 +4,15 @@
     python perf/variants.py --result_file badnet_32
 
 Each group has what the program does, and what it would be without one thing or with another;
-repeats are interleaved. The figures and what was decided are in `benchmark/README.md`.
+repeats are interleaved. The figures and what was decided are in `perf/README.md`.
 """
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -25,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense import sau
 from models import preactresnet
+from perf.literal import plain_network
 from perf.speed import Bench, at_precision, interleaved, load
 from utils.config import Parser
 from utils.data.batches import as_float
@@ -47,6 +46,8 @@ def training(bench: Bench) -> Group:
         plain: bool = False,
     ) -> Callable[[], Callable[[], object]]:
         model = at_precision(bench.model, precision, bench.device).train()
+        if plain:
+            model.network = plain_network(model.network)
         model.to(memory_format=layout)
         batch = images.contiguous(memory_format=layout)
         if compiled:
@@ -54,9 +55,8 @@ def training(bench: Bench) -> Group:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused)
 
         def call() -> None:
-            with librarys_convolutions() if plain else nullcontext():
-                optimizer.zero_grad()
-                F.cross_entropy(model(batch), labels).backward()
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch), labels).backward()
             optimizer.step()
 
         return lambda: call
@@ -115,18 +115,15 @@ def inner_loop(bench: Bench) -> Group:
     reference = at_precision(bench.model, bench.precision, bench.device).eval()
     model = sau.purify(reference, bench.clean.images, bench.clean.labels, bench.config).eval()
     with torch.no_grad():
-        known = reference(images).argmax(1)
+        predictions = reference(images).argmax(1)
 
     def loop(
-        patch: Callable[[], Any] = nullcontext,
-        ref_predictions: torch.Tensor | None = known,
-        ref: nn.Module = reference,
+        ref_predictions: torch.Tensor | None = predictions, ref: nn.Module = reference
     ) -> Callable[[], Callable[[], object]]:
         def call() -> None:
-            with patch():
-                sau.shared_perturbation(
-                    model, ref, images, labels, bench.config, ref_predictions=ref_predictions
-                )
+            sau.shared_perturbation(
+                model, ref, images, labels, bench.config, ref_predictions=ref_predictions
+            )
 
         return lambda: call
 
@@ -135,7 +132,6 @@ def inner_loop(bench: Bench) -> Group:
     return {
         "inner loop": loop(),
         "reference's predictions each time": loop(ref_predictions=None),
-        "weights want gradients": loop(weights_learn),
         "reference's BatchNorm folded": loop(ref=folded),
     }
 
@@ -145,35 +141,22 @@ def layer(bench: Bench, channels: int, side: int, count: int = 128) -> Group:
     layout = torch.channels_last
     images = torch.rand(count, channels, side, side, device=bench.device)
     images = images.contiguous(memory_format=layout).requires_grad_()
-    convolution = preactresnet.Conv3x3(channels, channels).to(bench.device)
-    convolution.to(memory_format=layout)
 
-    def passes(patch: Callable[[], Any]) -> Callable[[], Callable[[], object]]:
+    def passes(convolution: nn.Conv2d) -> Callable[[], Callable[[], object]]:
+        convolution.to(bench.device, memory_format=layout)  # type: ignore[call-overload]
+
         def call() -> None:
-            with patch():
-                outputs = convolution(images)
-                outputs.backward(outputs.detach())
+            outputs = convolution(images)
+            outputs.backward(outputs.detach())
 
         return lambda: call
 
     what = f"{count} maps of {side} x {side}, {channels} channels"
-    return {what: passes(nullcontext), f"{what}: the library": passes(librarys_convolutions)}
-
-
-@contextmanager
-def weights_learn() -> Iterator[None]:
-    """The inner loop computes the gradients of weights, too, by the library's convolutions."""
-    with mock.patch.object(sau, "frozen", nullcontext_of), librarys_convolutions():
-        yield
-
-
-def librarys_convolutions() -> Any:
-    """Inside, no convolution is ours."""
-    return mock.patch.object(preactresnet.Conv3x3, "forward", nn.Conv2d.forward)
-
-
-def nullcontext_of(*_: nn.Module) -> Any:
-    return nullcontext()
+    librarys = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    return {
+        what: passes(preactresnet.Conv3x3(channels, channels)),
+        f"{what}: the library": passes(librarys),
+    }
 
 
 SHAPES = (64, 32), (128, 16), (256, 8), (512, 4)  # PreAct-ResNet18's channels and maps
