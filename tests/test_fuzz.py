@@ -30,7 +30,7 @@ def test_good_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_should_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A traceback, a hang, an endless loop, memory, a signal, too long a message, and a file elsewhere."""
+    """A traceback, a hang, an endless loop, memory, a signal, a long message, a file elsewhere."""
 
     def write_elsewhere(place: Path, _: object) -> None:
         (place.parent / "elsewhere").touch()
