@@ -67,8 +67,8 @@ class Scene:
 
 _RECORDS = "--record_path {place}/record"
 _QUICK = "--checkpoint_every 0 --device cpu --precision fp32"
-_ATTACK = f"attack/badnet.py {_RECORDS} --save_folder_name x --epochs 2 --batch_size 20 {_QUICK}"
-_RANDOM = f"{_ATTACK} --dataset random --model tiny"
+_ATTACK = f"attack/badnet.py {_RECORDS} --save_folder_name x --epochs 2 {_QUICK}"
+_RANDOM = f"{_ATTACK} --dataset random --model tiny --batch_size 100"
 SCENES = {
     "attack": Scene(_RANDOM, "--resume"),
     "defense": Scene(
@@ -89,7 +89,9 @@ SCENES = {
     ),
     "report": Scene(f"benchmark/report.py {_RECORDS} --to {{place}}/report --keep", "", "defense"),
     # Of what BackdoorBench has a name for; it is needed and not killed.
-    "exportable": Scene(f"{_ATTACK} --dataset {fuzz.KNOWN_DATASET} --model {fuzz.KNOWN_MODEL}"),
+    "exportable": Scene(
+        f"{_ATTACK} --dataset {fuzz.KNOWN_DATASET} --model {fuzz.KNOWN_MODEL} --batch_size 20"
+    ),
 }
 KINDS = tuple(kind for kind in SCENES if kind != "exportable")  # that are killed
 # Python's events, and which argument is the open folder that the path is in.
