@@ -43,6 +43,12 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(plot, name, lambda *_: Picture())
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make_small` for a test's time."""
+    make_small(monkeypatch)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

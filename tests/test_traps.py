@@ -31,6 +31,8 @@ from utils.tensors import load_tensors
 
 __all__ = ["cache", "workplace"]  # fixtures
 
+pytestmark = pytest.mark.usefixtures("small")
+
 
 class Trap:
     """Reading it as a pickle makes a folder."""
@@ -63,11 +65,6 @@ def nested(path: Path, trap: Trap) -> None:
 
 
 WAYS = [plain, whole, nested]
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
