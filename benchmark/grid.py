@@ -10,7 +10,7 @@
       sau_short: {script: sau, n_rounds: 2}
     seeds: [0, 1, 2]
 
-What stands under a name are flags of its script, which is the name itself if `script` is left out.
+What stands under a name are flags of its script; without `script`, the name is that of the script.
 `attack_flags` are for all attacks, and `defense_flags` for all defenses that take them. `pratios:
 [0.1, 0.05]` is one more axis; an attack that names its own `pratio` stays out of it. A defense that
 looks at the poisoned training set is not run on a clean model, which has none.
@@ -38,7 +38,7 @@ from utils.records.checkpoint import files_of
 from utils.records.folders import FREE_TO_CHANGE, NAME
 from utils.training.ending import paths_of
 
-_OWN = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
+_OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
 
 
@@ -51,14 +51,14 @@ def _as_mapping(value: Any) -> Any:
     return value
 
 
-def _not_own(flags: dict[str, Any]) -> dict[str, Any]:
-    for name in _OWN:
+def _not_of_grid(flags: dict[str, Any]) -> dict[str, Any]:
+    for name in _OF_GRID:
         if name in flags:
             raise ValueError(f"{name} is given by the grid itself; leave it out")
     return flags
 
 
-Flags = Annotated[dict[str, bool | int | float | str | None], AfterValidator(_not_own)]
+Flags = Annotated[dict[str, bool | int | float | str | None], AfterValidator(_not_of_grid)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Axis = Annotated[dict[Name, Flags], BeforeValidator(_as_mapping), Field(min_length=1)]
 
@@ -167,7 +167,7 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
     ]
     checked: set[str] = set()  # a defense is given the same flags for every attack
     for cell in cells:
-        given = {name: value for name, value in cell.flags.items() if name not in _OWN}
+        given = {name: value for name, value in cell.flags.items() if name not in _OF_GRID}
         key = f"{cell.script} {given}"
         problems += _problems(cell) if key not in checked else []
         checked.add(key)
@@ -182,9 +182,9 @@ def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
     for dataset, model, attack, seed, pratio in itertools.product(
         grid.datasets, grid.models, grid.attacks, grid.seeds, pratios
     ):
-        own = dict(grid.attacks[attack])
-        script = own.pop("script", attack)
-        if "pratio" in own or script == "prototype":
+        of_attack = dict(grid.attacks[attack])
+        script = of_attack.pop("script", attack)
+        if "pratio" in of_attack or script == "prototype":
             if pratio != pratios[0]:
                 continue  # one record, whatever the axis
             pratio = None
@@ -201,7 +201,7 @@ def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
                 **({} if pratio is None else {"pratio": pratio}),
                 **grid.datasets[dataset],
                 **grid.attack_flags,
-                **own,
+                **of_attack,
                 **where,
                 "save_folder_name": record,
             },
@@ -228,8 +228,8 @@ def _problems(cell: Cell) -> list[str]:
     folder, name = cell.script.removesuffix(".py").split("/")
     config = _config_class(folder, name)
     if config is None:
-        known = ", ".join(_scripts(folder))
-        return [f"{cell.script}: there is no such script; {folder} has {known}"]
+        names = ", ".join(_scripts(folder))
+        return [f"{cell.script}: there is no such script; {folder} has {names}"]
     flags = dict(cell.flags)
     try:
         config.load(flags.pop("dataset", None), **flags)  # a defense has it from the record
@@ -247,8 +247,8 @@ def _config_class(folder: str, name: str) -> type[Config] | None:
     if name not in _scripts(folder):
         return None
     module = importlib.import_module(f"{folder}.{name}")
-    found: type[Config] = getattr(module, "Config", None) or module.TrainingConfig
-    return found
+    config: type[Config] = getattr(module, "Config", None) or module.TrainingConfig
+    return config
 
 
 def _fields(folder: str, name: str) -> set[str]:
@@ -308,8 +308,8 @@ def _inputs(cell: Cell) -> dict[str, str]:
 
 def _inputs_of_record(folder: Path) -> dict[str, Any]:
     """sha256 of what a finished run has read; empty where its summary does not say."""
-    found = _summary(folder).get("inputs")
-    return found if isinstance(found, dict) else {}
+    inputs = _summary(folder).get("inputs")
+    return inputs if isinstance(inputs, dict) else {}
 
 
 def _sha256s(folder: Path) -> str | None:

@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -65,7 +66,7 @@ class Board:
         self._progress.__exit__(*error)
 
     def count(self, state: str) -> int:
-        return sum(found == state for found in self.states.values())
+        return sum(other == state for other in self.states.values())
 
     def set(self, cell: Cell, state: str, note: str = "") -> None:
         """A cell's new state: waiting, queued, running, elsewhere, done, failed, or skipped."""
@@ -86,18 +87,18 @@ class Board:
 
     def eta(self) -> str:
         """Time left: for each cell what its script took so far, divided by how many run at once."""
-        known = {script: sum(took) / len(took) for script, took in self._seconds.items()}
-        if not known:
+        means = {script: sum(took) / len(took) for script, took in self._seconds.items()}
+        if not means:
             return "?"
-        others = sum(known.values()) / len(known)  # for a script that has not ended yet
-        left = 0.0
+        others = sum(means.values()) / len(means)  # for a script that has not ended yet
+        seconds = 0.0
         for name, state in self.states.items():
             if state not in slurm.ENDED:
-                usual = known.get(self._script[name], others)
+                usual = means.get(self._script[name], others)
                 since = self._since.get(name) if state == "running" else None
-                left += usual if since is None else max(0, usual - (time.monotonic() - since))
+                seconds += usual if since is None else max(0, usual - (time.monotonic() - since))
         cells = sum(state not in slurm.ENDED for state in self.states.values())
-        return clock(left / max(1, min(self._jobs or self.count("running"), cells)))
+        return clock(seconds / max(1, min(self._jobs or self.count("running"), cells)))
 
 
 def summary(states: Iterable[str]) -> str:
@@ -124,8 +125,15 @@ def has_failed(cell: Cell, root: Path) -> bool:
 
 
 def is_elsewhere(cell: Cell) -> bool:
-    """Whether another process is writing the cell, e.g. what a closed terminal has left running."""
+    """Whether another process is writing the cell, e.g. what still runs of a closed terminal."""
     return not cell.is_done and RunFolder(cell.folder).is_taken
+
+
+class _Running(NamedTuple):
+    """A cell whose script runs."""
+
+    process: subprocess.Popen[bytes]
+    cell: Cell
 
 
 def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> None:
@@ -138,17 +146,19 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
         KeyboardInterrupt: once every process that ran has ended.
     """
     waiting = [cell for cell in cells if board.states[cell.name] == "waiting"]
-    running: dict[int, tuple[subprocess.Popen[bytes], Cell]] = {}
+    running: dict[int, _Running] = {}  # by slot
     try:
         while waiting or running:
             for slot, (process, cell) in list(running.items()):
-                if process.poll() is not None:
-                    del running[slot]
-                    ended_well = process.returncode == 0 and cell.is_done
+                if process.poll() is None:
+                    continue
+                del running[slot]
+                if process.returncode == 0 and cell.is_done:
+                    board.set(cell, "done")
+                else:
+                    mark_of(cell, root).touch()
                     note = f"exit code {process.returncode}, {log_of(cell, root)}"
-                    if not ended_well:
-                        mark_of(cell, root).touch()
-                    board.set(cell, *(("done",) if ended_well else ("failed", note)))
+                    board.set(cell, "failed", note)
             for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
                 waiting.remove(cell)
                 board.set(cell, "done")
@@ -162,14 +172,14 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
                     board.set(ready.pop(0), "elsewhere", "another process runs it")
                 if ready:
                     waiting.remove(ready[0])
-                    running[slot] = (_start(ready[0], root, slot, jobs), ready[0])
+                    running[slot] = _Running(_start(ready[0], root, slot, jobs), ready[0])
                     board.set(ready[0], "running")
             time.sleep(0.2)
     finally:
-        for process, _ in running.values():
-            process.send_signal(STOP)  # the script saves a checkpoint and ends
-        for process, _ in running.values():
-            process.wait()
+        for run in running.values():
+            run.process.send_signal(STOP)  # the script saves a checkpoint and ends
+        for run in running.values():
+            run.process.wait()
 
 
 def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
@@ -233,8 +243,8 @@ def main() -> None:
             else:
                 run_local(cells, root, flags.jobs, board)
         except KeyboardInterrupt:
-            left = "the jobs stay in the queue" if queue else "what ran has a checkpoint"
-            logger.info("%s; the same command goes on", left)
+            rest = "the jobs stay in the queue" if queue else "what ran has a checkpoint"
+            logger.info("%s; the same command goes on", rest)
             raise
     logger.info("%d cells: %s", len(cells), summary(board.states.values()))
     failed = [cell for cell in cells if board.states[cell.name] == "failed"]

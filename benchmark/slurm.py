@@ -105,12 +105,12 @@ class Queue:
         answer = subprocess.run(call, capture_output=True, text=True)
         if answer.returncode:
             raise UserError(f"squeue: {answer.stderr.strip()}; ask again when SLURM answers")
-        known = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
+        queued = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
         running = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
         return {
-            name: "running" if known[job].strip() in running else "queued"
+            name: "running" if queued[job].strip() in running else "queued"
             for name, job in self._ids.items()
-            if job in known
+            if job in queued
         }
 
     def has_lost(self, cell: Cell) -> bool:
@@ -153,17 +153,19 @@ class Queue:
                     missing[cell.name] += 1
                     continue
                 else:
-                    report(cell, *self._end_of(cell))
+                    self._report_end(cell, report)
                 open_cells.remove(cell)
             if detach:
                 logger.info("submitted; the same command, or --status, tells how far they are")
                 return
             time.sleep(_POLL if open_cells else 0)
 
-    def _end_of(self, cell: Cell) -> tuple[str, str]:
+    def _report_end(self, cell: Cell, report: Report) -> None:
+        """Of a cell that SLURM no longer knows and that is not done."""
         if cell.attack is not None and not cell.attack.is_done:
-            return "skipped", "its attack failed"
-        return "failed", self.log_of(cell)
+            report(cell, "skipped", "its attack failed")
+        else:
+            report(cell, "failed", self.log_of(cell))
 
     def _submit(self, cells: Sequence[Cell]) -> None:
         """Attacks first; a defense waits for its attack's job if that is not done."""

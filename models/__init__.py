@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from models.preactresnet import preactresnet18
 from models.pretrained import load_pretrained, pretrained_size
+from models.tiny import TinyNet
 from models.userfile import build_user_model, is_user_file, model_identity
 from utils.errors import UserError, one_line, suggestion
 
@@ -28,9 +29,11 @@ __all__ = [
     "pretrained_size",
 ]
 
-# Networks of our own: num_classes -> module. Any other name is torchvision's.
+# Networks of our own, for images of every size: num_classes -> module. Any other name is
+# torchvision's.
 CONSTRUCTORS: dict[str, Callable[[int], nn.Module]] = {
     "preactresnet18": preactresnet18,
+    "tiny": TinyNet,
 }
 
 
@@ -175,9 +178,9 @@ def check_model(
 ) -> None:
     """Raises UserError if a network of that name cannot train on images of that size.
 
-    Tried without memory or arithmetic (on torch's meta device), with a batch of two; but for
-    preactresnet18, which takes every size, because the first use of that device takes two seconds;
-    and for the user's own, which may not work there.
+    Tried without memory or arithmetic (on torch's meta device), with a batch of two; but for our
+    own, which take every size, because the first use of that device takes two seconds; and for the
+    user's own, which may not work there.
 
     Args:
         network_size: as for `build_model`.
@@ -194,12 +197,12 @@ def check_model(
             return False
         return True
 
-    if name == "preactresnet18":
+    if name in CONSTRUCTORS:
         return
     if is_user_file(name):
         _try_user_model(name, num_classes, image_size)
         return
-    if name not in CONSTRUCTORS and name not in _torchvision_names():
+    if name not in _torchvision_names():
         build_model(name, num_classes)  # says which names there are
     if not fits(image_size):
         able = [str(size) for size in (16, 28, 32, 48, 64, 96, 128, 224, 299) if fits(size)]

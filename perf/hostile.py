@@ -268,13 +268,13 @@ def damage_archive(path: Path, rng: random.Random) -> None:
     elif way == "rename":
         parts[place] = name(rng).replace("\0", "")[:1000] or "x", content
     compression = zipfile.ZIP_DEFLATED if way in ("compress", "two") else zipfile.ZIP_STORED
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w", compression) as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
         for part, content in parts:
             with_name = zipfile.ZipInfo(part.encode("utf-8", "replace").decode())
             with_name.compress_type = compression
             archive.writestr(with_name, content)
-    whole = made.getvalue()
+    whole = buffer.getvalue()
     if way == "two":
         whole = rng.choice((whole + path.read_bytes(), path.read_bytes() + whole))
     elif way == "sizes":

@@ -31,7 +31,7 @@ def perturbation(
     labels: torch.Tensor,
     config: Config,
 ) -> torch.Tensor:
-    """The inner problem with nothing left out: (N, C, H, W) float -> delta, likewise."""
+    """The inner problem, and all of it: (N, C, H, W) float -> delta, likewise."""
     delta = initial_perturbation(config.pgd_init, config.trigger_norm, config.norm_type, images)
     for _ in range(config.adv_steps):
         delta = delta.detach().requires_grad_()

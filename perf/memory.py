@@ -1,32 +1,31 @@
-"""Memory of whole runs; prints one JSON line a run.
+"""Memory of whole runs; prints one JSON line per run.
 
     python perf/memory.py cifar       # CIFAR-10's size: 60,000 images, PreAct-ResNet18
     python perf/memory.py large       # a folder whose pixels take 4 GiB
     python perf/memory.py flat        # 300 epochs, and 300 rounds of SAU, on a small set
 
-`cifar` and `large` give the peak of a BadNets attack that runs in this process.
+`cifar` gives the peak of a BadNets attack on random images: poisoning, training, evaluation and
+the record's tensors, in this process. Its epoch is cut to 20 batches, as all batches take the same
+memory. `large` runs the script on pictures of random colours, with a network that only averages
+colours, so that the whole epoch can be run: every image is read from the mapped file.
 
-Pictures are made of random colours. For `cifar` the epoch is cut to 20 batches, as all batches take
-the same memory; poisoning, evaluation and files are those of the full run. For `large` the network
-only averages colours, so that the whole epoch can be run: every image is read from the mapped file.
-
-`flat` runs BadNets and then SAU, each in a process of its own, with a tiny network, an evaluation
-each round and a checkpoint each second. Resident memory after 300 rounds has to be within 3 % of
-that after 30; else the exit code is 1.
+`flat` runs the scripts of BadNets and then of SAU on the data set `random` with the network `tiny`,
+an evaluation each round and a checkpoint each second. Resident memory after 300 rounds has to be
+within 3 % of that after 30; else the exit code is 1.
 """
 
 import argparse
-import gc
 import itertools
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -35,108 +34,120 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models
 from attack import badnet
-from attack.poisoning import run
-from defense import base, sau
-from utils.data import datasets, images
-from utils.data.labelled import Dataset, Labelled
+from attack.poisoning import PoisonedPlan, dirty_label
+from attack.recipe import new_model, supervised, train_by_recipe
+from attack.setting import Setting
+from models import prepare
+from utils.data import poison
+from utils.data.datasets import random_images
+from utils.files import ROOT
+from utils.process.device import peak_memory_mib, pick_device, pick_precision
+from utils.process.seeds import generator, seed_everything
+from utils.records.attack import save_attack
+from utils.records.folders import RunFolder
 from utils.training.loop import Loop
-from utils.training.watch import Watch
+from utils.training.watch import scorer
 
 BATCHES = 20
 SIDE = 224
 ROUNDS, SETTLED, GROWTH = 300, 30, 0.03
+WATCHED = (SETTLED, 100, 200, ROUNDS - 1)  # the last one ends with pictures
 
 
-def colours(num_classes: int) -> nn.Module:
-    """A linear layer on the mean colours of 8 x 8 fields."""
+def colours(num_classes: int, image_size: int) -> nn.Module:
+    """A linear layer on the mean colours of 8 x 8 fields; for `--model perf/memory.py:colours`."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
 
 
-def random_set(name: str, side: int, train: int, test: int) -> Callable[..., Dataset]:
-    """A loader of random images in the place of a dataset's."""
-
-    def load(path: Path | None, image_size: int) -> Dataset:
-        source = torch.Generator().manual_seed(0)
-        splits = [
-            Labelled(
-                torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=source),
-                torch.arange(count) % 10,
-            )
-            for count in (train, test)
-        ]
-        names = tuple(str(label) for label in range(10))
-        return Dataset(name, splits[0], splits[1], names, (0.5,) * 3, (0.25,) * 3)
-
-    return load
+# --- growth -------------------------------------------------------------------------------------
 
 
-def small(num_classes: int) -> nn.Module:
-    """A network of a few hundred weights with a BatchNorm."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
-    )
+def long_run(kind: str, script: str, root: Path, *flags: str) -> dict[str, Any]:
+    """Resident memory of a script after some of its rounds.
 
-
-def resident_mib() -> float:
-    """Resident memory of this process now."""
-    gc.collect()
+    Args:
+        kind: "epoch" or "round", as its messages call one.
+        root: folder of records.
+    """
     import psutil  # here, see utils.process.device.peak_memory
 
-    return psutil.Process().memory_info().rss / 2**20
-
-
-def long_run(kind: str, root: Path) -> dict[str, Any]:
-    """Resident memory of 300 `epochs` of the attack, or `rounds` of SAU against its record."""
+    common = ("--record_path", str(root), "--checkpoint_every", "1", "--eval_every", "1")
     after: dict[int, float] = {}
-    watched: Callable[..., None] = Watch._after_round
-
-    def look(watch: Watch, number: int, *rest: Mapping[str, Any]) -> None:
-        watched(watch, number, *rest)
-        if number in (SETTLED, 100, 200, ROUNDS):
-            after[number] = round(resident_mib(), 1)
-
-    common = ["--record_path", str(root), "--model", "small", "--checkpoint_every", "1"]
-    if kind == "epochs":
-        flags = ["--save_folder_name", "memory", "--epochs", str(ROUNDS), "--image_size", "8"]
-        argv = [badnet.__file__, *common, *flags, "--batch_size", "100"]
-    else:
-        flags = ["--result_file", "memory", "--n_rounds", str(ROUNDS), "--ratio", "0.5"]
-        argv = [sau.__file__, *common, *flags, "--batch_size", "75"]
-    with (
-        mock.patch.object(sys, "argv", argv),
-        mock.patch.dict(models.CONSTRUCTORS, {"small": small}),
-        mock.patch.dict(datasets._LOADERS, {"digits": random_set("digits", 8, 300, 100)}),
-        mock.patch.object(Watch, "_after_round", look),
-    ):
-        if kind == "epochs":
-            run(badnet.Config, badnet.make_trigger)
-        else:
-            base.run(sau.Config, sau.purify)
-    growth = after[ROUNDS] / after[SETTLED] - 1
-    return {"kind": kind, "resident_mib": after, "growth": round(growth, 4)}
+    with subprocess.Popen(
+        [sys.executable, script, *common, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            number = re.match(rf"{kind} (\d+)/", line)
+            if number and int(number[1]) in WATCHED:
+                resident = psutil.Process(process.pid).memory_info().rss
+                after[int(number[1])] = round(resident / 2**20, 1)
+    if process.returncode:
+        raise SystemExit(f"{script}: exit code {process.returncode}")
+    growth = after[WATCHED[-1]] / after[SETTLED] - 1
+    return {"kind": f"{kind}s", "resident_mib": after, "growth": round(growth, 4)}
 
 
-def flat() -> bool:
-    """Both long runs, each in a process of its own; whether neither has grown."""
-    is_flat = True
-    with tempfile.TemporaryDirectory() as root:
-        for kind in ("epochs", "rounds"):
-            call = [sys.executable, __file__, kind, "--root", root]
-            run = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
-            print(run.stdout, end="", flush=True)
-            is_flat &= abs(json.loads(run.stdout)["growth"]) <= GROWTH
-    return is_flat
+def is_flat() -> bool:
+    """Whether neither of both long runs has grown; prints them."""
+    tiny = ("--dataset", "random", "--model", "tiny", "--image_size", "8")
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        attack = (*tiny, "--save_folder_name", "x", "--epochs", str(ROUNDS))
+        defense = ("--result_file", "x", "--n_rounds", str(ROUNDS))
+        runs = [
+            long_run("epoch", "attack/badnet.py", root, *attack),
+            long_run("round", "defense/sau.py", root, *defense),
+        ]
+    for run in runs:
+        print(json.dumps(run), flush=True)
+    return all(abs(run["growth"]) <= GROWTH for run in runs)
 
 
-def first_batches(loop: Loop, *arguments: Any) -> Iterator[torch.Tensor]:
-    """The first ones of an epoch."""
-    return itertools.islice(ALL_BATCHES(loop, *arguments), BATCHES)
+# --- peaks --------------------------------------------------------------------------------------
 
 
-ALL_BATCHES = Loop.batches
+class ShortLoop(Loop):
+    """A loop whose rounds have the first batches alone."""
+
+    def batches(self, *arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+        return itertools.islice(super().batches(*arguments, **options), BATCHES)
+
+
+def cifar_sized(device_name: str) -> dict[str, Any]:
+    """Peak memory of an attack on as many images as CIFAR-10 has, its epoch cut short."""
+    device = pick_device(device_name)
+    setting = Setting(random_images(50_000, 10_000, 32), device, pick_precision("auto", device))
+    data = setting.data
+    config = badnet.Config.load("cifar10", epochs=1)
+    seed_everything(config.random_seed)
+    drawn = generator(config.random_seed, "poisoned indices")
+    choice = dirty_label(config, data.train.labels, len(data.classes), drawn)
+    trigger = badnet.make_trigger(config, data.image_shape)
+    plan = PoisonedPlan(
+        poison.replace_images(data.train, choice, trigger),
+        supervised(config, setting),
+        poison.triggered_test_set(data, trigger, config.attack_label_trans, config.attack_target),
+    )
+    model = prepare(new_model(config, data), device, setting.precision)
+    train_by_recipe(config, model, plan, ShortLoop())
+    scorer(data.test, plan.triggered, device)(model)
+    facts = {
+        "attack": "badnet",
+        "model_name": config.model,
+        "model_sha256": None,
+        "network_size": None,
+        "dataset_path": None,
+        "attack_target": config.attack_target,
+        "attack_label_trans": config.attack_label_trans,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = RunFolder(Path(name) / "x")
+        folder.start(config.dump())
+        save_attack(folder, model, data, plan.exported(), plan.triggered(), None, facts)
+    size = {"train_images": len(data.train), "model": config.model}
+    return {"kind": "cifar", **peak_memory_mib(device), **size}
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -153,38 +164,23 @@ def write_pictures(folder: Path, count: int) -> None:
         list(pool.map(write, range(count)))
 
 
-def attack(root: Path, *flags: str) -> dict[str, Any]:
-    """The summary of one epoch of BadNets."""
-    common = ["--record_path", str(root), "--save_folder_name", "memory", "--epochs", "1"]
-    with mock.patch.object(sys, "argv", [badnet.__file__, *common, *flags]):
-        run(badnet.Config, badnet.make_trigger)
-    return json.loads((root / "memory" / "summary.json").read_text(encoding="utf-8"))
+def large(gib: float, device_name: str) -> dict[str, Any]:
+    """Peak memory of an attack's script on a folder of pictures.
 
-
-def measure(kind: str, gib: float, device: str) -> dict[str, Any]:
-    """Peak memory in MiB, with what was trained on."""
+    Args:
+        gib: GiB of their pixels.
+    """
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        if kind == "cifar":
-            with (
-                mock.patch.dict(
-                    datasets._LOADERS, {"cifar10": random_set("cifar10", 32, 50_000, 10_000)}
-                ),
-                mock.patch.object(Loop, "batches", first_batches),
-            ):
-                found = attack(root, "--dataset", "cifar10", "--device", device)
-        else:
-            count = round(gib * 2**30 / (3 * SIDE * SIDE))
-            write_pictures(root / "pictures", count)
-            flags = ["--dataset", "folder", "--dataset_path", str(root / "pictures")]
-            flags += ["--image_size", str(SIDE), "--model", "colours", "--device", device]
-            with (
-                mock.patch.dict(models.CONSTRUCTORS, {"colours": colours}),
-                mock.patch.object(images, "data_folder", return_value=root),
-            ):
-                found = attack(root, *flags)
+        write_pictures(root / "pictures", round(gib * 2**30 / (3 * SIDE * SIDE)))
+        flags = ["--dataset", "folder", "--dataset_path", root / "pictures", "--image_size", SIDE]
+        flags += ["--model", "perf/memory.py:colours", "--device", device_name, "--epochs", 1]
+        flags += ["--record_path", root, "--save_folder_name", "x"]
+        call = [sys.executable, "attack/badnet.py", *map(str, flags)]
+        subprocess.run(call, cwd=ROOT, env=os.environ | {"SAU_DATA": name}, check=True)
+        summary = json.loads((root / "x" / "summary.json").read_text(encoding="utf-8"))
     names = ("peak_memory_mib", "peak_gpu_memory_mib", "seconds", "train_images", "model")
-    return {"kind": kind} | {name: found[name] for name in names if name in found}
+    return {"kind": "large", **{name: summary[name] for name in names if name in summary}}
 
 
 def main() -> None:
@@ -192,17 +188,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=("cifar", "large", "flat", "epochs", "rounds"))
-    parser.add_argument("--root", type=Path, help="records, for a part of `flat`: epochs, rounds")
+    parser.add_argument("kind", choices=("cifar", "large", "flat"))
     parser.add_argument("--gib", type=float, default=4.0, help="pixels of `large`")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
     if flags.kind == "flat":
-        raise SystemExit(0 if flat() else 1)
-    if flags.kind in ("epochs", "rounds"):
-        print(json.dumps(long_run(flags.kind, flags.root)))
-    else:
-        print(json.dumps(measure(flags.kind, flags.gib, flags.device)))
+        raise SystemExit(0 if is_flat() else 1)
+    peak = cifar_sized(flags.device) if flags.kind == "cifar" else large(flags.gib, flags.device)
+    print(json.dumps(peak))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Counting(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         learns = next(self.network.parameters()).requires_grad
         backward = 2 if learns else int(images.requires_grad)
-        self.units[0] += len(images) * (1 + backward * torch.is_grad_enabled())
+        self.units[0] += len(images) * (1 + (backward if torch.is_grad_enabled() else 0))
         return self.network(images)
 
 
@@ -190,10 +190,10 @@ def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
     x, y = images[: config.batch_size], labels[: config.batch_size].to(bench.device)
     purified = sau.purify(bench.model, bench.clean.images, labels, config)
     reference = bench.model.eval()
-    own = sau.shared_perturbation(purified, reference, x, y, config)
+    ours_delta = sau.shared_perturbation(purified, reference, x, y, config)
     networks = literal.plain_network(purified), literal.plain_network(reference)
-    usual = literal.perturbation(*networks, x, y, config)
-    same = 100 * float((own == usual).float().mean())
+    literal_delta = literal.perturbation(*networks, x, y, config)
+    same = 100 * float((ours_delta == literal_delta).float().mean())
     rows = rows_of(
         "round",
         {name: s / rounds for name, s in seconds.items()},

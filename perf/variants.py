@@ -4,16 +4,14 @@
     python perf/variants.py --result_file badnet_32
 
 Each group has what the program does, and what it would be without one thing or with another;
-repeats are interleaved. The figures and what was decided are in `benchmark/README.md`.
+repeats are interleaved. The figures and what was decided are in `perf/README.md`.
 """
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -111,18 +109,15 @@ def inner_loop(bench: Bench) -> Group:
     reference = at_precision(bench.model, bench.precision, bench.device).eval()
     model = sau.purify(reference, bench.clean.images, bench.clean.labels, bench.config).eval()
     with torch.no_grad():
-        known = reference(images).argmax(1)
+        predictions = reference(images).argmax(1)
 
     def loop(
-        patch: Callable[[], Any] = nullcontext,
-        ref_predictions: torch.Tensor | None = known,
-        ref: nn.Module = reference,
+        ref_predictions: torch.Tensor | None = predictions, ref: nn.Module = reference
     ) -> Callable[[], Callable[[], object]]:
         def call() -> None:
-            with patch():
-                sau.shared_perturbation(
-                    model, ref, images, labels, bench.config, ref_predictions=ref_predictions
-                )
+            sau.shared_perturbation(
+                model, ref, images, labels, bench.config, ref_predictions=ref_predictions
+            )
 
         return lambda: call
 
@@ -131,20 +126,8 @@ def inner_loop(bench: Bench) -> Group:
     return {
         "inner loop": loop(),
         "reference's predictions each time": loop(ref_predictions=None),
-        "weights want gradients": loop(weights_learn),
         "reference's BatchNorm folded": loop(ref=folded),
     }
-
-
-@contextmanager
-def weights_learn() -> Iterator[None]:
-    """The inner loop computes the gradients of weights, too."""
-    with mock.patch.object(sau, "frozen", nullcontext_of):
-        yield
-
-
-def nullcontext_of(*_: nn.Module) -> Any:
-    return nullcontext()
 
 
 PARTS: dict[str, list[Callable[[Bench], Group]]] = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import models
 from models import Classifier
+from models.tiny import TinyNet
 from utils import plot
 from utils.data.labelled import Dataset, Labelled
 
@@ -18,19 +18,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker a core: threads of their own, and of the scripts that they run, would only wait.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-
-
-class TinyNet(nn.Module):
-    """Convolution, BatchNorm, pooling, linear: (N, 3, H, W) -> (N, num_classes)."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(4)
-        self.linear = nn.Linear(4, num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.bn(self.conv(images)).relu().mean(dim=(2, 3)))
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +41,12 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(models.CONSTRUCTORS, "preactresnet18", TinyNet)
     for name in ("curves", "image_grid"):
         patch.setattr(plot, name, lambda *_: Picture())
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make_small` for a test's time."""
+    make_small(monkeypatch)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -105,8 +98,7 @@ def tiny_data() -> Dataset:
 
 
 @pytest.fixture
-def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Classifier:
-    """A small network for `tiny_data`; for the test's time `build_model("tiny", ...)` knows it."""
-    monkeypatch.setitem(models.CONSTRUCTORS, "tiny", TinyNet)
+def tiny_model() -> Classifier:
+    """A small network for `tiny_data`."""
     torch.manual_seed(0)
     return models.build_model("tiny", 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))

@@ -16,9 +16,9 @@ from PIL import Image
 from torchvision.models import get_model
 
 import models
+from models.tiny import TinyNet
 from tests import backdoorbench_writer as writer
 from tests import test_fingerprints
-from tests.conftest import TinyNet
 from tests.test_end_to_end import run_script
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import KINDS
@@ -56,11 +56,6 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
     monkeypatch.setattr("utils.records.attack.load_dataset", load)
     return made
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.CONSTRUCTORS, "tiny", TinyNet)
 
 
 def triggered(images: torch.Tensor, index: int) -> np.ndarray:

@@ -121,7 +121,28 @@ def test_an_unknown_dataset_is_refused_with_the_valid_names() -> None:
         load_dataset("cifar11", None, 16)
     assert "--dataset: cifar11" in str(caught.value)
     assert "did you mean cifar10?" in str(caught.value)
-    assert "digits, cifar10, cifar100, gtsrb, tiny, folder" in str(caught.value)
+    assert "digits, cifar10, cifar100, gtsrb, tiny, random, folder" in str(caught.value)
+
+
+# --- random images ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_random_images_are_the_same_every_time_and_tell_their_class(size: int) -> None:
+    """Ten classes of 20 and 10 images, over one pattern per class in both splits."""
+    data, again = load_dataset("random", None, size), load_dataset("random", None, size)
+    assert data.image_shape == (3, size, size)
+    assert data.classes == tuple("0123456789")
+    for split, other, count in ((data.train, again.train, 20), (data.test, again.test, 10)):
+        assert split.images.dtype == torch.uint8
+        assert torch.equal(split.images, other.images)
+        assert torch.bincount(split.labels).tolist() == [count] * 10
+    means = [
+        torch.stack([split.images[split.labels == label].float().mean(0) for label in range(10)])
+        for split in (data.train, data.test)
+    ]
+    distances = torch.cdist(means[0].flatten(1), means[1].flatten(1))
+    assert size == 1 or distances.argmin(1).tolist() == list(range(10))
 
 
 # --- a folder of images -------------------------------------------------------------------------

@@ -24,17 +24,14 @@ from utils.training.watch import Watch
 
 __all__ = ["cache", "workplace"]  # fixtures
 
+pytestmark = pytest.mark.usefixtures("small")
+
 REFUSED = itertools.cycle(
     OSError(number, os.strerror(number))
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 )
 NOBODY = 65534
 OFTEN = ("--checkpoint_every", "0")
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_small(monkeypatch)
 
 
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:

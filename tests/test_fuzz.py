@@ -6,15 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import models
 from perf import fuzz, hostile
-from utils.data import datasets
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.CONSTRUCTORS, "preactresnet18", fuzz.small)
-    monkeypatch.setitem(datasets._LOADERS, "cifar10", lambda *_, **__: fuzz.make_data())
 
 
 def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
@@ -38,13 +30,17 @@ def test_good_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_should_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A traceback, a hang, memory, a signal, too long a message, and a file elsewhere."""
+    """A traceback, a hang, an endless loop, memory, a signal, a long message, a file elsewhere."""
 
     def write_elsewhere(place: Path, _: object) -> None:
         (place.parent / "elsewhere").touch()
 
     def hang(*_: object) -> None:
         time.sleep(60)
+
+    def work(*_: object) -> None:
+        while True:
+            pass
 
     def take(*_: object) -> int:
         return len(bytes(3 << 20) * 500)
@@ -66,18 +62,21 @@ def test_what_should_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.Mon
         "e": end,
         "f": talk,
         "g": leave,
+        "h": work,
     }
     monkeypatch.setattr(fuzz, "cases", lambda good: broken)
-    monkeypatch.setattr(fuzz, "write_good", lambda good, data: None)
-    monkeypatch.setattr(fuzz, "SECONDS", 5)
-    table, problems = fuzz.run_cases(7, 0, tmp_path)
+    monkeypatch.setattr(fuzz, "write_good", lambda good: None)
+    monkeypatch.setattr(fuzz, "SECONDS", 2)
+    monkeypatch.setattr(fuzz, "WAIT", 30)
+    table, problems = fuzz.run_cases(8, 0, tmp_path)
     told = {problem.split(":")[0]: problem for problem in problems}
     assert "ZeroDivisionError" in told["case 0 (a)"]
-    assert "more than 5 s" in told["case 1 (b)"]
+    assert "more than 30 s" in told["case 1 (b)"]
     assert "MiB of memory" in told["case 3 (d)"]
     assert "signal 15" in told["case 4 (e)"]
     assert "too long a message" in told["case 5 (f)"]
     assert "SystemExit" in told["case 6 (g)"]
+    assert "more than 2 s of a processor" in told["case 7 (h)"]
     assert problems[-1] == f"written outside: {tmp_path / 'elsewhere'}"
-    assert len(problems) == 7
+    assert len(problems) == 8
     assert table.loc["c", "read"] == 1

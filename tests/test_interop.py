@@ -17,12 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-import models
 from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
 from perf import fuzz
 from tests import backdoorbench_writer as writer
-from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, tiny, wanet
+from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, wanet
 from tests.test_end_to_end import run_script
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import (
@@ -44,7 +43,7 @@ from utils.records.attack import (
     save_attack,
 )
 
-__all__ = ["data", "tiny"]  # fixtures
+__all__ = ["data"]  # a fixture
 SCRIPT = ROOT / "interop/backdoorbench.py"
 FACTS = {
     "attack": "badnet",
@@ -343,13 +342,8 @@ def test_an_import_that_was_killed_after_its_last_file_is_finished(
 
 EXPORT = """
 import sys
-import models
-from benchmark import fuzz
 from interop import backdoorbench
-from utils import datasets
-from utils.runtime import run_script
-models.CONSTRUCTORS["preactresnet18"] = fuzz.small
-datasets._LOADERS["cifar10"] = lambda path, image_size: fuzz.make_data()
+from utils.process.script import run_script
 print("ready", flush=True)
 sys.stdin.readline()
 run_script(backdoorbench.main)
@@ -360,9 +354,9 @@ def test_of_three_exports_at_once_one_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others are told in one line each; and what a killed one was writing is removed."""
-    with monkeypatch.context() as patch:
-        patch.setitem(models.CONSTRUCTORS, "preactresnet18", fuzz.small)
-        fuzz.write_record(tmp_path / "ours", fuzz.make_data())
+    monkeypatch.setenv("SAU_DATA", str(tmp_path / "data"))
+    fuzz.write_traffic_signs(tmp_path / "data")
+    fuzz.write_record(tmp_path / "ours", fuzz.KNOWN_DATASET, fuzz.KNOWN_MODEL)
     killed = tmp_path / "record/.y[1].0123abcd.tmp"
     (killed / "bd_test_dataset").mkdir(parents=True)
     (tmp_path / "record/y").mkdir()
@@ -383,7 +377,6 @@ def test_of_three_exports_at_once_one_is_done(
         if process.returncode:
             assert text == f"error: --to: {tmp_path / 'record/y[1]'} exists; give a new folder\n"
     assert {path.name for path in (tmp_path / "record").iterdir()} == {"y", "y[1]"}
-    monkeypatch.setitem(models.CONSTRUCTORS, "preactresnet18", fuzz.small)
     assert len(load_attack(tmp_path / "record/y[1]").state) > 5
 
 

@@ -224,7 +224,7 @@ def test_an_unknown_name_lists_the_valid_ones() -> None:
 def test_model_names_are_ours_and_torchvisions() -> None:
     names = model_names()
     assert names == sorted(set(names))
-    assert {"preactresnet18", "vgg16", "densenet121", "vit_b_16"} <= set(names)
+    assert {"preactresnet18", "tiny", "vgg16", "densenet121", "vit_b_16"} <= set(names)
     assert not any(name.startswith(("fcn", "fasterrcnn", "raft", "quantized")) for name in names)
 
 

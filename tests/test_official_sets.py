@@ -10,8 +10,9 @@ from PIL import Image
 
 from attack.recipe import TrainingConfig
 from defense.sau import Config
+from models.tiny import TinyNet
 from tests import backdoorbench_writer as writer
-from tests.conftest import TinyNet, make_small
+from tests.conftest import make_small
 from tests.miniatures import official, official_tiny
 from tests.test_end_to_end import run_script
 from utils.config import read_yaml

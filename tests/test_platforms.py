@@ -46,7 +46,7 @@ def names_in(folder: Path) -> set[str]:
 
 def test_every_module_is_imported_without_what_windows_lacks(tmp_path: Path) -> None:
     modules = modules_under(ROOT)
-    assert {"utils.locks", "perf.stress", "perf.fuzz", "perf.memory"} <= set(modules)
+    assert {"utils.locks", "perf.stress", "perf.matrix", "perf.fuzz", "perf.memory"} <= set(modules)
     elsewhere(tmp_path, "import", *modules)
 
 
@@ -63,6 +63,7 @@ def test_an_attack_and_a_defense_run_by_the_rules_of_windows(tmp_path: Path) -> 
     """Also over what stands there, and with a checkpoint after each epoch, read and replaced."""
     common = "--record_path . --device cpu --precision fp32 --checkpoint_every 0"
     attack = f"attack/badnet.py {common} --save_folder_name x --epochs 2 --overwrite"
+    attack += " --dataset random --model tiny"
     elsewhere(tmp_path, "run", attack, f"defense/ft.py {common} --result_file x --n_rounds 2")
     assert {"attack_result.pt", "defense_result.pt"} <= names_in(tmp_path)
     assert not [name for name in names_in(tmp_path) if name.startswith(".")]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import make_small
 from tests.test_end_to_end import (
     attack_flags,
     cache,
@@ -29,10 +28,7 @@ from utils.tensors import load_tensors
 
 __all__ = ["cache", "workplace"]  # fixtures
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_small(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from perf import stress
+from perf import matrix
 from tests.test_end_to_end import run_script
 from utils.files import ROOT
 
 
-def matrix(*flags: object) -> subprocess.CompletedProcess[str]:
+def run_matrix(*flags: object) -> subprocess.CompletedProcess[str]:
     """In a process of its own: a fork of one that has trained cannot train."""
     return subprocess.run(
-        [sys.executable, "perf/stress.py", "--matrix", *map(str, flags)],
+        [sys.executable, "perf/matrix.py", *map(str, flags)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -26,13 +26,13 @@ def matrix(*flags: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_sample_of_the_matrix_gives_the_same_files(tmp_path: Path) -> None:
-    """Each kind has dozens of changes; `benchmark/README.md` has the counts of all of them."""
-    done = matrix("--every", 29, "--to", tmp_path / "rows.csv")
+    """Each kind has dozens of changes; `perf/README.md` has the counts of all of them."""
+    done = run_matrix("--every", 29, "--to", tmp_path / "rows.csv")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = pd.read_csv(tmp_path / "rows.csv")
-    assert set(rows["run"]) == set(stress.SCENES)
+    assert set(rows["run"]) == set(matrix.KINDS)
     assert set(rows["result"]) == {"identical"}
-    assert len(rows) >= 2 * len(stress.SCENES)
+    assert len(rows) >= 2 * len(matrix.KINDS)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_sample_of_the_matrix_gives_the_same_files(tmp_path: Path) -> None:
 def test_wrong_flags(
     capsys: pytest.CaptureFixture[str], flags: tuple[object, ...], message: str
 ) -> None:
-    assert run_script(ROOT / "perf/stress.py", "--matrix", *flags) == 2
+    assert run_script(ROOT / "perf/matrix.py", *flags) == 2
     assert message in capsys.readouterr().err
 
 
@@ -81,7 +81,7 @@ def test_what_is_compared(tmp_path: Path) -> None:
             path.unlink()
         for name, text in (files | changes).items():
             (folder / name).write_text(text)
-        return stress.kept(tmp_path)
+        return matrix.kept(tmp_path)
 
     whole = kept_with({})
     for name, text in same.items():
@@ -90,7 +90,7 @@ def test_what_is_compared(tmp_path: Path) -> None:
         assert kept_with({name: text}) != whole
     kept_with({})
     (tmp_path / "y").mkdir()
-    assert stress.kept(tmp_path) != whole
+    assert matrix.kept(tmp_path) != whole
 
 
 def test_every_change_of_the_disk_is_seen(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_every_change_of_the_disk_is_seen(tmp_path: Path) -> None:
     program = """
 import os, shutil, sys
 from pathlib import Path
-from perf.stress import watch_changes
+from perf.matrix import watch_changes
 place = Path(sys.argv[1])
 watch_changes(place, lambda number, what: print(number, what, flush=True))
 (place / "a").mkdir()

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import models
-from tests.conftest import TinyNet, make_small
+from models.tiny import TinyNet
+from tests.conftest import make_small
 from tests.test_end_to_end import (
     attack_flags,
     cache,
@@ -29,6 +30,8 @@ from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
 
 __all__ = ["cache", "workplace"]  # fixtures
+
+pytestmark = pytest.mark.usefixtures("small")
 
 
 class Trap:
@@ -62,11 +65,6 @@ def nested(path: Path, trap: Trap) -> None:
 
 
 WAYS = [plain, whole, nested]
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")

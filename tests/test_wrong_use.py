@@ -29,12 +29,9 @@ from utils.records.attack import AttackRecord, load_attack
 
 __all__ = ["cache", "workplace"]  # fixtures
 
+pytestmark = pytest.mark.usefixtures("small")
+
 SCRIPTS = sorted(set(CONFIGS) - {"defense/base"})
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from utils.errors import UserError, listed, suggestion
 from utils.files import TABLE, read_text
 from utils.process.script import logger
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "gtsrb", "tiny", "folder"]
+DatasetName = Literal["digits", "cifar10", "cifar100", "gtsrb", "tiny", "random", "folder"]
 
 # All 39,209 training images; GTSRB-Training_fixed.zip, which torchvision reads, has 26,640 of them.
 _GTSRB_URL = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
@@ -118,6 +118,31 @@ def _digits(path: Path | None, image_size: int) -> Dataset:
         for index in (torch.from_numpy(train), torch.from_numpy(test))
     ]
     return _measured("digits", splits[0], splits[1], tuple(str(digit) for digit in range(10)))
+
+
+def _random(path: Path | None, image_size: int) -> Dataset:
+    """`random_images` for a first try, and for tests: 200 / 100 of them, and no file is read."""
+    return random_images(200, 100, image_size)
+
+
+def random_images(train: int, test: int, image_size: int) -> Dataset:
+    """Noise over a pattern of 4 x 4 colours per class, always the same; the labels are 0 1 ... 9 0.
+
+    Args:
+        train, test: numbers of images, >= 10.
+        image_size: side of the images in pixels.
+    """
+    source = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 128, (10, 3, 4, 4), dtype=torch.uint8, generator=source)
+    patterns = F.interpolate(patterns, (image_size, image_size))
+    splits = []
+    for count in (train, test):
+        shape = (count, 3, image_size, image_size)
+        images = torch.randint(0, 128, shape, dtype=torch.uint8, generator=source)
+        for label, pattern in enumerate(patterns):
+            images[label::10] += pattern
+        splits.append(Labelled(images, torch.arange(count) % 10))
+    return _measured("random", splits[0], splits[1], tuple(str(label) for label in range(10)))
 
 
 def _cifar(
@@ -440,5 +465,6 @@ _LOADERS: dict[str, Callable[[Path | None, int], Dataset]] = {
     ),
     "gtsrb": _gtsrb,
     "tiny": _tiny,
+    "random": _random,
     "folder": _folder,
 }
