@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.batchnorm import BatchNorm2d
-from models.convolution import Conv3x3
+from models.fast.batchnorm import BatchNorm2d
+from models.fast.convolution import Conv3x3
 
 
 class PreActBlock(nn.Module):

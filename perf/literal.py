@@ -19,7 +19,7 @@ from torch.utils.data import Dataset as Files
 from torchvision import transforms
 
 from defense.sau import Config, jensen_shannon, unlearning_loss
-from models.convolution import Conv3x3
+from models.fast.convolution import Conv3x3
 from utils.data.labelled import Dataset, Triggered
 from utils.data.poison import PoisonedSet
 from utils.perturb import initial_perturbation, project

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models import convolution
-from models.convolution import Conv3x3, constant_weights, patch_gradient
+from models.fast import convolution
+from models.fast.convolution import Conv3x3, constant_weights, patch_gradient
 from models.preactresnet import preactresnet18
 from perf.literal import plain_network
 

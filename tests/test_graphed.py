@@ -13,9 +13,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from defense import sau
-from models import build_model, graphed, prepare
-from models.batchnorm import BatchNorm2d, _Linear
-from models.graphed import Graphed, is_plain
+from models import build_model, prepare
+from models.fast import graphed
+from models.fast.batchnorm import BatchNorm2d, _Linear
+from models.fast.graphed import Graphed, is_plain
 from utils.data import poison
 from utils.data.labelled import Labelled
 from utils.process.seeds import deterministic, generator

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from models import Classifier, build_model
-from models.batchnorm import BatchNorm2d
+from models.fast.batchnorm import BatchNorm2d
 from models.parts import (
     bare,
     convolutions_before,

@@ -9,7 +9,7 @@ import torch
 
 from defense import sau
 from models import Classifier, build_model, prepare
-from models.convolution import Conv3x3
+from models.fast.convolution import Conv3x3
 from perf import literal
 from perf.speed import Counting, forward_operations, interleaved, rows_of
 from tests.oracle import perturbation

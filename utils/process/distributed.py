@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.batchnorm import BatchNorm2d
+from models.fast.batchnorm import BatchNorm2d
 from utils.errors import UserError
 
 # While the first process prepares something alone, e.g. decodes images, the others wait so long.

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models import Resize
-from models.convolution import constant_weights
+from models.fast.convolution import constant_weights
 from models.modes import evaluating
 from utils.data.batches import as_float, release
 from utils.data.labelled import Labelled, Triggered

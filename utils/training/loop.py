@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from models.graphed import Graphed
+from models.fast.graphed import Graphed
 from utils.errors import UserError, one_line
 from utils.process import distributed
 from utils.process.seeds import random_states
@@ -77,7 +77,7 @@ class Loop:
     def parallel(self, model: nn.Module) -> nn.Module:
         """The module to train a model through; it shares the model's weights.
 
-        Backward comes before the next call where that is possible, see `models.graphed`.
+        Backward comes before the next call where that is possible, see `models.fast.graphed`.
 
         Raises:
             UserError: if no weight has `requires_grad`.
@@ -93,7 +93,7 @@ class Loop:
     def alone(self, model: nn.Module) -> nn.Module:
         """The module to call a model through where each process works on images of its own.
 
-        Backward comes before the next call where that is possible, see `models.graphed`.
+        Backward comes before the next call where that is possible, see `models.fast.graphed`.
         """
         return model if distributed.processes() > 1 else Graphed(model)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from models.convolution import constant_weights
+from models.fast.convolution import constant_weights
 from utils.process.device import images_at_once, rounded_up
 
 
