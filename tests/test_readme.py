@@ -1,4 +1,4 @@
-"""Every command and Python block of the README runs."""
+"""Every command and Python block of the README and of the pages under docs/ runs."""
 
 import re
 import shlex
@@ -17,29 +17,39 @@ from utils.files import ROOT
 
 __all__ = ["cache", "workplace"]  # fixtures
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, *DOCS = (
+    path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+)
+SETTINGS, PYTHON = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("settings.md", "python.md")
+)
 
 
 def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
-PARTS = README.split("\n## ")
-COMMANDS = [  # test_interop.py runs those of the section that needs a record of BackdoorBench
-    line
-    for part in PARTS
-    if not part.startswith("BackdoorBench")
-    for block in blocks("sh", part)
-    for line in block.splitlines()
-    if line.startswith("python ")
-]
-MAKE = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")]
+def commands() -> list[str]:
+    """Each command once, in the order of the pages.
+
+    test_interop.py runs those of the section that needs a record of BackdoorBench.
+    """
+    parts = [part for part in README.split("\n## ") if not part.startswith("BackdoorBench")]
+    lines = [
+        line.partition("#")[0].strip()
+        for part in (*parts, *DOCS)
+        for block in blocks("sh", part)
+        for line in block.splitlines()
+        if line.startswith("python ")
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def shortened(flags: list[str], workplace: Path) -> list[object]:
     """The same flags with tiny images in the place of the user's, and one epoch or round."""
     is_attack = "--save_folder_name" in flags
-    found: list[object] = list(flags)
+    short: list[object] = list(flags)
     for name, value in (
         ("--dataset", "folder"),
         ("--dataset_path", workplace / "images"),
@@ -47,21 +57,20 @@ def shortened(flags: list[str], workplace: Path) -> list[object]:
         ("--state_dict", workplace / "my_model.pt"),
         ("--bd_test_dir", workplace / "triggered"),
     ):
-        if name in found:
-            found[found.index(name) + 1] = value
+        if name in short:
+            short[short.index(name) + 1] = value
         elif is_attack and name.startswith("--dataset"):
-            found += [name, value]
-    found += ["--record_path", workplace / "record", "--precision", "fp32"]
+            short += [name, value]
+    short += ["--record_path", workplace / "record", "--precision", "fp32"]
     if is_attack:
-        training = [] if "--state_dict" in found else ["--epochs", 1, "--batch_size", 12]
-        return [*found, *training, "--image_size", 16]
-    return [*found, "--n_rounds", 1, "--ratio", 0.5]
+        training = [] if "--state_dict" in short else ["--epochs", 1, "--batch_size", 12]
+        return [*short, *training, "--image_size", 16]
+    return [*short, "--n_rounds", 1, "--ratio", 0.5]
 
 
 def users_files(workplace: Path) -> None:
     """my_net.py as it stands on the page, its weights, and a triggered test image of each class."""
-    source = blocks("python")[0]
-    assert source.startswith("# my_net.py\n")
+    (source,) = (block for block in blocks("python") if block.startswith("# my_net.py\n"))
     (workplace / "my_net.py").write_text(source, encoding="utf-8")
     names: dict[str, Any] = {}
     exec(compile(source, "my_net.py", "exec"), names)
@@ -72,13 +81,13 @@ def users_files(workplace: Path) -> None:
         shutil.copy(workplace / "images/test" / name / "0.png", folder / f"{position}.png")
 
 
-def test_the_commands_run_in_the_order_of_the_page(
+def test_the_commands_run_in_the_order_of_the_pages(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(COMMANDS) >= 9
+    assert len(commands()) >= 20
     users_files(workplace)
-    for command in COMMANDS:
-        _, script, *flags = shlex.split(command, comments=True)
+    for command in commands():
+        _, script, *flags = shlex.split(command)
         if flags == ["--help"]:
             assert run_script(ROOT / script, *flags) == 0
             assert "--random_seed" in capsys.readouterr().out
@@ -86,8 +95,8 @@ def test_the_commands_run_in_the_order_of_the_page(
             assert run_script(ROOT / script, *flags, "--status") == 0
             assert "digits-preactresnet18-badnet-s0/sau" in capsys.readouterr().out
         elif script == "benchmark/report.py":
-            own = ["--under", workplace / "record", "--to", workplace / "report"]
-            assert run_script(ROOT / script, *own) == 0
+            folders = ["--under", workplace / "record", "--to", workplace / "report"]
+            assert run_script(ROOT / script, *folders) == 0
             assert "badnet" in (workplace / "report/table.md").read_text()
         else:
             assert run_script(ROOT / script, *shortened(flags, workplace)) == 0, command
@@ -95,7 +104,7 @@ def test_the_commands_run_in_the_order_of_the_page(
 
 def test_the_flags_of_the_settings_table_are_taken(workplace: Path) -> None:
     """Each row's flags, with an attack or with SAU."""
-    table = README[README.index("| want | flags |") : README.index("Dataset, model and target of")]
+    table = SETTINGS[SETTINGS.index("| want | flags |") :]
     groups = [
         shlex.split(flags) for flags in re.findall(r"`(--[^`]+)`", table) if "file.txt" not in flags
     ]
@@ -117,7 +126,7 @@ def test_the_flags_of_the_settings_table_are_taken(workplace: Path) -> None:
 
 def test_the_yaml_example_is_taken(workplace: Path, tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
-    path.write_text(blocks("yaml")[0], encoding="utf-8")
+    path.write_text(blocks("yaml", SETTINGS)[0], encoding="utf-8")
     run = shortened(["--save_folder_name", "yaml"], workplace)
     assert run_script(ROOT / "attack/badnet.py", "--yaml_path", path, *run) == 0
     written = (workplace / "record/yaml/config.yaml").read_text()
@@ -131,33 +140,34 @@ def test_the_python_examples_run(
     monkeypatch.chdir(workplace)
     run = shortened(["--save_folder_name", "badnet_demo", "--overwrite"], workplace)
     assert run_script(ROOT / "attack/badnet.py", *run) == 0
-    _, api, record, purified = blocks("python")
-    names: dict[str, object] = {}
+    run = shortened(["--result_file", "badnet_demo"], workplace)
+    assert run_script(ROOT / "defense/sau.py", *run, "--overwrite") == 0
+
+    api, _ = blocks("python")
+    assert len([line for line in api.splitlines() if line]) <= 4
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3))
+    images, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 3
+    names: dict[str, Any] = {"model": model, "images": images, "labels": labels}
     exec(compile(api, "README.md", "exec"), names)
+    assert names["purified"] is not model
+    assert names["demo"](torch.rand(2, 3, 16, 16)).shape == (2, 3)
+
+    own_model, again, record = blocks("python", PYTHON)
+    names = {}
+    exec(compile(own_model, "python.md", "exec"), names)
     assert names["purified"] is not names["model"]
-    exec(compile(record, "README.md", "exec"), {})
-    assert "preactresnet18 3 0" in capsys.readouterr().out
-    run = shortened(["--result_file", "badnet_demo", "--overwrite"], workplace)
-    assert run_script(ROOT / "defense/sau.py", *run) == 0
-    assert len([line for line in purified.splitlines() if line]) <= 3
-    exec(compile(purified, "README.md", "exec"), names)
-    assert names["purified"](torch.rand(2, 3, 16, 16)).shape == (2, 3)  # type: ignore[operator]
-
-
-def test_pictures_links_and_make_targets_exist() -> None:
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert MAKE
-    for command in MAKE:
-        assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.M)
+    exec(compile(again, "python.md", "exec"), names)
+    assert names["purified"](torch.rand(2, 3, 16, 16)).shape == (2, 3)
+    capsys.readouterr()
+    exec(compile(record, "python.md", "exec"), {})
+    assert capsys.readouterr().out == "preactresnet18 3 0\n"
 
 
 def test_the_scripts_of_the_methods_tables_are_all_there_are() -> None:
     scripts = {f"defense/{name}.py" for name in defense.names()}
     scripts |= {f"attack/{name}.py" for name in [*attack.names(), "prototype"]}
-    commands = re.findall(r"`python (attack/(\w+)\.py)(?: --save_folder_name (\w+)_demo)?`", README)
-    assert all(record in (name, "") for _, name, record in commands)
-    listed = {path for path, _, _ in commands}
+    rows = re.findall(r"`python (attack/(\w+)\.py)(?: --save_folder_name (\w+)_demo)?`", README)
+    assert all(record in (name, "") for _, name, record in rows)
+    listed = {path for path, _, _ in rows}
     assert listed | set(re.findall(r"^\| `(defense/\w+\.py)`", README, flags=re.M)) == scripts
     assert utils.data.images.ROOT  # the cache of these tests is the workplace's

@@ -1,0 +1,144 @@
+"""The pages are true.
+
+Paths and links exist, the rooms are those of the code, and figures are those that were measured.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_layers import ROWS, modules_under, row_of
+from utils.files import ROOT
+
+HIDDEN = {".venv", ".git", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.rglob("*.md")
+    if not HIDDEN & set(path.relative_to(ROOT).parts)
+    and path.relative_to(ROOT).parts[0] not in ("results", "mutants")
+)
+ROOMS = "analysis|attack|benchmark|config|defense|docs|interop|models|perf|results|sau|tests|utils"
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def paths_of(text: str) -> list[str]:
+    """What a page names that looks like a file or folder of ours.
+
+    Args:
+        text: the page, in Markdown.
+
+    Returns:
+        Paths from the root of the checkout, without repeats. `<name>` in them is `*`. Skipped are
+        files that the page itself tells the reader to write, and `defense/<name>/`, which is a
+        folder of a record.
+    """
+    invented = re.findall(r"^`([\w/.]+)`:\n\n```", text, flags=re.M)
+    examples = {Path(path).stem for path in invented} | {
+        Path(path).parent.name for path in invented
+    }
+    names = re.findall(rf"(?<![\w./<>-])((?:{ROOMS})/[\w./<>*-]*[\w/>*])", text)
+    paths = [re.sub(r"<[^>]*>", "*", name) for name in names]
+    return [
+        path
+        for path in dict.fromkeys(paths)
+        if Path(path).stem not in examples and not path.endswith("*/")
+    ]
+
+
+def anchors_of(page: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text_of(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_that_a_page_names_exists(page: str) -> None:
+    missing = [path for path in paths_of(text_of(page)) if not list(ROOT.glob(path))]
+    assert missing == [], f"{page} names what does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(page)):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors_of(file.resolve().relative_to(ROOT).as_posix()), target
+
+
+def test_paths_are_seen_in_prose_and_in_commands() -> None:
+    text = "`utils/gone.py`, [x](docs/y.md)\n\n    python perf/z.py\n\n"
+    text += "config/<attack>/a.yaml, a/utils/b"
+    text += "\n\n    defense/<name>/\n\n`attack/mine.py`:\n\n```python\n```\n\nattack/mine.py"
+    assert paths_of(text) == ["utils/gone.py", "docs/y.md", "perf/z.py", "config/*/a.yaml"]
+
+
+def test_every_make_target_that_a_page_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {
+        target
+        for page in PAGES
+        for target in re.findall(r"(?:`| {4}|^)make (\w+)(?:`| *#|$)", text_of(page), flags=re.M)
+    }
+    assert {"demo", "test", "lint", "mutants", "results"} <= targets
+    missing = [name for name in targets if not re.search(rf"^{name}:", makefile, flags=re.M)]
+    assert missing == []
+
+
+def test_the_table_of_rooms_has_the_rows_of_the_code() -> None:
+    """Each module is in a room of the table, with the row that test_layers.py holds it to."""
+    table = re.findall(r"^\| (\d) \| `([^`]+)` \|", text_of("CONTRIBUTING.md"), flags=re.M)
+    rows = {re.sub(r"<\w+>", "*", room): int(number) for number, room in table}
+    assert sorted(set(rows.values())) == list(range(1, len(ROWS) + 1))
+    for room, number in rows.items():
+        files = ROOT.glob(room) if room.endswith(".py") else (ROOT / room).rglob("*.py")
+        names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+        methods = "*" in room and not room.startswith("utils")
+        seen = {row_of(name) for name in names if not name.endswith("__init__")}
+        assert number - 1 in seen, room
+        assert methods or len(seen) == 1, f"{room} has modules of rows {seen}"
+    rooms = [room.removesuffix("*.py") for room in rows]
+    for module, path in modules_under(ROOT).items():
+        file = path.relative_to(ROOT).as_posix()
+        assert any(file.startswith(room) or Path(file).match(room) for room in rooms), module
+
+
+def test_the_tables_of_results_have_the_figures_of_the_evidence() -> None:
+    """ACC / ASR / RA of the README's first tables are those of results/paper/table.md."""
+    page = text_of("README.md")
+    evidence = text_of("results/paper/table.md")
+    header, _, *rows = re.findall(r"^\|(.*)\|$", evidence.split("<details>")[0], flags=re.M)
+    columns = [cell.strip() for cell in header.split("|")]
+    measured = {
+        (cells[0], column): number[0]
+        for row in rows
+        for cells in [[cell.strip() for cell in row.split("|")]]
+        for column, cell in zip(columns, cells, strict=True)
+        if (number := re.search(r"\d+\.\d\d", cell))
+    }
+    attacks = re.findall(
+        r"^\| (BadNets|Blended|SIG|SSBA|WaNet) \| (\d.*?) \| (\d.*?) \| (\d.*?) \|$",
+        page,
+        flags=re.M,
+    )
+    assert len(attacks) == 5
+    for attack, *cells in attacks:
+        name = {"BadNets": "badnet"}.get(attack, attack.lower())
+        for defense, cell in zip(("no defense", "ft", "sau"), cells, strict=True):
+            scores = [measured[name, f"{defense} {score}"] for score in ("ACC", "ASR", "RA")]
+            assert cell == " / ".join(scores), (attack, defense)
+    head = re.search(r"^\| SSBA[^|]* \| (NPD .*) \|$", page, flags=re.M)
+    assert head
+    defenses = [name.strip().lower().replace("-", "_") for name in head[1].split("|")]
+    assert len(defenses) == 8
+    for score in ("ACC", "ASR", "RA"):
+        row = re.search(rf"^\| {score} \| (\d.*) \|$", page, flags=re.M)
+        assert row
+        assert [cell.strip() for cell in row[1].split("|")] == [
+            measured["ssba", f"{defense} {score}"] for defense in defenses
+        ]
