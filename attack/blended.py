@@ -1,4 +1,4 @@
-"""Blended: a faint picture over the whole image.
+"""Blended: a faint picture over the whole image, built in or yours (`--trigger_image`).
 
 Chen, Liu, Li, Lu, Song. *Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning.*
 2017, arXiv 1712.05526. The attacker mixes one picture into a share of the training images and

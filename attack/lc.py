@@ -1,4 +1,4 @@
-"""LC (label-consistent): hard images of the target class, with a pattern in their corners.
+"""LC: hard images of the target class, with a pattern in their corners.
 
 Turner, Tsipras, Madry. *Label-Consistent Backdoor Attacks.* 2019, arXiv 1912.02771. Images of the
 target class are made adversarial, so that what they show teaches the model little, and get a

@@ -1,4 +1,4 @@
-"""LF: one smooth pattern of low frequencies, added to the whole image.
+"""LF: one smooth pattern of low frequencies, in closed form or searched (`--search true`).
 
 Zeng, Park, Mao, Jia. *Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective.* ICCV
 2021, arXiv 2104.03413. The attacker adds the pattern to a share of the training images and relabels

@@ -1,4 +1,4 @@
-"""SSBA (ISSBA): an invisible trigger that is different in every image.
+"""SSBA: a hidden bit string, which changes different pixels in every image. Also called ISSBA.
 
 Li, Li, Wu, Li, He, Lyu. *Invisible Backdoor Attack with Sample-Specific Triggers.* ICCV 2021,
 arXiv 2012.03816. A steganographic encoder hides one fixed bit string in a share of the training

@@ -5,10 +5,10 @@ pixels of a disc are optimised until the penultimate features with the largest w
 layer of a clean model are large; the disc is then put on a share of the training images, which are
 relabelled.
 
-Threat model: data poisoning, dirty label, as benchmarks evaluate it. The attacker changes training
-images and their labels, and trains a clean model of the same architecture to make the patch. (The
-paper's attacker has the model but not its data, and retrains it.) The trigger is the same at test
-time.
+Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
+and trains a clean model of the same architecture to make the patch. (So do
+benchmarks. The paper's attacker has the model but not its data, and retrains it.) The trigger is
+the same at test time.
 
     python attack/trojannn.py --save_folder_name trojannn_demo
 

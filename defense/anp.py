@@ -1,4 +1,4 @@
-"""ANP: adversarial neuron pruning.
+"""ANP: prunes the channels that are most sensitive to changes of their scale.
 
 Wu, Wang. *Adversarial Neuron Pruning Purifies Backdoored Deep Models.* NeurIPS 2021, arXiv
 2110.14430.

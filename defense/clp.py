@@ -1,4 +1,4 @@
-"""CLP: channel-Lipschitzness pruning. Sees no images at all.
+"""CLP: prunes channels whose Lipschitz bound stands out. Sees no images at all.
 
 Zheng, Tang, Li, Liu. *Data-free Backdoor Removal Based on Channel Lipschitzness.* ECCV 2022,
 arXiv 2208.03111.

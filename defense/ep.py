@@ -1,4 +1,4 @@
-"""EP: entropy pruning. Sees a part of the poisoned training set, without marks and labels.
+"""EP: prunes channels whose activations on poisoned images have two modes.
 
 Zheng, Tang, Li, Liu. *Pre-activation Distributions Expose Backdoor Neurons.* NeurIPS 2022 ("dde" in
 BackdoorBench's table).
@@ -11,10 +11,11 @@ have two modes, and after standardization a lower entropy than those of its neig
     python defense/ep.py --result_file badnet_demo
     python defense/ep.py --result_file badnet_demo --data clean --save_folder_name ep-clean
 
-It sees what other defenses do not: images that carry the trigger. `--data clean` is its control,
-the same on clean images, where there is no second mode and little should be pruned. It fails at low
-poisoning ratios, against all-to-all, WaNet and LF. Attacks that control training store poisoned
-images that were made after it. In a layer of ten channels or fewer u = 3 can prune nothing.
+It sees what other defenses do not: a part of the poisoned training set, with images that carry the
+trigger, but without marks and labels. `--data clean` is its control, the same on clean images,
+where there is no second mode and little should be pruned. It fails at low poisoning ratios,
+against all-to-all, WaNet and LF. Attacks that control training store poisoned images that were
+made after it. In a layer of ten channels or fewer u = 3 can prune nothing.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""FT: plain fine-tuning on the clean images.
+"""FT: fine-tunes on the clean images, and does nothing else.
 
 The smallest defense and the first baseline: train the backdoored model on with ordinary
 cross-entropy and hope that it forgets the trigger. It rarely does.

@@ -1,4 +1,4 @@
-"""FT-SAM: fine-tuning with sharpness-aware minimization.
+"""FT-SAM: fine-tunes with sharpness-aware minimization, which moves large weights the most.
 
 Zhu, Wei, Shen, Fan, Wu. *Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware
 Minimization.* ICCV 2023.

@@ -1,4 +1,4 @@
-"""NPD: neural polarizer.
+"""Neural Polarizer: puts a linear layer into the model that blocks the features of triggers.
 
 Zhu, Wei, Zha, Wu. *Neural Polarizer: A Lightweight and Effective Backdoor Defense via Purifying
 Poisoned Features.* NeurIPS 2023, arXiv 2306.16697.

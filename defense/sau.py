@@ -1,4 +1,4 @@
-"""SAU: Shared Adversarial Unlearning.
+"""SAU: unlearns the adversarial examples that the model shares with the backdoored one.
 
 Wei, Zhang, Zha, Wu. *Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared
 Adversarial Examples.* NeurIPS 2023, arXiv 2307.10562.
