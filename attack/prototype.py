@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from attack.recipe import (
     AttackConfig,
     Plan,
@@ -204,3 +206,7 @@ def _warnings(scores: Scores, num_classes: int) -> list[str]:
 def main() -> None:
     """Trains a clean model."""
     train(TrainingConfig.from_command_line(sys.argv[1:], __doc__), "prototype", clean_plan)
+
+
+if __name__ == "__main__":
+    run_script(main)
