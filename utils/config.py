@@ -7,9 +7,11 @@ which file or flag a value came from, and says everything that is wrong at once.
 
 import argparse
 import dataclasses
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import (
     Any,
@@ -45,6 +47,24 @@ _NO_VALUE = "\0"  # a flag that was given without its value
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")  # no path, and no hidden file
 
 C = TypeVar("C", bound="Config")
+
+
+class Group(Enum):
+    """What flags are for, in the order in which `--help` shows them, below the method's own flags.
+
+    As a mark in the annotation of a field it holds for the fields after it in the class, too, up to
+    the next mark: `lr: Annotated[float, Field(gt=0), Group.TRAINING]`. Fields without a mark before
+    them are the method's own.
+    """
+
+    POISONING = "Poisoning and target"
+    SEEN = "What the defense sees"
+    SELECTION = "Selection on held-out images"
+    RECORD = "Record and folder"
+    DATA = "Data"
+    NETWORK = "Network"
+    TRAINING = "Training"
+    RUNNING = "Running: seed, device, precision"
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,9 +112,11 @@ class Config:
 
     Attributes:
         yaml_folder: the name of that folder where it is not the module's; of the class itself.
+        flags_title: what `--help` writes over the flags that belong to no `Group`.
     """
 
     yaml_folder: ClassVar[str]
+    flags_title: ClassVar[str] = "This method"
 
     @classmethod
     def load(cls, dataset: str | None = None, **overrides: Any) -> Self:
@@ -450,7 +472,7 @@ def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str:
-    """The description, then the flags, those of the method first, then base by base."""
+    """The description, then the flags by what they are for, those of the method first."""
     lines = [description.strip(), "", "flags, with their values as resolved from the YAML files:"]
     hints = _hints(cls)
     for title, names in _groups(cls).items():
@@ -470,20 +492,15 @@ def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str
 
 
 def _groups(cls: type[Config]) -> dict[str, list[str]]:
-    """Title -> names of fields: of each class those that it adds, itself first."""
-    groups: dict[str, list[str]] = {}
-    for owner in cls.__mro__:
-        if not issubclass(owner, Config) or not dataclasses.is_dataclass(owner):
-            continue
-        inherited = {
-            name
-            for base in owner.__mro__[1:]
-            if dataclasses.is_dataclass(base)
-            for name in _hints(base)
-        }
-        own = [name for name in _hints(owner) if name not in inherited]
-        has_docstring = owner.__doc__ and not owner.__doc__.startswith(f"{owner.__name__}(")
-        title = owner.__doc__.splitlines()[0] if owner.__doc__ and has_docstring else "This method"
-        if own:
-            groups.setdefault(title.rstrip("."), []).extend(own)
-    return groups
+    """Title -> names of fields: the method's own first, then in the order of `Group`."""
+    hints = _hints(cls)
+    titles: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        title = cls.flags_title
+        for name in inspect.get_annotations(owner):
+            marks = getattr(hints.get(name), "__metadata__", ())
+            title = next((mark.value for mark in marks if isinstance(mark, Group)), title)
+            titles.setdefault(name, title)
+    order = (cls.flags_title, *(group.value for group in Group))
+    groups = {title: [name for name in hints if titles[name] == title] for title in order}
+    return {title: names for title, names in groups.items() if names}
