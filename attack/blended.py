@@ -52,6 +52,10 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
 
     Raises:
         UserError: if the picture cannot be read or the images' shape does not fit.
+
+    Example:
+        >>> trigger = make_trigger(Config.load(), (3, 32, 32))
+        >>> triggered = trigger(images, indices)
     """
     pattern = config.alpha * picture(config.trigger_image, image_shape)
 

@@ -150,6 +150,10 @@ class InputAware:
 
     Raises:
         UserError: if the networks cannot halve the images twice.
+
+    Example:
+        >>> pattern, mask = (PixelGenerator(3, n, widths_for(32), True) for n in (3, 1))
+        >>> triggered = paint(x := as_float(images), pattern(x), mask(x))
     """
 
     learns_trigger = True

@@ -207,7 +207,12 @@ def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.devi
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int], hard: Hard) -> Triggers:
-    """In training the pattern on the hard image of the same index; in the test on the image."""
+    """In training the pattern on the hard image of the same index; in the test on the image.
+
+    Example:
+        >>> triggers = make_trigger(Config.load(), (3, 32, 32), Hard(indices, images))
+        >>> triggered = triggers.train(images, indices)
+    """
     pattern = corner_pattern(*image_shape[1:])
 
     def train(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

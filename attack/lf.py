@@ -231,6 +231,10 @@ def make_trigger(
 
     Raises:
         UserError: if the strength does not fit the channels.
+
+    Example:
+        >>> trigger = make_trigger(Config.load(), (3, 32, 32))
+        >>> triggered = trigger(images, indices)
     """
     if searched is None:
         pattern = closed_form(config.strength, image_shape)

@@ -249,7 +249,12 @@ def message_of(config: Config) -> torch.Tensor:
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int], encoder: Encoder) -> Trigger:
-    """The trigger that hides the attack's string in every image."""
+    """The trigger that hides the attack's string in every image.
+
+    Example:
+        >>> config, encoder = Config.load(), Encoder(32, (3, 32, 32), 0.1)
+        >>> triggered = make_trigger(config, (3, 32, 32), encoder)(images, indices)
+    """
     message = message_of(config)
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

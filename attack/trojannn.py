@@ -200,7 +200,12 @@ def place(
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int], patch: torch.Tensor) -> Trigger:
-    """The trigger that places the patch, uint8 (C, H, W), on the disc."""
+    """The trigger that places the patch, uint8 (C, H, W), on the disc.
+
+    Example:
+        >>> trigger = make_trigger(Config.load(), (3, 32, 32), patch)
+        >>> triggered = trigger(images, indices)
+    """
     mask = disc(*image_shape[1:])
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,12 @@ def warp(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 
 
 class WaNet(Draws):
-    """The attacker's training: warped, noisily warped and clean images in every batch."""
+    """The attacker's training: warped, noisily warped and clean images in every batch.
+
+    Example:
+        >>> grid = warping_grid(flow_field(k=4, size=32, rng=torch.Generator()), s=0.5)
+        >>> triggered = warp(as_float(images), grid)
+    """
 
     learns_trigger = False
 

@@ -204,6 +204,10 @@ def purify(
 
     Raises:
         UserError: if the network has no BatchNorm.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, nb_iter=10)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     if config.n_rounds == 0:

@@ -87,6 +87,10 @@ def purify(
 
     Raises:
         UserError: if the network has no convolution with a BatchNorm behind it.
+
+    Example:
+        >>> config = Config.load(u=2.5)
+        >>> purified = purify(model, images[:0], labels[:0], config)
     """
 
     def outlying(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -122,6 +122,10 @@ def purify(
 
     Raises:
         UserError: if the network has no BatchNorm.
+
+    Example:
+        >>> config = Config.load(u=2.5)
+        >>> purified = purify(model, images, labels, config)
     """
 
     def outlying(model: nn.Module) -> dict[str, torch.Tensor]:

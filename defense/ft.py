@@ -53,6 +53,10 @@ def purify(
 
     Returns:
         The model after the last round, in eval mode.
+
+    Example:
+        >>> config = Config.load(n_rounds=1)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     device = next(model.parameters()).device

@@ -101,6 +101,10 @@ def purify(
 
     Returns:
         The model after the last round, in eval mode.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, rho=0.1)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     model = copy.deepcopy(model)

@@ -236,6 +236,10 @@ def purify(
 
     Returns:
         The model after the last round, in eval mode; as it was, where no class is flagged.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, nc_epoch=2)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
