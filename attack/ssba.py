@@ -252,7 +252,7 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int], encoder: Enc
     """The trigger that hides the attack's string in every image.
 
     Example:
-        >>> config, encoder = Config.load(), Encoder(32, (3, 32, 32), 0.1)
+        >>> config, encoder = Config.load(message_bits=8), Encoder(8, (3, 32, 32), 0.1)
         >>> triggered = make_trigger(config, (3, 32, 32), encoder)(images, indices)
     """
     message = message_of(config)
