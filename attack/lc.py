@@ -175,8 +175,8 @@ def prepare(config: Config, setting: Setting) -> Hard:
         ]
         return {"images": hard, "recognised": torch.tensor(counts)}
 
-    made = setting.cached("lc-hard-images", key, compute)
-    easy, hard = made["recognised"].tolist()
+    cached = setting.cached("lc-hard-images", key, compute)
+    easy, hard = cached["recognised"].tolist()
     logger.info(
         "of %d images of the target class the surrogate recognises %d, and %d when made hard",
         len(members),
@@ -184,12 +184,12 @@ def prepare(config: Config, setting: Setting) -> Hard:
         hard,
     )
     setting.facts["surrogate_recognises"] = {"images": len(members), "clean": easy, "hard": hard}
-    return Hard(index, made["images"])
+    return Hard(index, cached["images"])
 
 
 def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.device) -> torch.Tensor:
     """Hard images, truncated as published: uint8 (N, C, H, W), `adv_bound` away at most."""
-    made = []
+    hard = []
     with Progress(len(clean), "making images hard", "image") as progress:
         for index in torch.arange(len(clean)).split(config.batch_size):
             part = clean.at(index)
@@ -201,9 +201,9 @@ def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.devi
                 config.adv_step / 255,
                 config.adv_steps,
             )
-            made.append(truncated(changed).cpu())
+            hard.append(truncated(changed).cpu())
             progress.advance(len(index))
-    return torch.cat(made)
+    return torch.cat(hard)
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int], hard: Hard) -> Triggers:

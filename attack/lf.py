@@ -211,13 +211,13 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor | None:
     values = (config.strength, config.attack_target, epochs, config.search_rate)
     counts = (config.search_images, config.search_passes, config.search_steps)
     key = recipe(config, setting) | {"LF": [*values, *counts]}
-    made = setting.cached("lf-pattern", key, compute, version=2)
-    rates = made["rates"].tolist()
+    cached = setting.cached("lf-pattern", key, compute, version=2)
+    rates = cached["rates"].tolist()
     logger.info(
         "the pattern changes %.2f %% of predictions after %d passes", 100 * rates[-1], len(rates)
     )
     setting.facts["search"] = {"passes": len(rates), "changed_predictions": rates[-1]}
-    return made["pattern"]
+    return cached["pattern"]
 
 
 def make_trigger(

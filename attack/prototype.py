@@ -189,18 +189,18 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
 
 
 def _warnings(scores: Scores, num_classes: int) -> list[str]:
-    found = []
+    warnings = []
     if scores.asr is not None and scores.asr.value < FAILED_ASR:
-        found.append(
+        warnings.append(
             f"the attack failed: ASR is {scores.asr}, under 50 %; train longer, or raise "
             "--pratio, before any defense"
         )
     if scores.acc.value < 1.5 / num_classes:
-        found.append(
+        warnings.append(
             f"the model learned little: ACC is {scores.acc} with {num_classes} classes; train "
             "longer"
         )
-    return found
+    return warnings
 
 
 def main() -> None:

@@ -223,9 +223,9 @@ def prepare(config: Config, setting: Setting) -> Encoder:
     message = random_bits(len(held_out), config.message_bits, generator(0, "held-out strings"))
     accuracy = read_back(networks, held_out, message)
     logger.info("bit accuracy of the encoder on %d test images: %.4f", len(held_out), accuracy)
-    own = read_back(networks, held_out, message_of(config).expand(len(held_out), -1))
+    string_accuracy = read_back(networks, held_out, message_of(config).expand(len(held_out), -1))
     setting.facts["bit_accuracy"] = accuracy
-    setting.facts["bit_accuracy_of_the_string"] = own
+    setting.facts["bit_accuracy_of_the_string"] = string_accuracy
     if accuracy < config.min_bit_accuracy:
         raise UserError(
             f"the encoder's bit accuracy on test images is {accuracy:.4f}, under "

@@ -159,8 +159,8 @@ class WaNet(Draws):
 
     def cross(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         shape, seed = self.grid.shape[1:], self._config.random_seed
-        own = [generator(seed, f"warp noise of image {index}") for index in indices.tolist()]
-        noise = torch.stack([torch.rand(shape, generator=rng) * 2 - 1 for rng in own])
+        rngs = [generator(seed, f"warp noise of image {index}") for index in indices.tolist()]
+        noise = torch.stack([torch.rand(shape, generator=rng) * 2 - 1 for rng in rngs])
         return warp(images, add_noise(self.grid, noise.to(self.grid.device)))
 
 

@@ -575,13 +575,13 @@ def _warn_of_classes(given: Given, data: Dataset, findings: Findings) -> None:
 
 
 def _result_warnings(before: Scores, after: Scores, advice: str) -> list[str]:
-    found = []
+    warnings = []
     if before.asr is not None and before.asr.value < FAILED_ASR:
-        found.append(
+        warnings.append(
             f"the attack had failed before (ASR {before.asr}), so this says little of the defense"
         )
     if before.acc.value - after.acc.value > 0.1:
-        found.append(
+        warnings.append(
             f"the defense cost more than 10 points of ACC ({before.acc} -> {after.acc}); {advice}"
         )
-    return found
+    return warnings

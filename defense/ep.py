@@ -91,13 +91,13 @@ def largest_inputs(
         (C, N) float32 on the CPU, by the layer's name.
     """
     device = next(model.parameters()).device
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in norms(model)}
-    with evaluating(model), torch.no_grad(), recording(model, found, of="input") as inputs:
+    largest: dict[str, list[torch.Tensor]] = {name: [] for name in norms(model)}
+    with evaluating(model), torch.no_grad(), recording(model, largest, of="input") as inputs:
         for batch in images.split(batch_size):
             model(as_float(batch, device))
             for name, features in inputs.items():
-                found[name].append(features.float().amax(dim=(2, 3)).cpu())
-    return {name: torch.cat(parts).T for name, parts in found.items() if parts}
+                largest[name].append(features.float().amax(dim=(2, 3)).cpu())
+    return {name: torch.cat(parts).T for name, parts in largest.items() if parts}
 
 
 @checked

@@ -238,8 +238,10 @@ def purify(
     order = generator(config.random_seed, "batches")
     start = generator(config.random_seed, "perturbation")
 
-    def perturb(x: torch.Tensor, y: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        return shared_perturbation(*attacked, x, y, config, ref_predictions=known, generator=start)
+    def perturb(x: torch.Tensor, y: torch.Tensor, ref_labels: torch.Tensor) -> torch.Tensor:
+        return shared_perturbation(
+            *attacked, x, y, config, ref_predictions=ref_labels, generator=start
+        )
 
     loop.findings.pictures["perturbations"] = lambda: examples(reference, images, labels, config)
     for _ in loop.rounds(

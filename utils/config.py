@@ -178,8 +178,8 @@ class Config:
             del given[name]
         paths = [given.pop(name) for name in USER_FILES if name in given]
         over = [*(_Layer(path, read_yaml(Path(path))) for path in paths), _Layer("", given, True)]
-        known = {k: v for k, v in _merge([*_shipped(cls), *over]).items() if _is_text(v)}
-        dataset = None if wants_help and problems else find_dataset(known)
+        texts = {k: v for k, v in _merge([*_shipped(cls), *over]).items() if _is_text(v)}
+        dataset = None if wants_help and problems else find_dataset(texts)
         layers = [*_shipped(cls, dataset), *over]
         if wants_help:
             print(_help(cls, description, _merge(layers)))
@@ -352,9 +352,12 @@ def _field_info(annotation: Any) -> FieldInfo | None:
 
 def _bounds(annotation: Any) -> dict[str, float]:
     info = _field_info(annotation)
-    found = info.metadata if info else []
+    constraints = info.metadata if info else []
     return {
-        key: getattr(m, key) for m in found for key in ("ge", "gt", "le", "lt") if hasattr(m, key)
+        key: getattr(m, key)
+        for m in constraints
+        for key in ("ge", "gt", "le", "lt")
+        if hasattr(m, key)
     }
 
 
@@ -389,7 +392,7 @@ def _fields_of_module(owner: type[Config]) -> frozenset[str]:
         and dataclasses.is_dataclass(value)
         and value.__module__ == owner.__module__
     ]
-    return frozenset(field.name for found in classes for field in dataclasses.fields(found))
+    return frozenset(field.name for class_ in classes for field in dataclasses.fields(class_))
 
 
 def _merge(layers: Iterable[_Layer]) -> dict[str, Any]:
@@ -398,7 +401,7 @@ def _merge(layers: Iterable[_Layer]) -> dict[str, Any]:
 
 def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ()) -> C:
     """Checks every value of every layer, then lays them over each other."""
-    found = list(problems)
+    errors = list(problems)
     hints = _hints(cls)
     values: dict[str, Any] = {}
     refused = {problem.split(":")[0].removeprefix("--") for problem in problems}
@@ -407,7 +410,7 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
             if key not in hints and key in layer.others:
                 continue
             if key not in hints:
-                found.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
+                errors.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
                 continue
             try:
                 values[key] = _check(hints[key], value, layer.is_flags)
@@ -418,15 +421,15 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                     allowed += f", of at most {LONGEST} characters and without NUL"
                 choices = _choices(hints[key]) if isinstance(value, str) else ()
                 close = suggestion(str(value), choices) if choices else ""
-                found.append(
+                errors.append(
                     f"{layer.where(key)}: {quoted(value)} is not allowed{close}; give {allowed}"
                 )
     missing = [key for key in hints if key not in values and key not in refused]
     if "dataset" in refused:  # whose own file has the others
         missing = []
-    found += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
-    if found:
-        raise UserError(*found)
+    errors += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
+    if errors:
+        raise UserError(*errors)
     return cls(**values)
 
 
@@ -458,13 +461,13 @@ def _is_text(value: object) -> bool:
 
 def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
     """What to say of the words of a command line that no flag takes."""
-    known = [f"--{name}" for name in names]
+    flags = [f"--{name}" for name in names]
     problems = []
     for previous, word in zip(["", *unknown], unknown, strict=False):
         flag = word.split("=")[0]
         if word.startswith("-"):
             problems.append(
-                f"{quoted(flag)}: unknown flag{suggestion(flag, known)}; --help lists them"
+                f"{quoted(flag)}: unknown flag{suggestion(flag, flags)}; --help lists them"
             )
         elif not previous.startswith("-") or "=" in previous:  # else the unknown flag's value
             problems.append(f"{quoted(word)}: belongs to no flag; write --name value")
