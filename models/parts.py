@@ -34,11 +34,11 @@ def layer(model: nn.Module, name: str, flag: str) -> nn.Module:
     Raises:
         UserError: if there is none, naming the nearest, or the last convolutions.
     """
-    known = dict(bare(model).named_modules())
-    if name in known and name:
-        return known[name]
-    near = suggestion(name, known)
-    convolutions = [key for key, module in known.items() if isinstance(module, nn.Conv2d)]
+    layers = dict(bare(model).named_modules())
+    if name in layers and name:
+        return layers[name]
+    near = suggestion(name, layers)
+    convolutions = [key for key, module in layers.items() if isinstance(module, nn.Conv2d)]
     late = f", e.g. one of its last convolutions: {', '.join(convolutions[-4:])}"
     raise UserError(
         f"{flag}: {name} is no layer of this network{near}; give one of its own"
@@ -74,17 +74,17 @@ def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     Raises:
         UserError: if there is none.
     """
-    found = {
+    layers = {
         name: module
         for name, module in bare(model).named_modules()
         if isinstance(module, nn.BatchNorm2d) and module.affine
     }
-    if not found:
+    if not layers:
         raise UserError(
             "this method works on the channels of BatchNorm layers (BatchNorm2d), and this network "
             "has none; give another method or network"
         )
-    return found
+    return layers
 
 
 def running_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -93,13 +93,13 @@ def running_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     Raises:
         UserError: if there is none.
     """
-    found = {name: norm for name, norm in norms(model).items() if norm.running_var is not None}
-    if not found:
+    layers = {name: norm for name, norm in norms(model).items() if norm.running_var is not None}
+    if not layers:
         raise UserError(
             "this method reads the running statistics of BatchNorm, and this network keeps none; "
             "give another method or network"
         )
-    return found
+    return layers
 
 
 def convolutions_before(
@@ -117,14 +117,14 @@ def convolutions_before(
         UserError: if no layer has one.
     """
     wanted = running_norms(model)
-    found: dict[str, nn.Conv2d] = {}
+    before: dict[str, nn.Conv2d] = {}
     if pairs == "order":
         last: nn.Conv2d | None = None
         for name, module in bare(model).named_modules():
             last = module if isinstance(module, nn.Conv2d) else last
             norm = wanted.get(name)  # one of another width has other channels
             if norm and last and last.out_channels == norm.num_features:
-                found[name] = last
+                before[name] = last
     else:
         convolutions = {
             name: module
@@ -141,15 +141,15 @@ def convolutions_before(
         ):
             model(image)
         for name, entered in inputs.items():
-            for other, left in outputs.items():
-                if entered is left:
-                    found[name] = convolutions[other]
-    if not found:
+            for other, output in outputs.items():
+                if entered is output:
+                    before[name] = convolutions[other]
+    if not before:
         raise UserError(
             "this method works on a convolution with a BatchNorm behind it, and this network has "
             "no such pair; give another method or network"
         )
-    return found
+    return before
 
 
 @contextmanager
@@ -168,10 +168,10 @@ def recording(
         names: of layers of the bare network.
     """
     layers = dict(bare(model).named_modules())
-    found: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
 
     def keep(name: str, value: torch.Tensor) -> None:
-        found[name] = value
+        values[name] = value
 
     hooks = []
     try:
@@ -182,7 +182,7 @@ def recording(
                 )
             )
             hooks.append(hook)
-        yield found
+        yield values
     finally:
         for hook in hooks:
             hook.remove()

@@ -233,10 +233,10 @@ class Loop:
                 f"images, fewer than the {distributed.processes()} processes; give another"
             )
         for number, batch in enumerate(batches[done:], done + 1):
-            own = batch if whole else batch[distributed.part(len(batch))]
-            share = len(own) * (1 if whole else distributed.processes())
+            rows = batch if whole else batch[distributed.part(len(batch))]
+            share = len(rows) * (1 if whole else distributed.processes())
             self._weight = share / len(batch)
-            yield own
+            yield rows
             self._batch = number
             if self._after_batch:
                 self._after_batch(len(batches))
@@ -352,12 +352,12 @@ def batch_sizes(count: int, batch_size: int, least: int = 2) -> list[int]:
         batch_size: >= 1.
         least: 1 lets a last batch be of one image.
     """
-    full, left = divmod(count, batch_size)
+    full, rest = divmod(count, batch_size)
     sizes = [batch_size] * full
-    if sizes and left < least:
-        sizes[-1] += left
+    if sizes and rest < least:
+        sizes[-1] += rest
         return sizes
-    return [*sizes, left]
+    return [*sizes, rest]
 
 
 def _kept(value: Any) -> Any:
