@@ -4,6 +4,9 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models import Classifier
 
 
 @contextlib.contextmanager
@@ -30,3 +33,20 @@ def frozen(*models: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, a network's gradients have gradients: no autocast of a `Classifier`, plain attention.
+
+    Fused attention has no second derivative, and bfloat16 too few digits for one.
+    """
+    precision = model.precision if isinstance(model, Classifier) else "fp32"
+    if isinstance(model, Classifier):
+        model.precision = "fp32"
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if isinstance(model, Classifier):
+            model.precision = precision

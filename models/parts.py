@@ -68,6 +68,21 @@ def head(model: nn.Module) -> tuple[str, nn.Linear]:
     )
 
 
+def learning_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that may be trained.
+
+    Raises:
+        UserError: if there is none.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise UserError(
+            "the network has no weight that may be trained; set requires_grad on those that "
+            "this method shall change"
+        )
+    return weights
+
+
 def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     """The BatchNorm layers with weights of their own, by name.
 

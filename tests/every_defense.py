@@ -32,7 +32,9 @@ VALUES: dict[str, Any] = {
 }
 
 # By the name of a defense; they go over those above.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "ibau": {"portion": 0.25},  # an image of a small batch, not none
+}
 
 
 def module(name: str) -> ModuleType:

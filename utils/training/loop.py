@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from models.fast.graphed import Graphed
+from models.parts import learning_weights
 from utils.errors import UserError, one_line
 from utils.process import distributed
 from utils.process.seeds import random_states
@@ -82,11 +83,7 @@ class Loop:
         Raises:
             UserError: if no weight has `requires_grad`.
         """
-        if not any(weight.requires_grad for weight in model.parameters()):
-            raise UserError(
-                "the network has no weight that may be trained; set requires_grad on those that "
-                "this method shall change"
-            )
+        learning_weights(model)  # refuses
         self._is_shared = True
         return self.alone(distributed.parallel(model))
 
