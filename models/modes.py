@@ -1,8 +1,9 @@
-"""Modes of networks, put back afterwards."""
+"""Modes and weights of networks, put back afterwards."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 
@@ -30,3 +31,22 @@ def frozen(*models: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def moved(weights: Sequence[torch.Tensor], moves: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, each weight w is w + move; after, each is bit for bit what it was.
+
+    Args:
+        weights, moves: tensors of the same shapes.
+    """
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight, move in zip(weights, moves, strict=True):
+            weight.add_(move)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)

@@ -82,11 +82,7 @@ class Loop:
         Raises:
             UserError: if no weight has `requires_grad`.
         """
-        if not any(weight.requires_grad for weight in model.parameters()):
-            raise UserError(
-                "the network has no weight that may be trained; set requires_grad on those that "
-                "this method shall change"
-            )
+        learning_weights(model)
         self._is_shared = True
         return self.alone(distributed.parallel(model))
 
@@ -339,6 +335,21 @@ class Loop:
         self._images += count
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
+
+
+def learning_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of a model that may be trained.
+
+    Raises:
+        UserError: if there is none.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise UserError(
+            "the network has no weight that may be trained; set requires_grad on those that "
+            "this method shall change"
+        )
+    return weights
 
 
 def batch_sizes(count: int, batch_size: int, least: int = 2) -> list[int]:
