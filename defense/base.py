@@ -186,6 +186,9 @@ class Inverted(CleanData, Rounds):
     ]
     mask_epochs: Annotated[int, Field(ge=0, description="passes that learn the mask of features")]
     generator_epochs: Annotated[int, Field(ge=0, description="passes that learn the trigger")]
+    generator_width: Annotated[
+        int, Field(ge=1, description="channels of the generator, a U-Net, at full size")
+    ]
     mask_lr: Annotated[float, Field(gt=0, description="learning rate of the mask's Adam")]
     generator_lr: Annotated[float, Field(gt=0, description="learning rate of the generator's Adam")]
     image_bound: Annotated[

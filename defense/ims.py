@@ -94,8 +94,7 @@ def disagreement(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     Shape:
         (N, K), (N, K) float -> (N,) float.
     """
-    # By rounding p . r may be more than 1.
-    return -((1 - _overlap(logits, other)).clamp(min=0) + EPSILON).log()
+    return -(1 - _overlap(logits, other) + EPSILON).log()
 
 
 def _overlap(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ VALUES: dict[str, Any] = {
     "batch_size": 16,
     "eval_every": 1,
     "nb_iter": 9,
+    "inversion_rounds": 2,
     "u": 0.5,
     "mad_threshold": 0.0,
     "acc_ratio": 0.5,

@@ -39,7 +39,7 @@ def literal(
     """Steps 1 to 6 on float64 images: the model, the generator, and the detected label."""
     model = copy.deepcopy(model)
     torch.manual_seed(config.random_seed)
-    unet = UNet(3).double()
+    unet = UNet(3, config.generator_width).double()
     of_inversion = generator(config.random_seed, "batches of the inversion")
     order = generator(config.random_seed, "batches")
     target = -1

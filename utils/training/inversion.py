@@ -46,6 +46,8 @@ class Flags(Protocol):
     @property
     def generator_epochs(self) -> int: ...
     @property
+    def generator_width(self) -> int: ...
+    @property
     def mask_lr(self) -> float: ...
     @property
     def generator_lr(self) -> float: ...
@@ -144,7 +146,9 @@ class Inversion:
         self._images, self._labels, self._config, self._loop = images, labels, config, loop
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
-        self._generator = UNet(images.shape[1]).to(self._device, self._dtype)
+        self._generator = UNet(images.shape[1], config.generator_width).to(
+            self._device, self._dtype
+        )
         self._order = generator(config.random_seed, "batches of the inversion")
         self._target: int | None = None
         self._learn_identity()
