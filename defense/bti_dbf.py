@@ -21,7 +21,8 @@ network without such a map, like a ViT, is refused. Images are not augmented. Th
 generated images are taken for at first is a finding, `targets`; it names one for clean models, too.
 Published limits are in units of normalized images; here images are pixels, so `image_bound` is
 0.019 for the published 0.3 (a pixel's deviation is about a quarter), and the noise at the detection
-is 0.03 pixel units. Each inversion and each unlearning begins with a new Adam.
+is 0.03 pixel units. Each inversion and each unlearning begins with a new Adam. Both passes of a
+step of unlearning are in train mode and move BatchNorm's statistics.
 """
 
 import copy

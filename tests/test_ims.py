@@ -29,7 +29,7 @@ from utils.training.loop import Loop
 
 def config(**changes: Any) -> Config:
     values: dict[str, Any] = {"stage1_steps": 4, "n_rounds": 4, "inner_steps": 3, "batch_size": 8}
-    values |= {"lr": 0.2, "lmd": 0.05, "adv_lr": 0.01, "random_seed": 3}
+    values |= {"lr": 0.2, "lmd": 0.01, "adv_lr": 0.01, "random_seed": 3}
     return Config.load(**{**values, **changes})
 
 
@@ -228,7 +228,9 @@ def literal_masks(
     return a.detach(), s.detach()
 
 
-@pytest.mark.parametrize("changes", [{}, {"trigger_norm": 0.02}, {"stage1_steps": 0}, {"lmd": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"trigger_norm": 0.02}, {"stage1_steps": 0, "lmd": 0.0}, {"lmd": 0.05}]
+)
 def test_the_result_follows_the_literal_procedure(changes: dict[str, float]) -> None:
     """Its convolutions are multiplied by the factors; all else is bit for bit the model's."""
     network, (images, labels), flags = conv_net(), problem(), config(**changes)
@@ -236,11 +238,12 @@ def test_the_result_follows_the_literal_procedure(changes: dict[str, float]) -> 
     a, s = literal_masks(copy.deepcopy(network), images, flags)
     expected = copy.deepcopy(network)
     with hooked(expected, a, s), torch.no_grad():
-        assert torch.allclose(result(images), expected(images), rtol=0, atol=1e-7)
+        assert torch.allclose(result(images), expected(images), rtol=0, atol=1e-10)
     changed = differing(result.state_dict(), network.state_dict())
-    assert changed == ["conv1.weight", "conv2.weight"]
+    assert changed
+    assert {*changed} <= {"conv1.weight", "conv2.weight"}
     assert float(a.min()) < 0.999
-    assert float(s.min()) < 0.9
+    assert float(s.min()) < 1
 
 
 def test_biases_are_scaled_too(monkeypatch: pytest.MonkeyPatch) -> None:
