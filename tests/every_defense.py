@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
 }
 
 # By the name of a defense; they go over those above.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {"ims": {"lmd": 0.0, "lr": 0.2}}
 
 
 def module(name: str) -> ModuleType:
