@@ -196,6 +196,36 @@ class FineTuned(CleanData, Rounds, Augmented):
     advice = "lower --lr, or give more images (--ratio)"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inverted(CleanData, Rounds):
+    """Inversion of the trigger by a generator."""
+
+    inversion_rounds: Annotated[
+        int, Field(ge=1, description="times that the trigger is inverted and unlearned")
+    ]
+    identity_epochs: Annotated[
+        int, Field(ge=0, description="passes that teach the generator the identity, first")
+    ]
+    mask_epochs: Annotated[int, Field(ge=0, description="passes that learn the mask of features")]
+    generator_epochs: Annotated[int, Field(ge=0, description="passes that learn the trigger")]
+    generator_width: Annotated[
+        int, Field(ge=1, description="channels of the generator, a U-Net, at full size")
+    ]
+    mask_lr: Annotated[float, Field(gt=0, description="learning rate of the mask's Adam")]
+    generator_lr: Annotated[float, Field(gt=0, description="learning rate of the generator's Adam")]
+    image_bound: Annotated[
+        float, Field(ge=0, description="largest mean squared change of pixels in [0, 1]")
+    ]
+    feature_bound: Annotated[
+        float, Field(ge=0, description="largest mean squared change of the benign features")
+    ]
+    generated_ratio: Annotated[
+        float, Field(ge=0, le=1, description="generated images / batch in unlearning")
+    ]
+
+    advice = "lower --lr or --generated_ratio, or give more images (--ratio)"
+
+
 @dataclass(frozen=True)
 class Given:
     """What a defense is given.
@@ -269,7 +299,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 labels,
                 needs_images=config.sees != "nothing",
                 needs_labels=isinstance(config, CleanData),
-                batch_size=config.batch_size if isinstance(config, FineTuned) else None,
+                batch_size=config.batch_size if isinstance(config, (FineTuned, Inverted)) else None,
             )
             return purify(model, images, labels, config, loop)
 

@@ -1,8 +1,9 @@
-"""Modes of networks, put back afterwards."""
+"""Modes and weights of networks, put back afterwards."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -50,3 +51,22 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     finally:
         if isinstance(model, Classifier):
             model.precision = precision
+
+
+@contextlib.contextmanager
+def moved(weights: Sequence[torch.Tensor], moves: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, each weight w is w + move; after, each is bit for bit what it was.
+
+    Args:
+        weights, moves: tensors of the same shapes.
+    """
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight, move in zip(weights, moves, strict=True):
+            weight.add_(move)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
