@@ -320,7 +320,8 @@ def test_a_report_takes_any_name(
     os.rename(result, os.path.join(os.fsencode(result.parent), folder))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert report("--under", tmp_path / "record", "--to", tmp_path / "to", "--keep") == 0
+        flags = ("--under", tmp_path / "record", "--to", tmp_path / "to", "--keep")
+        assert report(*flags, "--formats", "md,tex,csv,png,svg,html") == 0
     lines = capsys.readouterr().err.splitlines()
     assert all(is_one_line(line) for line in lines)
     assert not [line for line in lines if line.startswith(("error", "warning"))]
