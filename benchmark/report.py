@@ -76,22 +76,22 @@ def write(
         UserError: if there is no finished run, one that is kept would be lost, or the folder cannot
             be written.
     """
-    found, runs, problems = read(unders, to)
+    all_tables, runs, problems = read(unders, to)
     if is_kept:
-        sources.check_kept(to, runs["run"])
+        sources.check_kept(to, list(runs["run"]))
     folder = made_folder(to)
-    write_tables(found, runs, folder, formats)
+    write_tables(all_tables, runs, folder, formats)
     if is_kept:
         sources.keep(runs["run"], folder)
     drawn = {"png", "svg"} & set(formats) | ({"png"} if "html" in formats else set())
     pictures: dict[str, dict[str, Path]] = {}
     if drawn:
         figures = made_folder(to / "figures")
-        pictures = {table.name: draw(table, figures, drawn) for table in found}
+        pictures = {table.name: draw(table, figures, drawn) for table in all_tables}
     logger.info("%d records, %d runs: %s", runs["record"].nunique(), len(runs), to)
     if "html" in formats:
         title = f"Backdoors and defenses: {', '.join(sorted(set(runs['dataset'])))}"
-        folder.write_text("report.html", page.render(title, found, pictures, problems))
+        folder.write_text("report.html", page.render(title, all_tables, pictures, problems))
         logger.info("page: %s", to / "report.html")
 
 
@@ -111,15 +111,18 @@ def read(unders: Sequence[Path], to: Path) -> tuple[list[Table], pd.DataFrame, l
 
 
 def write_tables(
-    found: list[Table], runs: pd.DataFrame, folder: RunFolder, formats: Collection[str] = FORMATS
+    all_tables: list[Table],
+    runs: pd.DataFrame,
+    folder: RunFolder,
+    formats: Collection[str] = FORMATS,
 ) -> None:
     """Writes the tables, in those of the formats that are tables."""
     if "md" in formats:
-        folder.write_text("table.md", tables.markdown(found))
+        folder.write_text("table.md", tables.markdown(all_tables))
     if "tex" in formats:
-        folder.write_text("table.tex", tables.latex(found))
+        folder.write_text("table.tex", tables.latex(all_tables))
     if "csv" in formats:
-        folder.write_text("table.csv", tables.tidy(found))
+        folder.write_text("table.csv", tables.tidy(all_tables))
         folder.write_text("runs.csv", tables.runs_csv(runs))
 
 
@@ -200,8 +203,8 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
 
 
 def _metrics(runs: pd.DataFrame) -> pd.DataFrame | None:
-    found = [run.metrics for run in runs["run"] if run.metrics is not None]
-    return pd.concat(found) if found else None
+    metrics = [run.metrics for run in runs["run"] if run.metrics is not None]
+    return pd.concat(metrics) if metrics else None
 
 
 def _variants(grid: Grid, attack: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -274,10 +277,12 @@ def rebuild(text: Path) -> None:
             )
         if not path.parent.is_dir():
             raise UserError(f"{text}: {path.parent} is no folder; write it with --to and --keep")
-        found, runs, _ = read([path.parent], path.parent)
-        write_tables(found, runs, RunFolder(path.parent), ("md",))
-        parts[name] = tables.markdown(found)
-        _draw_shown(found, path.parent / "figures", _shown(text, before, path.parent / "figures"))
+        all_tables, runs, _ = read([path.parent], path.parent)
+        write_tables(all_tables, runs, RunFolder(path.parent), ("md",))
+        parts[name] = tables.markdown(all_tables)
+        _draw_shown(
+            all_tables, path.parent / "figures", _shown(text, before, path.parent / "figures")
+        )
     RunFolder(text.parent).write_text(text.name, filled(text, before, parts))
     logger.info("tables of %s: %s", text, ", ".join(parts) or "none")
 
@@ -288,12 +293,12 @@ def _shown(text: Path, content: str, figures: Path) -> set[str]:
     return {link.stem for link in links if link.parent == figures}
 
 
-def _draw_shown(found: list[Table], figures: Path, shown: set[str]) -> None:
+def _draw_shown(all_tables: list[Table], figures: Path, shown: set[str]) -> None:
     """Draws figures of some tables; what is not there in the end is said."""
     if not shown:
         return
     folder = made_folder(figures)
-    for table in found:
+    for table in all_tables:
         draw(table, folder, ("png",), shown)
     for stem in sorted(shown):
         if not (figures / f"{stem}.png").is_file():
@@ -352,15 +357,15 @@ def folders_of(unders: Sequence[str] | None, record_path: Path | None) -> list[P
     records = record_path or ROOT / "record"
     if unders is None:
         unders = [str(records)]
-    found: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for under in unders:
         folder = next((f for f in (records / under, Path(under)) if f.is_dir()), None)
         if folder is None:
             raise UserError(f"--under: {under} is no folder; give one that holds records")
-        if folder.resolve() in found:
+        if folder.resolve() in folders:
             raise UserError(f"--under: {under} is given twice; give it once")
-        found[folder.resolve()] = folder
-    return list(found.values())
+        folders[folder.resolve()] = folder
+    return list(folders.values())
 
 
 def formats_of(given: str | None, is_kept: bool) -> tuple[str, ...]:

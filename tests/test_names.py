@@ -394,7 +394,7 @@ def test_a_summary_is_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "b/summary.json")
     runs, (problem,) = read_runs(tmp_path)
     assert len(runs) == 1
-    assert problem == "b/summary.json: cannot be read (it is no regular file); left out"
+    assert problem == "b/summary.json: cannot be read (it is no regular file); skipped"
 
 
 # --- a whole run --------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def render(
     Args:
         title: its heading.
         figures: name of a table -> caption -> PNG.
-        problems: what was left out, a line each.
+        problems: what was skipped, a line each.
     """
     pictures = pictures or Pictures()
     environment = jinja2.Environment(

@@ -17,7 +17,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -195,7 +195,7 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
 
     Returns:
         The runs: of each record itself first, then of its results. And a line for each of
-        `runs.jsonl` that is left out.
+        `runs.jsonl` that is skipped.
     """
     records: dict[Path, list[Path]] = {}
     grids: list[Path] = []
@@ -237,16 +237,16 @@ def read_lines(grid: Path, under: Path) -> tuple[list[RunInGrid], list[str]]:
         under: the folder that names begin below.
 
     Returns:
-        The runs in the order of the lines, and a message for each line that is left out.
+        The runs in the order of the lines, and a message for each line that is skipped.
     """
     path = grid / RUNS
     name = _below(path, under)
     if path.is_symlink():
-        return [], [f"{name}: is a link; left out"]
+        return [], [f"{name}: is a link; skipped"]
     try:
         text = read_text(path, _LARGEST_GRID)
     except (OSError, ValueError) as error:
-        return [], [f"{name}: cannot be read ({_reason(error)}); left out"]
+        return [], [f"{name}: cannot be read ({_reason(error)}); skipped"]
     runs: dict[Key, RunInGrid] = {}
     problems: list[str] = []
     curves = _Curves(grid / CURVES)
@@ -258,16 +258,16 @@ def read_lines(grid: Path, under: Path) -> tuple[list[RunInGrid], list[str]]:
         try:
             line = _Line.model_validate(json.loads(written))
         except ValidationError as error:
-            problems.append(f"{where}: is no run ({first_fault(error)}); left out")
+            problems.append(f"{where}: is no run ({first_fault(error)}); skipped")
             continue
         except (ValueError, RecursionError) as error:
-            problems.append(f"{where}: is no run (Invalid JSON: {one_line(error)}); left out")
+            problems.append(f"{where}: is no run (Invalid JSON: {one_line(error)}); skipped")
             continue
         record = shown(prefix / line.record)
         defense = None if line.defense is None else shown(line.defense)
         run = RunInGrid(record, defense, where, line, curves)
         if run.key in runs:
-            problems.append(f"{where}: is of the same run as {runs[run.key].where}; left out")
+            problems.append(f"{where}: is of the same run as {runs[run.key].where}; skipped")
             continue
         runs[run.key] = run
     return list(runs.values()), problems
@@ -393,7 +393,7 @@ def _cells(key: Key) -> tuple[str, str]:
     return cell_text(record), "" if defense is None else cell_text(defense)
 
 
-def check_kept(to: Path, runs: Iterable[StoredRun]) -> None:
+def check_kept(to: Path, runs: Sequence[StoredRun]) -> None:
     """Sees that a grid's files hold nothing that writing these runs into it would lose.
 
     Raises:
@@ -403,7 +403,7 @@ def check_kept(to: Path, runs: Iterable[StoredRun]) -> None:
     if os.path.lexists(to / RUNS):
         lines, problems = read_lines(to, to)
         if problems:
-            problem = problems[0].removesuffix("; left out")
+            problem = problems[0].removesuffix("; skipped")
             raise UserError(f"{to}{os.sep}{problem}; mend it, or remove it")
         for line in lines:
             if line.key not in keys:
@@ -414,15 +414,15 @@ def check_kept(to: Path, runs: Iterable[StoredRun]) -> None:
     path = to / CURVES
     if os.path.lexists(path):
         try:
-            unknown = set(read_curves(path)) - set(map(_cells, keys))
+            lost = set(read_curves(path)) - {_cells(r.key) for r in runs if r.metrics is not None}
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: is no table of curves ({_reason(error)}); mend it, or remove it"
             ) from None
-        for record, defense in sorted(unknown):
+        for record, defense in sorted(lost):
             raise UserError(
-                f"{path}: has rows of {_name((record, defense or None))}, which is not among the "
-                "runs that were read; mend it, or remove them"
+                f"{path}: has rows of {_name((record, defense or None))}, and no run with metrics "
+                "of that name was read; give its folder, too, or remove the rows"
             )
 
 

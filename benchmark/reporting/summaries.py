@@ -126,7 +126,7 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
         A row a run, in the order of the records' names: `record` (its name), `run` (how it is
         stored), `attack`, `label` (`UNDEFENDED` or the name of the result's folder), scores in
         [0, 1] (NaN where there is none), and what it was made by. And a line for each file, and
-        each line of a file, that is left out.
+        each line of a file, that is skipped.
 
     Raises:
         UserError: if two folders have different models in records of one name.
@@ -139,22 +139,22 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
         for record in _records(runs, problems):
             earlier = records.get(record.name)
             records[record.name] = record if earlier is None else _together(earlier, record)
-    found: list[dict[str, Any]] = []
+    all_rows: list[dict[str, Any]] = []
     for record in sorted(records.values(), key=lambda record: Path(record.name)):
         made_of = record.model_sha256
         results = []
         for run, defense in sorted(record.results.values(), key=lambda result: result[0].key[1:]):
             if None not in (made_of, defense.attack_sha256) and made_of != defense.attack_sha256:
                 problems.append(
-                    f"{run.where}: purified another model than this record has now; left out"
+                    f"{run.where}: purified another model than this record has now; skipped"
                 )
                 continue
             results.append((run, defense))
         rows = list(_rows(record, results))
         if not rows:
-            problems.append(f"{record.run.where}: has no scores; left out")
-        found += rows
-    table = pd.DataFrame(found)
+            problems.append(f"{record.run.where}: has no scores; skipped")
+        all_rows += rows
+    table = pd.DataFrame(all_rows)
     if not table.empty:
         table, problems = _without_repeats(_told_apart(_numeric(table)), problems)
         table = table.drop(columns=[name for name in table if str(name).startswith("_")])
@@ -185,13 +185,13 @@ class _Record:
 
 
 def _records(runs: Iterable[StoredRun], problems: list[str]) -> Iterable[_Record]:
-    """The records of some runs; each that cannot be read is left out, with its results."""
+    """The records of some runs; each that cannot be read is skipped, with its results."""
     by_record: dict[str, dict[str | None, StoredRun]] = {}
     for run in runs:
         same = by_record.setdefault(run.record, {})
         if run.defense in same:
             problems.append(
-                f"{run.where}: is of the same run as {same[run.defense].where}; left out"
+                f"{run.where}: is of the same run as {same[run.defense].where}; skipped"
             )
         else:
             same[run.defense] = run
@@ -240,16 +240,16 @@ def _read(run: StoredRun, kind: type[S], problems: list[str]) -> S | None:
         values = run.read_summary()
         if isinstance(values, dict):
             return kind.model_validate(_in_lines(values))
-        problems.append(f"{where}: is no summary of a run (it is no object); left out")
+        problems.append(f"{where}: is no summary of a run (it is no object); skipped")
     except FileNotFoundError:
         return None
     except OSError as error:
-        problems.append(f"{where}: cannot be read ({error.strerror}); left out")
+        problems.append(f"{where}: cannot be read ({error.strerror}); skipped")
     except NotAsDescribed as error:
-        problems.append(f"{where}: is no summary of a run ({first_fault(error)}); left out")
+        problems.append(f"{where}: is no summary of a run ({first_fault(error)}); skipped")
     except (ValueError, RecursionError) as error:
         reason = f"Invalid JSON: {one_line(error)}"
-        problems.append(f"{where}: is no summary of a run ({reason}); left out")
+        problems.append(f"{where}: is no summary of a run ({reason}); skipped")
     raise _Unreadable
 
 
@@ -453,6 +453,6 @@ def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFr
         first = same.iloc[0]
         what = "attack and seed" if pd.notna(first["seed"]) else "model"
         for repeat in same["record"].iloc[1:]:
-            problems.append(f"{repeat}: is of the same {what} as {first['record']}; left out")
+            problems.append(f"{repeat}: is of the same {what} as {first['record']}; skipped")
             runs = runs[runs["record"] != repeat]
     return runs.reset_index(drop=True), problems
