@@ -39,10 +39,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Inverted, checked, run
-from models.parts import recording
+from models.parts import learning_weights, recording
 from utils.process.seeds import generator
 from utils.training.inversion import Inversion
-from utils.training.loop import Loop, learning_weights
+from utils.training.loop import Loop
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Inverted, checked, run
 from models.modes import moved
+from models.parts import learning_weights
 from utils.process.seeds import generator
 from utils.training.inversion import Inversion
-from utils.training.loop import Loop, learning_weights
+from utils.training.loop import Loop
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from models.parts import learning_weights
 from models.unet import UNet
 from tests.networks import conv_net, copied, differing, problem
 from utils.errors import UserError
 from utils.training.inversion import Inversion, generator_loss, mask_loss
-from utils.training.loop import Loop, learning_weights
+from utils.training.loop import Loop
 
 
 @dataclass(frozen=True)

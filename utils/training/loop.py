@@ -338,21 +338,6 @@ class Loop:
             self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
 
 
-def learning_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of a model that may be trained.
-
-    Raises:
-        UserError: if there is none.
-    """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if not weights:
-        raise UserError(
-            "the network has no weight that may be trained; set requires_grad on those that "
-            "this method shall change"
-        )
-    return weights
-
-
 def batch_sizes(count: int, batch_size: int, least: int = 2) -> list[int]:
     """The images of each batch of a round: full batches, and a last one of those that are left.
 
