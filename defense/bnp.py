@@ -1,4 +1,4 @@
-"""BNP: BatchNorm-statistics pruning.
+"""BNP: prunes channels whose statistics on clean images are far from the running ones.
 
 Zheng, Tang, Li, Liu. *Pre-activation Distributions Expose Backdoor Neurons.* NeurIPS 2022 ("mbns"
 in BackdoorBench's table).

@@ -1,4 +1,4 @@
-"""BTI-DBF: backdoor trigger inversion by decoupling benign features.
+"""BTI-DBF: inverts a trigger with a generator, and unlearns what it generates.
 
 Xu, Huang, Li, Qin, Ren. *Towards Reliable and Efficient Backdoor Trigger Inversion via Decoupling
 Benign Features.* ICLR 2024. This is its defense by unlearning, BTI-DBF(U).

@@ -1,4 +1,4 @@
-"""i-BAU: adversarial unlearning by the implicit hypergradient.
+"""i-BAU: unlearns one perturbation for all images, by the implicit hypergradient.
 
 Zeng, Chen, Park, Mao, Jin, Jia. *Adversarial Unlearning of Backdoors via Implicit Hypergradient.*
 ICLR 2022.

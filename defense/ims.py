@@ -1,6 +1,7 @@
-"""IMS: invertible masking using selection.
+"""IMS: finds the channels that only triggered images need, by a mask and its inverse.
 
-Dunnett et al. *Backdoor Mitigation via Invertible Pruning Masks.* NeurIPS 2025, arXiv 2509.15497.
+Dunnett, Arablouei, Miller, Dedeoglu, Jurdak. *Backdoor Mitigation via Invertible Pruning Masks.*
+NeurIPS 2025, arXiv 2509.15497 (invertible masking using selection).
 
 Two numbers for each output channel of each convolution are learned: a, which side of the mask the
 channel is on, and s, how much the channel is changed at all. With the mask the network shall say

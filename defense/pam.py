@@ -1,4 +1,4 @@
-"""PAM: path-aware minimization.
+"""PAM: tunes on inverted triggers, with gradients from a point nearer to the backdoored weights.
 
 Min, Qin, Zhang, Shen, Cheng. *Uncovering, Explaining, and Mitigating the Superficial Safety of
 Backdoor Defense.* NeurIPS 2024, arXiv 2410.09838.

@@ -1,4 +1,4 @@
-"""RNP: reconstructive neuron pruning.
+"""RNP: prunes channels that a copy, made to forget clean images, needs least to recover them.
 
 Li, Lyu, Ma, Koren, Lyu, Li, Jiang. *Reconstructive Neuron Pruning for Backdoor Defense.* ICML 2023,
 arXiv 2305.14876.
