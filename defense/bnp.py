@@ -12,9 +12,6 @@ its neighbours is pruned.
 
     python defense/bnp.py --result_file badnet_demo
 
-    model = bnp.purify(model, images, labels, bnp.Config.load("cifar10"))
-    bnp.channel_divergence(mean, variance, norm.running_mean, norm.running_var)  # (C,)
-
 It sees clean images and reads no labels. It finds nothing where the statistics were refreshed on
 clean images, as fine-tuning does, and it often misses Blended, LF, SIG and SSBA. In a layer of ten
 channels or fewer u = 3 can prune nothing. Published code has the logarithm without the 1/2, and
@@ -145,6 +142,10 @@ def purify(
 
     Raises:
         UserError: if the network has no BatchNorm, or none that keeps running statistics.
+
+    Example:
+        >>> config = Config.load(u=2.0)
+        >>> purified = purify(model, images, labels, config)
     """
 
     def outlying(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,9 +13,6 @@ give generated images their true labels and the features of the clean ones. This
 
     python defense/bti_dbf.py --result_file badnet_demo
 
-    from sau.defense import bti_dbf
-    purified = bti_dbf.purify(model, images, labels, bti_dbf.Config.load())
-
 f is the network's last map of features: the input of global pooling, PreAct-ResNet18's `layer4`. A
 network without such a map, like a ViT, is refused. Images are not augmented. The class that most
 generated images are taken for at first is a finding, `targets`; it names one for clean models, too.
@@ -99,6 +96,10 @@ def purify(
 
     Raises:
         UserError: if the network has no such map.
+
+    Example:
+        >>> config = Config.load(n_rounds=1)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     model = copy.deepcopy(model).eval()

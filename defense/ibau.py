@@ -16,9 +16,6 @@ k: the deviations of a `Classifier`'s normalization, whose input d is added to; 
 
     python defense/ibau.py --result_file badnet_demo
 
-    delta = ibau.universal_perturbation(model, images.split(256), config)  # (1, C, H, W)
-    gradients = ibau.hypergradient(outer, inner, delta, weights, steps=5, step_size=0.1)
-
 It sees clean images. BatchNorm's statistics stay as they are. As published, L_in of the outer steps
 is that of the first cached batch, and `portion` of 0.01 perturbs 2 images of 256. The learning rate
 is BackdoorBench's; the authors' is 1e-3, with 5,000 clean *test* images, which no defense here
@@ -200,6 +197,10 @@ def purify(
 
     Raises:
         UserError: if no weight has `requires_grad`, or a loss is not finite.
+
+    Example:
+        >>> config = Config.load(n_rounds=1)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     device = next(model.parameters()).device

@@ -17,9 +17,6 @@ which stand for triggered ones, and not of clean ones. The network is frozen and
 
     python defense/ims.py --result_file badnet_demo
 
-    from sau.defense import ims
-    purified = ims.purify(model, images, labels, ims.Config.load())
-
 The result is the masked network, its factors multiplied into the convolutions' weights and biases.
 It reads no labels and sees the clean images without augmentation. `n_rounds` counts the steps of
 stage 2, each on `batch_size` images drawn with replacement; a stage ends earlier once its loss has
@@ -194,6 +191,10 @@ def purify(
 
     Raises:
         UserError: if the network has no convolution.
+
+    Example:
+        >>> config = Config.load(n_rounds=2)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     widths = {name: part.out_channels for name, part in convolutions(model).items()}

@@ -13,9 +13,6 @@ further away from them. What it learns on are clean images and images with an in
 
     python defense/pam.py --result_file badnet_demo
 
-    from sau.defense import pam
-    purified = pam.purify(model, images, labels, pam.Config.load())
-
 The first step of all is at w_bd, where the shift is 0. Statistics of BatchNorm are not shifted; the
 pass at w' moves them. A step costs as much as one of plain tuning. If re-learning still brings the
 backdoor back, raise `--rho` or `--generated_ratio`; if ACC falls, take fewer rounds. The limits of
@@ -96,6 +93,10 @@ def purify(
 
     Raises:
         UserError: if the network has no such map.
+
+    Example:
+        >>> config = Config.load(n_rounds=1)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     reference = [weight.detach() for weight in model.parameters() if weight.requires_grad]

@@ -13,9 +13,6 @@ the copy had not forgotten; they are pruned in the network as it was given.
 
     python defense/rnp.py --result_file badnet_demo
 
-    forgetful = rnp.unlearned(model, images, labels, config)
-    masks = rnp.recovered_masks(forgetful, images, labels, config)  # {"layer1.0.bn1": (64,), ...}
-
 It sees clean images, of which `selection val` holds a part out to choose the level: it prunes up
 to the one at which accuracy there begins to break. `selection fixed` takes `pruning_number`; its
 0.7 is the default of BackdoorBench's command line, not of the authors, in whose own log it costs 12
@@ -228,6 +225,10 @@ def purify(
 
     Raises:
         UserError: if the network has no BatchNorm.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, unlearning_epochs=1)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     unchanged = silenced(model, {}, config.prune_bias)  # refuses, before anything is learned

@@ -46,6 +46,17 @@ def layer(model: nn.Module, name: str, flag: str) -> nn.Module:
     )
 
 
+def top_level(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts that the bare network is made of, by name, in their order.
+
+    Those of a network behind a `Resize` are its own parts: `1.layer1`, `1.layer2`, ...
+    """
+    network, prefix = bare(model), ""
+    if isinstance(network, nn.Sequential) and len(network) == 2 and isinstance(network[0], Resize):
+        network, prefix = network[1], "1."
+    return {prefix + name: part for name, part in network.named_children()}
+
+
 def head(model: nn.Module) -> tuple[str, nn.Linear]:
     """The first linear layer inside the last top-level part of the bare network, with its name.
 
@@ -54,14 +65,11 @@ def head(model: nn.Module) -> tuple[str, nn.Linear]:
     Raises:
         UserError: if there is none.
     """
-    network, prefix = bare(model), ""
-    if isinstance(network, nn.Sequential) and len(network) == 2 and isinstance(network[0], Resize):
-        network, prefix = network[1], "1."
-    children = list(network.named_children())
-    last, part = children[-1] if children else ("", network)
+    children = list(top_level(model).items())
+    last, part = children[-1] if children else ("", bare(model))
     for inner, module in part.named_modules():
         if isinstance(module, nn.Linear):
-            return prefix + ".".join(filter(None, (last, inner))), module
+            return ".".join(filter(None, (last, inner))), module
     raise UserError(
         "this network's last part has no linear layer, which this method works on; give another "
         "method or network"
@@ -81,6 +89,26 @@ def learning_weights(model: nn.Module) -> list[nn.Parameter]:
             "this method shall change"
         )
     return weights
+
+
+def layer_or_last(model: nn.Module, name: str | None, flag: str) -> nn.Module:
+    """A layer of the bare network by its name; without a name its last linear layer.
+
+    Args:
+        flag: that gave the name, for the message.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if name is not None:
+        return layer(model, name, flag)
+    linear = [module for module in bare(model).modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError(
+            f"{flag}: this network has no linear layer, of which the last one would be taken; name "
+            "a layer"
+        )
+    return linear[-1]
 
 
 def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:

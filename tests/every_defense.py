@@ -74,7 +74,8 @@ def shortened(name: str, model: nn.Module, **changes: Any) -> DefenseConfig:
         for field, value in of_the_method(config).items()
         if type(value) is int  # a bool is no count
     }
-    layer = {"target_layer_name": last_convolution(model)}
+    last = last_convolution(model)
+    layer = {"target_layer_name": last, "attention_layers": (last,)}
     values = {**counts, **VALUES, **layer, **SPECIAL.get(name, {}), **changes}
     known = {field: value for field, value in values.items() if field in fields(config)}
     return module(name).Config.load("digits", **known)

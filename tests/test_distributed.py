@@ -25,7 +25,7 @@ SCENES = (
 )
 
 # The defenses that share their work, as docs/scaling.md says; others may be refused.
-SHARED = ("ft", "ft_sam", "sau")
+SHARED = ("d3", "fp", "fst", "ft", "ft_sam", "nad", "sau")
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@
 The level of a mask is fixed, or chosen on a held-out part of the clean images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -55,6 +55,7 @@ class Learn(Protocol[C_contra]):
 
 
 C = TypeVar("C", bound=Levels)
+L = TypeVar("L", int, float)
 
 
 def pruned_by_masks(
@@ -83,17 +84,54 @@ def pruned_by_masks(
         round(number * config.pruning_step, 10)
         for number in range(int(config.pruning_max / config.pruning_step + 1e-9) + 1)
     ]
+
+    def of_level(level: float) -> nn.Module:
+        return silenced(model, channels_up_to(masks, level), config.prune_bias)
+
+    level = chosen_level(levels, of_level, model, images[held], labels[held], config, loop)
+    if level is None:
+        return silenced(model, {}, config.prune_bias)
+    return _pruned(model, masks, config, loop, level)
+
+
+class Limit(Protocol):
+    """The flag that choosing a level reads."""
+
+    @property
+    def acc_ratio(self) -> float: ...
+
+
+def chosen_level(
+    levels: Sequence[L],
+    of_level: Callable[[L], nn.Module],
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: Limit,
+    loop: Loop,
+) -> L | None:
+    """The last level before the accuracy on held-out images falls, see `acceptable`.
+
+    What was tried goes into the findings, and a warning where no level is good.
+
+    Args:
+        levels: in the order in which they go further and further.
+        of_level: the model pruned up to a level.
+        model: as it was given.
+        images: (N, C, H, W) held-out images, float in [0, 1] or uint8.
+        labels: (N,) int64.
+
+    Returns:
+        The level; None where none is good.
+    """
     device = next(model.parameters()).device
 
     def accuracy(network: nn.Module) -> float:
-        hits = predict(network, images[held], device) == labels[held].cpu()
+        hits = predict(network, images, device) == labels.cpu()
         return float(hits.double().mean())
 
-    def of_level(level: float) -> float:
-        return accuracy(silenced(model, channels_up_to(masks, level), config.prune_bias))
-
     before = accuracy(model)
-    accuracies = tried(levels, of_level, before, config.acc_ratio)
+    accuracies = tried(levels, lambda level: accuracy(of_level(level)), before, config.acc_ratio)
     count = acceptable(accuracies, before, config.acc_ratio)
     rows = [
         {"level": level, "held_out_acc": accuracy}
@@ -103,9 +141,9 @@ def pruned_by_masks(
     loop.findings.tables["levels"] = rows
     loop.findings.say(
         f"held-out accuracy {_percent(before)}; by level: {', '.join(by_level)}",
-        held_out_images=len(held),
+        held_out_images=len(images),
         held_out_acc_before=before,
-        levels=levels[: len(accuracies)],
+        levels=list(levels[: len(accuracies)]),
         held_out_accs=accuracies,
     )
     if count == 0:
@@ -113,8 +151,8 @@ def pruned_by_masks(
             "no level of pruning kept the accuracy on held-out images, so the model is given back "
             "as it was; raise --acc_ratio"
         )
-        return silenced(model, {}, config.prune_bias)
-    return _pruned(model, masks, config, loop, levels[count - 1])
+        return None
+    return levels[count - 1]
 
 
 class Passes(Protocol):
@@ -145,7 +183,7 @@ def pruned_in_rounds(
         channels = channels_of(model)
         model = silenced(model, channels, config.prune_bias)
         pruned += named_channels(channels)
-    _say_pruned(loop.findings, pruned, f"{len(pruned)} channels pruned")
+    say_pruned(loop.findings, pruned, f"{len(pruned)} channels pruned")
     return model
 
 
@@ -165,7 +203,7 @@ def _pruned(
     pruned = named_channels(channels)
     total = sum(len(mask) for mask in masks.values())
     text = f"level {level:g}: {len(pruned)} of {total} channels pruned"
-    _say_pruned(loop.findings, pruned, text, level=level, channels=total)
+    say_pruned(loop.findings, pruned, text, level=level, channels=total)
     return silenced(model, channels, config.prune_bias)
 
 
@@ -173,7 +211,7 @@ def _percent(rate: float) -> str:
     return f"{100 * rate:.2f} %"
 
 
-def _say_pruned(
+def say_pruned(
     findings: Findings, pruned: list[dict[str, int | str]], text: str, **facts: Any
 ) -> None:
     """Keeps what was pruned, as a table and by layer for the summary, and logs it layer by layer.

@@ -4,10 +4,13 @@ No function here takes a test set.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 
 from utils.process.seeds import generator
+
+L = TypeVar("L", int, float)  # a level
 
 
 def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +72,8 @@ def acceptable(accuracies: Sequence[float], before: float, acc_ratio: float) -> 
 
 
 def tried(
-    levels: Iterable[float],
-    accuracy: Callable[[float], float],
+    levels: Iterable[L],
+    accuracy: Callable[[L], float],
     before: float,
     acc_ratio: float,
 ) -> list[float]:

@@ -306,3 +306,14 @@ def fine_tune(
             loop.log(len(index), loss=value)
         scheduler.after_epoch(loop.losses()["loss"])
     model.eval()
+
+
+@torch.no_grad()
+def rescale(weight: torch.Tensor, norm: torch.Tensor) -> None:
+    """Gives a weight this Frobenius norm, in place; one of zeros stays as it is.
+
+    Args:
+        weight: any shape.
+        norm: scalar, >= 0.
+    """
+    weight.mul_(norm / torch.linalg.vector_norm(weight).clamp(min=1e-30))

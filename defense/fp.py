@@ -1,0 +1,169 @@
+"""FP: cuts features off that stay quiet on clean images, and fine-tunes the rest.
+
+Liu, Dolan-Gavitt, Garg. *Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
+Networks.* RAID 2018, arXiv 1805.12185.
+
+Features that stay quiet on clean images may serve the trigger. They are cut off from the head, the
+quietest first, and the rest of the network is fine-tuned.
+
+    order   features by their mean over clean images, ascending; negative means are the quietest
+    prune   the head's weights of the first n features are 0, and stay so
+    tune    FT on all clean images
+
+    python defense/fp.py --result_file badnet_demo
+
+`selection val` prunes up to the last n at which accuracy on held-out images still holds; `fixed`
+prunes the share `prune_ratio` (0.8, as 48 of 60 channels in the authors' face network, a number
+that they picked by hand). Published tables chose n by accuracy on test images. It sees the clean
+subset, and works on every network whose last part has a linear layer. It fails where the trigger
+uses features that clean images use, too (Blended, LF, SSBA).
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+from defense.base import FineTuned, HeldOut, checked, hold_out, run
+from models.modes import evaluating
+from models.parts import head, named_channels, recording
+from utils.data.batches import as_float
+from utils.errors import UserError
+from utils.process.device import images_at_once
+from utils.training.loop import Loop
+from utils.training.pruning import chosen_level, say_pruned
+from utils.training.sgd import fine_tune
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(HeldOut, FineTuned):
+    once_prune_ratio: Annotated[
+        float, Field(gt=0, le=1, description="features from a level to the next / all (val)")
+    ]
+    prune_ratio: Annotated[float, Field(ge=0, le=1, description="features pruned / all (fixed)")]
+
+    advice = "lower --acc_ratio (val), --prune_ratio (fixed) or --lr"
+
+
+def pruning_order(features: torch.Tensor) -> torch.Tensor:
+    """The features by their signed mean over the images, the quietest first; equal ones in order.
+
+    Shape:
+        (N, D) float -> (D,) int64.
+    """
+    return features.cpu().double().mean(0).argsort(stable=True)
+
+
+def head_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What enters the head, in eval mode.
+
+    Args:
+        model: from (N, C, H, W) to (N, K); left as it was.
+        images: (N, C, H, W), float in [0, 1] or uint8.
+
+    Returns:
+        (N, D) float32 or float64; of a head that works on several places, a row for each of them.
+
+    Raises:
+        UserError: if the network has no head, or does not call it.
+    """
+    name, _ = head(model)
+    device, side = next(model.parameters()).device, images.shape[-1]
+
+    def features(part: torch.Tensor) -> torch.Tensor:
+        model(as_float(part, device))
+        if name not in inputs:
+            raise UserError(
+                f"this network does not call {name}, the first linear layer of its last part, "
+                "whose inputs this method prunes; give another method or network"
+            )
+        entered = inputs[name].flatten(0, -2)
+        return entered.to(torch.promote_types(entered.dtype, torch.float32))
+
+    with evaluating(model), torch.no_grad(), recording(model, [name], of="input") as inputs:
+        return torch.cat([features(part) for part in images.split(images_at_once(device, side))])
+
+
+@checked
+def purify(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: Config,
+    loop: Loop | None = None,
+) -> nn.Module:
+    """A copy of a classifier, pruned and fine-tuned; the model itself is left as it is.
+
+    Args:
+        model: any module from (N, C, H, W) float in [0, 1] to (N, K) logits, with a linear head.
+        images: (N, C, H, W) clean images, float in [0, 1] or uint8.
+        labels: (N,) int64 true labels.
+        config: `Config.load(...)`.
+        loop: lets a pipeline watch the rounds, and takes what was selected.
+
+    Returns:
+        The model after the last round, in eval mode; as it was, without rounds or a good level.
+
+    Raises:
+        UserError: if the network has no linear layer in its last part, or all images are held out.
+
+    Example:
+        >>> config = Config.load(n_rounds=1)
+        >>> purified = purify(model, images, labels, config)
+    """
+    loop = loop or Loop()
+    name, linear = head(model)
+    count = linear.in_features
+    purified = copy.deepcopy(model).eval()
+    if config.n_rounds == 0:
+        return purified
+
+    if config.selection == "fixed":
+        order = pruning_order(head_features(model, images))
+        level: int | None = round(config.prune_ratio * count)
+    else:
+        fit, held = hold_out(labels, config.val_ratio, config.random_seed)
+        if len(fit) == 0:
+            raise UserError(
+                f"--val_ratio: {config.val_ratio:g} of {len(images)} images leaves none to order "
+                "the features by; give a smaller one, or more images (--ratio)"
+            )
+        order = pruning_order(head_features(model, images[fit]))
+        step = math.ceil(config.once_prune_ratio * count - 1e-9)  # 0.07 * 100 is a little over 7
+
+        def of_level(level: int) -> nn.Module:
+            pruned = copy.deepcopy(model)
+            _prune(pruned, order[:level])
+            return pruned
+
+        levels = range(0, count, step)
+        level = chosen_level(levels, of_level, model, images[held], labels[held], config, loop)
+    if level is None:
+        return purified
+    features = order[:level]
+    is_pruned = torch.zeros(count, dtype=torch.bool).index_fill(0, features, True)
+    text = f"{level} of {count} features pruned"
+    say_pruned(loop.findings, named_channels({name: is_pruned}), text, level=level, channels=count)
+    _prune(purified, features)
+    fine_tune(purified, images, labels, config, loop, after_step=lambda: _prune(purified, features))
+    return purified
+
+
+@torch.no_grad()
+def _prune(model: nn.Module, features: torch.Tensor) -> None:
+    """The head no longer reads some features; in place."""
+    _, linear = head(model)
+    linear.weight[:, features.to(linear.weight.device)] = 0
+
+
+if __name__ == "__main__":
+    run(Config, purify)
