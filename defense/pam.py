@@ -95,7 +95,7 @@ def purify(
         UserError: if the network has no such map.
 
     Example:
-        >>> config = Config.load(n_rounds=1)
+        >>> config = Config.load(n_rounds=1, inversion_rounds=1, generator_width=4)
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
