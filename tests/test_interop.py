@@ -375,7 +375,9 @@ def test_of_three_exports_at_once_one_is_done(
     assert sorted(process.returncode for process in processes) == [0, 2, 2]
     for process, text in zip(processes, messages, strict=True):
         if process.returncode:
-            assert text == f"error: --to: {tmp_path / 'record/y[1]'} exists; give a new folder\n"
+            of_data = f"warning: --dataset {fuzz.KNOWN_DATASET}: "  # which is a small part of it
+            lines = [line for line in text.splitlines() if not line.startswith(of_data)]
+            assert lines == [f"error: --to: {tmp_path / 'record/y[1]'} exists; give a new folder"]
     assert {path.name for path in (tmp_path / "record").iterdir()} == {"y", "y[1]"}
     assert len(load_attack(tmp_path / "record/y[1]").state) > 5
 
