@@ -156,14 +156,14 @@ def test_two_steps_of_the_perturbation_by_hand() -> None:
         found = perturb(Linear(), batches[:count], config(pert_lr=2.0))
         assert found.shape == (1, 1, 1, 1)
         assert not found.requires_grad
-        assert float(found) == pytest.approx(expected, rel=1e-12)
+        assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_labels_are_the_network_s_own() -> None:
     """With slope -1 the label of 0.5 is 1: CE = ln(1 + e^-(0.5 + d)) again, as for class 0."""
     batches = [torch.full((1, 1, 1, 1), 0.5).double()]
     found = perturb(Linear(-1.0), batches, config(pert_lr=2.0))
-    assert float(found) == pytest.approx(-2 * logistic(-0.5), rel=1e-12)
+    assert float(found) == pytest.approx(-2 * logistic(-0.5), rel=1e-6)
 
 
 def test_a_classifier_s_perturbation_is_in_pixels() -> None:
@@ -179,7 +179,7 @@ def test_one_perturbation_is_for_all_images_and_is_not_bounded() -> None:
     images = torch.tensor([0.5, 0.8]).double().view(2, 1, 1, 1)
     found = perturb(Linear(), [images], config(pert_lr=100.0))
     expected = -100 * (logistic(-0.5) + logistic(-0.8)) / 2
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
     assert expected < -30
 
 
