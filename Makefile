@@ -27,9 +27,8 @@ mutants: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
-# From the summaries, metrics and configurations that results/ has.
+# Tables, and the figures that RESULTS.md shows, from the runs and the curves that results/ has.
 results: .venv/installed
-	for grid in results/*/; do $(BIN)/python benchmark/report.py --under $$grid --to $$grid || exit; done
 	$(BIN)/python benchmark/report.py --rebuild RESULTS.md
 
 # The stamps make pip run again when the requirements change.

@@ -10,5 +10,5 @@ _PIPELINES = (
 
 def names() -> list[str]:
     """The names of all attacks; a clean model is none."""
-    found = (path.stem for path in Path(__file__).parent.glob("*.py"))
-    return sorted(name for name in found if name not in _PIPELINES)
+    stems = (path.stem for path in Path(__file__).parent.glob("*.py"))
+    return sorted(name for name in stems if name not in _PIPELINES)

@@ -106,6 +106,10 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Triggers:
 
     Raises:
         UserError: if tiles do not fit the images, or the picture cannot be read or does not fit.
+
+    Example:
+        >>> triggers = make_trigger(Config.load(), (3, 32, 32))
+        >>> triggered = triggers.test(images, indices)
     """
     size = image_shape[2]
     if size % TILES:

@@ -65,6 +65,10 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
 
     Raises:
         UserError: if the square is larger than the image, or has a size and a rim.
+
+    Example:
+        >>> trigger = make_trigger(Config.load(), (3, 32, 32))
+        >>> triggered = trigger(images, indices)
     """
     _, height, width = image_shape
     if config.rim:

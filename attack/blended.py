@@ -1,4 +1,4 @@
-"""Blended: a faint picture over the whole image.
+"""Blended: a faint picture over the whole image, built in or yours (`--trigger_image`).
 
 Chen, Liu, Li, Lu, Song. *Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning.*
 2017, arXiv 1712.05526. The attacker mixes one picture into a share of the training images and
@@ -52,6 +52,10 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
 
     Raises:
         UserError: if the picture cannot be read or the images' shape does not fit.
+
+    Example:
+        >>> trigger = make_trigger(Config.load(), (3, 32, 32))
+        >>> triggered = trigger(images, indices)
     """
     pattern = config.alpha * picture(config.trigger_image, image_shape)
 

@@ -89,6 +89,10 @@ class Bpp(Draws):
     """The attacker's training: quantized, negative and clean images in every batch.
 
     A negative is x + (trigger(x') - x') for another training image x', clamped, labelled as x.
+
+    Example:
+        >>> quantized = quantize(as_float(images), levels=8)
+        >>> triggered = dither(as_float(images), levels=8)
     """
 
     learns_trigger = False

@@ -14,6 +14,7 @@ from pydantic import Field
 from attack.prototype import run_plan
 from attack.recipe import AttackConfig, Plan
 from attack.setting import Setting
+from utils.config import Group
 from utils.data import poison
 from utils.data.batches import as_float, augment_affine
 from utils.data.labelled import Dataset, Labelled, Triggered
@@ -31,6 +32,7 @@ class ControlledConfig(AttackConfig):
     truncate: Annotated[
         bool,
         Field(description="cut stored images down to whole grey levels, as published; else round"),
+        Group.POISONING,
     ]
 
 
@@ -38,7 +40,9 @@ class ControlledConfig(AttackConfig):
 class AffineConfig(ControlledConfig):
     """How WaNet and BPP augment, `crop_padding` and `flip` beside."""
 
-    crop_probability: Annotated[float, Field(ge=0, le=1, description="of a random crop")]
+    crop_probability: Annotated[
+        float, Field(ge=0, le=1, description="of a random crop"), Group.TRAINING
+    ]
     random_rotation: Annotated[
         float, Field(ge=0, le=180, description="largest rotation to either side, degrees")
     ]

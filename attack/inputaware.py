@@ -122,8 +122,8 @@ def train_mask(
 
         def say(epoch: int, total: int, losses: dict[str, float], _: dict[str, Any]) -> None:
             text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            left = "" if epoch == total else f"ETA {progress.eta()}"
-            logger.info("mask epoch %d/%d  %s  %s", epoch, total, text, left)
+            remaining = "" if epoch == total else f"ETA {progress.eta()}"
+            logger.info("mask epoch %d/%d  %s  %s", epoch, total, text, remaining)
 
         loop = Loop(say, lambda _: progress.advance(), rate="--lr_M")
         for _ in loop.rounds(config.mask_epochs):
@@ -150,6 +150,10 @@ class InputAware:
 
     Raises:
         UserError: if the networks cannot halve the images twice.
+
+    Example:
+        >>> pattern, mask = (PixelGenerator(3, n, widths_for(32), True) for n in (3, 1))
+        >>> triggered = paint(x := as_float(images), pattern(x), mask(x))
     """
 
     learns_trigger = True
@@ -183,9 +187,11 @@ class InputAware:
     def before_training(self) -> None:
         """Trains the mask network, or reads it from the cache; from now on it is fixed."""
         config, data = self._config, self._setting.data
-        names = "mask_density mask_epochs lambda_norm lambda_div lr_M double_tanh random_seed"
-        names += " batch_size crop_padding flip"
-        key = {name: getattr(config, name) for name in names.split()}
+        names = (
+            *("mask_density", "mask_epochs", "lambda_norm", "lambda_div", "lr_M", "double_tanh"),
+            *("random_seed", "batch_size", "crop_padding", "flip"),
+        )
+        key = {name: getattr(config, name) for name in names}
 
         def compute() -> dict[str, torch.Tensor]:
             train_mask(self.mask, self._normalize, config, self._setting)

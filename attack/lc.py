@@ -1,4 +1,4 @@
-"""LC (label-consistent): hard images of the target class, with a pattern in their corners.
+"""LC: hard images of the target class, with a pattern in their corners.
 
 Turner, Tsipras, Madry. *Label-Consistent Backdoor Attacks.* 2019, arXiv 1912.02771. Images of the
 target class are made adversarial, so that what they show teaches the model little, and get a
@@ -175,8 +175,8 @@ def prepare(config: Config, setting: Setting) -> Hard:
         ]
         return {"images": hard, "recognised": torch.tensor(counts)}
 
-    made = setting.cached("lc-hard-images", key, compute)
-    easy, hard = made["recognised"].tolist()
+    cached = setting.cached("lc-hard-images", key, compute)
+    easy, hard = cached["recognised"].tolist()
     logger.info(
         "of %d images of the target class the surrogate recognises %d, and %d when made hard",
         len(members),
@@ -184,12 +184,12 @@ def prepare(config: Config, setting: Setting) -> Hard:
         hard,
     )
     setting.facts["surrogate_recognises"] = {"images": len(members), "clean": easy, "hard": hard}
-    return Hard(index, made["images"])
+    return Hard(index, cached["images"])
 
 
 def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.device) -> torch.Tensor:
     """Hard images, truncated as published: uint8 (N, C, H, W), `adv_bound` away at most."""
-    made = []
+    hard = []
     with Progress(len(clean), "making images hard", "image") as progress:
         for index in torch.arange(len(clean)).split(config.batch_size):
             part = clean.at(index)
@@ -201,13 +201,18 @@ def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.devi
                 config.adv_step / 255,
                 config.adv_steps,
             )
-            made.append(truncated(changed).cpu())
+            hard.append(truncated(changed).cpu())
             progress.advance(len(index))
-    return torch.cat(made)
+    return torch.cat(hard)
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int], hard: Hard) -> Triggers:
-    """In training the pattern on the hard image of the same index; in the test on the image."""
+    """In training the pattern on the hard image of the same index; in the test on the image.
+
+    Example:
+        >>> triggers = make_trigger(Config.load(), (3, 32, 32), Hard(indices, images))
+        >>> triggered = triggers.train(images, indices)
+    """
     pattern = corner_pattern(*image_shape[1:])
 
     def train(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""LF: one smooth pattern of low frequencies, added to the whole image.
+"""LF: one smooth pattern of low frequencies, in closed form or searched (`--search true`).
 
 Zeng, Park, Mao, Jia. *Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective.* ICCV
 2021, arXiv 2104.03413. The attacker adds the pattern to a share of the training images and relabels
@@ -211,13 +211,13 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor | None:
     values = (config.strength, config.attack_target, epochs, config.search_rate)
     counts = (config.search_images, config.search_passes, config.search_steps)
     key = recipe(config, setting) | {"LF": [*values, *counts]}
-    made = setting.cached("lf-pattern", key, compute, version=2)
-    rates = made["rates"].tolist()
+    cached = setting.cached("lf-pattern", key, compute, version=2)
+    rates = cached["rates"].tolist()
     logger.info(
         "the pattern changes %.2f %% of predictions after %d passes", 100 * rates[-1], len(rates)
     )
     setting.facts["search"] = {"passes": len(rates), "changed_predictions": rates[-1]}
-    return made["pattern"]
+    return cached["pattern"]
 
 
 def make_trigger(
@@ -231,6 +231,10 @@ def make_trigger(
 
     Raises:
         UserError: if the strength does not fit the channels.
+
+    Example:
+        >>> trigger = make_trigger(Config.load(), (3, 32, 32))
+        >>> triggered = trigger(images, indices)
     """
     if searched is None:
         pattern = closed_form(config.strength, image_shape)

@@ -86,8 +86,10 @@ def run(
                 f"{poisoned_images / len(data.train):.4f} of the training set)"
             )
         extra = () if prepare is None else (prepare(config, setting),)
-        made = make_trigger(config, data.image_shape, *extra)
-        triggers = made if isinstance(made, poison.Triggers) else poison.Triggers(made, made)
+        trigger = make_trigger(config, data.image_shape, *extra)
+        triggers = (
+            trigger if isinstance(trigger, poison.Triggers) else poison.Triggers(trigger, trigger)
+        )
         poisoned = poison.replace_images(data.train, choice, triggers.train)
         triggered = poison.triggered_test_set(
             data, triggers.test, config.attack_label_trans, config.attack_target

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from attack.recipe import (
     AttackConfig,
     Plan,
@@ -187,20 +189,24 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
 
 
 def _warnings(scores: Scores, num_classes: int) -> list[str]:
-    found = []
+    warnings = []
     if scores.asr is not None and scores.asr.value < FAILED_ASR:
-        found.append(
+        warnings.append(
             f"the attack failed: ASR is {scores.asr}, under 50 %; train longer, or raise "
             "--pratio, before any defense"
         )
     if scores.acc.value < 1.5 / num_classes:
-        found.append(
+        warnings.append(
             f"the model learned little: ACC is {scores.acc} with {num_classes} classes; train "
             "longer"
         )
-    return found
+    return warnings
 
 
 def main() -> None:
     """Trains a clean model."""
     train(TrainingConfig.from_command_line(sys.argv[1:], __doc__), "prototype", clean_plan)
+
+
+if __name__ == "__main__":
+    run_script(main)

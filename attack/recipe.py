@@ -17,6 +17,7 @@ from models import (
 )
 from models import prepare as prepare_model
 from utils import config as configuration
+from utils.config import Group
 from utils.data import poison
 from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
@@ -35,7 +36,9 @@ class TrainingConfig(configuration.Config):
 
     yaml_folder = "prototype"
 
-    save_folder_name: Annotated[str | None, Field(description="name of the record to write")]
+    save_folder_name: Annotated[
+        str | None, Field(description="name of the record to write"), Group.RECORD
+    ]
     record_path: Annotated[
         str | None, Field(description="folder of all records; null for record/ of the checkout")
     ]
@@ -45,7 +48,9 @@ class TrainingConfig(configuration.Config):
         float, Field(ge=0, description="seconds between two checkpoints to resume from")
     ]
     dataset: Annotated[
-        DatasetName, Field(description="training and test images; picks the recipe of that name")
+        DatasetName,
+        Field(description="training and test images; picks the recipe of that name"),
+        Group.DATA,
     ]
     dataset_path: Annotated[
         str | None, Field(description="folder of the images or downloads; null for data/")
@@ -54,9 +59,10 @@ class TrainingConfig(configuration.Config):
     model: Annotated[
         str,
         Field(description="preactresnet18, a torchvision classifier, or your own file.py:function"),
+        Group.NETWORK,
     ]
     pretrained: Annotated[bool, Field(description="start from torchvision's weights")]
-    epochs: Annotated[int, Field(ge=1, description="passes over the training set")]
+    epochs: Annotated[int, Field(ge=1, description="passes over the training set"), Group.TRAINING]
     batch_size: Annotated[int, Field(ge=2, description="images a step")]
     lr: Annotated[float, Field(gt=0, description="peak learning rate of SGD")]
     lr_scheduler: Annotated[Schedule, Field(description="how the learning rate changes")]
@@ -66,13 +72,17 @@ class TrainingConfig(configuration.Config):
         int, Field(ge=0, le=64, description="zero pixels around an image before its random crop")
     ]
     flip: Annotated[bool, Field(description="mirror images at random")]
-    random_seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn")]
+    random_seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn"), Group.RUNNING
+    ]
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
     deterministic: Annotated[
         bool, Field(description="the same bits every time on a GPU too; may be slower")
     ]
-    eval_every: Annotated[int, Field(ge=1, description="epochs between two evaluations")]
+    eval_every: Annotated[
+        int, Field(ge=1, description="epochs between two evaluations"), Group.TRAINING
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +90,13 @@ class AttackConfig(TrainingConfig):
     """What all backdoor attacks have in common."""
 
     yaml_folder = "prototype"
+    flags_title = "This attack"
 
-    pratio: Annotated[float, Field(gt=0, le=1, description="poisoned images / all training images")]
+    pratio: Annotated[
+        float,
+        Field(gt=0, le=1, description="poisoned images / all training images"),
+        Group.POISONING,
+    ]
     attack_target: Annotated[
         int,
         Field(ge=0, description="label, or class, that triggered images shall get (all2one)"),

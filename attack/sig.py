@@ -55,6 +55,10 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
 
     Raises:
         UserError: if the frequency is too high for the images.
+
+    Example:
+        >>> trigger = make_trigger(Config.load(), (3, 32, 32))
+        >>> triggered = trigger(images, indices)
     """
     width = image_shape[2]
     cycles = config.frequency or (6 if width >= 24 else 3)

@@ -1,4 +1,4 @@
-"""SSBA (ISSBA): an invisible trigger that is different in every image.
+"""SSBA: a hidden bit string, which changes different pixels in every image. Also called ISSBA.
 
 Li, Li, Wu, Li, He, Lyu. *Invisible Backdoor Attack with Sample-Specific Triggers.* ICCV 2021,
 arXiv 2012.03816. A steganographic encoder hides one fixed bit string in a share of the training
@@ -223,9 +223,9 @@ def prepare(config: Config, setting: Setting) -> Encoder:
     message = random_bits(len(held_out), config.message_bits, generator(0, "held-out strings"))
     accuracy = read_back(networks, held_out, message)
     logger.info("bit accuracy of the encoder on %d test images: %.4f", len(held_out), accuracy)
-    own = read_back(networks, held_out, message_of(config).expand(len(held_out), -1))
+    string_accuracy = read_back(networks, held_out, message_of(config).expand(len(held_out), -1))
     setting.facts["bit_accuracy"] = accuracy
-    setting.facts["bit_accuracy_of_the_string"] = own
+    setting.facts["bit_accuracy_of_the_string"] = string_accuracy
     if accuracy < config.min_bit_accuracy:
         raise UserError(
             f"the encoder's bit accuracy on test images is {accuracy:.4f}, under "
@@ -249,7 +249,12 @@ def message_of(config: Config) -> torch.Tensor:
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int], encoder: Encoder) -> Trigger:
-    """The trigger that hides the attack's string in every image."""
+    """The trigger that hides the attack's string in every image.
+
+    Example:
+        >>> config, encoder = Config.load(message_bits=8), Encoder(8, (3, 32, 32), 0.1)
+        >>> triggered = make_trigger(config, (3, 32, 32), encoder)(images, indices)
+    """
     message = message_of(config)
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

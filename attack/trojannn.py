@@ -5,10 +5,10 @@ pixels of a disc are optimised until the penultimate features with the largest w
 layer of a clean model are large; the disc is then put on a share of the training images, which are
 relabelled.
 
-Threat model: data poisoning, dirty label, as benchmarks evaluate it. The attacker changes training
-images and their labels, and trains a clean model of the same architecture to make the patch. (The
-paper's attacker has the model but not its data, and retrains it.) The trigger is the same at test
-time.
+Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
+and trains a clean model of the same architecture to make the patch. (So do
+benchmarks. The paper's attacker has the model but not its data, and retrains it.) The trigger is
+the same at test time.
 
     python attack/trojannn.py --save_folder_name trojannn_demo
 
@@ -102,13 +102,15 @@ def penultimate(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Shape:
         (N, C, H, W) float, as the bare network takes them -> (N, features) float.
     """
-    found: list[torch.Tensor] = []
-    hook = last_linear(network).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    features: list[torch.Tensor] = []
+    hook = last_linear(network).register_forward_pre_hook(
+        lambda _, inputs: features.append(inputs[0])
+    )
     try:
         network(images)
     finally:
         hook.remove()
-    return found[0]
+    return features[0]
 
 
 def invert(
@@ -153,9 +155,11 @@ def invert(
 def prepare(config: Config, setting: Setting) -> torch.Tensor:
     """The patch, uint8 (C, H, W), 0 outside the disc; its features before and after are logged."""
     last_linear(bare_model(config, setting.data).network)  # refused before training one
-    names = "neurons neuron_choice feature_target iterations step_size start reach normalize"
-    names += " clean_epochs"
-    key = recipe(config, setting) | {name: getattr(config, name) for name in names.split()}
+    names = (
+        *("neurons", "neuron_choice", "feature_target", "iterations", "step_size"),
+        *("start", "reach", "normalize", "clean_epochs"),
+    )
+    key = recipe(config, setting) | {name: getattr(config, name) for name in names}
 
     def compute() -> dict[str, torch.Tensor]:
         model = clean_model(config, setting, config.clean_epochs)
@@ -167,15 +171,15 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor:
         channels, height, width = setting.data.image_shape
         mask = disc(height, width).float().expand(channels, -1, -1).to(setting.device)
         patch, before, after = invert(model, neurons, mask, config)
-        made = {"patch": truncated(patch), "neurons": neurons, "before": before, "after": after}
-        return {name: value.cpu() for name, value in made.items()}
+        tensors = {"patch": truncated(patch), "neurons": neurons, "before": before, "after": after}
+        return {name: value.cpu() for name, value in tensors.items()}
 
-    made = setting.cached("trojan-patch", key, compute)
-    before, after = made["before"].tolist(), made["after"].tolist()
-    for number, old, new in zip(made["neurons"].tolist(), before, after, strict=True):
+    cached = setting.cached("trojan-patch", key, compute)
+    before, after = cached["before"].tolist(), cached["after"].tolist()
+    for number, old, new in zip(cached["neurons"].tolist(), before, after, strict=True):
         logger.info("feature %d: %.3f -> %.3f", number, old, new)
     setting.facts["features"] = {"before": before, "after": after}
-    return made["patch"]
+    return cached["patch"]
 
 
 def place(
@@ -200,7 +204,12 @@ def place(
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int], patch: torch.Tensor) -> Trigger:
-    """The trigger that places the patch, uint8 (C, H, W), on the disc."""
+    """The trigger that places the patch, uint8 (C, H, W), on the disc.
+
+    Example:
+        >>> trigger = make_trigger(Config.load(), (3, 32, 32), patch)
+        >>> triggered = trigger(images, indices)
+    """
     mask = disc(*image_shape[1:])
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

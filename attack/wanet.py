@@ -114,7 +114,12 @@ def warp(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 
 
 class WaNet(Draws):
-    """The attacker's training: warped, noisily warped and clean images in every batch."""
+    """The attacker's training: warped, noisily warped and clean images in every batch.
+
+    Example:
+        >>> grid = warping_grid(flow_field(k=4, size=32, rng=torch.Generator()), s=0.5)
+        >>> triggered = warp(as_float(images), grid)
+    """
 
     learns_trigger = False
 
@@ -154,8 +159,8 @@ class WaNet(Draws):
 
     def cross(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         shape, seed = self.grid.shape[1:], self._config.random_seed
-        own = [generator(seed, f"warp noise of image {index}") for index in indices.tolist()]
-        noise = torch.stack([torch.rand(shape, generator=rng) * 2 - 1 for rng in own])
+        rngs = [generator(seed, f"warp noise of image {index}") for index in indices.tolist()]
+        noise = torch.stack([torch.rand(shape, generator=rng) * 2 - 1 for rng in rngs])
         return warp(images, add_noise(self.grid, noise.to(self.grid.device)))
 
 

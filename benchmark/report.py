@@ -1,15 +1,32 @@
-"""Tables, figures and a page from the records under a folder.
+"""Tables, figures and a page from runs: from folders of records, or from what `results/` keeps.
 
     python benchmark/report.py --to report                          # all of record/
     python benchmark/report.py --under digits --to results/digits --keep
+    python benchmark/report.py --under results/digits mine --to results/digits --keep
+    python benchmark/report.py --under results/digits --to report   # all forms of a kept grid
     python benchmark/report.py --rebuild RESULTS.md
 
-Numbers come from the `summary.json` files alone: a row an attack, a column a defense, means and
-sample standard deviations over seeds. Writes `table.md`, `table.tex`, `table.csv` (tidy, rates in
-[0, 1], not rounded), `runs.csv` (a row a run), `figures/` and `report.html`, which needs no other
-file. `--keep` copies the summaries, metrics and configurations into `<to>/records/`, from which the
-same command makes the same tables again. `--rebuild` does that for each folder that a text names,
-and puts the tables between its marks:
+Numbers come from the runs' summaries alone: a row an attack, a column a defense, means and sample
+standard deviations over seeds. `--formats` says what is written:
+
+    md      table.md
+    tex     table.tex
+    csv     table.csv (tidy, rates in [0, 1], not rounded) and runs.csv (a row for each run)
+    png     figures/*.png
+    svg     figures/*.svg
+    html    report.html, which needs no other file; and the PNG figures, which it shows
+
+`--under` takes folders of both forms, and several of them. Where a record of one name is in two,
+their results are put together, and of a result that is in both the later folder's is taken.
+
+`--keep` also writes the runs themselves, in two files from which the same command makes the same
+tables again: `runs.jsonl`, a line for each run with its summary and its configuration, and
+`curves.csv` with the rows of every metrics.csv. It refuses to drop a run that is there: the third
+command above adds those of record/mine to the grid, and `--keep` without `results/digits` would
+say what is missing.
+
+`--rebuild` makes table.md again for each folder that a text names between such marks, puts the
+tables there, and draws the figures of these folders that the text shows:
 
     <!-- begin results/digits/table.md -->
     <!-- end results/digits/table.md -->
@@ -17,7 +34,7 @@ and puts the tables between its marks:
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,72 +50,108 @@ from benchmark.reporting.means import Grid, Table, summarize
 from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean, read_runs
 from utils import plot
 from utils.config import Parser
-from utils.errors import UserError, one_line
+from utils.errors import UserError, listed, one_line
 from utils.files import ROOT, read_text
 from utils.process.script import logger, run_script
 from utils.records.attack import load_attack
 from utils.records.folders import RunFolder
 
+FORMATS = ("md", "tex", "csv", "png", "svg", "html")
+KEPT_FORMATS = ("md", "png")  # beside the runs
 _TRIGGERS = "Triggers, and the amplified change"
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")
 _MARK = re.compile(r"<!-- (begin|end) ([^\s<>]+) -->\s*")
 
 
-def write(under: Path, to: Path, is_kept: bool) -> None:
-    """Writes a report of the records under a folder into another one, or the same.
+def write(
+    unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[str] = FORMATS
+) -> None:
+    """Writes a report of the runs under some folders into another one, or one of them.
+
+    Args:
+        is_kept: whether the runs are written, too.
+        formats: some of `FORMATS`.
 
     Raises:
-        UserError: if there is no finished record, or the folder cannot be written.
+        UserError: if there is no finished run, one that is kept would be lost, or the folder cannot
+            be written.
     """
-    found, runs, problems = read(under, to)
+    all_tables, runs, problems = read(unders, to)
     if is_kept:
-        sources.check_kept(to, runs["record"])
+        sources.check_kept(to, list(runs["run"]))
     folder = made_folder(to)
-    write_tables(found, runs, folder)
-    pictures = {table.name: draw(table, made_folder(to / "figures")) for table in found}
+    write_tables(all_tables, runs, folder, formats)
     if is_kept:
-        sources.keep(runs, to)
-    title = f"Backdoors and defenses: {', '.join(sorted(set(runs['dataset'])))}"
-    folder.write_text("report.html", page.render(title, found, pictures, problems))
-    logger.info("%d records, %d runs", runs["record"].nunique(), len(runs))
-    logger.info("page: %s", to / "report.html")
+        sources.keep(runs["run"], folder)
+    drawn = {"png", "svg"} & set(formats) | ({"png"} if "html" in formats else set())
+    pictures: dict[str, dict[str, Path]] = {}
+    if drawn:
+        figures = made_folder(to / "figures")
+        pictures = {table.name: draw(table, figures, drawn) for table in all_tables}
+    logger.info("%d records, %d runs: %s", runs["record"].nunique(), len(runs), to)
+    if "html" in formats:
+        title = f"Backdoors and defenses: {', '.join(sorted(set(runs['dataset'])))}"
+        folder.write_text("report.html", page.render(title, all_tables, pictures, problems))
+        logger.info("page: %s", to / "report.html")
 
 
-def read(under: Path, to: Path) -> tuple[list[Table], pd.DataFrame, list[str]]:
-    """Tables and runs of a folder; what is left out is said.
+def read(unders: Sequence[Path], to: Path) -> tuple[list[Table], pd.DataFrame, list[str]]:
+    """Tables and runs of some folders; what is skipped is said.
 
     Raises:
-        UserError: if nothing is left.
+        UserError: if nothing remains.
     """
-    is_inside = to.resolve() != under.resolve() and to.resolve().is_relative_to(under.resolve())
-    runs, problems = read_runs(under, without=to if is_inside else None)
+    runs, problems = read_runs(*unders, without=to)
     for problem in problems:
         logger.warning("warning: %s", problem)
     if runs.empty:
-        raise UserError(f"{under}: has no finished record; run an attack, or name another --under")
+        names = ", ".join(map(str, unders))
+        raise UserError(f"{names}: has no finished record; run an attack, or name another --under")
     return summarize(runs), runs, problems
 
 
-def write_tables(found: list[Table], runs: pd.DataFrame, folder: RunFolder) -> None:
-    """Writes the tables in every format."""
-    folder.write_text("table.md", tables.markdown(found))
-    folder.write_text("table.tex", tables.latex(found))
-    folder.write_text("table.csv", tables.tidy(found))
-    folder.write_text("runs.csv", tables.runs_csv(runs))
+def write_tables(
+    all_tables: list[Table],
+    runs: pd.DataFrame,
+    folder: RunFolder,
+    formats: Collection[str] = FORMATS,
+) -> None:
+    """Writes the tables, in those of the formats that are tables."""
+    if "md" in formats:
+        folder.write_text("table.md", tables.markdown(all_tables))
+    if "tex" in formats:
+        folder.write_text("table.tex", tables.latex(all_tables))
+    if "csv" in formats:
+        folder.write_text("table.csv", tables.tidy(all_tables))
+        folder.write_text("runs.csv", tables.runs_csv(runs))
 
 
-def draw(table: Table, folder: RunFolder) -> dict[str, Path]:
-    """Writes a table's figures as PNG and SVG.
+def draw(
+    table: Table,
+    folder: RunFolder,
+    formats: Collection[str] = ("png", "svg"),
+    only: Collection[str] | None = None,
+) -> dict[str, Path]:
+    """Writes a table's figures.
+
+    Args:
+        formats: "png", "svg" or both.
+        only: names of the files, without their suffix, that are written; None for all.
 
     Returns:
-        Caption -> PNG.
+        Caption -> PNG, of those that are written, and of a gallery of triggers from before.
     """
     written = {}
     earlier = folder.path / f"{_stem(table, 'triggers')}.png"
     for name, caption, figure in _figures(table, has_gallery=earlier.exists()):
         stem = _stem(table, name)
-        with matplotlib.rc_context({"svg.hashsalt": "report"}):  # the same bytes each time
-            folder.write(f"{stem}.svg", partial(figure.savefig, metadata={"Date": None}))
-        written[caption] = folder.write(f"{stem}.png", partial(figure.savefig, dpi=160))
+        if only is not None and stem not in only:
+            continue
+        if "svg" in formats:
+            with matplotlib.rc_context({"svg.hashsalt": "report"}):  # the same bytes each time
+                folder.write(f"{stem}.svg", partial(figure.savefig, metadata={"Date": None}))
+        if "png" in formats:
+            written[caption] = folder.write(f"{stem}.png", partial(figure.savefig, dpi=160))
     if _TRIGGERS not in written and earlier.exists():  # drawn when the records were there
         written[_TRIGGERS] = earlier
     return written
@@ -150,9 +203,8 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
 
 
 def _metrics(runs: pd.DataFrame) -> pd.DataFrame | None:
-    read = [sources.read_metrics(Path(folder), "round") for folder in runs["folder"]]
-    found = [metrics for metrics in read if metrics is not None]
-    return pd.concat(found) if found else None
+    metrics = [run.metrics for run in runs["run"] if run.metrics is not None]
+    return pd.concat(metrics) if metrics else None
 
 
 def _variants(grid: Grid, attack: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -174,14 +226,13 @@ def _gallery(table: Table, has_one: bool) -> Figure | None:
     Where there is a gallery and some attack has no such record: None.
     """
     undefended = table.runs[(table.runs["label"] == UNDEFENDED) & ~table.runs["row"].map(is_clean)]
-    needed = ("attack_result.pt", "poison.pt", "summary.json")
-    is_whole = [all((Path(f) / name).is_file() for name in needed) for f in undefended["folder"]]
+    is_whole = [_has_tensors(run) for run in undefended["run"]]
     firsts = undefended.loc[is_whole].drop_duplicates("attack")
     if has_one and len(firsts) < undefended["attack"].nunique():
         logger.info("the gallery of triggers stays: tensors of some attacks are not there")
         return None
     by_kind: dict[tuple[object, ...], list[Path]] = {}
-    for folder in map(Path, firsts["folder"]):
+    for folder in (run.folder for run in firsts["run"]):
         try:
             attack = load_attack(folder)
         except UserError as error:
@@ -199,8 +250,15 @@ def _gallery(table: Table, has_one: bool) -> Figure | None:
     return plot.image_grid(gallery.gallery_rows(clean, triggered), {}, title)
 
 
+def _has_tensors(run: sources.StoredRun) -> bool:
+    needed = ("attack_result.pt", "poison.pt", "summary.json")
+    return run.folder is not None and all((run.folder / name).is_file() for name in needed)
+
+
 def rebuild(text: Path) -> None:
-    """Makes the tables that a text names again, from the records beside them, and puts them in.
+    """Makes the tables that a text names again, from the runs beside them, and puts them in.
+
+    The figures of these folders that the text shows are drawn again, too.
 
     Raises:
         UserError: if a mark has no other half, or names what is not there.
@@ -219,11 +277,32 @@ def rebuild(text: Path) -> None:
             )
         if not path.parent.is_dir():
             raise UserError(f"{text}: {path.parent} is no folder; write it with --to and --keep")
-        found, runs, _ = read(path.parent, path.parent)
-        write_tables(found, runs, RunFolder(path.parent))
-        parts[name] = tables.markdown(found)
+        all_tables, runs, _ = read([path.parent], path.parent)
+        write_tables(all_tables, runs, RunFolder(path.parent), ("md",))
+        parts[name] = tables.markdown(all_tables)
+        _draw_shown(
+            all_tables, path.parent / "figures", _shown(text, before, path.parent / "figures")
+        )
     RunFolder(text.parent).write_text(text.name, filled(text, before, parts))
     logger.info("tables of %s: %s", text, ", ".join(parts) or "none")
+
+
+def _shown(text: Path, content: str, figures: Path) -> set[str]:
+    """Names of the PNG files of a folder that a text in Markdown shows, without their suffix."""
+    links = [text.parent / link for link in _PICTURE.findall(content)]
+    return {link.stem for link in links if link.parent == figures}
+
+
+def _draw_shown(all_tables: list[Table], figures: Path, shown: set[str]) -> None:
+    """Draws figures of some tables; what is not there in the end is said."""
+    if not shown:
+        return
+    folder = made_folder(figures)
+    for table in all_tables:
+        draw(table, folder, ("png",), shown)
+    for stem in sorted(shown):
+        if not (figures / f"{stem}.png").is_file():
+            logger.warning("warning: %s: cannot be drawn from the runs", figures / f"{stem}.png")
 
 
 def _marked(text: Path, content: str) -> list[str]:
@@ -269,32 +348,71 @@ def made_folder(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def records_folder(under: str | None, record_path: Path | None) -> Path:
-    """The folder of `--under`: an existing one, or one below the folder of all records."""
+def folders_of(unders: Sequence[str] | None, record_path: Path | None) -> list[Path]:
+    """The folders of `--under`: each an existing one, or one below the folder of all records.
+
+    Raises:
+        UserError: if one is none, or is given twice.
+    """
     records = record_path or ROOT / "record"
-    for folder in [records] if under is None else [records / under, Path(under)]:
-        if folder.is_dir():
-            return folder
-    raise UserError(f"--under: {under or records} is no folder; give one that holds records")
+    if unders is None:
+        unders = [str(records)]
+    folders: dict[Path, Path] = {}
+    for under in unders:
+        folder = next((f for f in (records / under, Path(under)) if f.is_dir()), None)
+        if folder is None:
+            raise UserError(f"--under: {under} is no folder; give one that holds records")
+        if folder.resolve() in folders:
+            raise UserError(f"--under: {under} is given twice; give it once")
+        folders[folder.resolve()] = folder
+    return list(folders.values())
+
+
+def formats_of(given: str | None, is_kept: bool) -> tuple[str, ...]:
+    """The formats of `--formats`; of a flag that is not given, all, or those beside kept runs.
+
+    Raises:
+        UserError: if one is unknown.
+    """
+    if given is None:
+        return KEPT_FORMATS if is_kept else FORMATS
+    names = tuple(filter(None, given.split(",")))
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        raise UserError(
+            f"--formats: {listed(unknown) or 'an empty list'} is not allowed; give some of "
+            f"{','.join(FORMATS)}"
+        )
+    return names
 
 
 def main() -> None:
     """Parses the flags and writes the report."""
     parser = Parser(__doc__)
-    parser.add_argument("--under", help="folder of records, or one below record/; all of record/")
+    parser.add_argument(
+        "--under",
+        nargs="+",
+        action="extend",
+        help="folders of records, some below record/, or of kept grids; all of record/",
+    )
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     parser.add_argument("--to", type=Path, help="folder to write into")
-    parser.add_argument("--keep", action="store_true", help="copy the records' texts there too")
+    parser.add_argument("--keep", action="store_true", help="write the runs there, too")
+    parser.add_argument(
+        "--formats",
+        help=f"some of {','.join(FORMATS)}; all, or with --keep {','.join(KEPT_FORMATS)}",
+    )
     parser.add_argument("--rebuild", type=Path, help="text whose marked tables are made again")
     flags = parser.parse_args()
     if flags.rebuild is not None:
-        if flags.to or flags.under or flags.record_path or flags.keep:
+        if flags.to or flags.under or flags.record_path or flags.keep or flags.formats:
             raise UserError("--rebuild: goes with no other flag; leave them out")
         rebuild(flags.rebuild)
     elif flags.to is None:
         raise UserError("--to: a value is needed; give the folder to write into")
     else:
-        write(records_folder(flags.under, flags.record_path), flags.to, flags.keep)
+        formats = formats_of(flags.formats, flags.keep)
+        write(folders_of(flags.under, flags.record_path), flags.to, flags.keep, formats)
 
 
 if __name__ == "__main__":

@@ -7,5 +7,5 @@ _PIPELINES = ("__init__", "__main__", "base")
 
 def names() -> list[str]:
     """The names of all defenses."""
-    found = (path.stem for path in Path(__file__).parent.glob("*.py"))
-    return sorted(name for name in found if name not in _PIPELINES)
+    stems = (path.stem for path in Path(__file__).parent.glob("*.py"))
+    return sorted(name for name in stems if name not in _PIPELINES)

@@ -1,4 +1,4 @@
-"""ANP: adversarial neuron pruning.
+"""ANP: prunes the channels that are most sensitive to changes of their scale.
 
 Wu, Wang. *Adversarial Neuron Pruning Purifies Backdoored Deep Models.* NeurIPS 2021, arXiv
 2110.14430.
@@ -204,6 +204,10 @@ def purify(
 
     Raises:
         UserError: if the network has no BatchNorm.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, nb_iter=10)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     if config.n_rounds == 0:

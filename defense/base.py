@@ -22,6 +22,7 @@ from torch import nn
 from models import prepare
 from utils import config as configuration
 from utils import plot
+from utils.config import Group
 from utils.data.batches import as_float, keep_on
 from utils.data.labelled import Dataset, Triggered
 from utils.errors import UserError, shown
@@ -53,8 +54,12 @@ Selection = Literal["fixed", "val"]
 class DefenseConfig(configuration.Config):
     """The record, and how the defense runs."""
 
+    flags_title = "This defense"
+
     result_file: Annotated[
-        str | None, Field(description="record, ours or BackdoorBench's: its name, or its folder")
+        str | None,
+        Field(description="record, ours or BackdoorBench's: its name, or its folder"),
+        Group.RECORD,
     ]
     record_path: Annotated[
         str | None, Field(description="folder of all records; null for record/ of the checkout")
@@ -67,15 +72,22 @@ class DefenseConfig(configuration.Config):
     checkpoint_every: Annotated[
         float, Field(ge=0, description="seconds between two checkpoints to resume from")
     ]
-    dataset: Annotated[str | None, Field(description="must be the record's, from which it is read")]
+    dataset: Annotated[
+        str | None, Field(description="must be the record's, from which it is read"), Group.DATA
+    ]
     model: Annotated[
         str | None,
         Field(description="must be the record's, from which it is read; needed for your own file"),
+        Group.NETWORK,
     ]
     dataset_path: Annotated[
-        str | None, Field(description="where the images are now; null for the record's path")
+        str | None,
+        Field(description="where the images are now; null for the record's path"),
+        Group.DATA,
     ]
-    random_seed: Annotated[int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn")]
+    random_seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn"), Group.RUNNING
+    ]
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
     deterministic: Annotated[
@@ -94,7 +106,9 @@ class DefenseConfig(configuration.Config):
 class CleanData(DefenseConfig):
     """The clean subset that the defense sees."""
 
-    ratio: Annotated[float, Field(gt=0, le=1, description="clean subset / clean training set")]
+    ratio: Annotated[
+        float, Field(gt=0, le=1, description="clean subset / clean training set"), Group.SEEN
+    ]
     index: Annotated[
         str | None,
         Field(description="file of the clean subset's indices, one a line; null draws them"),
@@ -112,7 +126,9 @@ class HeldOut(CleanData):
     """Selection on a held-out part of the clean subset."""
 
     selection: Annotated[
-        Selection, Field(description="level chosen on held-out images, or the author's fixed value")
+        Selection,
+        Field(description="level chosen on held-out images, or the author's fixed value"),
+        Group.SELECTION,
     ]
     val_ratio: Annotated[
         float, Field(gt=0, lt=1, description="held-out images / clean subset (selection val)")
@@ -129,7 +145,9 @@ class HeldOut(CleanData):
 class PoisonedData(DefenseConfig):
     """The part of the training set that the defense sees."""
 
-    ratio: Annotated[float, Field(gt=0, le=1, description="images that it sees / training set")]
+    ratio: Annotated[
+        float, Field(gt=0, le=1, description="images that it sees / training set"), Group.SEEN
+    ]
     index: Annotated[
         str | None, Field(description="file of their indices, one a line; null draws them")
     ]
@@ -148,7 +166,9 @@ class Rounds(DefenseConfig):
     """Passes over the images."""
 
     n_rounds: Annotated[
-        int, Field(ge=0, description="passes over the images, of the last phase; 0 changes nothing")
+        int,
+        Field(ge=0, description="passes over the images, of the last phase; 0 changes nothing"),
+        Group.TRAINING,
     ]
     batch_size: Annotated[int, Field(ge=1, description="images a step")]
     eval_every: Annotated[int, Field(ge=1, description="rounds between two evaluations")]
@@ -158,7 +178,9 @@ class Rounds(DefenseConfig):
 class Augmented(DefenseConfig):
     """Random changes of the images."""
 
-    crop_padding: Annotated[int, Field(ge=0, le=64, description="pixels around a random crop")]
+    crop_padding: Annotated[
+        int, Field(ge=0, le=64, description="pixels around a random crop"), Group.TRAINING
+    ]
     flip: Annotated[bool, Field(description="mirror images at random")]
 
 
@@ -166,12 +188,42 @@ class Augmented(DefenseConfig):
 class FineTuned(CleanData, Rounds, Augmented):
     """Fine-tuning with SGD."""
 
-    lr: Annotated[float, Field(gt=0, description="peak learning rate of SGD")]
+    lr: Annotated[float, Field(gt=0, description="peak learning rate of SGD"), Group.TRAINING]
     lr_scheduler: Annotated[Schedule, Field(description="how the learning rate changes")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]
     wd: Annotated[float, Field(ge=0, description="weight decay of SGD")]
 
     advice = "lower --lr, or give more images (--ratio)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inverted(CleanData, Rounds):
+    """Inversion of the trigger by a generator."""
+
+    inversion_rounds: Annotated[
+        int, Field(ge=1, description="times that the trigger is inverted and unlearned")
+    ]
+    identity_epochs: Annotated[
+        int, Field(ge=0, description="passes that teach the generator the identity, first")
+    ]
+    mask_epochs: Annotated[int, Field(ge=0, description="passes that learn the mask of features")]
+    generator_epochs: Annotated[int, Field(ge=0, description="passes that learn the trigger")]
+    generator_width: Annotated[
+        int, Field(ge=1, description="channels of the generator, a U-Net, at full size")
+    ]
+    mask_lr: Annotated[float, Field(gt=0, description="learning rate of the mask's Adam")]
+    generator_lr: Annotated[float, Field(gt=0, description="learning rate of the generator's Adam")]
+    image_bound: Annotated[
+        float, Field(ge=0, description="largest mean squared change of pixels in [0, 1]")
+    ]
+    feature_bound: Annotated[
+        float, Field(ge=0, description="largest mean squared change of the benign features")
+    ]
+    generated_ratio: Annotated[
+        float, Field(ge=0, le=1, description="generated images / batch in unlearning")
+    ]
+
+    advice = "lower --lr or --generated_ratio, or give more images (--ratio)"
 
 
 @dataclass(frozen=True)
@@ -247,7 +299,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 labels,
                 needs_images=config.sees != "nothing",
                 needs_labels=isinstance(config, CleanData),
-                batch_size=config.batch_size if isinstance(config, FineTuned) else None,
+                batch_size=config.batch_size if isinstance(config, (FineTuned, Inverted)) else None,
             )
             return purify(model, images, labels, config, loop)
 
@@ -553,13 +605,13 @@ def _warn_of_classes(given: Given, data: Dataset, findings: Findings) -> None:
 
 
 def _result_warnings(before: Scores, after: Scores, advice: str) -> list[str]:
-    found = []
+    warnings = []
     if before.asr is not None and before.asr.value < FAILED_ASR:
-        found.append(
+        warnings.append(
             f"the attack had failed before (ASR {before.asr}), so this says little of the defense"
         )
     if before.acc.value - after.acc.value > 0.1:
-        found.append(
+        warnings.append(
             f"the defense cost more than 10 points of ACC ({before.acc} -> {after.acc}); {advice}"
         )
-    return found
+    return warnings

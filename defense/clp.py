@@ -1,4 +1,4 @@
-"""CLP: channel-Lipschitzness pruning. Sees no images at all.
+"""CLP: prunes channels whose Lipschitz bound stands out. Sees no images at all.
 
 Zheng, Tang, Li, Liu. *Data-free Backdoor Removal Based on Channel Lipschitzness.* ECCV 2022,
 arXiv 2208.03111.
@@ -87,6 +87,10 @@ def purify(
 
     Raises:
         UserError: if the network has no convolution with a BatchNorm behind it.
+
+    Example:
+        >>> config = Config.load(u=2.5)
+        >>> purified = purify(model, images[:0], labels[:0], config)
     """
 
     def outlying(model: nn.Module) -> dict[str, torch.Tensor]:

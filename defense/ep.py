@@ -1,4 +1,4 @@
-"""EP: entropy pruning. Sees a part of the poisoned training set, without marks and labels.
+"""EP: prunes channels whose activations on poisoned images have two modes.
 
 Zheng, Tang, Li, Liu. *Pre-activation Distributions Expose Backdoor Neurons.* NeurIPS 2022 ("dde" in
 BackdoorBench's table).
@@ -11,10 +11,11 @@ have two modes, and after standardization a lower entropy than those of its neig
     python defense/ep.py --result_file badnet_demo
     python defense/ep.py --result_file badnet_demo --data clean --save_folder_name ep-clean
 
-It sees what other defenses do not: images that carry the trigger. `--data clean` is its control,
-the same on clean images, where there is no second mode and little should be pruned. It fails at low
-poisoning ratios, against all-to-all, WaNet and LF. Attacks that control training store poisoned
-images that were made after it. In a layer of ten channels or fewer u = 3 can prune nothing.
+It sees what other defenses do not: a part of the poisoned training set, with images that carry the
+trigger, but without marks and labels. `--data clean` is its control, the same on clean images,
+where there is no second mode and little should be pruned. It fails at low poisoning ratios,
+against all-to-all, WaNet and LF. Attacks that control training store poisoned images that were
+made after it. In a layer of ten channels or fewer u = 3 can prune nothing.
 """
 
 import sys
@@ -90,13 +91,13 @@ def largest_inputs(
         (C, N) float32 on the CPU, by the layer's name.
     """
     device = next(model.parameters()).device
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in norms(model)}
-    with evaluating(model), torch.no_grad(), recording(model, found, of="input") as inputs:
+    largest: dict[str, list[torch.Tensor]] = {name: [] for name in norms(model)}
+    with evaluating(model), torch.no_grad(), recording(model, largest, of="input") as inputs:
         for batch in images.split(batch_size):
             model(as_float(batch, device))
             for name, features in inputs.items():
-                found[name].append(features.float().amax(dim=(2, 3)).cpu())
-    return {name: torch.cat(parts).T for name, parts in found.items() if parts}
+                largest[name].append(features.float().amax(dim=(2, 3)).cpu())
+    return {name: torch.cat(parts).T for name, parts in largest.items() if parts}
 
 
 @checked
@@ -121,6 +122,10 @@ def purify(
 
     Raises:
         UserError: if the network has no BatchNorm.
+
+    Example:
+        >>> config = Config.load(u=2.5)
+        >>> purified = purify(model, images, labels, config)
     """
 
     def outlying(model: nn.Module) -> dict[str, torch.Tensor]:

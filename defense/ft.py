@@ -1,4 +1,4 @@
-"""FT: plain fine-tuning on the clean images.
+"""FT: fine-tunes on the clean images, and does nothing else.
 
 The smallest defense and the first baseline: train the backdoored model on with ordinary
 cross-entropy and hope that it forgets the trigger. It rarely does.
@@ -53,6 +53,10 @@ def purify(
 
     Returns:
         The model after the last round, in eval mode.
+
+    Example:
+        >>> config = Config.load(n_rounds=1)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     device = next(model.parameters()).device

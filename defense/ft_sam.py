@@ -1,4 +1,4 @@
-"""FT-SAM: fine-tuning with sharpness-aware minimization.
+"""FT-SAM: fine-tunes with sharpness-aware minimization, which moves large weights the most.
 
 Zhu, Wei, Shen, Fan, Wu. *Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware
 Minimization.* ICCV 2023.
@@ -101,6 +101,10 @@ def purify(
 
     Returns:
         The model after the last round, in eval mode.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, rho=0.1)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     model = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""NC: Neural Cleanse.
+"""Neural Cleanse: searches the smallest trigger of each class and unlearns those that stand out.
 
 Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating Backdoor
 Attacks in Neural Networks.* IEEE S&P 2019.
@@ -236,6 +236,10 @@ def purify(
 
     Returns:
         The model after the last round, in eval mode; as it was, where no class is flagged.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, nc_epoch=2)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     device = next(model.parameters()).device

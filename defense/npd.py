@@ -1,4 +1,4 @@
-"""NPD: neural polarizer.
+"""Neural Polarizer: puts a linear layer into the model that blocks the features of triggers.
 
 Zhu, Wei, Zha, Wu. *Neural Polarizer: A Lightweight and Effective Backdoor Defense via Purifying
 Poisoned Features.* NeurIPS 2023, arXiv 2306.16697.
@@ -190,6 +190,10 @@ def purify(
 
     Raises:
         UserError: if no map of channels enters `target_layer_name`.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, target_layer_name="conv2")
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     channels = input_channels(model, config.target_layer_name, images)

@@ -1,4 +1,4 @@
-"""SAU: Shared Adversarial Unlearning.
+"""SAU: unlearns the adversarial examples that the model shares with the backdoored one.
 
 Wei, Zhang, Zha, Wu. *Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared
 Adversarial Examples.* NeurIPS 2023, arXiv 2307.10562.
@@ -212,6 +212,10 @@ def purify(
 
     Raises:
         UserError: if a loss is not finite.
+
+    Example:
+        >>> config = Config.load(n_rounds=1, norm_type="L2", trigger_norm=1.0)
+        >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
     device = next(model.parameters()).device

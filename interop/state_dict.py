@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attack.recipe import TrainingConfig
 from models import build_model, check_model, model_identity, prepare
 from utils import config as configuration
+from utils.config import Group
 from utils.data import poison
 from utils.data.datasets import DatasetName, class_name, load_dataset
 from utils.data.images import IMAGE_SUFFIXES, decoded
@@ -55,12 +56,14 @@ from utils.training.findings import Findings
 
 @dataclass(frozen=True, kw_only=True)
 class Config(configuration.Config):
-    save_folder_name: Annotated[str | None, Field(description="name of the record to write")]
+    save_folder_name: Annotated[
+        str | None, Field(description="name of the record to write"), Group.RECORD
+    ]
     record_path: Annotated[
         str | None, Field(description="folder of all records; null for record/ of the checkout")
     ]
     overwrite: Annotated[bool, Field(description="replace a record of that name")]
-    dataset: Annotated[DatasetName, Field(description="what the model was trained on")]
+    dataset: Annotated[DatasetName, Field(description="what the model was trained on"), Group.DATA]
     dataset_path: Annotated[
         str | None, Field(description="folder of the images or downloads; null for data/")
     ]
@@ -71,6 +74,7 @@ class Config(configuration.Config):
     model: Annotated[
         str,
         Field(description="preactresnet18, a torchvision classifier, or your own file.py:function"),
+        Group.NETWORK,
     ]
     state_dict: Annotated[
         str | None, Field(description="checkpoint of the model: .pt, .pth or .safetensors")
@@ -84,7 +88,9 @@ class Config(configuration.Config):
         Field(description="red,green,blue that it divides by, pixels in [0, 1]; none: likewise"),
     ]
     bd_test_dir: Annotated[
-        str | None, Field(description="folder of triggered test images; null for none")
+        str | None,
+        Field(description="folder of triggered test images; null for none"),
+        Group.POISONING,
     ]
     attack_target: Annotated[
         int | None,
@@ -94,7 +100,7 @@ class Config(configuration.Config):
     attack_label_trans: Annotated[
         poison.LabelMap, Field(description="target for all images, or y -> (y + 1) mod classes")
     ]
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ..."), Group.RUNNING]
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
 
 

@@ -276,15 +276,15 @@ class _Trial:
         )
         wanted = (count, self.num_classes)
         if not isinstance(logits, torch.Tensor):
-            found = type(logits).__name__
+            output = type(logits).__name__
         elif tuple(logits.shape) != wanted:
-            found = str(tuple(logits.shape))
+            output = str(tuple(logits.shape))
         elif not logits.is_floating_point():
-            found = str(logits.dtype)
+            output = str(logits.dtype)
         else:
             return logits
         raise UserError(
-            f"--model: {self.name} gives {found} for {images}; logits of {wanted} are needed, as "
+            f"--model: {self.name} gives {output} for {images}; logits of {wanted} are needed, as "
             "floats"
         )
 
@@ -300,5 +300,5 @@ class _Trial:
                     raise ValueError(f"{key} is not finite")
             return {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
 
-        found: dict[str, tuple[Any, ...]] = self.says(names, "be saved as finite tensors alone")
-        return found
+        weights: dict[str, tuple[Any, ...]] = self.says(names, "be saved as finite tensors alone")
+        return weights

@@ -1,9 +1,13 @@
-"""Modes of networks, put back afterwards."""
+"""Modes and weights of networks, put back afterwards."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models import Classifier
 
 
 @contextlib.contextmanager
@@ -30,3 +34,39 @@ def frozen(*models: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, a network's gradients have gradients: no autocast of a `Classifier`, plain attention.
+
+    Fused attention has no second derivative, and bfloat16 too few digits for one.
+    """
+    precision = model.precision if isinstance(model, Classifier) else "fp32"
+    if isinstance(model, Classifier):
+        model.precision = "fp32"
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if isinstance(model, Classifier):
+            model.precision = precision
+
+
+@contextlib.contextmanager
+def moved(weights: Sequence[torch.Tensor], moves: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, each weight w is w + move; after, each is bit for bit what it was.
+
+    Args:
+        weights, moves: tensors of the same shapes.
+    """
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight, move in zip(weights, moves, strict=True):
+            weight.add_(move)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)

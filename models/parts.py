@@ -34,11 +34,11 @@ def layer(model: nn.Module, name: str, flag: str) -> nn.Module:
     Raises:
         UserError: if there is none, naming the nearest, or the last convolutions.
     """
-    known = dict(bare(model).named_modules())
-    if name in known and name:
-        return known[name]
-    near = suggestion(name, known)
-    convolutions = [key for key, module in known.items() if isinstance(module, nn.Conv2d)]
+    layers = dict(bare(model).named_modules())
+    if name in layers and name:
+        return layers[name]
+    near = suggestion(name, layers)
+    convolutions = [key for key, module in layers.items() if isinstance(module, nn.Conv2d)]
     late = f", e.g. one of its last convolutions: {', '.join(convolutions[-4:])}"
     raise UserError(
         f"{flag}: {name} is no layer of this network{near}; give one of its own"
@@ -68,23 +68,38 @@ def head(model: nn.Module) -> tuple[str, nn.Linear]:
     )
 
 
+def learning_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that may be trained.
+
+    Raises:
+        UserError: if there is none.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise UserError(
+            "the network has no weight that may be trained; set requires_grad on those that "
+            "this method shall change"
+        )
+    return weights
+
+
 def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     """The BatchNorm layers with weights of their own, by name.
 
     Raises:
         UserError: if there is none.
     """
-    found = {
+    layers = {
         name: module
         for name, module in bare(model).named_modules()
         if isinstance(module, nn.BatchNorm2d) and module.affine
     }
-    if not found:
+    if not layers:
         raise UserError(
             "this method works on the channels of BatchNorm layers (BatchNorm2d), and this network "
             "has none; give another method or network"
         )
-    return found
+    return layers
 
 
 def running_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -93,13 +108,13 @@ def running_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     Raises:
         UserError: if there is none.
     """
-    found = {name: norm for name, norm in norms(model).items() if norm.running_var is not None}
-    if not found:
+    layers = {name: norm for name, norm in norms(model).items() if norm.running_var is not None}
+    if not layers:
         raise UserError(
             "this method reads the running statistics of BatchNorm, and this network keeps none; "
             "give another method or network"
         )
-    return found
+    return layers
 
 
 def convolutions_before(
@@ -117,39 +132,35 @@ def convolutions_before(
         UserError: if no layer has one.
     """
     wanted = running_norms(model)
-    found: dict[str, nn.Conv2d] = {}
+    before: dict[str, nn.Conv2d] = {}
     if pairs == "order":
         last: nn.Conv2d | None = None
         for name, module in bare(model).named_modules():
             last = module if isinstance(module, nn.Conv2d) else last
             norm = wanted.get(name)  # one of another width has other channels
             if norm and last and last.out_channels == norm.num_features:
-                found[name] = last
+                before[name] = last
     else:
-        convolutions = {
-            name: module
-            for name, module in bare(model).named_modules()
-            if isinstance(module, nn.Conv2d)
-        }
+        all_convolutions = convolutions(model)
         weight = next(model.parameters())
         image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
         with (
-            recording(model, convolutions) as outputs,
+            recording(model, all_convolutions) as outputs,
             recording(model, wanted, of="input") as inputs,
             evaluating(model),
             torch.no_grad(),
         ):
             model(image)
         for name, entered in inputs.items():
-            for other, left in outputs.items():
-                if entered is left:
-                    found[name] = convolutions[other]
-    if not found:
+            for other, output in outputs.items():
+                if entered is output:
+                    before[name] = all_convolutions[other]
+    if not before:
         raise UserError(
             "this method works on a convolution with a BatchNorm behind it, and this network has "
             "no such pair; give another method or network"
         )
-    return found
+    return before
 
 
 @contextmanager
@@ -168,10 +179,10 @@ def recording(
         names: of layers of the bare network.
     """
     layers = dict(bare(model).named_modules())
-    found: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
 
     def keep(name: str, value: torch.Tensor) -> None:
-        found[name] = value
+        values[name] = value
 
     hooks = []
     try:
@@ -182,10 +193,62 @@ def recording(
                 )
             )
             hooks.append(hook)
-        yield found
+        yield values
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def last_map(model: nn.Module, image_shape: Sequence[int]) -> str:
+    """The layer whose output is the network's last map of features: what is pooled or flattened.
+
+    It is looked for in a pass of one black image: the last output (1, C, H, W) of more than one
+    pixel, behind which no tokens (1, L, D) come. PreAct-ResNet18's is `layer4`.
+
+    Args:
+        image_shape: (C, H, W) of that image.
+
+    Returns:
+        The layer's name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    names = [name for name, _ in bare(model).named_modules() if name]
+    weight = next(model.parameters())
+    image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
+    with recording(model, names) as outputs, evaluating(model), torch.no_grad():
+        model(image)
+    last = ""
+    for name, output in outputs.items():
+        shape = output.shape if isinstance(output, torch.Tensor) else ()
+        if len(shape) == 4 and shape[2] * shape[3] > 1:
+            last = name
+        elif len(shape) == 3:
+            last = ""
+    if not last:
+        raise UserError(
+            "this method works on the map of features (N, C, H, W) before global pooling, and this "
+            "network has none; give another method or a convolutional network"
+        )
+    return last
+
+
+@contextmanager
+def weighted(model: nn.Module, name: str, factor: torch.Tensor) -> Iterator[None]:
+    """Inside, the output of a layer of the bare network is multiplied by a factor.
+
+    Gradients reach the factor. The layer's hook is removed at the end.
+    """
+    hook = (
+        bare(model)
+        .get_submodule(name)
+        .register_forward_hook(lambda _, inputs, output: output * factor)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def scaled(
@@ -210,6 +273,50 @@ def scaled(
     changed = {f"{prefix}{name}.weight": layers[name].weight * scales[name] for name in scales}
     for name in shifts or ():
         changed[f"{prefix}{name}.bias"] = layers[name].bias * shifts[name]  # type: ignore[index]
+    return changed
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions (Conv2d) of the bare network, by name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = {
+        name: module
+        for name, module in bare(model).named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+    if not found:
+        raise UserError(
+            "this method works on the channels of convolutions (Conv2d), and this network has "
+            "none; give another method or network"
+        )
+    return found
+
+
+def scaled_convolutions(
+    model: nn.Module, scales: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Convolutions whose output channels are multiplied by factors, as changed parameters.
+
+    They are for `torch.func.functional_call`, or to be put in the place of the model's own, which
+    stay as they are. Gradients reach the factors.
+
+    Args:
+        scales: (C,) by the layer's name, C its output channels.
+
+    Returns:
+        Weights and biases by the parameters' names in `model`.
+    """
+    layers = convolutions(model)
+    prefix = "network." if isinstance(model, Classifier) else ""
+    changed = {}
+    for name, scale in scales.items():
+        changed[f"{prefix}{name}.weight"] = layers[name].weight * scale.view(-1, 1, 1, 1)
+        bias = layers[name].bias
+        if bias is not None:
+            changed[f"{prefix}{name}.bias"] = bias * scale
     return changed
 
 

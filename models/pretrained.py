@@ -53,11 +53,13 @@ def load_pretrained(network: nn.Module, name: str) -> str:
             f"{weights.url} into {kept} as {file}, or leave the flag out"
         ) from None
     target = network[1] if isinstance(network, nn.Sequential) and len(network) == 2 else network
-    own = target.state_dict()
-    own |= {
-        key: value for key, value in trained.items() if key in own and own[key].shape == value.shape
+    state = target.state_dict()
+    state |= {
+        key: value
+        for key, value in trained.items()
+        if key in state and state[key].shape == value.shape
     }
-    target.load_state_dict(own)
+    target.load_state_dict(state)
     return str(weights)
 
 

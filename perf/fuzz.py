@@ -325,7 +325,7 @@ def cases(good: Path) -> dict[str, Case]:
         runs = [folder / "records/x", folder / "records/x/defense/ft"]
         for run in rng.sample(runs, rng.randint(1, 2)):
             spoil_run(run, ("summary.json", "config.yaml", "metrics.csv"), rng)
-        report.write(folder / "records", folder / "to", rng.random() < 0.5)
+        report.write([folder / "records"], folder / "to", rng.random() < 0.5)
 
     return {
         "record": record,

@@ -22,6 +22,7 @@ VALUES: dict[str, Any] = {
     "batch_size": 16,
     "eval_every": 1,
     "nb_iter": 9,
+    "inversion_rounds": 2,
     "u": 0.5,
     "mad_threshold": 0.0,
     "acc_ratio": 0.5,
@@ -32,7 +33,10 @@ VALUES: dict[str, Any] = {
 }
 
 # By the name of a defense; they go over those above.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "ibau": {"portion": 0.25},  # an image of a small batch, not none
+    "ims": {"lmd": 0.0, "lr": 0.2},
+}
 
 
 def module(name: str) -> ModuleType:

@@ -545,6 +545,38 @@ def test_help_prints_each_field_with_its_resolved_value(capsys: pytest.CaptureFi
     assert "passes over the images [int >= 1]" in lines
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Config):
+    """Groups that are not in the order in which help shows them."""
+
+    first: Annotated[int, Field(description="no group")]
+    lr: Annotated[float, Field(description="step size"), configuration.Group.TRAINING]
+    wd: Annotated[float, Field(description="the same group")]
+    data: Annotated[str, Field(description="which images"), configuration.Group.DATA]
+    epochs: Annotated[int, Field(description="again"), configuration.Group.TRAINING]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Grouped):
+    flags_title = "This toy"
+
+    own: Annotated[int, Field(description="of the method, whatever the base's last group is")]
+    path: Annotated[str, Field(description="of a base's group"), configuration.Group.DATA]
+
+
+def test_help_groups_flags_by_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mark holds up to the next one in its class; a field without one is the method's."""
+    with pytest.raises(SystemExit):
+        Method.from_command_line(["--help", "--lr", "0.5"], "a toy")
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line for line in lines if line and not line.startswith("      ")] == [
+        *("This toy", "  --first null", "  --own null"),
+        *("Data", "  --data null", "  --path null"),
+        *("Training", "  --lr 0.5", "  --wd null", "  --epochs null"),
+        *("Your own files", "  --yaml_path FILE", "  --bd_yaml_path FILE"),
+    ]
+
+
 def test_help_comes_even_with_bad_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         from_flags("-h", "--lr", "fast", "--rouns=4")
@@ -626,6 +658,38 @@ CONFIGS = shipped_configs()
 YAML_FILES = sorted((ROOT / "config").rglob("*.yaml"))
 
 
+@pytest.mark.parametrize("script", [name for name in CONFIGS if name.startswith("attack/")])
+def test_help_shows_an_attack_s_flags_by_what_they_are_for(
+    script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of all attacks in their groups, and only the attack's under its title."""
+    with pytest.raises(SystemExit):
+        CONFIGS[script].from_command_line(["--help"], "")
+    group, groups = "", {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  --"):
+            groups[line.split()[0].removeprefix("--")] = group
+        elif line and not line.startswith(" "):
+            group = line
+    expected = {
+        "save_folder_name": "Record and folder",
+        "checkpoint_every": "Record and folder",
+        "image_size": "Data",
+        "pretrained": "Network",
+        "epochs": "Training",
+        "eval_every": "Training",
+        "deterministic": "Running: seed, device, precision",
+    }
+    is_clean = script == "attack/prototype"
+    if not is_clean:
+        expected |= dict.fromkeys(("pratio", "attack_label_trans"), "Poisoning and target")
+    assert expected.items() <= groups.items()
+    base = CONFIGS[script] if is_clean else CONFIGS[script].__bases__[0]
+    method = {field.name for field in dataclasses.fields(CONFIGS[script])}
+    method -= {field.name for field in dataclasses.fields(base)}
+    assert {name for name, title in groups.items() if title == "This attack"} == method
+
+
 def test_every_method_has_a_configuration() -> None:
     assert {"attack/prototype", "attack/badnet", "defense/base", "defense/sau"} <= set(CONFIGS)
 
@@ -698,11 +762,12 @@ def test_every_flag_of_a_base_has_one_home() -> None:
 
 @pytest.mark.parametrize("script", CONFIGS)
 def test_defaults_live_in_yaml_and_meanings_in_the_class(script: str) -> None:
+    hints = get_type_hints(CONFIGS[script], include_extras=True)
     for field in dataclasses.fields(CONFIGS[script]):
         assert field.default is dataclasses.MISSING
         assert field.default_factory is dataclasses.MISSING
-        annotation = get_type_hints(CONFIGS[script], include_extras=True)[field.name]
-        infos = [m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, FieldInfo)]
+        marks = getattr(hints[field.name], "__metadata__", ())
+        infos = [mark for mark in marks if isinstance(mark, FieldInfo)]
         assert any(info.description for info in infos), field.name
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -596,28 +597,45 @@ def test_what_is_plain_fine_tuning_equals_ft_bit_for_bit(name: str, values: dict
 # --- what is said of it --------------------------------------------------------------------------
 
 
+GROUPS = {
+    "What the defense sees": ("ratio", "index", "data"),
+    "Selection on held-out images": ("selection", "val_ratio", "acc_ratio"),
+    "Record and folder": (
+        *("result_file", "record_path", "save_folder_name"),
+        *("overwrite", "resume", "checkpoint_every"),
+    ),
+    "Data": ("dataset", "dataset_path"),
+    "Network": ("model",),
+    "Training": (
+        *("crop_padding", "flip", "n_rounds", "batch_size", "eval_every"),
+        *("lr", "lr_scheduler", "sgd_momentum", "wd"),
+    ),
+    "Running: seed, device, precision": ("random_seed", "device", "precision", "deterministic"),
+    "Your own files": tuple(USER_FILES),
+}
+
+
 @every_defense
 def test_help_shows_the_flags_that_act_by_what_they_are_for(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The fields of its `Config`, each below the first line of the class that brings it in."""
+    """Those that its `Config` has from no base come first, as the defense's own."""
     config = module(name).Config
     assert run_script(ROOT / f"defense/{name}.py", "--help") == 0
-    text, title, shown = capsys.readouterr().out, "", {}
-    for line in text[text.index("\nflags, with") :].splitlines()[2:]:
-        if line.startswith("  --"):
-            shown[line.split()[0].removeprefix("--")] = title
-        elif line and not line.startswith(" "):
-            title = line
-    expected = dict.fromkeys(USER_FILES, "Your own files")
-    for flag in fields(config):
-        bringing = [
-            part for part in config.__mro__ if flag in vars(part).get("__annotations__", ())
-        ]
-        origin = bringing[-1]
-        docstring = "This method." if origin is config else str(origin.__doc__)
-        expected[flag] = docstring.splitlines()[0].rstrip(".")
-    assert shown == expected
+    text = capsys.readouterr().out
+    blocks = text[text.index("\nflags, with") :].strip().split("\n\n")[1:]
+    shown = {
+        block.splitlines()[0]: re.findall(r"^  --(\w+)", block, flags=re.M) for block in blocks
+    }
+    bases = {flag for base in config.__bases__ for flag in fields(base)}
+    method = [flag for flag in fields(config) if flag not in bases]
+    assert shown.pop("This defense", []) == method
+    expected = {
+        title: [flag for flag in flags if flag in bases or flag in USER_FILES]
+        for title, flags in GROUPS.items()
+    }
+    assert shown == {title: flags for title, flags in expected.items() if flags}
+    assert list(shown) == [title for title in GROUPS if title in shown]
 
 
 @every_defense

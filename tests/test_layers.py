@@ -109,6 +109,20 @@ def test_imports_go_down_only() -> None:
     assert violations(ROOT) == []
 
 
+def test_every_script_finds_the_checkout_from_any_working_directory() -> None:
+    """`python -m` is for the checkout's folder alone."""
+    line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+    scripts = {
+        name: text
+        for name, path in modules_under(ROOT).items()
+        if not name.endswith("__main__")
+        and 'if __name__ == "__main__":' in (text := path.read_text(encoding="utf-8"))
+    }
+    assert {"attack.prototype", "defense.sau", "benchmark.run"} <= set(scripts)
+    for name, text in scripts.items():
+        assert line in text, name
+
+
 @pytest.mark.parametrize(
     ("module", "text", "problem"),
     [

@@ -320,7 +320,8 @@ def test_a_report_takes_any_name(
     os.rename(result, os.path.join(os.fsencode(result.parent), folder))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert report("--under", tmp_path / "record", "--to", tmp_path / "to", "--keep") == 0
+        flags = ("--under", tmp_path / "record", "--to", tmp_path / "to", "--keep")
+        assert report(*flags, "--formats", "md,tex,csv,png,svg,html") == 0
     lines = capsys.readouterr().err.splitlines()
     assert all(is_one_line(line) for line in lines)
     assert not [line for line in lines if line.startswith(("error", "warning"))]
@@ -393,7 +394,7 @@ def test_a_summary_is_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "b/summary.json")
     runs, (problem,) = read_runs(tmp_path)
     assert len(runs) == 1
-    assert problem == "b/summary.json: cannot be read (it is no regular file); left out"
+    assert problem == "b/summary.json: cannot be read (it is no regular file); skipped"
 
 
 # --- a whole run --------------------------------------------------------------------------------

@@ -11,16 +11,20 @@ from models import Classifier, build_model
 from models.fast.batchnorm import BatchNorm2d
 from models.parts import (
     bare,
+    convolutions,
     convolutions_before,
     head,
     keeping_statistics,
+    last_map,
     layer,
     named_channels,
     norms,
     recording,
     running_norms,
     scaled,
+    scaled_convolutions,
     silenced,
+    weighted,
 )
 from models.preactresnet import PreActResNet
 from tests.networks import ConvNet, conv_net, copied, differing, problem
@@ -482,3 +486,107 @@ def test_convolutions_are_found_where_the_network_is() -> None:
     network = conv_net().to("meta")
     found = convolutions_before(network, "direct", (3, 8, 8))
     assert found == {"bn1": network.conv1, "bn2": network.conv2}
+
+
+# the last map of features
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "name"),
+    [
+        ("preactresnet18", 32, "layer4"),
+        ("resnet18", 64, "layer4"),
+        ("vgg11", 32, "avgpool"),  # to 7 x 7, whatever comes in
+        ("mobilenet_v3_small", 64, "features"),
+    ],
+)
+def test_the_last_map_of_other_networks(model: str, size: int, name: str) -> None:
+    network = build_model(model, 4).eval()
+    assert last_map(network, (3, size, size)) == name
+
+
+class Looks(nn.Module):
+    """Two maps, one of a single pixel, and, if wanted, tokens between or behind them."""
+
+    def __init__(self, tokens: str = "") -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.patches, self.flat = nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(2)
+        self.map, self.pool = nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.patches(images)
+        if self.tokens == "between":
+            self.flat(features)
+        features = self.map(features)
+        if self.tokens == "behind":
+            self.flat(features)
+        return self.linear(self.pool(features).flatten(1))
+
+
+@pytest.mark.parametrize("tokens", ["", "between"])
+def test_the_last_map_has_more_than_a_pixel(tokens: str) -> None:
+    network = Looks(tokens).train()
+    network.map.eval()
+    assert last_map(network, (3, 8, 8)) == "map"
+    assert last_map(Classifier(network, (0.5,), (0.5,)), (3, 8, 2)) == "map"
+    assert network.patches.training
+    assert not network.map.training
+    assert hooks(network) == 0
+
+
+def test_a_network_without_a_last_map_is_refused_in_a_line() -> None:
+    for network, side in ((Looks("behind"), 8), (Looks(), 2)):
+        with pytest.raises(UserError, match=r"^[^\n]*map of features[^\n]*has none[^\n]*$"):
+            last_map(network, (3, side, side))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_output_of_a_layer_is_weighted(wrapped: bool) -> None:
+    network = conv_net()
+    model = classifier(network) if wrapped else network
+    images, _ = problem()
+    factor = torch.rand(6, 8, 8, dtype=torch.float64).requires_grad_()
+    with weighted(model, "bn1", factor):
+        found = model(images)
+        assert hooks(network) == 1
+    assert hooks(network) == 0
+    features = network.bn1(network.conv1((images - 0.5) / 0.25 if wrapped else images))
+    features = network.bn2(network.conv2((factor * features).relu())).relu()
+    assert torch.allclose(found, network.linear(features.mean(dim=(2, 3))), rtol=0, atol=1e-12)
+    found.sum().backward()
+    assert factor.grad is not None
+    with pytest.raises(ZeroDivisionError), weighted(model, "bn1", factor):
+        raise ZeroDivisionError
+    assert hooks(network) == 0
+
+
+# convolutions
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_convolutions_are_scaled_by_output_channel(wrapped: bool) -> None:
+    """Weights and the bias, for a functional call; the model's own stay, factors get gradients."""
+    network = conv_net()
+    network.conv1.bias = nn.Parameter(torch.linspace(-1, 1, 6).double())
+    model = classifier(network) if wrapped else network
+    assert list(convolutions(model)) == ["conv1", "conv2"]
+    images, _ = problem()
+    factor = torch.linspace(0, 2, 6).double().requires_grad_()
+    before = copied(network.state_dict())
+    changed = scaled_convolutions(model, {"conv1": factor})
+    prefix = "network." if wrapped else ""
+    assert list(changed) == [f"{prefix}conv1.weight", f"{prefix}conv1.bias"]
+    found = functional_call(model, changed, (images,))
+    with weighted(model, "conv1", factor.view(-1, 1, 1)):
+        expected = model(images)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert differing(network.state_dict(), before) == []
+    found.sum().backward()
+    assert factor.grad is not None
+
+
+def test_a_network_without_a_convolution_is_refused_in_a_line() -> None:
+    with pytest.raises(UserError, match=r"^[^\n]*Conv2d[^\n]*has none[^\n]*$"):
+        convolutions(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))

@@ -83,7 +83,7 @@ def test_the_same_import_twice_is_no_second_seed(tmp_path: Path) -> None:
     for name in ("again", "mine"):
         external(tmp_path, name, config_sha256=A, inputs={"dataset": C})
     runs, problems = read_runs(tmp_path)
-    assert problems == ["mine: is of the same model as again; left out"]
+    assert problems == ["mine: is of the same model as again; skipped"]
     assert set(runs["attack"]) == {"external"}
 
 
@@ -260,7 +260,7 @@ def test_scripts_write_what_tells_their_runs_apart(
     assert len({found[name]["config_sha256"] for name in "abd"}) == 3
     assert found["a"]["config_sha256"] == found["c"]["config_sha256"]
     runs, problems = read_runs(workplace / "record")
-    assert problems == ["r_c: is of the same model as r_a; left out"]
+    assert problems == ["r_c: is of the same model as r_a; skipped"]
     assert set(runs["attack"]) == {f"external (r_{name})" for name in "abd"}
 
     index = tmp_path / "index.txt"

@@ -288,7 +288,7 @@ def test_another_recipe_of_the_same_seed_is_a_row_of_its_own(two_attacks: Path) 
     runs, problems = read_runs(two_attacks)
     counts = runs[runs["label"] == UNDEFENDED].groupby("attack").size().to_dict()
     assert counts == {"blended": 2, CLEAN: 1, "sig": 2, "sig (sig_s2)": 1, "sig (sig_strong)": 3}
-    assert problems == ["sig-00: is of the same attack and seed as sig-0; left out"]
+    assert problems == ["sig-00: is of the same attack and seed as sig-0; skipped"]
 
 
 def test_sizes_of_test_sets_are_said_and_small_ones_flagged(two_attacks: Path) -> None:
@@ -411,9 +411,9 @@ def test_what_cannot_be_trusted_is_left_out_and_said(two_attacks: Path, tmp_path
     assert set(runs["record"]) == {"blended-0", "blended-1", "prototype-0", "sig-0", "sig-1"}
     assert "stale" not in set(runs["label"])
     text = "\n".join(problems)
-    assert "sig-7: is of the same attack and seed as sig-0; left out" in text
+    assert "sig-7: is of the same attack and seed as sig-0; skipped" in text
     assert "stale: purified another model than this record has now" in text
-    assert "linked/summary.json: is a link" in text
+    assert "linked/summary.json: cannot be read (it is a link)" in text
     assert len(problems) == 3
 
 
@@ -444,6 +444,12 @@ def test_an_empty_folder_or_a_wrong_flag_is_one_line_and_exit_code_2(
         (["--under", two_attacks], "--to: a value is needed"),
         (["--rebuild", tmp_path / "none.md"], "cannot be read"),
         (["--rebuild", tmp_path / "none.md", "--keep"], "goes with no other flag"),
+        (["--rebuild", tmp_path / "none.md", "--formats", "md"], "goes with no other flag"),
+        (
+            ["--under", two_attacks, "--to", tmp_path / "to", "--formats", "md,pdf"],
+            "--formats: pdf is not allowed; give some of md,tex,csv,png,svg,html",
+        ),
+        (["--under", two_attacks, two_attacks, "--to", tmp_path / "to"], "is given twice"),
     ):
         assert report(*flags) == 2
         error = capsys.readouterr().err
@@ -563,48 +569,256 @@ def test_pictures_are_inlined_up_to_a_size(tmp_path: Path) -> None:
     assert pictures.from_file(tmp_path / "none.png", "none") is None
 
 
-def test_kept_sources_make_the_same_tables_byte_by_byte(two_attacks: Path, tmp_path: Path) -> None:
-    """And hold no path of this machine, no weights, no log."""
-    sau = two_attacks / "sig-0/defense/sau"
+def kept_lines(grid: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (grid / "runs.jsonl").read_text().splitlines()]
+
+
+def files_of(folder: Path) -> set[str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)) for path in found}
+
+
+def with_curves(record: Path) -> Path:
+    """Gives an attack and its results metrics, of which those of SAU have losses of its own."""
+    (record / "metrics.csv").write_text("epoch,loss,seconds,acc,asr,ra\n1,0.25,2.5,0.9,1.0,0.0\n")
+    for label, loss in (("ft", "loss"), ("sau", "loss_shared")):
+        (record / "defense" / label / "metrics.csv").write_text(
+            f"round,acc,asr,ra,seconds,{loss}\n0,0.9,0.95,0.05,0.0,\n"
+            f"1,0.30000000000000004,0.1,0.6,1.5,0.1\n"
+        )
+    return record
+
+
+def test_kept_runs_make_the_same_report_byte_by_byte(two_attacks: Path, tmp_path: Path) -> None:
+    """Tables, figures and page; and hold no path of this machine, no weights, no log."""
+    sau = with_curves(two_attacks / "sig-0") / "defense/sau"
     (sau / "config.yaml").write_text(
         "record_path: /home/me/record\ndataset_path: /home/me/images\nindex: null\nlr: 0.1\n"
     )
-    (sau / "metrics.csv").write_text("round,acc,asr,ra\n0,0.92,0.95,0.05\n1,0.9,0.15,0.6\n")
     (sau / "log.txt").write_text("/home/me")
     (sau / "defense_result.pt").write_bytes(b"weights")
     path = two_attacks / "sig-1/summary.json"
     path.write_text(path.read_text().replace('"preactresnet18"', '"/home/me/net.py:build"'))
+    assert report("--under", two_attacks, "--to", tmp_path / "before") == 0
     kept = tmp_path / "results/digits"
     assert report("--under", two_attacks, "--to", kept, "--keep") == 0
-    names = ["table.md", "table.tex", "table.csv", "runs.csv"]
-    copied = kept / "records/sig-0/defense/sau"
-    assert sorted(p.name for p in copied.iterdir()) == [
-        "config.yaml",
-        "metrics.csv",
-        "summary.json",
+    names = files_of(kept)
+    assert {n for n in names if "figures" not in n} == {"runs.jsonl", "curves.csv", "table.md"}
+    assert {Path(name).suffix for name in names if "figures" in name} == {".png"}
+    (line,) = [
+        ln for ln in kept_lines(kept) if (ln["record"], ln.get("defense")) == ("sig-0", "sau")
     ]
-    assert "dataset_path: images" in (copied / "config.yaml").read_text()
-    assert (copied / "summary.json").read_bytes() == (sau / "summary.json").read_bytes()
-    for path in (kept / "records").rglob("*.*"):
-        assert "/home" not in path.read_text()
-    before = [(kept / name).read_bytes() for name in names]
-    figures = sorted((kept / "figures").iterdir())
-    drawn = [path.read_bytes() for path in figures]
-    assert "/home" not in b"".join(before).decode()
+    assert line["summary"] == json.loads((sau / "summary.json").read_text())
+    config = {"record_path": None, "dataset_path": "images", "index": None, "lr": 0.1}
+    assert line["config"] == config
+    assert len(kept_lines(kept)) == 4 + 8 + 1
+    for name in ("runs.jsonl", "curves.csv"):
+        assert "/home" not in (kept / name).read_text()
+    before = {name: (kept / name).read_bytes() for name in names}
 
     shutil.rmtree(two_attacks)
-    assert report("--under", kept, "--to", kept, "--keep") == 0
-    assert [(kept / name).read_bytes() for name in names] == before
-    assert [path.read_bytes() for path in figures] == drawn
+    assert report("--under", kept, "--to", tmp_path / "after") == 0
+    assert files_of(tmp_path / "after") == files_of(tmp_path / "before")
+    for name in files_of(tmp_path / "before"):
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    assert report("--under", kept, "--to", kept, "--keep", "--formats", "md") == 0
+    assert {name: (kept / name).read_bytes() for name in files_of(kept)} == before
 
 
-def test_copies_of_other_records_are_not_mixed_with_these(
+def test_curves_are_one_tidy_table(two_attacks: Path, tmp_path: Path) -> None:
+    """Each row says whose it is, a cell that a run has no value for is empty, bits stay."""
+    with_curves(two_attacks / "sig-0")
+    assert report("--under", two_attacks, "--to", tmp_path / "kept", "--keep") == 0
+    assert (tmp_path / "kept/curves.csv").read_text() == (
+        "record,defense,epoch,round,seconds,acc,asr,ra,loss,loss_shared\n"
+        "sig-0,,1,,2.5,0.9,1.0,0.0,0.25,\n"
+        "sig-0,ft,,0,0.0,0.9,0.95,0.05,,\n"
+        "sig-0,ft,,1,1.5,0.30000000000000004,0.1,0.6,0.1,\n"
+        "sig-0,sau,,0,0.0,0.9,0.95,0.05,,\n"
+        "sig-0,sau,,1,1.5,0.30000000000000004,0.1,0.6,,0.1\n"
+    )
+    runs, _ = read_runs(tmp_path / "kept")
+    (metrics,) = [r.metrics for r in runs["run"] if r.key == ("sig-0", "sau")]
+    assert list(metrics) == ["round", "seconds", "acc", "asr", "ra", "loss_shared"]
+    assert metrics["acc"].tolist() == [0.9, 0.30000000000000004]
+    assert [r.metrics for r in runs["run"] if r.key == ("sig-1", "sau")] == [None]
+
+
+def test_runs_of_others_are_added_to_kept_ones(
     two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    attack(tmp_path / "to/records", "old-0", 0.9, 0.9)
-    assert report("--under", two_attacks, "--to", tmp_path / "to", "--keep") == 2
-    assert "records/old-0: is not among the records" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "to").iterdir()] == ["records"]
+    """A new attack, and of one that is kept a new result and another of an earlier name."""
+    kept, mine = tmp_path / "kept", tmp_path / "mine"
+    flags = ("--to", kept, "--keep", "--formats", "md")
+    with_curves(two_attacks / "sig-0")
+    assert report("--under", two_attacks, *flags) == 0
+    before = kept_lines(kept)
+    for label in ("clp", "ft", "sau"):
+        defense(attack(mine, "sig-0", 0.92, 0.95, 0.05), label, 0.91, 0.05, 0.6)
+    with_curves(mine / "sig-0")
+    shutil.rmtree(mine / "sig-0/defense/ft")
+    defense(attack(mine, "lf-0", 0.9, 0.9), "ft", 0.9, 0.4, 0.5)
+
+    shown = (kept / "runs.jsonl").read_bytes()
+    assert report("--under", mine, *flags) == 2  # would lose what is there
+    problem = capsys.readouterr().err
+    assert "runs.jsonl:1: blended-0 is not among the runs that were read; give --under" in problem
+    assert (kept / "runs.jsonl").read_bytes() == shown
+
+    assert report("--under", kept, mine, *flags) == 0
+    after = {(line["record"], line.get("defense")): line["summary"] for line in kept_lines(kept)}
+    assert len(after) == len(before) + 3
+    assert after["sig-0", "sau"]["after"]["acc"] == 0.91
+    untouched = [ln for ln in before if (ln["record"], ln.get("defense")) != ("sig-0", "sau")]
+    assert all(after[ln["record"], ln.get("defense")] == ln["summary"] for ln in untouched)
+    curves = (kept / "curves.csv").read_text()
+    assert [curves.count(f"sig-0,{name},") for name in ("", "ft", "sau", "clp")] == [1, 2, 2, 0]
+    table = (kept / "table.md").read_text()
+    assert "clp" in table
+    assert "| lf |" in table
+
+    # A line that was written by hand does the same as a folder.
+    by_hand = tmp_path / "by_hand"
+    assert report("--under", two_attacks, "--to", by_hand, "--keep", "--formats", "md") == 0
+    lines = (by_hand / "runs.jsonl").read_text().splitlines()
+    line = json.loads((mine / "lf-0/summary.json").read_text())
+    lines.insert(2, json.dumps({"record": "lf-0", "summary": line}))
+    (by_hand / "runs.jsonl").write_text("\n".join(lines))
+    assert report("--under", by_hand, "--to", by_hand, "--keep", "--formats", "md") == 0
+    assert "| lf |" in (by_hand / "table.md").read_text()
+
+
+def test_two_models_are_no_record(
+    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attack(tmp_path / "mine", "sig-0", 0.9, 0.9, files={"attack_result.pt": "d" * 64})
+    assert report("--under", two_attacks, tmp_path / "mine", "--to", tmp_path / "to") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--under: sig-0 stands for two models" in error
+    assert not (tmp_path / "to").exists()
+
+
+SIG = '{"attack": "sig", "dataset": "digits", "acc": 0.9}'
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (f'{{"record": "x", "summary": {SIG[:-9]}', "is no run (Invalid JSON"),
+        ("[1]", "is no run ("),
+        ("<<<<<<< HEAD", "is no run (Invalid JSON"),
+        ('{"summary": {}}', "is no run (record: Field required)"),
+        ('{"record": ["x"], "summary": {}}', "is no run (record: Input should be a valid string)"),
+        ('{"record": "", "summary": {}}', "is no run (record: "),
+        ('{"record": "x"}', "is no run (summary: Field required)"),
+        ('{"record": "x", "summary": [1]}', "is no run (summary: "),
+        ('{"record": "x", "summary": {}}', "is no summary of a run (attack: Field required)"),
+        (f'{{"record": "x", "summary": {SIG.replace("0.9", "NaN")}}}', "of a run (acc"),
+        (f'{{"record": "x", "summary": {SIG.replace("0.9", "9.0")}}}', "of a run (acc"),
+        (f'{{"record": "x", "summary": {SIG.replace("acc", "of")}}}', "has no scores"),
+        (f'{{"record": "sig-0", "summary": {SIG}}}', "is of the same run as runs.jsonl:"),
+        ("[" * 100_000, "is no run (Invalid JSON"),
+        ('{"record": 1%s}' % ("0" * 5000), "is no run (Invalid JSON"),
+    ],
+)
+def test_a_broken_line_is_named_and_never_lost(
+    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, reason: str
+) -> None:
+    """The rest is read; and what keeps runs there refuses, so that the line can be mended."""
+    kept = tmp_path / "kept"
+    assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 0
+    lines = (kept / "runs.jsonl").read_text()
+    (kept / "runs.jsonl").write_text(f"{lines}\n{line}")
+    runs, (problem,) = read_runs(kept)
+    assert set(runs["record"]) == {"blended-0", "blended-1", "prototype-0", "sig-0", "sig-1"}
+    assert problem.startswith("runs.jsonl:15: ")
+    assert reason in problem
+    assert "\n" not in problem
+    capsys.readouterr()
+    assert report("--under", kept, "--to", kept, "--keep", "--formats", "md") == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert "runs.jsonl:15: " in error
+    assert (kept / "runs.jsonl").read_text() == f"{lines}\n{line}"
+
+
+@pytest.mark.parametrize("kind", ["latin", "link", "folder"])
+def test_files_of_a_grid_that_cannot_be_read_are_never_lost(
+    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    kept = tmp_path / "kept"
+    with_curves(two_attacks / "sig-0")
+    assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 0
+    for name in ("curves.csv", "runs.jsonl"):
+        path = kept / name
+        before = path.read_bytes()
+        path.unlink()
+        if kind == "link":
+            path.symlink_to(two_attacks / "sig-0/summary.json")
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.write_bytes(b"record,defense\n\xff\n")
+        capsys.readouterr()
+        assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert name in error
+        path.rmdir() if kind == "folder" else path.unlink()
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a,b\n1,2\n", "its first columns are not record and defense"),
+        ("record,defense,round,acc\nsig-0,sau,0,0.9,1,1\nx,y,1,2,3,4,5,6\n", "no table"),
+        ("record,defense" + ",a" * 10_000, "too many columns"),
+        ("", "no table"),
+        ("record,defense,round,acc\nsig-0,sau,what,0.9\nsig-0,sau,1,7.5\nsig-0,sau,2", None),
+        ("record,defense,acc\nsig-0,sau,0.5\n", "has no column round"),
+    ],
+)
+def test_broken_curves_are_drawn_without(
+    two_attacks: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+    reason: str | None,
+) -> None:
+    kept = tmp_path / "kept"
+    assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 0
+    (kept / "curves.csv").write_text(text)
+    caplog.clear()
+    runs, problems = read_runs(kept)
+    assert problems == []
+    rows = {run.key: run.metrics for run in runs["run"]}
+    assert (rows["sig-0", "sau"] is None) == (reason is not None)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (reason is not None)
+    assert all("\n" not in text and (reason or "") in text for text in warnings)
+
+
+def test_curves_of_runs_that_are_not_there_are_not_lost(
+    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a copy of a record has its summary alone."""
+    kept = tmp_path / "kept"
+    assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 0
+    (kept / "curves.csv").write_text("record,defense,round,acc\nlf-0,sau,1,0.5\n")
+    assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 2
+    assert "curves.csv: has rows of lf-0/sau, and no run with metrics" in capsys.readouterr().err
+    assert "lf-0" in (kept / "curves.csv").read_text()
+
+
+def test_grids_under_a_folder_are_read_at_any_depth(two_attacks: Path, tmp_path: Path) -> None:
+    """Beside folders of records; each record is called after where it is."""
+    assert report("--under", two_attacks, "--to", tmp_path / "all/a", "--keep") == 0
+    attack(tmp_path / "all/b", "lf-0", 0.9, 0.9)
+    runs, problems = read_runs(tmp_path / "all")
+    assert problems == []
+    assert {"a/sig-0", "b/lf-0"} < set(runs["record"])
+    assert len(runs) == 13 + 1
 
 
 def test_a_report_inside_the_records_is_not_read_as_records(two_attacks: Path) -> None:
@@ -646,18 +860,27 @@ def test_places_are_reduced_to_names(value: object, plain: object) -> None:
 
 
 def test_marked_parts_are_made_again(two_attacks: Path, tmp_path: Path) -> None:
-    """What stands between the marks goes, all else stays as it is."""
+    """What is between the marks goes, all else stays; of the figures, those that are shown come."""
     grid = tmp_path / "results/digits"
     assert report("--under", two_attacks, "--to", grid, "--keep") == 0
     table = (grid / "table.md").read_text()
+    drawn = {path.name: path for path in (grid / "figures").iterdir()}
+    (shown,) = [name for name in drawn if name.endswith("-cost.png")]
+    picture = drawn[shown].read_bytes()
+    for path in drawn.values():
+        path.unlink()
     text = tmp_path / "RESULTS.md"
     begin, end = (f"<!-- {kind} results/digits/table.md -->" for kind in ("begin", "end"))
-    text.write_text(f"# Results\n\n{begin}\ntyped by hand: 99.9\n{end}\n\nAs good as `{begin}`.\n")
+    rest = f"\n![c](results/digits/figures/{shown})\n![b](docs/{shown[:-9]}-before-after.png)\n"
+    rest += f"\nAs good as `{begin}`.\n"
+    text.write_text(f"# Results\n\n{begin}\ntyped by hand: 99.9\n{end}\n{rest}")
     (grid / "table.md").write_text("typed by hand")
     assert report("--rebuild", text) == 0
-    expected = f"# Results\n\n{begin}\n\n{table}\n{end}\n\nAs good as `{begin}`.\n"
+    expected = f"# Results\n\n{begin}\n\n{table}\n{end}\n{rest}"
     assert text.read_text() == expected
     assert (grid / "table.md").read_text() == table
+    assert [path.name for path in (grid / "figures").iterdir()] == [shown]
+    assert drawn[shown].read_bytes() == picture
     assert report("--rebuild", text) == 0
     assert text.read_text() == expected
 
@@ -689,15 +912,28 @@ def test_results_of_this_repository_are_up_to_date(tmp_path: Path) -> None:
     """No number in the tables of RESULTS.md and results/ is typed by hand: they come out again."""
     if not (ROOT / "RESULTS.md").exists() or not (ROOT / "results").is_dir():
         pytest.skip("this checkout shows no results")
-    shutil.copy(ROOT / "RESULTS.md", tmp_path)
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8").replace("![", "[")  # draws nothing
+    (tmp_path / "RESULTS.md").write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "results", tmp_path / "results")
     assert report("--rebuild", tmp_path / "RESULTS.md") == 0
-    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text(), (
-        "make results"
-    )
-    tables_and_runs = [*(ROOT / "results").rglob("table.*"), *(ROOT / "results").rglob("runs.csv")]
-    for path in tables_and_runs:
+    assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == text, "make results"
+    shipped = sorted((ROOT / "results").rglob("table.md"))
+    assert shipped
+    for path in shipped:
         assert (tmp_path / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "make results"
+
+
+def test_results_are_few_files_and_show_all_their_figures() -> None:
+    """Of each grid its runs, curves and table; figures that no page shows belong into a report."""
+    if not (ROOT / "results").is_dir():
+        pytest.skip("this checkout shows no results")
+    pages = [ROOT / "RESULTS.md", *ROOT.glob("README*.md"), ROOT / "benchmark/README.md"]
+    text = "".join(path.read_text(encoding="utf-8") for path in pages)
+    for grid in (ROOT / "results").iterdir():
+        files = {name for name in files_of(grid) if not name.startswith("figures")}
+        assert files - {"report.html"} == {"runs.jsonl", "curves.csv", "table.md"}
+        for figure in (grid / "figures").iterdir():
+            assert f"results/{grid.name}/figures/{figure.name}" in text, f"remove {figure}"
 
 
 def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ which file or flag a value came from, and says everything that is wrong at once.
 
 import argparse
 import dataclasses
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import (
     Any,
@@ -45,6 +47,24 @@ _NO_VALUE = "\0"  # a flag that was given without its value
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")  # no path, and no hidden file
 
 C = TypeVar("C", bound="Config")
+
+
+class Group(Enum):
+    """What flags are for, in the order in which `--help` shows them, below the method's own flags.
+
+    As a mark in the annotation of a field it holds for the fields after it in the class, too, up to
+    the next mark: `lr: Annotated[float, Field(gt=0), Group.TRAINING]`. Fields without a mark before
+    them are the method's own.
+    """
+
+    POISONING = "Poisoning and target"
+    SEEN = "What the defense sees"
+    SELECTION = "Selection on held-out images"
+    RECORD = "Record and folder"
+    DATA = "Data"
+    NETWORK = "Network"
+    TRAINING = "Training"
+    RUNNING = "Running: seed, device, precision"
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,9 +112,11 @@ class Config:
 
     Attributes:
         yaml_folder: the name of that folder where it is not the module's; of the class itself.
+        flags_title: what `--help` writes over the flags that belong to no `Group`.
     """
 
     yaml_folder: ClassVar[str]
+    flags_title: ClassVar[str] = "This method"
 
     @classmethod
     def load(cls, dataset: str | None = None, **overrides: Any) -> Self:
@@ -156,8 +178,8 @@ class Config:
             del given[name]
         paths = [given.pop(name) for name in USER_FILES if name in given]
         over = [*(_Layer(path, read_yaml(Path(path))) for path in paths), _Layer("", given, True)]
-        known = {k: v for k, v in _merge([*_shipped(cls), *over]).items() if _is_text(v)}
-        dataset = None if wants_help and problems else find_dataset(known)
+        texts = {k: v for k, v in _merge([*_shipped(cls), *over]).items() if _is_text(v)}
+        dataset = None if wants_help and problems else find_dataset(texts)
         layers = [*_shipped(cls, dataset), *over]
         if wants_help:
             print(_help(cls, description, _merge(layers)))
@@ -330,9 +352,12 @@ def _field_info(annotation: Any) -> FieldInfo | None:
 
 def _bounds(annotation: Any) -> dict[str, float]:
     info = _field_info(annotation)
-    found = info.metadata if info else []
+    constraints = info.metadata if info else []
     return {
-        key: getattr(m, key) for m in found for key in ("ge", "gt", "le", "lt") if hasattr(m, key)
+        key: getattr(m, key)
+        for m in constraints
+        for key in ("ge", "gt", "le", "lt")
+        if hasattr(m, key)
     }
 
 
@@ -367,7 +392,7 @@ def _fields_of_module(owner: type[Config]) -> frozenset[str]:
         and dataclasses.is_dataclass(value)
         and value.__module__ == owner.__module__
     ]
-    return frozenset(field.name for found in classes for field in dataclasses.fields(found))
+    return frozenset(field.name for class_ in classes for field in dataclasses.fields(class_))
 
 
 def _merge(layers: Iterable[_Layer]) -> dict[str, Any]:
@@ -376,7 +401,7 @@ def _merge(layers: Iterable[_Layer]) -> dict[str, Any]:
 
 def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ()) -> C:
     """Checks every value of every layer, then lays them over each other."""
-    found = list(problems)
+    errors = list(problems)
     hints = _hints(cls)
     values: dict[str, Any] = {}
     refused = {problem.split(":")[0].removeprefix("--") for problem in problems}
@@ -385,7 +410,7 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
             if key not in hints and key in layer.others:
                 continue
             if key not in hints:
-                found.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
+                errors.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
                 continue
             try:
                 values[key] = _check(hints[key], value, layer.is_flags)
@@ -396,15 +421,15 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                     allowed += f", of at most {LONGEST} characters and without NUL"
                 choices = _choices(hints[key]) if isinstance(value, str) else ()
                 close = suggestion(str(value), choices) if choices else ""
-                found.append(
+                errors.append(
                     f"{layer.where(key)}: {quoted(value)} is not allowed{close}; give {allowed}"
                 )
     missing = [key for key in hints if key not in values and key not in refused]
     if "dataset" in refused:  # whose own file has the others
         missing = []
-    found += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
-    if found:
-        raise UserError(*found)
+    errors += [f"--{key}: a value is needed; give {allowed_values(hints[key])}" for key in missing]
+    if errors:
+        raise UserError(*errors)
     return cls(**values)
 
 
@@ -436,13 +461,13 @@ def _is_text(value: object) -> bool:
 
 def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
     """What to say of the words of a command line that no flag takes."""
-    known = [f"--{name}" for name in names]
+    flags = [f"--{name}" for name in names]
     problems = []
     for previous, word in zip(["", *unknown], unknown, strict=False):
         flag = word.split("=")[0]
         if word.startswith("-"):
             problems.append(
-                f"{quoted(flag)}: unknown flag{suggestion(flag, known)}; --help lists them"
+                f"{quoted(flag)}: unknown flag{suggestion(flag, flags)}; --help lists them"
             )
         elif not previous.startswith("-") or "=" in previous:  # else the unknown flag's value
             problems.append(f"{quoted(word)}: belongs to no flag; write --name value")
@@ -450,7 +475,7 @@ def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str:
-    """The description, then the flags, those of the method first, then base by base."""
+    """The description, then the flags by what they are for, those of the method first."""
     lines = [description.strip(), "", "flags, with their values as resolved from the YAML files:"]
     hints = _hints(cls)
     for title, names in _groups(cls).items():
@@ -470,20 +495,15 @@ def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str
 
 
 def _groups(cls: type[Config]) -> dict[str, list[str]]:
-    """Title -> names of fields: of each class those that it adds, itself first."""
-    groups: dict[str, list[str]] = {}
-    for owner in cls.__mro__:
-        if not issubclass(owner, Config) or not dataclasses.is_dataclass(owner):
-            continue
-        inherited = {
-            name
-            for base in owner.__mro__[1:]
-            if dataclasses.is_dataclass(base)
-            for name in _hints(base)
-        }
-        own = [name for name in _hints(owner) if name not in inherited]
-        has_docstring = owner.__doc__ and not owner.__doc__.startswith(f"{owner.__name__}(")
-        title = owner.__doc__.splitlines()[0] if owner.__doc__ and has_docstring else "This method"
-        if own:
-            groups.setdefault(title.rstrip("."), []).extend(own)
-    return groups
+    """Title -> names of fields: the method's own first, then in the order of `Group`."""
+    hints = _hints(cls)
+    titles: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        title = cls.flags_title
+        for name in inspect.get_annotations(owner):
+            marks = getattr(hints.get(name), "__metadata__", ())
+            title = next((mark.value for mark in marks if isinstance(mark, Group)), title)
+            titles.setdefault(name, title)
+    order = (cls.flags_title, *(group.value for group in Group))
+    groups = {title: [name for name in hints if titles[name] == title] for title in order}
+    return {title: names for title, names in groups.items() if names}

@@ -86,12 +86,12 @@ def read_object(path: Path, largest: int = TEXT) -> dict[str, Any]:
         ValueError: if it is no JSON, nested too deep, or no object.
     """
     try:
-        found = json.loads(read_text(path, largest))
+        content = json.loads(read_text(path, largest))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError("it is no object")
-    return found
+    return content
 
 
 def file_sha256(path: Path) -> str:
@@ -181,8 +181,8 @@ def remove_strays(folder: Path, name: str = "*") -> None:
 
 def is_stray(name: str, names: Collection[str]) -> bool:
     """Whether a name is one under which `replaced` writes a file of one of the names."""
-    found = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{{_DIGITS}}}\.tmp(\.[^.]+)?", name, re.DOTALL)
-    return found is not None and f"{found[1]}{found[2] or ''}" in names
+    match = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{{_DIGITS}}}\.tmp(\.[^.]+)?", name, re.DOTALL)
+    return match is not None and f"{match[1]}{match[2] or ''}" in names
 
 
 def not_written(path: Path, error: Exception) -> UserError:

@@ -63,8 +63,8 @@ class Figure(PlainFigure):
 @cache
 def fonts() -> list[str]:
     """matplotlib's own font, and those of other scripts that this machine has."""
-    found = {font.name for font in font_manager.fontManager.ttflist}
-    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in found)]
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed)]
 
 
 def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
@@ -331,14 +331,14 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
         xlabel="seconds of a run by the clock, other work on the machine included",
         ylabel="DER, percent",
     )
-    ends = 0.8 * points["seconds"].min(), 1.25 * points["seconds"].max()
-    if ends[1] > 10 * ends[0]:
+    least, most = 0.8 * points["seconds"].min(), 1.25 * points["seconds"].max()
+    if most > 10 * least:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
         steps = [step * 10.0**power for power in range(-3, 8) for step in (1, 2, 5)]
-        axis.set_xticks([step for step in steps if ends[0] <= step <= ends[1]])
-    axis.set_xlim(ends)
+        axis.set_xticks([step for step in steps if least <= step <= most])
+    axis.set_xlim(least, most)
     lowest = 100 * points["der"].min()
     axis.set_ylim(max(-3, lowest - 5), 102)
     _plain(axis)

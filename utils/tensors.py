@@ -106,10 +106,10 @@ def _members(archive: zipfile.ZipFile, name: str, least: int = 1) -> list[zipfil
     Raises:
         ValueError: if there are several, or fewer than `least`.
     """
-    found = [m for m in archive.infolist() if re.fullmatch(rf"[^/]+/{name}", m.filename)]
-    if not least <= len(found) <= 1:
-        raise ValueError(f"it is no archive of torch.save: it has {len(found)} parts '{name}'")
-    return found
+    members = [m for m in archive.infolist() if re.fullmatch(rf"[^/]+/{name}", m.filename)]
+    if not least <= len(members) <= 1:
+        raise ValueError(f"it is no archive of torch.save: it has {len(members)} parts '{name}'")
+    return members
 
 
 class _Storages:
@@ -236,10 +236,10 @@ def _dictionary(pairs: Any = ()) -> dict[Any, Any]:
     """`collections.OrderedDict`, as a plain dictionary."""
     if not isinstance(pairs, (list, tuple)):
         raise ValueError("it describes a dictionary in an unknown way")
-    made: dict[Any, Any] = {}
+    result: dict[Any, Any] = {}
     for key, value in pairs:
-        made[_key(key)] = value
-    return made
+        result[_key(key)] = value
+    return result
 
 
 def _set(members: Any = ()) -> set[Any]:
@@ -425,15 +425,15 @@ class _Machine:
         self._stack = []
 
     def _since_mark(self) -> list[Any]:
-        found, self._stack = self._stack, self._marks.pop()
-        return found
+        values, self._stack = self._stack, self._marks.pop()
+        return values
 
     def _tuple_of(self, count: int) -> Callable[[Any], None]:
         def step(_: Any) -> None:
-            found = tuple(self._stack[-count:])
-            if len(found) < count:
+            values = tuple(self._stack[-count:])
+            if len(values) < count:
                 raise IndexError("a part is missing")
-            self._stack[-count:] = [found]
+            self._stack[-count:] = [values]
 
         return step
 
@@ -462,12 +462,12 @@ class _Machine:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, FunctionType):  # those on the stack are from the names above
             raise TypeError("something is called that is no function")
-        made = function(*arguments)
-        if isinstance(made, (torch.Tensor, np.ndarray)):
+        result = function(*arguments)
+        if isinstance(result, (torch.Tensor, np.ndarray)):
             self._tensors += 1
             if self._tensors > _MOST_TENSORS:
                 raise ValueError("it holds too many tensors")
-        self._stack.append(made)
+        self._stack.append(result)
 
     def _set_state(self, _: Any) -> None:
         """What follows an object: an array's content; notes of a state dict, which are dropped."""
@@ -486,8 +486,8 @@ class _Machine:
         self._array_bytes -= len(content)
         if self._array_bytes < 0:
             raise ValueError("its arrays are larger than the file")
-        made = (1, _size(shape), dtype, bool(is_fortran), content)
-        target.__setstate__(made)  # type: ignore[arg-type]
+        array_state = (1, _size(shape), dtype, bool(is_fortran), content)
+        target.__setstate__(array_state)  # type: ignore[arg-type]
 
 
 def _refuse_unfolding(content: Any) -> None:
@@ -536,15 +536,15 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
     Raises:
         ValueError: for a type of which torch cannot tell.
     """
-    found = []
+    names = []
     for name, value in state.items():
         is_small_float = value.is_floating_point() and value.element_size() == 1
         try:  # torch cannot ask 8-bit floats themselves
             if not (value.float() if is_small_float else value).isfinite().all():
-                found.append(name)
+                names.append(name)
         except NotImplementedError:
             raise ValueError(f"{name} is of {value.dtype}, which is not read") from None
-    return found
+    return names
 
 
 def text_up_to(most: int, least: int = 1) -> PlainValidator:

@@ -10,12 +10,12 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+import yaml
 from markupsafe import Markup
 from PIL import Image
 
 from benchmark.reporting import sources, tables
 from benchmark.reporting.means import FLAGS, Grid, Row, Table
-from benchmark.reporting.summaries import UNDEFENDED
 from utils import plot
 
 LARGEST_FILE = 8 << 20  # bytes of a picture that is looked at
@@ -116,7 +116,7 @@ def render(
     Args:
         title: its heading.
         figures: name of a table -> caption -> PNG.
-        problems: what was left out, a line each.
+        problems: what was skipped, a line each.
     """
     pictures = pictures or Pictures()
     environment = jinja2.Environment(
@@ -125,7 +125,7 @@ def render(
     template = environment.from_string(
         Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     )
-    runs = pd.concat([table.runs for table in found]).drop_duplicates("folder")
+    runs = pd.concat([table.runs for table in found]).drop_duplicates("run")
     count = runs["record"].nunique()
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     return template.render(
@@ -206,7 +206,7 @@ def _record(name: str, runs: pd.DataFrame, pictures: Pictures) -> dict[str, Any]
 
 
 def _run(run: pd.Series, pictures: Pictures) -> dict[str, Any]:
-    folder = Path(run["folder"])
+    stored: sources.StoredRun = run["run"]
     rates = [f"{m.upper()} {100 * run[m]:.2f} %" for m in tables.METRICS if run[m] == run[m]]
     facts = [
         ", ".join(rates),
@@ -217,15 +217,19 @@ def _run(run: pd.Series, pictures: Pictures) -> dict[str, Any]:
         f"commit {run['commit']}",
         f"config {run['config']}",
     ]
-    shown = [pictures.from_file(folder / name, text) for name, text in _PICTURES.items()]
-    if shown[0] is None:
-        unit = "epoch" if run["label"] == UNDEFENDED else "round"
-        metrics = sources.read_metrics(folder, unit)
-        shown[0] = None if metrics is None else pictures.from_metrics(metrics, unit, "curves")
+    shown = []
+    if stored.folder is not None:
+        shown = [pictures.from_file(stored.folder / n, text) for n, text in _PICTURES.items()]
+    if stored.metrics is not None and not (shown and shown[0]):
+        shown[:1] = [pictures.from_metrics(stored.metrics, stored.unit, "curves")]
     return {
         "label": run["label"],
         "about": "; ".join(filter(None, facts)),
         "warnings": run["warnings"],
         "pictures": [picture for picture in shown if picture is not None],
-        "config": sources.config_text(folder),
+        "config": None if stored.config is None else _yaml(stored.config),
     }
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))

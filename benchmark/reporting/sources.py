@@ -1,28 +1,298 @@
-"""The text files of records, for curves and for copies that regenerate a report.
+"""Where a report's runs are: folders of records, or the few files of a grid in `results/`.
 
-Records may be a stranger's: links are not followed, sizes have limits, and nothing is believed.
+A grid keeps its runs in two files. `runs.jsonl` has a JSON object on each line:
+
+    {"record": "badnet-s0", "summary": {...}, "config": {...}}
+    {"record": "badnet-s0", "defense": "sau", "summary": {...}, "config": {...}}
+
+`defense` is the name of the result's folder, and is not there for the attack itself; `summary` and
+`config` are what the run's `summary.json` and `config.yaml` say, without the machine's paths.
+`curves.csv` has the rows of every `metrics.csv` after the columns `record` and `defense`.
+
+Both forms may be a stranger's: links are not followed, sizes have limits, and nothing is believed.
 """
 
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
-import yaml
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from benchmark.reporting.summaries import LARGEST, UNDEFENDED, without_places
 from utils.config import read_yaml
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, shown
 from utils.files import read_bytes, read_text
 from utils.process.script import logger
 from utils.records.folders import RunFolder
 
+RUNS, CURVES = "runs.jsonl", "curves.csv"
 RATES = ("acc", "asr", "ra", "cross_acc")
-_LARGEST = 4 << 20  # bytes of a metrics.csv
-_WIDEST = 10_000  # characters of its first line
+LARGEST = 1 << 20  # bytes of a summary.json
+_LARGEST_METRICS = 4 << 20  # bytes of a metrics.csv
+_LARGEST_GRID = 64 << 20  # bytes of a runs.jsonl, and of a curves.csv
+_WIDEST = 10_000  # characters of the first line of a table
+_ABSOLUTE = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\)")
+
+Key = tuple[str, str | None]  # names of a record and of a result in it
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRun:
+    """A run of which no more is stored than that it was.
+
+    Attributes:
+        record: the record's name: its folder below the one that was searched. One line.
+        defense: name of the folder of a defense's result; None for the record itself. One line.
+        where: what a message calls it.
+    """
+
+    record: str
+    defense: str | None
+    where: str
+
+    @property
+    def key(self) -> Key:
+        """What no two runs of a grid have in common."""
+        return self.record, self.defense
+
+    @property
+    def summary_name(self) -> str:
+        """What a message calls its summary."""
+        return self.where
+
+    @property
+    def unit(self) -> str:
+        """What the rows of its metrics count."""
+        return "epoch" if self.defense is None else "round"
+
+    @property
+    def folder(self) -> Path | None:
+        """Its folder, with pictures and tensors; None where it has none."""
+        return None
+
+    def read_summary(self) -> Any:
+        """The plain data of its summary, of any kind.
+
+        Raises:
+            FileNotFoundError: if it has none.
+            OSError: if it cannot be read.
+            ValueError: if it is no JSON.
+        """
+        raise FileNotFoundError(self.where)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame | None:
+        """Its rows by epoch or round, see `read_metrics`; None where there is nothing to draw."""
+        return None
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """Its configuration, as JSON has it, without the machine's paths; None without one."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class RunInFolder(StoredRun):
+    """A run in a folder of its own."""
+
+    path: Path
+
+    @property
+    def folder(self) -> Path | None:
+        return self.path
+
+    @property
+    def summary_name(self) -> str:
+        return str(Path(self.where) / "summary.json")
+
+    def read_summary(self) -> Any:
+        path = self.path / "summary.json"
+        if path.is_symlink():
+            raise OSError(0, "it is a link")
+        return json.loads(read_text(path, LARGEST))
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame | None:
+        return read_metrics(self.path, self.unit)
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        path = self.path / "config.yaml"
+        if not is_plain(path, 1 << 16):
+            return None
+        try:
+            values = {name: without_places(value) for name, value in read_yaml(path).items()}
+            if "record_path" in values:
+                values["record_path"] = None
+            as_json: dict[str, Any] = json.loads(json.dumps(values, default=str, skipkeys=True))
+            return as_json
+        except (UserError, ValueError, RecursionError) as error:
+            logger.warning("warning: %s", one_line(error))
+            return None
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    record: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    defense: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
+    summary: dict[str, Any]
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RunInGrid(StoredRun):
+    """A run that is a line of a grid's `runs.jsonl`."""
+
+    line: _Line
+    curves: "_Curves"
+
+    def read_summary(self) -> Any:
+        return self.line.summary
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame | None:
+        rows = self.curves.tables.get(_cells(self.key))
+        if rows is None:
+            return None
+        return _checked_metrics(rows.loc[:, (rows != "").any()], self.unit, self.where)
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        return None if self.line.config is None else without_places(self.line.config)
+
+
+@dataclass(frozen=True, eq=False)
+class _Curves:
+    """The rows of a `curves.csv`, read when the first run asks for its own."""
+
+    path: Path
+
+    @cached_property
+    def tables(self) -> Mapping[tuple[str, str], pd.DataFrame]:
+        """Rows by the cells of their run; none where they cannot be read, which is said."""
+        if not os.path.lexists(self.path):
+            return {}
+        try:
+            return read_curves(self.path)
+        except (OSError, ValueError) as error:
+            logger.warning("warning: %s: no table (%s); drawn without", self.path, _reason(error))
+            return {}
+
+
+def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], list[str]]:
+    """The runs of all records under a folder, in both forms, at any depth.
+
+    Args:
+        without: a folder below it whose content is not looked at.
+
+    Returns:
+        The runs: of each record itself first, then of its results. And a line for each of
+        `runs.jsonl` that is skipped.
+    """
+    records: dict[Path, list[Path]] = {}
+    grids: list[Path] = []
+    excluded = without.resolve() if without is not None else None
+    for path, folders, files in os.walk(under):
+        here = Path(path)
+        folders[:] = [n for n in folders if n[0] != "." and here.joinpath(n).resolve() != excluded]
+        if RUNS in files:
+            grids.append(here)
+        if "summary.json" not in files:
+            continue
+        if here.parent.name == "defense":
+            records.setdefault(here.parent.parent, []).append(here)
+        else:
+            records.setdefault(here, [])
+    runs: list[StoredRun] = []
+    for folder, results in sorted(records.items()):
+        where = _below(folder, under)
+        name = shown(folder.resolve().name if where == "." else where)
+        runs.append(RunInFolder(name, None, where, folder))
+        for result in sorted(results):
+            runs.append(RunInFolder(name, shown(result.name), _below(result, under), result))
+    problems: list[str] = []
+    for grid in sorted(grids):
+        lines, wrong = read_lines(grid, under)
+        runs += lines
+        problems += wrong
+    return runs, problems
+
+
+def _below(folder: Path, under: Path) -> str:
+    return str(folder.relative_to(under)) if folder.is_relative_to(under) else folder.name
+
+
+def read_lines(grid: Path, under: Path) -> tuple[list[RunInGrid], list[str]]:
+    """The runs of a grid's `runs.jsonl`, each of a record called after the grid's folder and it.
+
+    Args:
+        under: the folder that names begin below.
+
+    Returns:
+        The runs in the order of the lines, and a message for each line that is skipped.
+    """
+    path = grid / RUNS
+    name = _below(path, under)
+    if path.is_symlink():
+        return [], [f"{name}: is a link; skipped"]
+    try:
+        text = read_text(path, _LARGEST_GRID)
+    except (OSError, ValueError) as error:
+        return [], [f"{name}: cannot be read ({_reason(error)}); skipped"]
+    runs: dict[Key, RunInGrid] = {}
+    problems: list[str] = []
+    curves = _Curves(grid / CURVES)
+    prefix = Path(_below(grid, under))
+    for number, written in enumerate(text.split("\n"), start=1):
+        if not written.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            line = _Line.model_validate(json.loads(written))
+        except ValidationError as error:
+            problems.append(f"{where}: is no run ({first_fault(error)}); skipped")
+            continue
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{where}: is no run (Invalid JSON: {one_line(error)}); skipped")
+            continue
+        record = shown(prefix / line.record)
+        defense = None if line.defense is None else shown(line.defense)
+        run = RunInGrid(record, defense, where, line, curves)
+        if run.key in runs:
+            problems.append(f"{where}: is of the same run as {runs[run.key].where}; skipped")
+            continue
+        runs[run.key] = run
+    return list(runs.values()), problems
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that plain data is not as described in, as one short line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return shown(": ".join(filter(None, (where, first["msg"]))), 200)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def without_places(value: Any) -> Any:
+    """The same plain data, absolute paths reduced to their last part."""
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_places(item) for item in value]
+    if isinstance(value, str) and _ABSOLUTE.match(value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
 
 
 def is_plain(path: Path, largest: int) -> bool:
@@ -39,6 +309,12 @@ def file_stem(text: str) -> str:
     return stem
 
 
+def cell_text(value: Any) -> Any:
+    """A text as one line of a CSV file, which no spreadsheet computes; anything else as it is."""
+    line = shown(value) if isinstance(value, str) else value
+    return f"'{line}" if re.match(r"\s*[=+@]|-.", str(line)) else line
+
+
 def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
     """A run's `metrics.csv`: numbers only, rates in [0, 1]; None where there is nothing to draw.
 
@@ -46,78 +322,152 @@ def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
         unit: name of its first column, "epoch" or "round".
     """
     path = folder / "metrics.csv"
-    if not is_plain(path, _LARGEST):
+    if not is_plain(path, _LARGEST_METRICS):
         return None
     try:
-        text = read_text(path, _LARGEST)
-        if len(text.partition("\n")[0]) > _WIDEST:
-            raise ValueError("too many columns")
-        read = pd.read_csv(io.StringIO(text))
+        read = _read_table(path, _LARGEST_METRICS)
     except (OSError, ValueError) as error:
         logger.warning("warning: %s: no table (%s); drawn without", path, one_line(error))
         return None
-    names = [n for n in map(str, read) if n in (unit, *RATES) or re.fullmatch(r"loss\w{0,40}", n)]
-    metrics = read[names].apply(pd.to_numeric, errors="coerce").astype(float)
-    if unit not in metrics:
-        logger.warning("warning: %s: has no column %s; drawn without", path, unit)
+    return _checked_metrics(read, unit, str(path))
+
+
+def _read_table(path: Path, largest: int) -> pd.DataFrame:
+    """A CSV file, each cell as the text that it is: a record may be called NA.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no table, or too wide.
+    """
+    text = read_bytes(path, largest).decode("utf-8")
+    if len(text.partition("\n")[0]) > _WIDEST:
+        raise ValueError("too many columns")
+    return pd.read_csv(io.StringIO(text), dtype=object, na_filter=False)
+
+
+def _checked_metrics(read: pd.DataFrame, unit: str, where: str) -> pd.DataFrame | None:
+    names = [n for n in map(str, read) if n in (unit, *RATES, "seconds") or _is_loss(n)]
+    if unit not in names:
+        logger.warning("warning: %s: has no column %s; drawn without", where, unit)
         return None
+    metrics = read[names].map(_number).astype(float)
     for rate in set(RATES) & set(names):
         metrics[rate] = metrics[rate].where(metrics[rate].between(0, 1))
     metrics = metrics[metrics[unit].between(0, 1e9)]
     return None if metrics.empty else metrics
 
 
-def config_text(folder: Path) -> str | None:
-    """A run's configuration as YAML, without the machine's paths; None where there is none."""
-    path = folder / "config.yaml"
-    if not is_plain(path, 1 << 16):
-        return None
+def _number(cell: object) -> float:
+    """The number that was written, to the last bit; NaN for any other text."""
     try:
-        values = read_yaml(path)
-    except UserError as error:
-        logger.warning("warning: %s", one_line(error))
-        return None
-    values = {name: without_places(value) for name, value in values.items()}
-    if "record_path" in values:
-        values["record_path"] = None
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        return float(str(cell))
+    except ValueError:
+        return float("nan")
 
 
-def check_kept(to: Path, records: Iterable[str]) -> None:
-    """Raises UserError if copies stand in `to` of records that are not among these.
+def _is_loss(name: str) -> bool:
+    return re.fullmatch(r"loss\w{0,40}", name) is not None
 
-    They would be in the next report from there, and are not in this one.
+
+def read_curves(path: Path) -> dict[tuple[str, str], pd.DataFrame]:
+    """The rows of a `curves.csv` by their first two cells, which say whose they are.
+
+    Raises:
+        OSError: if it cannot be read, or is a link.
+        ValueError: if it is no such table.
     """
-    known = {(to / "records" / name).resolve() for name in records}
-    for summary in sorted((to / "records").rglob("summary.json")):
-        folder = summary.parent
-        record = folder.parent.parent if folder.parent.name == "defense" else folder
-        if record.resolve() not in known:
-            raise UserError(f"{record}: is not among the records; remove it, or give another --to")
+    if path.is_symlink():
+        raise OSError(0, "it is a link")
+    read = _read_table(path, _LARGEST_GRID)
+    if list(read)[:2] != ["record", "defense"]:
+        raise ValueError("its first columns are not record and defense")
+    return {
+        (str(record), str(defense)): rows.drop(columns=["record", "defense"])
+        for (record, defense), rows in read.groupby(["record", "defense"], sort=False)
+    }
 
 
-def keep(runs: pd.DataFrame, to: Path) -> None:
-    """Copies summaries, metrics and configurations of runs into `to/records`, as records have them.
+def _cells(key: Key) -> tuple[str, str]:
+    """How `curves.csv` calls a run."""
+    record, defense = key
+    return cell_text(record), "" if defense is None else cell_text(defense)
 
-    No weights, no logs, no pictures, and no paths of this machine.
+
+def check_kept(to: Path, runs: Sequence[StoredRun]) -> None:
+    """Sees that a grid's files hold nothing that writing these runs into it would lose.
+
+    Raises:
+        UserError: if they have another run, or something that cannot be read.
     """
-    for run in runs.to_dict("records"):
-        source, target = Path(run["folder"]), to / "records" / run["record"]
-        if run["label"] != UNDEFENDED:
-            target = target / "defense" / source.name
-        if source.resolve() != target.resolve():
-            _copy(source, target)
+    keys = {run.key for run in runs}
+    if os.path.lexists(to / RUNS):
+        lines, problems = read_lines(to, to)
+        if problems:
+            problem = problems[0].removesuffix("; skipped")
+            raise UserError(f"{to}{os.sep}{problem}; mend it, or remove it")
+        for line in lines:
+            if line.key not in keys:
+                raise UserError(
+                    f"{to}{os.sep}{line.where}: {_name(line.key)} is not among the runs that were "
+                    f"read; give --under {to}, too, or remove the line"
+                )
+    path = to / CURVES
+    if os.path.lexists(path):
+        try:
+            lost = set(read_curves(path)) - {_cells(r.key) for r in runs if r.metrics is not None}
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: is no table of curves ({_reason(error)}); mend it, or remove it"
+            ) from None
+        for record, defense in sorted(lost):
+            raise UserError(
+                f"{path}: has rows of {_name((record, defense or None))}, and no run with metrics "
+                "of that name was read; give its folder, too, or remove the rows"
+            )
 
 
-def _copy(source: Path, target: Path) -> None:
-    texts = {"config.yaml": config_text(source)}
-    summary, metrics = source / "summary.json", source / "metrics.csv"
-    if is_plain(summary, LARGEST):
-        plain = without_places(json.loads(read_text(summary, LARGEST)))
-        texts["summary.json"] = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
-    if is_plain(metrics, _LARGEST):
-        texts["metrics.csv"] = read_bytes(metrics, _LARGEST).decode("utf-8", errors="replace")
+def _name(key: Key) -> str:
+    return shown("/".join(filter(None, key)), 200)
+
+
+def keep(runs: Iterable[StoredRun], folder: RunFolder) -> None:
+    """Writes runs as `runs.jsonl` and `curves.csv`: no weights, no pictures, no machine's paths.
+
+    Raises:
+        UserError: if they are too many to be read again, or cannot be written.
+    """
+    lines: list[str] = []
+    tables: list[pd.DataFrame] = []
+    for run in runs:
+        try:
+            summary = without_places(run.read_summary())
+        except FileNotFoundError:
+            continue
+        facts = {"record": run.record, "defense": run.defense, "summary": summary}
+        present = {n: v for n, v in {**facts, "config": run.config}.items() if v is not None}
+        lines.append(json.dumps(present, ensure_ascii=False) + "\n")
+        if run.metrics is not None:
+            record, defense = _cells(run.key)
+            tables.append(run.metrics.assign(record=record, defense=defense))
+    texts = {RUNS: "".join(lines), CURVES: _curves_text(tables)}
+    head = texts[CURVES].partition("\n")[0]
+    if max(map(len, texts.values())) > _LARGEST_GRID or len(head) > _WIDEST:
+        raise UserError(
+            f"--keep: {len(lines):,} runs are too many for {folder.path}; keep them in several"
+        )
     for name, text in texts.items():
-        if text is not None:
-            target.mkdir(parents=True, exist_ok=True)
-            RunFolder(target).write_text(name, text)
+        folder.write_text(name, text)
+
+
+def _curves_text(tables: Iterable[pd.DataFrame]) -> str:
+    tables = list(tables)
+    first = ["record", "defense", "epoch", "round", "seconds", *RATES]
+    names = dict.fromkeys(name for table in tables for name in table)
+    columns = [*(n for n in first if n in names), *(n for n in names if n not in first)]
+    if not tables:
+        return "record,defense\n"
+    rows = pd.concat([table.reindex(columns=columns) for table in tables], ignore_index=True)
+    for unit in {"epoch", "round"} & set(columns):
+        if (rows[unit].dropna() % 1 == 0).all():
+            rows[unit] = rows[unit].astype("Int64")
+    return str(rows.to_csv(index=False, lineterminator="\n"))

@@ -1,14 +1,14 @@
-"""The runs under a folder, told by their `summary.json` files alone.
+"""The runs under some folders, told by their summaries alone.
 
 A run is a model without a defense, or what a defense made of it.
 """
 
+import contextlib
 import hashlib
-import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,15 +17,13 @@ import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic import ValidationError as NotAsDescribed
 
-from utils.errors import one_line, shown
-from utils.files import read_text
+from benchmark.reporting.sources import StoredRun, find, first_fault, without_places
+from utils.errors import UserError, one_line, shown
 
 UNDEFENDED = "no defense"
 CLEAN = "clean model"
 METRICS = ("acc", "asr", "ra", "der")
-LARGEST = 1 << 20  # bytes of a summary.json
 _UNKNOWN = "-"
-_ABSOLUTE = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\)")
 
 
 def _in_lines(value: Any) -> Any:
@@ -35,17 +33,6 @@ def _in_lines(value: Any) -> Any:
     if isinstance(value, list):
         return [_in_lines(item) for item in value]
     return shown(value) if isinstance(value, str) else value
-
-
-def without_places(value: Any) -> Any:
-    """The same plain data, absolute paths reduced to their last part."""
-    if isinstance(value, dict):
-        return {key: without_places(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_places(item) for item in value]
-    if isinstance(value, str) and _ABSOLUTE.match(value):
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return value
 
 
 Text = Annotated[
@@ -123,97 +110,154 @@ def is_clean(attack: str) -> bool:
     return attack == CLEAN or attack.startswith(f"{CLEAN} (")
 
 
-def read_runs(under: Path, without: Path | None = None) -> tuple[pd.DataFrame, list[str]]:
-    """The runs of all records under a folder, at any depth; links are not followed.
+def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """The runs of all records under some folders, at any depth; links are not followed.
 
     Runs are repeats, of which a table gives the mean, if they differ in nothing but seed, time and
     place. Where datasets, networks or recipes of one name differ, each has a name of its own.
 
     Args:
-        without: a folder whose content is not looked at.
+        under: folders of records, or of grids that are kept; see `benchmark.reporting.sources`.
+            Results of records of one name are put together; of two that are of one name as well,
+            the later folder's is taken.
+        without: a folder below them whose content is not looked at.
 
     Returns:
-        A row a run, in the order of the folders' names: `record` (its folder, relative), `folder`,
-        `attack`, `label` (`UNDEFENDED` or the name of the result's folder), scores in [0, 1] (NaN
-        where there is none), and what it was made by. And a line for each file that is left out.
+        A row a run, in the order of the records' names: `record` (its name), `run` (how it is
+        stored), `attack`, `label` (`UNDEFENDED` or the name of the result's folder), scores in
+        [0, 1] (NaN where there is none), and what it was made by. And a line for each file, and
+        each line of a file, that is skipped.
+
+    Raises:
+        UserError: if two folders have different models in records of one name.
     """
-    found: list[dict[str, Any]] = []
+    records: dict[str, _Record] = {}
     problems: list[str] = []
-    for folder, results in sorted(_find(under, without).items()):
-        name = str(folder.relative_to(under)) if folder.is_relative_to(under) else folder.name
-        name = folder.resolve().name if name == "." else name.removeprefix("records/")
-        name = shown(name)
-        attack = _read(folder / "summary.json", _Attack, problems)
-        defenses = []
-        for result in sorted(results):
-            defense = _read(result / "summary.json", _Defense, problems)
-            if defense is None:
-                continue
-            made_of = attack.files.get("attack_result.pt") if attack else None
+    for folder in under:
+        runs, wrong = find(folder, without)
+        problems += wrong
+        for record in _records(runs, problems):
+            earlier = records.get(record.name)
+            records[record.name] = record if earlier is None else _together(earlier, record)
+    all_rows: list[dict[str, Any]] = []
+    for record in sorted(records.values(), key=lambda record: Path(record.name)):
+        made_of = record.model_sha256
+        results = []
+        for run, defense in sorted(record.results.values(), key=lambda result: result[0].key[1:]):
             if None not in (made_of, defense.attack_sha256) and made_of != defense.attack_sha256:
                 problems.append(
-                    f"{result}: purified another model than this record has now; left out"
+                    f"{run.where}: purified another model than this record has now; skipped"
                 )
                 continue
-            defenses.append((result, defense))
-        if (folder / "summary.json").exists() and attack is None:
-            continue  # without it, nothing says which attack this was
-        rows = list(_rows(folder, attack, defenses))
+            results.append((run, defense))
+        rows = list(_rows(record, results))
         if not rows:
-            problems.append(f"{folder}: has no scores; left out")
-        found += [{"record": name, **row} for row in rows]
-    runs = pd.DataFrame(found)
-    if not runs.empty:
-        runs, problems = _without_repeats(_told_apart(_numeric(runs)), problems)
-        runs = runs.drop(columns=[name for name in runs if str(name).startswith("_")])
-    return runs, [problem.removeprefix(f"{under}{os.sep}") for problem in problems]
+            problems.append(f"{record.run.where}: has no scores; skipped")
+        all_rows += rows
+    table = pd.DataFrame(all_rows)
+    if not table.empty:
+        table, problems = _without_repeats(_told_apart(_numeric(table)), problems)
+        table = table.drop(columns=[name for name in table if str(name).startswith("_")])
+    return table, problems
 
 
-def _find(under: Path, without: Path | None) -> dict[Path, list[Path]]:
-    """Folders of attacks, and for each those of its defenses' results."""
-    found: dict[Path, list[Path]] = {}
-    excluded = without.resolve() if without is not None else None
-    for path, folders, files in os.walk(under):
-        here = Path(path)
-        folders[:] = [n for n in folders if n[0] != "." and here.joinpath(n).resolve() != excluded]
-        if "summary.json" not in files:
-            continue
-        if here.parent.name == "defense":
-            found.setdefault(here.parent.parent, []).append(here)
+@dataclass(frozen=True)
+class _Record:
+    """What is stored of a record.
+
+    Attributes:
+        run: the record itself.
+        attack: what its summary says; None without one.
+        results: of defenses, by their names.
+    """
+
+    run: StoredRun
+    attack: "_Attack | None"
+    results: "Mapping[str | None, tuple[StoredRun, _Defense]]"
+
+    @property
+    def name(self) -> str:
+        return self.run.record
+
+    @property
+    def model_sha256(self) -> str | None:
+        return self.attack.files.get("attack_result.pt") if self.attack else None
+
+
+def _records(runs: Iterable[StoredRun], problems: list[str]) -> Iterable[_Record]:
+    """The records of some runs; each that cannot be read is skipped, with its results."""
+    by_record: dict[str, dict[str | None, StoredRun]] = {}
+    for run in runs:
+        same = by_record.setdefault(run.record, {})
+        if run.defense in same:
+            problems.append(
+                f"{run.where}: is of the same run as {same[run.defense].where}; skipped"
+            )
         else:
-            found.setdefault(here, [])
-    return found
+            same[run.defense] = run
+    for name, stored in by_record.items():
+        itself = stored.pop(None, None) or StoredRun(name, None, name)
+        try:
+            attack = _read(itself, _Attack, problems)
+        except _Unreadable:  # without it, nothing says which attack this was
+            continue
+        results = {}
+        for key, run in stored.items():
+            with contextlib.suppress(_Unreadable):
+                defense = _read(run, _Defense, problems)
+                if defense is not None:
+                    results[key] = run, defense
+        yield _Record(itself, attack, results)
 
 
-def _read(path: Path, kind: type[S], problems: list[str]) -> S | None:
+def _together(earlier: _Record, later: _Record) -> _Record:
+    """One record of two of the same name.
+
+    Raises:
+        UserError: if their models differ.
+    """
+    if None not in (digests := {earlier.model_sha256, later.model_sha256}) and len(digests) > 1:
+        raise UserError(
+            f"--under: {earlier.name} stands for two models, in {earlier.run.where} and "
+            f"{later.run.where}; give one of them another name, or remove it"
+        )
+    first = earlier if later.attack is None else later
+    return _Record(first.run, first.attack, {**earlier.results, **later.results})
+
+
+class _Unreadable(Exception):
+    """There is a summary, but not of what it should be of."""
+
+
+def _read(run: StoredRun, kind: type[S], problems: list[str]) -> S | None:
+    """What a run's summary says; None without one.
+
+    Raises:
+        _Unreadable: if it is no such summary; a line is added to `problems`.
+    """
+    where = run.summary_name
     try:
-        if path.is_symlink():
-            problems.append(f"{path}: is a link; left out")
-            return None
-        values = json.loads(read_text(path, LARGEST))
+        values = run.read_summary()
         if isinstance(values, dict):
             return kind.model_validate(_in_lines(values))
-        problems.append(f"{path}: is no summary of a run (it is no object); left out")
+        problems.append(f"{where}: is no summary of a run (it is no object); skipped")
     except FileNotFoundError:
         return None
     except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}); left out")
+        problems.append(f"{where}: cannot be read ({error.strerror}); skipped")
     except NotAsDescribed as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = shown(": ".join(filter(None, (where, first["msg"]))), 200)
-        problems.append(f"{path}: is no summary of a run ({reason}); left out")
+        problems.append(f"{where}: is no summary of a run ({first_fault(error)}); skipped")
     except (ValueError, RecursionError) as error:
         reason = f"Invalid JSON: {one_line(error)}"
-        problems.append(f"{path}: is no summary of a run ({reason}); left out")
-    return None
+        problems.append(f"{where}: is no summary of a run ({reason}); skipped")
+    raise _Unreadable
 
 
 def _rows(
-    folder: Path, attack: _Attack | None, defenses: Iterable[tuple[Path, _Defense]]
+    record: _Record, defenses: Sequence[tuple[StoredRun, _Defense]]
 ) -> Iterable[dict[str, Any]]:
     """A record's runs; the scores before a defense stand in where the attack's summary has none."""
-    defenses = list(defenses)
+    attack = record.attack
     facts = attack or (defenses[0][1] if defenses else None)
     before: _Attack | _Scores | None = attack if attack and attack.acc is not None else None
     if before is None and defenses:
@@ -226,7 +270,7 @@ def _rows(
     known = [attack.config_sha256, attack.imported_sha256] if attack else []
     is_described = bool(attack and (attack.seed is not None or attack.inputs))
     shared = {
-        "_at": str(folder),
+        "record": record.name,
         "_dataset": facts.inputs.get("dataset", _UNKNOWN),
         "_place": (attack and attack.dataset_path) or "",
         "_model": facts.inputs.get("--model", _UNKNOWN),
@@ -242,17 +286,17 @@ def _rows(
         "acc_before": before.acc,
         "asr_before": before.asr,
     }
-    yield _row(shared, folder, UNDEFENDED, facts if before is attack else None, before, None)
-    for path, defense in defenses:
-        label = shown(path.name)
-        label += " (result)" * (label == UNDEFENDED)
-        row = _row(shared, path, label, defense, defense.after, defense.der)
+    itself = facts if before is attack else None
+    yield _row(shared, record.run, UNDEFENDED, itself, before, None)
+    for run, defense in defenses:
+        label = f"{run.defense} (result)" if run.defense == UNDEFENDED else str(run.defense)
+        row = _row(shared, run, label, defense, defense.after, defense.der)
         yield {**row, "acc_before": defense.before.acc, "asr_before": defense.before.asr}
 
 
 def _row(
     shared: Mapping[str, Any],
-    folder: Path,
+    run: StoredRun,
     label: str,
     facts: _Facts | None,
     scores: "_Scores | _Attack",
@@ -261,7 +305,7 @@ def _row(
     versions = " ".join(f"{k} {v}" for k, v in facts.versions.items()) if facts else ""
     return {
         **shared,
-        "folder": folder,
+        "run": run,
         "label": label,
         "method": facts.defense if isinstance(facts, _Defense) else "",
         "sees": (facts.sees or "clean") if isinstance(facts, _Defense) else "",
@@ -304,8 +348,8 @@ def _told_apart(runs: pd.DataFrame) -> pd.DataFrame:
     runs = _renamed(runs, "dataset", ["dataset", "image_size"], _by_dataset)
     runs = _renamed(runs, "model", ["model"], _by_model)
     undefended = runs[runs["label"] == UNDEFENDED]
-    names = _renamed(undefended, "attack", _CELL, _by_recipe).set_index("_at")["attack"]
-    runs = runs.assign(attack=runs["_at"].map(names))
+    names = _renamed(undefended, "attack", _CELL, _by_recipe).set_index("record")["attack"]
+    runs = runs.assign(attack=runs["record"].map(names))
     results = runs[runs["label"] != UNDEFENDED]
     for _, group in results.groupby([*_SETTING, "label"], dropna=False, sort=False):
         counts = Counter(group["method"] + " " + group["config"])
@@ -408,7 +452,7 @@ def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFr
     for _, same in known.groupby([*_CELL, "_same"], dropna=False, sort=False):
         first = same.iloc[0]
         what = "attack and seed" if pd.notna(first["seed"]) else "model"
-        for repeat, folder in zip(same["record"].iloc[1:], same["_at"].iloc[1:], strict=True):
-            problems.append(f"{repeat}: is of the same {what} as {first['record']}; left out")
-            runs = runs[runs["_at"] != folder]
+        for repeat in same["record"].iloc[1:]:
+            problems.append(f"{repeat}: is of the same {what} as {first['record']}; skipped")
+            runs = runs[runs["record"] != repeat]
     return runs.reset_index(drop=True), problems

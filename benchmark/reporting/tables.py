@@ -3,11 +3,11 @@
 import html
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pandas as pd
 
 from benchmark.reporting.means import FLAGS, Grid, Number, Row, Table
+from benchmark.reporting.sources import cell_text
 from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean
 from utils.errors import shown
 
@@ -270,18 +270,12 @@ def _flags(table: Table, name: str, label: str, metric: str) -> str:
 def runs_csv(runs: pd.DataFrame) -> str:
     """CSV, a row a run: all that the tables are made from, rates in [0, 1]."""
     return _csv(
-        runs.drop(columns=["folder", "warnings", "test_images"]).rename(
-            columns={"label": "defense"}
-        )
+        runs.drop(columns=["run", "warnings", "test_images"]).rename(columns={"label": "defense"})
     )
 
 
 def _csv(rows: pd.DataFrame) -> str:
     """Whole numbers without a point; a text is one line, which no spreadsheet computes."""
-
-    def text(value: Any) -> Any:
-        line = shown(value) if isinstance(value, str) else value
-        return f"'{line}" if re.match(r"\s*[=+@]|-.", str(line)) else line
 
     rows = rows.copy()
     for name in rows:
@@ -290,5 +284,5 @@ def _csv(rows: pd.DataFrame) -> str:
             whole = {"train_images", "test_images", "seed", "acc_total", "asr_total", "seeds"}
             rows[name] = values.astype("Int64") if name in whole else values
         elif not pd.api.types.is_numeric_dtype(values):
-            rows[name] = values.map(text)
+            rows[name] = values.map(cell_text)
     return rows.to_csv(index=False, lineterminator="\n")

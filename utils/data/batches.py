@@ -86,10 +86,10 @@ def augment(
 
     # Parts may differ by one image, and every process draws for all of them.
     whole = int(distributed.total(torch.tensor(count))) if is_part else count
-    own = distributed.part(whole) if is_part else slice(whole)
+    part = distributed.part(whole) if is_part else slice(whole)
 
     def draw(high: int) -> torch.Tensor:
-        return torch.randint(high, (whole, 1), device=device, generator=generator)[own]
+        return torch.randint(high, (whole, 1), device=device, generator=generator)[part]
 
     rows = draw(2 * padding + 1) + torch.arange(height, device=device)
     columns = draw(2 * padding + 1) + torch.arange(width, device=device)

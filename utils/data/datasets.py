@@ -89,12 +89,12 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
             raise UserError(
                 f"--dataset {name}: the {kind} set has no image; give at least one a class"
             )
-    found = (len(dataset.classes), len(dataset.train), len(dataset.test))
-    if found != _OFFICIAL.get(name, found):
+    counts = (len(dataset.classes), len(dataset.train), len(dataset.test))
+    if counts != _OFFICIAL.get(name, counts):
         warning = (
             "--dataset {}: has {} classes, {} training and {} test images, where the official set "
             "has {}, {} and {}"
-        ).format(name, *found, *_OFFICIAL[name])
+        ).format(name, *counts, *_OFFICIAL[name])
         dataset = replace(dataset, warnings=(*dataset.warnings, warning))
     for warning in dataset.warnings:
         logger.warning("warning: %s", warning)
@@ -110,14 +110,13 @@ def _digits(path: Path | None, image_size: int) -> Dataset:
     images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
     images = _resize(images.unsqueeze(1).expand(-1, 3, -1, -1), image_size)
     labels = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(
+    indices = train_test_split(
         np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
     )
-    splits = [
-        Labelled(images[index], labels[index])
-        for index in (torch.from_numpy(train), torch.from_numpy(test))
-    ]
-    return _measured("digits", splits[0], splits[1], tuple(str(digit) for digit in range(10)))
+    train, test = (
+        Labelled(images[index], labels[index]) for index in map(torch.from_numpy, indices)
+    )
+    return _measured("digits", train, test, tuple(str(digit) for digit in range(10)))
 
 
 def _random(path: Path | None, image_size: int) -> Dataset:
@@ -157,9 +156,9 @@ def _cifar(
         folder = path or data_folder()
         extract_all(name, folder, [Archive(reader.url, reader.tgz_md5, reader.base_folder)])
         splits = []
-        for train in (True, False):
+        for is_train in (True, False):
             try:
-                data = reader(root=str(folder), train=train)
+                data = reader(root=str(folder), train=is_train)
             except Exception:  # torchvision raises what os, pickle and its own checks raise
                 raise UserError(
                     f"{folder / reader.base_folder}: is damaged or incomplete (a file is missing "
@@ -167,7 +166,8 @@ def _cifar(
                 ) from None
             images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
             splits.append(Labelled(_resize(images, image_size), torch.tensor(data.targets)))
-        return Dataset(name, splits[0], splits[1], tuple(data.classes), mean, std)
+        train, test = splits
+        return Dataset(name, train, test, tuple(data.classes), mean, std)
 
     return load
 
@@ -180,8 +180,8 @@ def _gtsrb(path: Path | None, image_size: int) -> Dataset:
     """
     root = path or data_folder()
     homes = [root / "gtsrb", root]
-    known = ["GTSRB", "Train", *(archive.name for archive in _GTSRB_ARCHIVES)]
-    home = next((h for h in homes if any((h / name).exists() for name in known)), homes[0])
+    entries = ["GTSRB", "Train", *(archive.name for archive in _GTSRB_ARCHIVES)]
+    home = next((h for h in homes if any((h / name).exists() for name in entries)), homes[0])
     if (home / "Train").is_dir():
         train_root, test_root = home / "Train", home / "Test"
         truth = test_root / "GT-final_test.csv"
@@ -193,11 +193,11 @@ def _gtsrb(path: Path | None, image_size: int) -> Dataset:
     train = _Listing([], [])
     for label in range(43):
         file = train_root / f"{label:05}" / f"GT-{label:05}.csv"
-        found = _gtsrb_csv(file)
-        if set(found.labels) - {label}:
+        listing = _gtsrb_csv(file)
+        if set(listing.labels) - {label}:
             raise UserError(f"{file}: names other classes than {label}; extract the archive again")
-        train.files.extend(found.files)
-        train.labels.extend(found.labels)
+        train.files.extend(listing.files)
+        train.labels.extend(listing.labels)
     listed = _gtsrb_csv(truth)
     test = _Listing([test_root / file.name for file in listed.files], listed.labels)
     classes = tuple(str(label) for label in range(43))
@@ -240,10 +240,10 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
     counts = []
     for label, wordnet_id in enumerate(ids):
         folder = home / "train" / wordnet_id / "images"
-        found = _pictures(folder)[0] if folder.is_dir() else []
-        train.files.extend(found)
-        train.labels.extend([label] * len(found))
-        counts.append(len(found))
+        pictures = _pictures(folder)[0] if folder.is_dir() else []
+        train.files.extend(pictures)
+        train.labels.extend([label] * len(pictures))
+        counts.append(len(pictures))
     if min(counts, default=0) < max(counts, default=1):
         fewest = counts.index(min(counts)) if counts else 0
         raise UserError(
@@ -258,12 +258,12 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
 
 def _tiny_validation(folder: Path, ids: list[str]) -> _Listing:
     """The validation images, in the official layout or sorted into one folder a class."""
-    notes, found = folder / "val_annotations.txt", []
+    notes, pairs = folder / "val_annotations.txt", []
     if not (folder / "images").is_dir() and any((folder / name).is_dir() for name in ids):
         for label, wordnet_id in enumerate(ids):
             homes = (folder / wordnet_id / "images", folder / wordnet_id)
             home = next((home for home in homes if home.is_dir()), None)
-            found += [] if home is None else [(label, file) for file in _pictures(home)[0]]
+            pairs += [] if home is None else [(label, file) for file in _pictures(home)[0]]
     else:
         label_of = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
         for row in (line.split("\t") for line in _lines(notes) if line):
@@ -272,9 +272,9 @@ def _tiny_validation(folder: Path, ids: list[str]) -> _Listing:
                     f"{notes}: {' '.join(row)} names no class of wnids.txt; extract the archive "
                     "again"
                 )
-            found.append((label_of[row[1]], folder / "images" / Path(row[0]).name))
-    found.sort()
-    return _Listing([file for _, file in found], [label for label, _ in found])
+            pairs.append((label_of[row[1]], folder / "images" / Path(row[0]).name))
+    pairs.sort()
+    return _Listing([file for _, file in pairs], [label for label, _ in pairs])
 
 
 def _folder(path: Path | None, image_size: int) -> Dataset:
@@ -304,7 +304,7 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
                 ("test", test_classes, classes),
             )
         }
-        told = [f"only {path / name} has {listed(found)}" for name, found in alone.items() if found]
+        told = [f"only {path / name} has {listed(names)}" for name, names in alone.items() if names]
         raise UserError(
             f"--dataset_path: classes differ: {'; '.join(told)}; give both the same folders"
         )
@@ -312,18 +312,19 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     for homes in folders:
         listing = _Listing([], [])
         for label, folder in enumerate(homes.values()):
-            found, others = _pictures(folder)
-            listing.files.extend(found)
-            listing.labels.extend([label] * len(found))
+            pictures, others = _pictures(folder)
+            listing.files.extend(pictures)
+            listing.labels.extend([label] * len(pictures))
             left_out += others
         splits.append(listing)
+    train, test = splits
     for label, name in enumerate(classes):
-        if label not in splits[0].labels:
+        if label not in train.labels:
             raise UserError(
                 f"--dataset_path: {folders[0][name]} has no image file; put images into it or "
                 "remove the folder"
             )
-    dataset = _from_files("folder", path, splits[0], splits[1], image_size, classes)
+    dataset = _from_files("folder", path, train, test, image_size, classes)
     return replace(dataset, warnings=tuple(_folder_warnings(path, dataset, left_out)))
 
 
@@ -359,21 +360,21 @@ def _class_folders(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     """Class -> its folder, by name; and the files beside these folders, hidden ones aside."""
     if not folder.is_dir():
         raise UserError(f"--dataset_path: {folder} is not a folder; put one folder a class into it")
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     visible = [inside for inside in sorted(folder.iterdir()) if not inside.name.startswith(".")]
     for inside in visible:
         if inside.is_dir():
-            other = found.setdefault(class_name(inside), inside)
+            other = folders.setdefault(class_name(inside), inside)
             if other != inside:
                 raise UserError(
                     f"--dataset_path: {other} and {inside} have the same name, spelled in two "
                     "ways; move the images of one into the other"
                 )
-    if not found:
+    if not folders:
         raise UserError(
             f"--dataset_path: {folder} has no class folders; put one folder a class into it"
         )
-    return dict(sorted(found.items(), key=_by_name(found))), [
+    return dict(sorted(folders.items(), key=_by_name(folders))), [
         inside for inside in visible if not inside.is_dir()
     ]
 
@@ -424,13 +425,13 @@ def _from_files(
     """
     pixels = decoded(root, train.files + test.files, image_size)
     count = len(train.files)
-    splits = [
+    train_set, test_set = (
         Labelled(part, torch.tensor(labels, dtype=torch.int64))
         for part, labels in ((pixels[:count], train.labels), (pixels[count:], test.labels))
-    ]
+    )
     if constants is None:
-        return _measured(name, splits[0], splits[1], classes)
-    return Dataset(name, splits[0], splits[1], classes, *constants)
+        return _measured(name, train_set, test_set, classes)
+    return Dataset(name, train_set, test_set, classes, *constants)
 
 
 def _resize(images: torch.Tensor, image_size: int) -> torch.Tensor:
@@ -451,8 +452,8 @@ def _measured(name: str, train: Labelled, test: Labelled, classes: tuple[str, ..
     std = (
         (square - mean.square()).clamp(min=1e-4).sqrt()
     )  # an even-coloured set must not divide by 0
-    as_tuple = [tuple(round(value, 4) for value in values.tolist()) for values in (mean, std)]
-    return Dataset(name, train, test, classes, as_tuple[0], as_tuple[1])
+    constants = (tuple(round(value, 4) for value in values.tolist()) for values in (mean, std))
+    return Dataset(name, train, test, classes, *constants)
 
 
 _LOADERS: dict[str, Callable[[Path | None, int], Dataset]] = {

@@ -51,13 +51,13 @@ def picture(path: str | None, image_shape: tuple[int, int, int]) -> torch.Tensor
             "square ones with one or three channels"
         )
     if path is None:
-        found = emblem(width)
+        pattern = emblem(width)
     else:
         try:
-            found = torch.from_numpy(read_image(Path(path), width).copy()).float()
+            pattern = torch.from_numpy(read_image(Path(path), width).copy()).float()
         except UserError as error:
             raise UserError(f"--trigger_image: {error}") from None
-    return found if channels == 3 else found.mean(dim=0, keepdim=True)
+    return pattern if channels == 3 else pattern.mean(dim=0, keepdim=True)
 
 
 def emblem(size: int) -> torch.Tensor:

@@ -143,8 +143,8 @@ def parallel(model: nn.Module) -> nn.Module:
     else:
         _synchronise(model)
     # Statistics are equal already. torch 2.14 has another name for the flag.
-    known = inspect.signature(DistributedDataParallel).parameters
-    flag = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -187,22 +187,22 @@ class Gathered(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        own = part(len(images))
-        return _Gather.apply(self.model(_Scatter.apply(images, own)), own, len(images))
+        share = part(len(images))
+        return _Gather.apply(self.model(_Scatter.apply(images, share)), share, len(images))
 
 
 class _Scatter(torch.autograd.Function):
     """Own rows of a batch; the gradient comes back for all rows."""
 
     @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, own: slice) -> torch.Tensor:
-        ctx.own, ctx.count = own, len(images)
-        return images[own].clone()
+    def forward(ctx: Any, images: torch.Tensor, share: slice) -> torch.Tensor:
+        ctx.share, ctx.count = share, len(images)
+        return images[share].clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         # Undoes the factor of _Gather, which is there for the weights.
-        return _padded(gradient, ctx.own, ctx.count) / processes(), None
+        return _padded(gradient, ctx.share, ctx.count) / processes(), None
 
 
 class _Gather(torch.autograd.Function):
@@ -212,19 +212,19 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, own: slice, count: int) -> torch.Tensor:
-        ctx.own = own
-        return _padded(logits, own, count)
+    def forward(ctx: Any, logits: torch.Tensor, share: slice, count: int) -> torch.Tensor:
+        ctx.share = share
+        return _padded(logits, share, count)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient[ctx.own] * processes(), None, None
+        return gradient[ctx.share] * processes(), None, None
 
 
-def _padded(rows: torch.Tensor, own: slice, count: int) -> torch.Tensor:
+def _padded(rows: torch.Tensor, share: slice, count: int) -> torch.Tensor:
     """All rows, of which every process has its own: a sum, as gloo gathers equal shares only."""
     everything = rows.new_zeros(count, *rows.shape[1:])
-    everything[own] = rows
+    everything[share] = rows
     dist.all_reduce(everything)
     return everything
 

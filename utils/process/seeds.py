@@ -34,29 +34,30 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
         return
     cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
-    before = (cudnn.deterministic, cudnn.benchmark, os.environ.get(variable))
+    was_deterministic, was_benchmark = cudnn.deterministic, cudnn.benchmark
+    workspace = os.environ.get(variable)
     was_strict = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn.deterministic, cudnn.benchmark = True, False
-    if before[2] not in (":4096:8", ":16:8"):
+    if workspace not in (":4096:8", ":16:8"):
         os.environ[variable] = ":4096:8"  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
-        if not found:
+        match = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+        if not match:
             raise
         raise UserError(
-            f"--deterministic: {found[1]} cannot be so on this device; leave the flag out, or give "
+            f"--deterministic: {match[1]} cannot be so on this device; leave the flag out, or give "
             "another --model"
         ) from None
     finally:
-        cudnn.deterministic, cudnn.benchmark = before[:2]
+        cudnn.deterministic, cudnn.benchmark = was_deterministic, was_benchmark
         torch.use_deterministic_algorithms(was_strict, warn_only=only_warned)
         os.environ.pop(variable, None)
-        if before[2] is not None:
-            os.environ[variable] = before[2]
+        if workspace is not None:
+            os.environ[variable] = workspace
 
 
 def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -68,9 +69,9 @@ def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> to
         device: where it draws.
     """
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
-    made = torch.Generator(device)
-    made.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return made
+    rng = torch.Generator(device)
+    rng.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return rng
 
 
 class Draws:

@@ -87,8 +87,8 @@ def model_state(model: Classifier) -> dict[str, torch.Tensor]:
 
 def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
     """sha256 of those of the named files that exist, for `summary.json`."""
-    found = [folder.path / name for name in names]
-    return {path.name: file_sha256(path) for path in found if path.exists()}
+    paths = [folder.path / name for name in names]
+    return {path.name: file_sha256(path) for path in paths if path.exists()}
 
 
 def checked_model(name: str, sha256: str | None, given: str | None) -> str:
@@ -110,10 +110,10 @@ def checked_model(name: str, sha256: str | None, given: str | None) -> str:
             f"--model: the record's network is made by a file of yours, {name}, which is run only "
             "if you name it; give --model and its path"
         )
-    found, found_sha256 = model_identity(given)
-    if found_sha256 is None or found.rpartition(":")[2] != name.rpartition(":")[2]:
+    file, sha256_of_file = model_identity(given)
+    if sha256_of_file is None or file.rpartition(":")[2] != name.rpartition(":")[2]:
         raise UserError(f"--model: {given}, but the record says {name}; give that file")
-    if found_sha256 != sha256:
+    if sha256_of_file != sha256:
         raise UserError(
             f"--model: {given} is not the file that the record was made with, whose sha256 is "
             f"{sha256}; give that file"
@@ -145,7 +145,7 @@ def make_model(
             user's own file is run first.
     """
 
-    def made() -> Classifier:
+    def build() -> Classifier:
         model = build_model(
             name,
             num_classes,
@@ -158,15 +158,15 @@ def make_model(
         return model
 
     def check(model: Classifier) -> None:
-        found = schema.misfits(state, model.network.state_dict())
-        if found:
-            raise UserError(f"{'; '.join(found[:3])}; {len(found)} in all")
+        misfits = schema.misfits(state, model.network.state_dict())
+        if misfits:
+            raise UserError(f"{'; '.join(misfits[:3])}; {len(misfits)} in all")
 
     try:
         if not is_user_file(name):  # on "meta" a network is its shapes alone
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                check(made())
-        model = made()
+                check(build())
+        model = build()
         check(model)
         model.network.load_state_dict(state)
     except (RuntimeError, UserError) as error:
@@ -348,8 +348,8 @@ def load_attack(folder: Path) -> AttackRecord:
 
 def is_backdoorbench(folder: Path) -> bool:
     """Whether a folder is to be read as BackdoorBench's: a result without our own files."""
-    own = ("config.yaml", "summary.json")
-    return (folder / "attack_result.pt").exists() and not any((folder / f).exists() for f in own)
+    ours = ("config.yaml", "summary.json")
+    return (folder / "attack_result.pt").exists() and not any((folder / f).exists() for f in ours)
 
 
 def _load_backdoorbench(folder: Path) -> AttackRecord:
@@ -410,7 +410,7 @@ def _load_own(folder: Path) -> AttackRecord:
     with explained(result, _EXPECTED):
         content = load_tensors(result)
         plain = schema.check_attack(content)
-    found = _read_poison(poison, plain) if POISON in hashes else None
+    stored = _read_poison(poison, plain) if POISON in hashes else None
     return _Own(
         folder=folder,
         sha256=hashes[RESULT],
@@ -428,10 +428,12 @@ def _load_own(folder: Path) -> AttackRecord:
         dataset_fingerprint=plain["dataset_fingerprint"],
         attack_target=plain["attack_target"],
         attack_label_trans=plain["attack_label_trans"],
-        triggered=None if found is None else found.triggered,
-        poison_index=None if found is None else found.index[found.kinds == KINDS.index("poison")],
+        triggered=None if stored is None else stored.triggered,
+        poison_index=None
+        if stored is None
+        else stored.index[stored.kinds == KINDS.index("poison")],
         plain=plain,
-        poison=None if found is None else found.without_images(),
+        poison=None if stored is None else stored.without_images(),
         poison_sha256=hashes.get(POISON),
     )
 

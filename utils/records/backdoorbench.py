@@ -190,6 +190,7 @@ def read(folder: Path) -> AttackResult:
         if num_classes > MOST_CLASSES:
             raise ValueError(f"num_classes is more than {MOST_CLASSES:,}")
     is_poison, is_poison_only = _told_apart(folder, train)
+    mean, std = NORMALIZATION[name]
     return AttackResult(
         folder=folder,
         attack=_attack_name(folder),
@@ -198,8 +199,8 @@ def read(folder: Path) -> AttackResult:
         state=state,
         dataset=name,
         image_shape=shape,
-        mean=NORMALIZATION[name][0],
-        std=NORMALIZATION[name][1],
+        mean=mean,
+        std=std,
         train=train,
         is_poison=is_poison,
         is_poison_only=is_poison_only,
@@ -594,5 +595,5 @@ def _finds_its_own(changed: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         centred = flat - flat.mean(dim=0)
         rows.append(centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-9))
     correlation = rows[0] @ rows[1].T
-    own = correlation.diagonal()
-    return (own >= correlation.max(dim=1).values - 1e-9)[rows[0].norm(dim=1) > 0.5]
+    diagonal = correlation.diagonal()
+    return (diagonal >= correlation.max(dim=1).values - 1e-9)[rows[0].norm(dim=1) > 0.5]

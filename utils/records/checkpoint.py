@@ -50,23 +50,23 @@ class Origin:
 
 def files_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """sha256 of the files that flags name, by the names of the flags."""
-    found = {}
+    hashes = {}
     for name, value in flags.items():
         with contextlib.suppress(OSError, ValueError):  # what is no path names no file
             if isinstance(value, str) and Path(value).is_file():
-                found[f"--{name}"] = file_sha256(Path(value))
-    return found
+                hashes[f"--{name}"] = file_sha256(Path(value))
+    return hashes
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
     """sha256 of the values of tensors on the CPU, part by part, so that a mapped file stays one."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for tensor in tensors:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         for part in tensor.split(4096) if tensor.dim() else (tensor,):
-            found.update(part.contiguous().numpy().data)
+            hasher.update(part.contiguous().numpy().data)
         release(tensor)
-    return found.hexdigest()
+    return hasher.hexdigest()
 
 
 def _row(value: Any) -> dict[str, Any]:

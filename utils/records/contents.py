@@ -76,11 +76,11 @@ class Contents:
         listed = _listed(folder) if MARK in files else None
         self._is_marked = listed is not None
         self.names: list[str] = _of_earlier(folder, files) if listed is None else listed
-        known = {*self.names, MARK} if self._is_marked else set(self.names)
+        expected = {*self.names, MARK} if self._is_marked else set(self.names)
         for entry in entries:
             path = folder / entry.name
             if entry.name in files and (
-                entry.name in known or is_stray(entry.name, {*self.names, MARK})
+                entry.name in expected or is_stray(entry.name, {*self.names, MARK})
             ):
                 self._files.append(path)
             elif (
@@ -217,7 +217,7 @@ def _is_lock(entry: os.DirEntry[str]) -> bool:
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder holds, by name; nothing if it does not exist."""
     try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except FileNotFoundError:
         return []

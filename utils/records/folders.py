@@ -165,10 +165,10 @@ class RunFolder:
         if held is not None and os.fstat(held[0]).st_nlink:
             return False
         tries_until = time.monotonic() + 0.5  # somebody may just ask whether it is taken
-        made: list[Path] = []
+        created: list[Path] = []
         try:
             with writable(self.path):
-                while (taken := self._try_lock(made)) is None:
+                while (taken := self._try_lock(created)) is None:
                     if time.monotonic() > tries_until:
                         raise UserError(
                             f"{self.path}: another process is writing it; wait for it, or give "
@@ -176,14 +176,14 @@ class RunFolder:
                         )
                     time.sleep(0.05)
         except BaseException:
-            _remove_empty(made)
+            _remove_empty(created)
             raise
         handle, is_left = taken
-        _LOCKS[os.path.realpath(path)] = (handle, made)
+        _LOCKS[os.path.realpath(path)] = (handle, created)
         atexit.register(self.release)
         return is_left
 
-    def _try_lock(self, made: list[Path]) -> tuple[int, bool] | None:
+    def _try_lock(self, created: list[Path]) -> tuple[int, bool] | None:
         """The open lock, and whether it was there before; None if another process has it.
 
         Args:
@@ -192,7 +192,7 @@ class RunFolder:
         path = self._lock
         absent = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        made.extend(parent for parent in absent if parent not in made)
+        created.extend(parent for parent in absent if parent not in created)
         is_left = False
         try:
             try:
@@ -216,7 +216,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Gives the lock back, and removes its file and the folders that were made for it."""
-        handle, made = _LOCKS.pop(os.path.realpath(self._lock), (None, []))
+        handle, created = _LOCKS.pop(os.path.realpath(self._lock), (None, []))
         if handle is None:
             return
         if locks.WINDOWS:  # an open file cannot be removed, by which nobody loses a lock either
@@ -227,7 +227,7 @@ class RunFolder:
                 locks.patiently(self._lock.unlink)
         if not locks.WINDOWS:
             os.close(handle)
-        _remove_empty(made)
+        _remove_empty(created)
 
     @property
     def is_taken(self) -> bool:
@@ -490,16 +490,16 @@ def find_record(name: str, root: Path | None) -> Path:
     Raises:
         UserError: if there is none, naming those that exist.
     """
-    found = existing_folder(name, root, "--result_file")
-    if found is not None:
-        return found
+    folder = existing_folder(name, root, "--result_file")
+    if folder is not None:
+        return folder
     records = root or ROOT / "record"
-    known = sorted(path.parent.name for path in records.glob("*/attack_result.pt"))
+    names = sorted(path.parent.name for path in records.glob("*/attack_result.pt"))
     raise UserError(
         f"--result_file: {name} is no record in {records}; "
         + (
-            f"give one of {', '.join(known)}"
-            if known
+            f"give one of {', '.join(names)}"
+            if names
             else "run an attack first, e.g. attack/badnet.py"
         )
     )

@@ -83,20 +83,20 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
     Raises:
         UserError: listing names that are missing, not the network's, or of another shape.
     """
-    own = model.network.state_dict()
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]
+    network_state = model.network.state_dict()
+    needed = [key for key in network_state if not key.endswith("num_batches_tracked")]
     state = _without_prefix(state, needed)
     kinds = (
         [f"{key} is missing" for key in needed if key not in state],
-        [f"{key} is not in the network" for key in state if key not in own],
+        [f"{key} is not in the network" for key in state if key not in network_state],
         [
             f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in own.items()
+            for key, value in network_state.items()
             if key in state and state[key].shape != value.shape
         ],
         [
             f"{key} is {state[key].dtype}, no real number"
-            for key, value in own.items()
+            for key, value in network_state.items()
             if key in state and state[key].is_complex() and not value.is_complex()
         ],
     )
@@ -107,7 +107,7 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
             f"--state_dict: does not fit --model {name}: {told}; give its own network, dataset and "
             "image size"
         )
-    model.network.load_state_dict({**own, **state})
+    model.network.load_state_dict({**network_state, **state})
 
 
 def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -131,15 +131,15 @@ def _without_prefix(
         return state
     ending = f".{needed[0]}"
     prefixes = [key.removesuffix(needed[0]) for key in state if key.endswith(ending)]
-    found = [p for p in prefixes if all(f"{p}{key}" in state for key in needed)]
-    if not found:
+    whole = [p for p in prefixes if all(f"{p}{key}" in state for key in needed)]
+    if not whole:
         return state
-    if len(found) > 1:
+    if len(whole) > 1:
         raise UserError(
-            f"--state_dict: has all weights {len(found)} times, under {listed(found, limit=200)}; "
+            f"--state_dict: has all weights {len(whole)} times, under {listed(whole, limit=200)}; "
             "give a file that has them once"
         )
-    (prefix,) = found
+    (prefix,) = whole
     taken = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
     others = [key for key in state if not key.startswith(prefix)]
     rest = f"; skipped beside them: {listed(others, limit=200)}" if others else ""

@@ -63,11 +63,11 @@ def finish_run(
     """
     for name, rows in ((name, rows) for name, rows in findings.tables.items() if rows):
         folder.write_metrics(rows, f"{name}.csv")
-    found = {"findings": findings.facts} if findings.facts else {}
+    of_findings = {"findings": findings.facts} if findings.facts else {}
     folder.write_summary(
         {
             **facts,
-            **found,
+            **of_findings,
             "warnings": [*dict.fromkeys([*said, *findings.warnings, *warnings])],
             **run,
             "files": file_hashes(folder, *files),
@@ -178,11 +178,11 @@ def inputs_of(
         model_sha256: of the user's file that makes the network; None for any other.
         contents: name of a flag -> sha256, for what is no single file.
     """
-    found = {name: value for name, value in vars(config).items() if name in paths_of(type(config))}
+    flags = {name: value for name, value in vars(config).items() if name in paths_of(type(config))}
     return {
         "dataset": data.fingerprint(),
         **({} if model_sha256 is None else {"--model": model_sha256}),
-        **files_of(found),
+        **files_of(flags),
         **{f"--{name}": sha256 for name, sha256 in contents.items()},
     }
 

@@ -55,9 +55,9 @@ def evaluate(
     """
 
     def rates(images: torch.Tensor, *labels: torch.Tensor) -> list[Rate]:
-        own = distributed.part(len(images))
-        predictions = predict(model, images[own], device, batch_size)
-        hits = torch.stack([(predictions == wanted[own]).sum() for wanted in labels])
+        share = distributed.part(len(images))
+        predictions = predict(model, images[share], device, batch_size)
+        hits = torch.stack([(predictions == wanted[share]).sum() for wanted in labels])
         return [Rate(int(sum_), len(images)) for sum_ in distributed.total(hits)]
 
     (acc,) = rates(clean.images, clean.labels)

@@ -152,15 +152,15 @@ def _check_labels(labels: torch.Tensor, count: int) -> None:
 def _classes(logits: object, count: int) -> int:
     """The number of classes in what a network gives for so many images."""
     if not isinstance(logits, torch.Tensor):
-        found = type(logits).__name__
+        output = type(logits).__name__
     elif logits.dim() != 2 or len(logits) != count or logits.shape[1] < 1:
-        found = str(tuple(logits.shape))
+        output = str(tuple(logits.shape))
     elif not logits.is_floating_point():
-        found = str(logits.dtype)
+        output = str(logits.dtype)
     else:
         return logits.shape[1]
     raise UserError(
-        f"model: the network gives {found} for {count} images; logits (N, K) are needed, as floats"
+        f"model: the network gives {output} for {count} images; logits (N, K) are needed, as floats"
     )
 
 

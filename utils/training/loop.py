@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from models.fast.graphed import Graphed
+from models.parts import learning_weights
 from utils.errors import UserError, one_line
 from utils.process import distributed
 from utils.process.seeds import random_states
@@ -82,11 +83,7 @@ class Loop:
         Raises:
             UserError: if no weight has `requires_grad`.
         """
-        if not any(weight.requires_grad for weight in model.parameters()):
-            raise UserError(
-                "the network has no weight that may be trained; set requires_grad on those that "
-                "this method shall change"
-            )
+        learning_weights(model)  # refuses
         self._is_shared = True
         return self.alone(distributed.parallel(model))
 
@@ -233,10 +230,10 @@ class Loop:
                 f"images, fewer than the {distributed.processes()} processes; give another"
             )
         for number, batch in enumerate(batches[done:], done + 1):
-            own = batch if whole else batch[distributed.part(len(batch))]
-            share = len(own) * (1 if whole else distributed.processes())
+            rows = batch if whole else batch[distributed.part(len(batch))]
+            share = len(rows) * (1 if whole else distributed.processes())
             self._weight = share / len(batch)
-            yield own
+            yield rows
             self._batch = number
             if self._after_batch:
                 self._after_batch(len(batches))
@@ -352,12 +349,12 @@ def batch_sizes(count: int, batch_size: int, least: int = 2) -> list[int]:
         batch_size: >= 1.
         least: 1 lets a last batch be of one image.
     """
-    full, left = divmod(count, batch_size)
+    full, rest = divmod(count, batch_size)
     sizes = [batch_size] * full
-    if sizes and left < least:
-        sizes[-1] += left
+    if sizes and rest < least:
+        sizes[-1] += rest
         return sizes
-    return [*sizes, left]
+    return [*sizes, rest]
 
 
 def _kept(value: Any) -> Any:

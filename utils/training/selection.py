@@ -99,10 +99,10 @@ def outliers(scores: torch.Tensor, u: float, are_low: bool = False) -> torch.Ten
         bool (C,).
     """
     is_finite = scores.isfinite()
-    known = scores[is_finite].double()
+    finite = scores[is_finite].double()
     if (
-        len(known) < 2 or known.min() == known.max()
+        len(finite) < 2 or finite.min() == finite.max()
     ):  # equal ones differ from their mean by rounding
         return torch.zeros_like(is_finite)
-    above = (scores.double() - known.mean()) * (-1 if are_low else 1)
-    return is_finite & (above > u * known.std())
+    above = (scores.double() - finite.mean()) * (-1 if are_low else 1)
+    return is_finite & (above > u * finite.std())

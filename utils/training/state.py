@@ -250,25 +250,25 @@ def device_of(state: Mapping[str, Any]) -> torch.device:
     return torch.device("cpu")
 
 
-def _require_names(name: str, expected: Mapping[str, Any], found: Any) -> None:
-    if not isinstance(found, dict) or found.keys() != expected.keys():
-        odd = sorted(map(str, set(found) ^ set(expected))) if isinstance(found, dict) else found
+def _require_names(name: str, expected: Mapping[str, Any], value: Any) -> None:
+    if not isinstance(value, dict) or value.keys() != expected.keys():
+        odd = sorted(map(str, set(value) ^ set(expected))) if isinstance(value, dict) else value
         raise ValueError(f"{name}: has other names ({shown(odd, 100)})")
 
 
 def _require_like(
-    name: str, expected: torch.Tensor, found: Any, may_be_infinite: bool = False
+    name: str, expected: torch.Tensor, value: Any, may_be_infinite: bool = False
 ) -> None:
-    if not isinstance(found, torch.Tensor):
+    if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name}: is no tensor")
-    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+    if (value.dtype, value.shape) != (expected.dtype, expected.shape):
         raise ValueError(
-            f"{name}: is {found.dtype} of {tuple(found.shape)} instead of {expected.dtype} of "
+            f"{name}: is {value.dtype} of {tuple(value.shape)} instead of {expected.dtype} of "
             f"{tuple(expected.shape)}"
         )
     if may_be_infinite:
-        _require_numbers(name, found)
-    elif not_finite({name: found}):
+        _require_numbers(name, value)
+    elif not_finite({name: value}):
         raise ValueError(f"{name}: is not finite")
 
 
@@ -285,14 +285,14 @@ def _require_number(name: str, value: Any, least: float) -> None:
         raise ValueError(f"{name}: is {value:g}")
 
 
-def _is_same(found: Any, expected: Any) -> bool:
+def _is_same(value: Any, expected: Any) -> bool:
     """Whether two plain values are the same; 1 and 1.0 are, 1 and True are not."""
     if isinstance(expected, (list, tuple)):
         return (
-            isinstance(found, (list, tuple))
-            and len(found) == len(expected)
-            and all(_is_same(a, b) for a, b in zip(found, expected, strict=True))
+            isinstance(value, (list, tuple))
+            and len(value) == len(expected)
+            and all(_is_same(a, b) for a, b in zip(value, expected, strict=True))
         )
     if isinstance(expected, bool) or expected is None or isinstance(expected, str):
-        return type(found) is type(expected) and found == expected
-    return type(found) in (int, float) and bool(found == expected)
+        return type(value) is type(expected) and value == expected
+    return type(value) in (int, float) and bool(value == expected)
