@@ -96,9 +96,9 @@ class Pictures:
         image.save(packed, "WEBP", quality=85, method=2)
         data = packed.getvalue()
         if len(data) > LARGEST_INLINED:
-            return Shown(caption, reason=f"{name} is left out, it is too large for the page")
+            return Shown(caption, reason=f"{name} is skipped, it is too large for the page")
         if len(data) > self._left:
-            return Shown(caption, reason=f"{name} is left out, the page is large enough")
+            return Shown(caption, reason=f"{name} is skipped, the page is large enough")
         self._left -= len(data)
         address = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
         return Shown(caption, address, *image.size)
