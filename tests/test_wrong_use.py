@@ -14,7 +14,6 @@ import torch
 
 from perf import stress
 from tests.conftest import make_small
-from tests.test_config import CONFIGS
 from tests.test_end_to_end import (
     attack_flags,
     cache,
@@ -23,6 +22,7 @@ from tests.test_end_to_end import (
     trained,
     workplace,
 )
+from tests.utils.test_config import CONFIGS
 from utils.config import _base, _bounds, _hints, _may_be_a_name, allowed_values
 from utils.files import ROOT
 from utils.records.attack import AttackRecord, load_attack

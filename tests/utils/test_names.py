@@ -23,9 +23,9 @@ from benchmark import gallery
 from benchmark.reporting import tables
 from benchmark.reporting.sources import file_stem, read_metrics
 from benchmark.reporting.summaries import read_runs
+from tests.benchmark.test_report import attack, defense, report
+from tests.models.test_userfile import net
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from tests.test_report import attack, defense, report
-from tests.test_userfile import net
 from utils import plot
 from utils.errors import UserError, quoted, shown
 from utils.files import ROOT

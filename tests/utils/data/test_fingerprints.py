@@ -6,7 +6,7 @@ their tiles, which the tests hold, lie within a fifth of the reference, but for 
 
 On CIFAR-10 itself, the first 200 images of each class of a folder `test/<class>/*`:
 
-    CIFAR10_FOLDER=images pytest tests/test_fingerprints.py
+    CIFAR10_FOLDER=images pytest tests/utils/data/test_fingerprints.py
 """
 
 import os

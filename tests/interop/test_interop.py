@@ -21,8 +21,17 @@ from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
 from perf import fuzz
 from tests import backdoorbench_writer as writer
-from tests.test_backdoorbench import MEAN, STD, TARGET, TEST, TRAIN, badnet, data, wanet
 from tests.test_end_to_end import run_script
+from tests.utils.records.test_backdoorbench import (
+    MEAN,
+    STD,
+    TARGET,
+    TEST,
+    TRAIN,
+    badnet,
+    data,
+    wanet,
+)
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import (
     KINDS,

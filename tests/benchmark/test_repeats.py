@@ -14,9 +14,9 @@ from benchmark.reporting import tables
 from benchmark.reporting.means import summarize
 from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
 from defense import ft
+from tests.benchmark.test_report import attack, defense, write
+from tests.interop.test_state_dict import OWN, flags, network, own, state, triggered_images, wrapped
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from tests.test_report import attack, defense, write
-from tests.test_state_dict import OWN, flags, network, own, state, triggered_images, wrapped
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.training import ending

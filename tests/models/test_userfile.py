@@ -14,8 +14,8 @@ import models
 from models import build_model, check_model, model_identity, userfile
 from models.userfile import build_user_model
 from tests.conftest import Picture
-from tests.test_config import odd_file
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from tests.utils.test_config import odd_file
 from utils import plot
 from utils.errors import UserError
 from utils.files import ROOT

@@ -298,5 +298,5 @@ def test_each_system_has_its_job() -> None:
     assert other["continue-on-error"] is True
     named = [word for step in other["steps"] for word in step.get("run", "").split()]
     tests = [word for word in named if word.startswith("tests/")]
-    assert "tests/test_platforms.py" in tests
+    assert "tests/utils/process/test_platforms.py" in tests
     assert [name for name in tests if not (ROOT / name).exists()] == []
