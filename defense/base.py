@@ -201,7 +201,9 @@ class Inverted(CleanData, Rounds):
     """Inversion of the trigger by a generator."""
 
     inversion_rounds: Annotated[
-        int, Field(ge=1, description="times that the trigger is inverted and unlearned")
+        int,
+        Field(ge=1, description="times that the trigger is inverted and unlearned"),
+        Group.INVERSION,
     ]
     identity_epochs: Annotated[
         int, Field(ge=0, description="passes that teach the generator the identity, first")

@@ -53,9 +53,10 @@ def model_identity(name: str) -> tuple[str, str | None]:
         return name, None
     file, function = _parts(name)
     digest = hashlib.sha256(_source(file)).hexdigest()
-    beside = {path for paths in files_beside(file, _source).values() for path in paths} - {file}
+    place = Path(os.path.abspath(file))
+    beside = {path for paths in files_beside(place, _source).values() for path in paths} - {place}
     if beside:
-        listed = {p.relative_to(file.parent).as_posix(): p for p in sorted({file, *beside})}
+        listed = {p.relative_to(place.parent).as_posix(): p for p in sorted({place, *beside})}
         lines = [f"{hashlib.sha256(_source(p)).hexdigest()}  {name}" for name, p in listed.items()]
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return f"{file.name}:{function}", digest
@@ -76,7 +77,8 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
     module = importlib.util.module_from_spec(spec)
     module.__file__ = str(file)
     sys.modules[module_name] = module
-    neighbours = Neighbours(file.parent, list(files_beside(file, _source)), _source)
+    place = Path(os.path.abspath(file))
+    neighbours = Neighbours(place.parent, list(files_beside(place, _source)), _source)
     module.__dict__["__builtins__"] = neighbours.builtins()
     _guard_exit()
     try:
@@ -167,7 +169,7 @@ def _guard_exit() -> None:
 def _parts(name: str) -> tuple[Path, str]:
     match = _NAME.fullmatch(name)
     assert match is not None  # callers ask is_user_file
-    return Path(os.path.abspath(match["file"])), match["function"]
+    return Path(match["file"]), match["function"]
 
 
 def _source(file: Path) -> bytes:

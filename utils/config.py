@@ -60,6 +60,7 @@ class Group(Enum):
     POISONING = "Poisoning and target"
     SEEN = "What the defense sees"
     SELECTION = "Selection on held-out images"
+    INVERSION = "Inversion of the trigger"
     RECORD = "Record and folder"
     DATA = "Data"
     NETWORK = "Network"

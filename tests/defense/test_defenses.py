@@ -600,6 +600,11 @@ def test_what_is_plain_fine_tuning_equals_ft_bit_for_bit(name: str, values: dict
 GROUPS = {
     "What the defense sees": ("ratio", "index", "data"),
     "Selection on held-out images": ("selection", "val_ratio", "acc_ratio"),
+    "Inversion of the trigger": (
+        *("inversion_rounds", "identity_epochs", "mask_epochs", "generator_epochs"),
+        *("generator_width", "mask_lr", "generator_lr", "image_bound", "feature_bound"),
+        "generated_ratio",
+    ),
     "Record and folder": (
         *("result_file", "record_path", "save_folder_name"),
         *("overwrite", "resume", "checkpoint_every"),
