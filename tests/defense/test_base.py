@@ -291,7 +291,7 @@ def record(
         network_size=None,
     )
     found.folder.mkdir()
-    monkeypatch.setattr(base.record, "load_attack", lambda folder: {found.folder: found}[folder])
+    monkeypatch.setattr(base, "load_attack", lambda folder: {found.folder: found}[folder])
     return found
 
 

@@ -28,7 +28,7 @@ def config(**changes: Any) -> ft.Config:
 
 
 def learning_rates(schedule: str, rounds: int, steps: int) -> Callable[[int], float]:
-    """The factor of the learning rate at a step, in the words of `utils.train`."""
+    """The factor of the learning rate at a step, in the words of `utils.training.sgd`."""
     return {
         "constant": lambda step: 1.0,
         "cosine": lambda step: (1 + math.cos(math.pi * (step // steps) / rounds)) / 2,

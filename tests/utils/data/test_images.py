@@ -157,7 +157,7 @@ def test_pictures_of_88_million_pixels_take_less_than_a_gigabyte(tmp_path: Path)
     for number in range(4):
         Image.new("P", (9400, 9400)).save(tmp_path / f"{number}.png")
     code = (
-        "import re, sys\nfrom pathlib import Path\nfrom utils import images\n"
+        "import re, sys\nfrom pathlib import Path\nfrom utils.data import images\n"
         "images.ROOT = Path(sys.argv[1])\n"
         "status = Path('/proc/self/status')\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1]) / 1024\n"

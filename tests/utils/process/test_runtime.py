@@ -260,7 +260,7 @@ def test_progress_says_a_line_a_minute_off_a_terminal(
     """A step each 25 s: after 75 s, and not again before 135 s."""
     caplog.set_level(logging.INFO, logger="sau")
     now = [0.0]
-    monkeypatch.setattr("utils.runtime.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("utils.process.progress.time.monotonic", lambda: now[0])
     progress = Progress(10, "making images hard", "image")
     progress.show("ACC 50 %")
     for _ in range(5):
@@ -284,7 +284,7 @@ def test_progress_is_silent_off_a_terminal_and_counts(
 def test_the_time_left_follows_the_rate_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 s for a fifth of the steps leave 4,000 s: 1 h, 6 min, 40 s. Nothing is left at last."""
     now = [100.0]
-    monkeypatch.setattr("utils.runtime.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("utils.process.progress.time.monotonic", lambda: now[0])
     progress = Progress(10, "training")
     progress.advance(2)
     now[0] = 1100.0
@@ -303,7 +303,7 @@ def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
     """A scheduler and a launcher that each send one, half a second apart, ask once."""
     seen = []
     now = [100.0]
-    monkeypatch.setattr("utils.runtime.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("utils.process.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr("signal.getsignal", lambda _: signal.SIG_DFL)  # tests may be under nohup
 
     def main() -> None:

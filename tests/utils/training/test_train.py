@@ -580,7 +580,7 @@ def test_a_gpu_takes_clean_and_poisoned_images_together_or_neither(
 ) -> None:
     """12 clean images and 3 that replace some, asked for at once."""
     asked = []
-    monkeypatch.setattr(utils.train, "fits", lambda _, count: asked.append(count))
+    monkeypatch.setattr("utils.training.sgd.fits", lambda _, count: asked.append(count))
     images = tiny_data.train.images
     poisoned = PoisonedSet(
         tiny_data.train,
@@ -638,7 +638,7 @@ def test_batches_are_given_on_their_device(
     has_room: bool, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether the set is there or stays where it is; on `meta` there are shapes alone."""
-    monkeypatch.setattr(utils.train, "fits", lambda *_: has_room)
+    monkeypatch.setattr("utils.training.sgd.fits", lambda *_: has_room)
     images = tiny_data.train.images
     index, zeros = torch.tensor([1, 4]), torch.zeros(2, dtype=torch.int64)
     data = PoisonedSet(tiny_data.train, index, images[:2], zeros, zeros.byte())
@@ -661,7 +661,7 @@ def test_a_schedule_counts_the_steps_of_an_epoch(
         asked.append(given)
         return Scheduler(optimizer, *given)
 
-    monkeypatch.setattr(utils.train, "Scheduler", spy)
+    monkeypatch.setattr("utils.training.sgd.Scheduler", spy)
     flags = recipe(batch_size=5, epochs=3, schedule="cosine", drop_last=drop_last)
     train_classifier(Scalar(), unpoisoned(tiny_data.train), Mean(), **flags)
     assert asked == [("cosine", 3, steps)]
@@ -679,7 +679,7 @@ def test_training_moves_images_as_a_part_of_their_batch(
         asked.append((*given, how))
         return images
 
-    monkeypatch.setattr(utils.train, "augment", spy)
+    monkeypatch.setattr("utils.training.sgd.augment", spy)
     order = rng(2)
     Supervised(padding, flip, order).loss(Scalar(), tiny_data.train.images, tiny_data.train.labels)
     assert asked == [(padding, flip, order, {"is_part": True})]
