@@ -14,7 +14,7 @@ TEXT = " ".join((ROOT / "SECURITY.md").read_text(encoding="utf-8").split())
 
 # Words of a promise -> the tests that hold it, as file: names.
 PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
-    "takes no more memory than twice the file and a GiB": {
+    "takes no more memory than twice the size of the file plus 1 GiB": {
         "test_tensors": (
             "test_hostile_pickles_take_neither_memory_nor_time",
             "test_a_large_file_takes_little_more_than_its_size",
@@ -26,7 +26,7 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_tensors": ("test_no_pickle_is_run_anywhere",),
         "test_traps": ("test_a_record", "test_the_checkpoint_of_an_interrupted_run"),
     },
-    "Archives that are compressed or claim more than they hold": {
+    "archives that are compressed or claim more than they hold": {
         "test_tensors": (
             "test_a_compressed_archive_is_refused",
             "test_archives_that_claim_too_much_are_refused",
@@ -36,7 +36,7 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
     "tensors of more values than are stored": {
         "test_tensors": ("test_a_tensor_is_a_view_of_what_is_stored",)
     },
-    "too deep or unfold to more than they hold": {
+    "nested too deeply or become much larger when they are read": {
         "test_tensors": ("test_lists_that_unfold_are_refused",)
     },
     "each file is checked against one schema when it is opened": {
@@ -50,7 +50,7 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
     "A network is made only for weights that fit it": {
         "test_record": ("test_a_network_is_made_only_for_weights_that_fit",)
     },
-    "a state is put only into an object that could have kept it": {
+    "a state is put into an object only if such an object could have written it": {
         "test_state": (
             "test_another_state_is_refused_before_it_is_loaded",
             "test_a_scheduler_takes_no_other_attributes",
@@ -58,7 +58,7 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
             "test_a_loop_takes_its_own_snapshot_alone",
         )
     },
-    "A run goes on only with what it began with": {
+    "A run continues only if these are the same as at its start": {
         "test_resume_origin": (
             "test_a_checkpoint_of_another_run",
             "test_images_or_labels_that_were_changed",
@@ -68,13 +68,13 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
             "test_an_emptied_configuration_is_written_again",
         )
     },
-    "Another number of threads, another device or precision is said in one line": {
+    "If the number of threads, the device or the precision differs, one line says so": {
         "test_resume_origin": ("test_another_number_of_threads_is_said",)
     },
-    "no other format is opened, and no program is started": {
+    "No other format is opened, and no program is started": {
         "test_images": ("test_other_formats_are_not_opened",)
     },
-    "no pipe, no device, no link that leads to one": {
+    "Pipes, devices, and links to them are refused": {
         "test_tensors": ("test_only_regular_files_of_sane_size_are_opened",),
         "test_record": ("test_what_is_no_file_is_refused_at_once",),
         "test_images": ("test_what_is_no_file_is_refused_at_once",),
@@ -90,17 +90,17 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
     "Nothing outside of the record and `data/` is written because a record says so": {
         "test_record": ("test_nothing_is_written_where_a_record_says_so",)
     },
-    "what ran is what was hashed": {
+    "The code that runs is exactly the code that was hashed": {
         "test_userfile": ("test_what_ran_is_what_the_sha256_is_of",),
     },
-    "is told as its own with its line, and never passes for the good end of a run": {
+    "the message names your file and the line, and the run never counts as a success": {
         "test_userfile": (
             "test_the_trial_tells_whatever_is_raised",
             "test_what_is_raised_later_is_one_line_and_leaves_no_record",
             "test_a_process_does_not_end_well",
         ),
     },
-    "Files that it does not list are never removed": {
+    "Files that `run.json` does not list are never removed": {
         "test_contents": (
             "test_a_folder_of_the_user_is_never_touched",
             "test_a_foreign_file_anywhere_in_a_record_keeps_all_of_it",
@@ -110,7 +110,7 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
             "test_a_file_of_the_user_s_in_a_record",
         ),
     },
-    "What is decided about a folder is decided while it is locked": {
+    "while this folder, and the defenses inside it, are locked": {
         "test_wrong_use": (
             "test_a_second_run_that_waits_for_the_first",
             "test_an_attack_does_not_replace_a_record_in_which_a_defense_runs",
@@ -118,7 +118,7 @@ PROMISES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "test_interop": ("test_of_three_exports_at_once_one_is_done",),
     },
-    "A run that is killed at any change of the disk goes on": {
+    "A run can be killed at any change of the disk, and continues": {
         "test_stress": ("test_a_sample_of_the_matrix_gives_the_same_files",)
     },
 }
