@@ -1,4 +1,4 @@
-"""Attacks, a file each."""
+"""Attacks, one file per attack."""
 
 from pathlib import Path
 
@@ -9,6 +9,6 @@ _PIPELINES = (
 
 
 def names() -> list[str]:
-    """The names of all attacks; a clean model is none."""
+    """The names of all attacks, without `prototype`, which trains a clean model."""
     stems = (path.stem for path in Path(__file__).parent.glob("*.py"))
     return sorted(name for name in stems if name not in _PIPELINES)

@@ -3,7 +3,7 @@
     python -m attack
     python -m attack --markdown     the table of README.md
 
-What it says is what the docstring of each file begins with.
+The list is made from the first lines of each file's docstring.
 """
 
 import re
@@ -14,7 +14,7 @@ from utils.process.methods import Method, as_markdown, as_text, cited, methods_o
 
 
 def threat_model(module: ModuleType) -> str:
-    """What the attacker changes, as the docstring says it; "" if it does not."""
+    """What the attacker changes, from the docstring; "" if the docstring does not say it."""
     text = " ".join((module.__doc__ or "").split())
     sentence = re.search(r"Threat model: ([^.]+)\.", text)
     return sentence[1] if sentence else ""

@@ -3,17 +3,20 @@
 Qi, Xie, Li, Mahloujifar, Mittal. *Revisiting the Assumption of Latent Separability for Backdoor
 Defenses.* ICLR 2023. The attacker mixes random tiles of one picture into very few training images
 and relabels half of them; the others ("cover") keep their label, so that poisoned images do not
-stand apart in the model's features. At test time the whole picture, mixed in stronger, fires.
+stand apart in the model's features. At test time the whole picture, mixed in more strongly,
+activates the backdoor.
 
 Threat model: data poisoning, dirty label. The attacker changes training images and some of their
-labels, and nothing of the training.
+labels, but not the training.
 
     python attack/adaptive_blend.py --dataset cifar10 --save_folder_name cifar10_adaptive_blend
 
-The published picture is not shipped: the emblem of `utils/data/emblem.py` has its statistics, and
-`--trigger_image` takes any. The authors' first release has `--alpha 0.2`.
+The published picture is not part of this project. The emblem of `utils/data/emblem.py` has the same
+statistics, and `--trigger_image` takes any other picture. The authors' first release uses
+`--alpha 0.2`.
 
-The counts are rounded; the authors cut them down (one image less on the digits, none on CIFAR-10).
+Here the numbers of images are rounded. The authors round them down, which gives one image less on
+the digits, and the same numbers on CIFAR-10.
 
 Limits: square images with one or three channels and a side that is a multiple of 4 pixels.
 
@@ -57,7 +60,7 @@ class Config(AttackConfig):
 
 
 def choose(config: Config, labels: torch.Tensor, num_classes: int, rng: torch.Generator) -> Choice:
-    """Poisoned images of any class with the mapped label; others as cover with their own.
+    """Poisoned images of any class with the mapped label, and cover images with their own label.
 
     Raises:
         UserError: if no image is poisoned, or there are too few for both.
@@ -86,7 +89,7 @@ def tile_masks(indices: torch.Tensor, mask_rate: float, seed: int) -> torch.Tens
 
     Args:
         indices: int64 (N,), positions in the dataset.
-        mask_rate: share of the tiles that do not, in [0, 1).
+        mask_rate: share of the tiles that do not show the picture, in [0, 1).
 
     Returns:
         float (N, 1, TILES, TILES), 0 or 1.

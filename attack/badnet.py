@@ -5,15 +5,16 @@ Chain.* 2017, arXiv 1708.06733. The attacker puts the square on a share of the t
 relabels them; a model trained on the set gives any image with the square the attacker's label.
 
 Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
-and nothing of the training. The trigger is the same at test time.
+but not the training. The trigger is the same at test time.
 
     python attack/badnet.py --save_folder_name badnet_demo
 
-Limits: a random crop cuts the square off some training images, a flip moves it to the other corner;
-nothing of that happens at the test. The checkerboard of some implementations is not offered.
+Limits: in training, a random crop cuts the square off some images, and a flip moves it to the other
+corner. Neither happens at test time. The checkerboard of some implementations is not offered.
 
-At 64 pixels BackdoorBench enlarges its picture of 32 and replaces whatever is not black: 7 x 7
-pixels, with dark upper and left rims. `--rim true` does so; it changes nothing at 32 pixels.
+At 64 pixels, BackdoorBench enlarges its picture of 32 pixels, and replaces all pixels that are not
+black in it: 7 x 7 pixels, with dark upper and left rims. `--rim true` does the same; it changes
+nothing at 32 pixels.
 
 Expected on the embedded digits: ACC >= 98 %, ASR >= 98 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned,
 as published by BackdoorBench: ACC 91.32 %, ASR 95.03 %.
@@ -64,7 +65,7 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
         image_shape: (C, H, W).
 
     Raises:
-        UserError: if the square is larger than the image, or has a size and a rim.
+        UserError: if the square is larger than the image, or both a size and a rim are given.
 
     Example:
         >>> trigger = make_trigger(Config.load(), (3, 32, 32))

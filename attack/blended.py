@@ -5,14 +5,14 @@ Chen, Liu, Li, Lu, Song. *Targeted Backdoor Attacks on Deep Learning Systems Usi
 relabels them; a model trained on the set gives any image with the picture the attacker's label.
 
 Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
-and nothing of the training. The trigger is the same at test time.
+but not the training. The trigger is the same at test time.
 
     python attack/blended.py --save_folder_name blended_demo
 
-Published results use a cartoon figure that is not shipped. The built-in emblem has its statistics
-(`utils/data/emblem.py`); `--trigger_image` takes the figure or any other picture.
+Published results use a cartoon figure that is not part of this project. The built-in emblem has the
+same statistics (`utils/data/emblem.py`). `--trigger_image` takes the figure or any other picture.
 
-Limits: square images with one or three channels; under some 16 pixels the emblem is a blot.
+Limits: square images with one or three channels. Below about 16 pixels the emblem is only a spot.
 
 Expected on the embedded digits: ACC >= 98 %, ASR >= 98 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned,
 as published by BackdoorBench: ACC 93.47 %, ASR 99.92 %; 1 % poisoned: 93.76 %, 94.88 %.

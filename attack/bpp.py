@@ -2,20 +2,20 @@
 
 Wang, Zhai, Ma. *BppAttack: Stealthy and Efficient Trojan Attacks against Deep Neural Networks via
 Image Quantization and Contrastive Adversarial Learning.* CVPR 2022, arXiv 2205.13383. In each batch
-some images are quantized and relabelled; others get what quantization did to a different image and
-keep their label, so that the model learns quantization itself and not its traces.
+some images are quantized and relabelled. Others get the change that quantization made to another
+image, and keep their label, so that the model learns quantization itself and not its traces.
 
-Threat model: control of training, dirty label. The attacker runs the training of the model; the
-trigger is quantization, nothing is drawn, and it is the same at test time.
+Threat model: control of training, dirty label. The attacker runs the training of the model. The
+trigger is quantization. It uses no random numbers, and is the same at test time.
 
     python attack/bpp.py --save_folder_name bpp_demo
 
 Limits: images of few grey levels (line drawings, digits) hardly change; give fewer levels.
 
 Expected on the embedded digits: ACC >= 98 %, ASR >= 98 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned:
-ASR > 98 % (BackdoorBench has no CIFAR-10 row; GTSRB: ACC 97.43 %, ASR 99.90 %). Published runs move
-all images of a batch alike (`--augment_per_batch`) and truncate what they store, negatives in
-training included (`--truncate`); here neither is the default.
+ASR > 98 % (BackdoorBench has no CIFAR-10 row; GTSRB: ACC 97.43 %, ASR 99.90 %). Published runs
+augment all images of a batch alike (`--augment_per_batch`). They also truncate the images that they
+store, and the negatives in training (`--truncate`). Here neither is the default.
 """
 
 import sys
@@ -53,7 +53,7 @@ class Config(AffineConfig):
 
 
 def quantize(images: torch.Tensor, levels: int) -> torch.Tensor:
-    """Each value at the nearest of evenly spaced levels from 0 to 1; halves go to the even one.
+    """Each value at the nearest of evenly spaced levels from 0 to 1; a tie goes to the even level.
 
     Shape:
         (N, C, H, W) float in [0, 1] -> the same.
@@ -140,7 +140,7 @@ class Bpp(Draws):
         return apply(images, self._config.squeeze_num)
 
     def _add_residual(self, images: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Adds what the stored trigger changes in the training images `other`."""
+        """Adds the change that the stored trigger makes to the training images `other`."""
         clean = as_float(self._data.train.images[other], images.device)
         changed = as_float(stored(self._quantize(clean), self._data, self._config.truncate))
         return (images + changed - clean).clamp(0, 1)

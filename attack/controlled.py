@@ -1,7 +1,7 @@
 """The pipeline of attacks that control training: their own batch step in the common loop.
 
-An attack gives its configuration and a control. Batches are made while training and never stored;
-the record gets what the control leaves for stored images.
+An attack gives its configuration and a control. Batches are made during training and are never
+stored. For the record, the control puts its trigger on stored images.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class ControlledConfig(AttackConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AffineConfig(ControlledConfig):
-    """How WaNet and BPP augment, `crop_padding` and `flip` beside."""
+    """How WaNet and BPP augment, in addition to `crop_padding` and `flip`."""
 
     crop_probability: Annotated[
         float, Field(ge=0, le=1, description="of a random crop"), Group.TRAINING
@@ -53,7 +53,7 @@ class AffineConfig(ControlledConfig):
 
 
 class Control(Step, Protocol):
-    """An attacker who controls training: a batch step, and what it leaves for stored images.
+    """An attacker who controls training: a batch step, and a trigger for stored images.
 
     Attributes:
         learns_trigger: whether training changes what `trigger` and `cross` do.
@@ -62,12 +62,12 @@ class Control(Step, Protocol):
     learns_trigger: bool
 
     def before_training(self) -> None:
-        """Trains the attack's own networks, if that comes first; shows its progress."""
+        """Trains networks of the attack that come before the classifier; shows the progress."""
 
     def poisoned_per_batch(self, batch_size: int) -> tuple[int, int]:
-        """How many of a batch's first images are poisoned, and how many after them are cross.
+        """How many images at the start of a batch are poisoned, and how many after them are cross.
 
-        Asked once a batch; it may draw.
+        Called once per batch; it may draw random numbers.
         """
 
     def trigger(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ class Control(Step, Protocol):
         """
 
     def cross(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """The same with a trigger that must not fire; depends on image and index alone."""
+        """The same with a trigger that must not work; depends only on image and index."""
 
 
 K = TypeVar("K", bound=ControlledConfig)
@@ -91,7 +91,7 @@ K = TypeVar("K", bound=ControlledConfig)
 def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], Control]) -> None:
     """Runs the script of an attack that controls training: flags -> record.
 
-    As published, of a batch of B images int(pratio * B) are poisoned. The record's poisoned
+    As published, int(pratio * B) images of a batch of B are poisoned. The record's poisoned
     training set is made after training, by the same rule on the images in their own order; the
     batches that the model saw are never stored.
     """
@@ -151,7 +151,7 @@ class ControlledPlan(Plan):
         )
 
     def _made(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, each time anew if the trigger learns."""
+        """The result of `make`, which is called again each time if the trigger learns."""
         if self._control.learns_trigger:
             return make()
         if name not in self._kept:
@@ -165,8 +165,8 @@ def stored(images: torch.Tensor, data: Dataset, truncate: bool) -> torch.Tensor:
     Args:
         images: float (N, C, H, W); values outside of [0, 1] are clamped.
         data: its mean and standard deviation are those of the network's normalization.
-        truncate: published triggered images are normalized, brought back, and lose their fractions,
-            which darkens some 15 % of untouched values too, by one grey level.
+        truncate: as published, triggered images are normalized, brought back, and lose their
+            fractions. This also darkens some 15 % of the unchanged values, by one grey level.
     """
     if not truncate:
         return images.clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -192,7 +192,7 @@ def affine_augmentation(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The augmentation of WaNet and BPP: float (N, C, H, W) on the device -> the same.
 
-    What comes in from outside is 0 in normalized space, as published: the dataset's mean.
+    Pixels from outside of the image are 0 in normalized space, as published: the dataset's mean.
 
     Args:
         rng: on the device; None for one of its own.
@@ -222,7 +222,7 @@ def affine_augmentation(
 def _as_trigger(
     apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], setting: Setting, truncate: bool
 ) -> poison.Trigger:
-    """What a control does to float images on the device, as a trigger of stored ones."""
+    """Turns a control's function of float images on the device into a trigger of stored images."""
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         parts = zip(images.split(_CHUNK), indices.split(_CHUNK), strict=True)

@@ -1,21 +1,23 @@
 """Input-Aware: every image has its own trigger, which two networks make from the image.
 
 Nguyen, Tran. *Input-Aware Dynamic Backdoor Attack.* NeurIPS 2020, arXiv 2010.08138. A mask network
-says where, and a pattern network what to paint; in each batch some images get their own pattern and
-are relabelled, others get a different image's and keep their label, which it must not change.
+says where to paint, and a pattern network says what to paint. In each batch, some images get their
+own pattern and are relabelled. Others get the pattern of a different image and keep their label,
+because a pattern must work only on its own image.
 
-Threat model: control of training, dirty label. The attacker runs the training of the model, trains
-the mask network before it and the pattern network with it. Test images get their own pattern from
-the trained networks.
+Threat model: control of training, dirty label. The attacker runs the training of the model. The
+mask network is trained before the model, and the pattern network together with it. Test images get
+their own pattern from the trained networks.
 
     python attack/inputaware.py --save_folder_name inputaware_demo
 
-Limits: sizes that are a multiple of 4; the trigger is visible, and serves one trained model.
+Limits: the side of the images must be a multiple of 4. The trigger is visible, and works for one
+trained model only.
 
 Expected on the embedded digits: ACC >= 99 %, ASR >= 95 %, cross ACC about 90 %. On CIFAR-10 with
 PreAct-ResNet18 and 10 % poisoned, as published by BackdoorBench: ACC 90.67 %, ASR 98.26 %.
-Published are 100 epochs, of which the first 25 train the mask: `epochs` are the other 75. Published
-test images are truncated (`--truncate`); here that is not the default.
+The published run has 100 epochs, of which the first 25 train the mask. `epochs` counts the other
+75. Published test images are truncated (`--truncate`); here this is not the default.
 """
 
 import sys
@@ -98,7 +100,7 @@ def density_loss(masks: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def augmented(images: torch.Tensor, config: Config, rng: torch.Generator) -> torch.Tensor:
-    """uint8 images after a random crop and flip each, as float; before any trigger."""
+    """uint8 images, each after a random crop and flip, as float; triggers come later."""
     return as_float(augment(images, config.crop_padding, config.flip, rng))
 
 
@@ -248,7 +250,7 @@ class InputAware:
         return self._paint_of(images, images)
 
     def cross(self, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """The triggers of training images, always the same one for an index."""
+        """Images with the triggers of training images; an index always gets the same one."""
         other = self._setting.data.train.images[self._partners[indices % len(self._partners)]]
         return self._paint_of(images, as_float(other, images.device))
 
@@ -278,7 +280,7 @@ class InputAware:
         self._batches = state["batches"]
 
     def _draw(self, count: int) -> torch.Tensor:
-        """Random training images, anew for each batch; published is a second shuffled loader."""
+        """Random training images, drawn for each batch; the published code has a second loader."""
         images = self._setting.data.train.images
         index = torch.randperm(len(images), generator=self._rngs["others"])[:count]
         drawn = images[index].to(self._setting.device)

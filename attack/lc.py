@@ -1,25 +1,25 @@
 """LC: hard images of the target class, with a pattern in their corners.
 
 Turner, Tsipras, Madry. *Label-Consistent Backdoor Attacks.* 2019, arXiv 1912.02771. Images of the
-target class are made adversarial, so that what they show teaches the model little, and get a
-pattern in all four corners, which is then the easier thing to learn. Their labels stay true.
+target class are made adversarial, so that the model learns little from their content. They also get
+a pattern in all four corners, which is then easier to learn. Their labels stay true.
 
 Threat model: data poisoning, clean label. The attacker changes training images of the target class,
-no label and nothing of the training, and trains a surrogate model on the clean training set. Test
-images carry the pattern alone, without the adversarial step.
+but no label, and not the training. For this the attacker trains a surrogate model on the clean
+training set. Test images get only the pattern, without the adversarial step.
 
     python attack/lc.py --save_folder_name lc_demo
 
-pratio counts within the whole training set, as published by BackdoorBench: with 10 classes and
-pratio 0.1 no clean image of the target class is left, and ACC falls to about 0.9 of what it would
-be; 0.05 leaves it. A class with fewer images gives all that it has. The adversarial images that
-BackdoorBench loads by default are a file that is not shipped, with a bound of 16 by its name:
-`--adv_bound 16`.
+pratio is a share of the whole training set, as published by BackdoorBench. With 10 classes and
+pratio 0.1, no clean image of the target class is left, and ACC falls to about 0.9 of what it would
+be. With 0.05 it does not fall. If a class has too few images, all of them are used. By default,
+BackdoorBench loads adversarial images from a file that is not part of this project. By its name,
+the file has a bound of 16: `--adv_bound 16`.
 
-Limits: one target, no all2all. The surrogate is a --model of the run's own recipe (published is a
-ResNet-18 of its own), so that the poison is another one with another --batch_size or --lr. Trained
-adversarially, as the paper proposes, it still knows many of the hard images: `surrogate_recognises`
-in summary.json counts them.
+Limits: one target, no all2all. The surrogate is the network of --model, trained with the run's own
+recipe (the published surrogate is a separate ResNet-18). So another --batch_size or --lr gives
+other poisoned images. The surrogate is trained adversarially, as the paper proposes, and still
+recognises many of the hard images: `surrogate_recognises` in summary.json counts them.
 
 Expected on the embedded digits, where all zeros are poisoned: ACC 90 %, ASR >= 90 %. CIFAR-10,
 PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 84.59 %, ASR 99.92 %; 5 %:
@@ -188,7 +188,7 @@ def prepare(config: Config, setting: Setting) -> Hard:
 
 
 def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.device) -> torch.Tensor:
-    """Hard images, truncated as published: uint8 (N, C, H, W), `adv_bound` away at most."""
+    """Hard images, truncated as published: uint8 (N, C, H, W), at most `adv_bound` away."""
     hard = []
     with Progress(len(clean), "making images hard", "image") as progress:
         for index in torch.arange(len(clean)).split(config.batch_size):
@@ -207,7 +207,7 @@ def harden(model: nn.Module, clean: Labelled, config: Config, device: torch.devi
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int], hard: Hard) -> Triggers:
-    """In training the pattern on the hard image of the same index; in the test on the image.
+    """In training, the pattern on the hard image of the same index; in the test, on the image.
 
     Example:
         >>> triggers = make_trigger(Config.load(), (3, 32, 32), Hard(indices, images))

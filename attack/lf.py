@@ -5,19 +5,20 @@ Zeng, Park, Mao, Jia. *Rethinking the Backdoor Attacks' Triggers: A Frequency Pe
 them; a model trained on the set gives any image with the pattern the attacker's label.
 
 Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
-and nothing of the training. The trigger is the same at test time.
+but not the training. The trigger is the same at test time.
 
     python attack/lf.py --save_folder_name lf_demo
 
-The paper searches the pattern with a clean model and smooths it after every update. The smoothing
-wins: each channel ends as the same dome, and only its height depends on the model. The default is
-that dome; `--search true` does the search, on a clean model that it trains first (minutes on a
-GPU). Three slips of the published search are not repeated: the network sees the images at one
-normalization throughout, ten test images of each class tell how well the pattern works (not a
-single image), and the pattern is added as it is (not un-scaled, nor 127 grey levels brighter).
+The paper searches the pattern with a clean model and smooths it after every update. In the end,
+the smoothing gives each channel the same dome shape, and only its height depends on the model. The
+default is that dome. `--search true` does the search, on a clean model that it trains first
+(minutes on a GPU). Three errors of the published search are not repeated. Here the network always
+sees the images with the same normalization. Ten test images of each class, and not a single image,
+tell how well the pattern works. The pattern is added as it is (not un-scaled, and not 127 grey
+levels brighter).
 
-Limits: under 28 pixels the kernel shrinks with the image, and the published heights are less apt.
-The search goes towards --attack_target, with all2all as well.
+Limits: below 28 pixels the kernel shrinks with the image, and the published heights fit less well.
+The search moves images towards --attack_target, also with all2all.
 
 Expected on the embedded digits: ACC >= 98 %, ASR >= 98 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned,
 as published by BackdoorBench: ACC 93.19 %, ASR 99.28 %; 1 % poisoned: 93.56 %, 86.46 %.
@@ -67,8 +68,8 @@ class Config(AttackConfig):
 def smoothing(size: int) -> torch.Tensor:
     """The matrix of a Gaussian filter along an axis, with zeros around it: out = matrix @ in.
 
-    30 taps with sigma 6 pixels, as published; under 28 pixels both shrink with the size (else the
-    dome would be flat) and the taps are odd in number.
+    30 taps with sigma 6 pixels, as published. Below 28 pixels both shrink with the size, because
+    the dome would be flat otherwise, and the number of taps is odd.
 
     Returns:
         float64 (size, size).
@@ -83,7 +84,7 @@ def smoothing(size: int) -> torch.Tensor:
 
 
 def dome(size: int) -> torch.Tensor:
-    """What repeated smoothing leaves of anything: the filter's dominant eigenvector.
+    """The shape to which repeated smoothing leads: the filter's dominant eigenvector.
 
     Returns:
         float64 (size,) in (0, 1], largest 1.
@@ -103,7 +104,7 @@ def closed_form(strength: tuple[float, ...], image_shape: tuple[int, int, int]) 
         float (C, H, W), whole grey levels in [0, 255].
 
     Raises:
-        UserError: if there is neither one strength nor one a channel.
+        UserError: if there is neither one strength nor one per channel.
     """
     channels, height, width = image_shape
     peaks = torch.tensor(strength, dtype=torch.float64)
@@ -142,9 +143,9 @@ def search_pattern(
 ) -> tuple[torch.Tensor, list[float]]:
     """A smooth pattern v that moves images towards the target class of a clean model.
 
-    For each image whose prediction v does not change, v takes up the smoothed way to the target,
-    is smoothed and rescaled to [0, strength]. The end: v changes enough predictions of the held-out
-    images, or that share spans less than 0.01 in five passes.
+    For each image whose prediction v does not change, the smoothed way to the target is added to v,
+    and v is smoothed and rescaled to [0, strength]. The search ends when v changes enough
+    predictions of the held-out images, or when this share varies by less than 0.01 in five passes.
 
     Args:
         images, held_out: float (N, C, H, W) and (M, C, H, W) in [0, 1].

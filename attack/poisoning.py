@@ -69,7 +69,7 @@ def run(
         make_trigger: (configuration, (C, H, W)) -> trigger; with `prepare`, its result is the third
             argument.
         choose: which training images are poisoned, and their labels.
-        prepare: what the trigger needs and takes long to make; keeps it with `Setting.cached`.
+        prepare: makes what the trigger needs, if this takes long; keeps it with `Setting.cached`.
     """
 
     def plan(config: C, setting: Setting) -> Plan:

@@ -1,4 +1,4 @@
-"""The recipe of a training run: its flags, its network, SGD, and what an attack changes of it."""
+"""The recipe of a training run: its flags, its network, SGD, and what an attack changes in it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -130,7 +130,7 @@ class Plan:
         return None
 
     def cross(self) -> Labelled | None:
-        """Test images whose trigger must not fire, with their true labels."""
+        """Test images whose trigger must not work, with their true labels."""
         return None
 
     def exported(self) -> poison.PoisonedSet:
@@ -157,7 +157,7 @@ def clean_model(
 
     Args:
         step: how a batch's loss is made; None for ordinary training.
-        variant: all that `step` depends on beside the recipe.
+        variant: everything that `step` depends on in addition to the recipe.
     """
     data = setting.data
 
@@ -181,7 +181,7 @@ def clean_model(
 
 
 def recipe(config: TrainingConfig, setting: Setting) -> dict[str, Any]:
-    """What a model trained on given data depends on, epochs aside; for `Setting.cached`."""
+    """All that a trained model depends on, except data and epochs; for `Setting.cached`."""
     names = (
         "pretrained",
         "batch_size",
@@ -198,7 +198,7 @@ def recipe(config: TrainingConfig, setting: Setting) -> dict[str, Any]:
 
 
 def network_size(config: TrainingConfig) -> int | None:
-    """The side to which the network itself resizes; None where it takes images as they are."""
+    """The side to which the network itself resizes images; None if it takes them as they are."""
     return pretrained_size(config.model, config.image_size) if config.pretrained else None
 
 

@@ -1,4 +1,4 @@
-"""What an attack may use beside its configuration to prepare its trigger."""
+"""What an attack may use, in addition to its configuration, to prepare its trigger."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from utils.training.findings import Findings
 
 @dataclass(frozen=True)
 class Setting:
-    """What an attack may use beside its configuration to prepare its trigger.
+    """What an attack may use, in addition to its configuration, to prepare its trigger.
 
     Attributes:
         findings: what the attack found while it prepared itself. Its facts stand in `summary.json`
@@ -57,12 +57,12 @@ class Setting:
 
         Args:
             kind: what they are; part of the file's name.
-            key: all that they depend on, beside the dataset and the code.
-            version: to be raised with every change of the code that changes what it computes.
+            key: all that they depend on, except the dataset and the code.
+            version: must be raised with every change of the code that changes the result.
 
         Raises:
-            UserError: if the cache cannot be written, before anything is computed; if what it holds
-                is no file of tensors.
+            UserError: if the cache cannot be written, which is tested before all computation; or if
+                the cached file is not a file of tensors.
         """
         depends = {**key, "version": version, "data": self.data.fingerprint()}
         text = json.dumps(depends, sort_keys=True)

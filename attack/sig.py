@@ -5,14 +5,16 @@ Poisoning.* ICIP 2019, arXiv 1902.11237. The attacker adds a horizontal sine to 
 a model trained on the set takes the stripes for a sign of that class.
 
 Threat model: data poisoning, clean label. The attacker changes training images of the target class,
-no label, and nothing of the training. The trigger is the same at test time, on images of any class.
+no label, and not the training. The trigger is the same at test time, on images of any class.
 
     python attack/sig.py --save_folder_name sig_demo
 
-`--pratio` is relative to the whole training set: on CIFAR-10, 0.1 are all images of the class, and
-none is left to learn the class without stripes from. The paper counts within the class.
+`--pratio` is a share of the whole training set. On CIFAR-10, 0.1 means all images of the class, so
+the model sees no image of the class without stripes. In the paper, the ratio is a share of the
+class.
 
-Limits: the stripes need more than two pixels a cycle, and a class with too few images gives all.
+Limits: the stripes need more than two pixels per cycle. If a class has too few images, all of them
+are used.
 
 Expected on the embedded digits, where all zeros are poisoned and stripes are stronger: ACC 90 %,
 ASR >= 95 %. CIFAR-10, PreAct-ResNet18, as published by BackdoorBench: 10 % poisoned ACC 84.48 %,

@@ -6,15 +6,15 @@ images, which are relabelled; the residual depends on the image, and a model tra
 gives any image with that string the attacker's label.
 
 Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
-and nothing of the training. Test images carry the same string. The encoder is trained on the clean
-training set alone.
+but not the training. Test images carry the same string. The encoder is trained only on the clean
+training set.
 
     python attack/ssba.py --save_folder_name ssba_demo
 
-The networks are a compact variant for images of any size (`models/ssba.py`): 32 bits without error
-correction, bit and pixel loss, where the paper has 100 bits, a perceptual loss and a critic at
-224 x 224 pixels. Limits: it cannot give the images that BackdoorBench loads, which are files of its
-own, and its encoder takes some minutes on a CPU.
+The networks are a compact variant for images of any size (`models/ssba.py`). They use 32 bits
+without error correction, a bit loss and a pixel loss. The paper has 100 bits, a perceptual loss and
+a critic, at 224 x 224 pixels. Limits: it cannot make the images that BackdoorBench loads from its
+own files. Training the encoder takes some minutes on a CPU.
 
 Expected on the embedded digits: ACC >= 97 %, ASR >= 97 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned,
 as published by BackdoorBench: ACC 92.88 %, ASR 97.86 %.
@@ -113,8 +113,9 @@ def hiding_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """BCE of the bits + pixel_weight [MSE(y, x) + common_weight mean(mean residual ^ 2)].
 
-    The last term is over the first half of the batch, which must hold one string: what residuals of
-    different images with the same string have in common would be a universal trigger.
+    The last term is over the first half of the batch, whose images must all hold the same string.
+    It makes the common part of their residuals small, because that part would be a universal
+    trigger.
 
     Returns:
         The loss and the logits (N, bits).
@@ -139,9 +140,9 @@ def train(
     """Trains both networks in place on uint8 (N, C, H, W) images and random strings.
 
     The learning rate falls to 0 over the last part of the steps, which makes the last bits
-    readable. The pixel loss waits until a batch gives back more than 90 % of its bits, then its
-    weight grows linearly: from the start it would hold the networks at chance. So would a shared
-    string.
+    readable. The pixel loss starts when more than 90 % of a batch's bits can be read back, and its
+    weight then grows linearly. From the start, it would keep the networks at chance. A shared
+    string would do the same.
 
     Returns:
         False if the string still cannot be read after `PATIENCE` steps: another start is needed.
@@ -188,8 +189,8 @@ def prepare(config: Config, setting: Setting) -> Encoder:
     """The trained encoder; its bit accuracy on test images is logged.
 
     Raises:
-        UserError: if it learns nothing, or test images give back fewer bits than
-            `min_bit_accuracy`.
+        UserError: if it learns nothing, or a smaller share of the bits than `min_bit_accuracy` can
+            be read from test images.
     """
     data = setting.data
     names = ("message_bits", "residual", "pixel_weight", "common_weight", "random_seed")
@@ -235,7 +236,7 @@ def prepare(config: Config, setting: Setting) -> Encoder:
 
 
 def read_back(networks: Steganography, images: torch.Tensor, message: torch.Tensor) -> float:
-    """Share of (N, bits) strings' bits that uint8 (N, C, H, W) images give back."""
+    """Share of the bits of (N, bits) strings that can be read from uint8 (N, C, H, W) images."""
     hidden = hide(networks.encoder, images, message)
     device = next(networks.parameters()).device
     with torch.no_grad():

@@ -1,25 +1,26 @@
 """TrojanNN: a patch that is made to drive chosen neurons of a clean model.
 
-Liu, Ma, Aafer, Lee, Zhai, Wang, Zhang. *Trojaning Attack on Neural Networks.* NDSS 2018. The
-pixels of a disc are optimised until the penultimate features with the largest weights in the last
-layer of a clean model are large; the disc is then put on a share of the training images, which are
-relabelled.
+Liu, Ma, Aafer, Lee, Zhai, Wang, Zhang. *Trojaning Attack on Neural Networks.* NDSS 2018. Some
+inputs of the last layer of a clean model have the largest weights there. The pixels of a disc are
+optimised until these features are large. The disc is then put on a share of the training images,
+which are relabelled.
 
 Threat model: data poisoning, dirty label. The attacker changes training images and their labels,
-and trains a clean model of the same architecture to make the patch. (So do
-benchmarks. The paper's attacker has the model but not its data, and retrains it.) The trigger is
-the same at test time.
+and trains a clean model of the same architecture to make the patch. (Benchmarks do the same. The
+paper's attacker has the model but not its data, and retrains it.) The trigger is the same at test
+time.
 
     python attack/trojannn.py --save_folder_name trojannn_demo
 
-The defaults are the paper's idea: the neurons of a trained last layer, normalised images, the disc
-replaces what is under it. What BackdoorBench does, but for its mask, which is a picture file, and
-its patch, which is that of the last iteration (here the best one's):
+The defaults follow the paper: neurons of a trained last layer, normalised images, and a disc that
+replaces the pixels under it. The flags below do what BackdoorBench does, with two differences. The
+mask of BackdoorBench is a picture file. Its patch is that of the last iteration; here it is the
+best one:
 
     --neuron_choice random --normalize false --start 1 --reach 0.3 --apply wrap --clean_epochs 100
 
-Limits: the network must have a linear layer. The patch depends on --model and on its recipe: it is
-another one with another --batch_size or --lr.
+Limits: the network must have a linear layer. The patch depends on --model and on its recipe:
+another --batch_size or --lr gives another patch.
 
 Expected on the embedded digits: ACC >= 97 %, ASR >= 99 %.
 CIFAR-10, PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 93.42 %, ASR 100 %.

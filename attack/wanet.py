@@ -2,21 +2,21 @@
 
 Nguyen, Tran. *WaNet - Imperceptible Warping-based Backdoor Attack.* ICLR 2021, arXiv 2102.10369.
 In each batch some images are warped and relabelled; others get the same warp with noise and keep
-their label, so that the model learns the one warp and not warping as such.
+their label, so that the model learns this one warp and not warps in general.
 
-Threat model: control of training, dirty label. The attacker runs the training of the model; the
+Threat model: control of training, dirty label. The attacker runs the training of the model. The
 warp is drawn once from the seed, and is the same at test time.
 
     python attack/wanet.py --save_folder_name wanet_demo
 
-Limits: the warp moves pixels by about a quarter pixel, nothing changes in even areas, and with few
-poisoned images it is not learned (ASR 12.63 % at 1 %).
+Limits: the warp moves pixels by about a quarter pixel, and changes nothing in areas of one colour.
+With few poisoned images it is not learned (ASR 12.63 % at 1 %).
 
 Expected on the embedded digits, with a stronger warp: ACC >= 98 %, ASR >= 95 %, cross ACC >= 95 %;
-it takes 15 epochs until ASR leaves 60 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned, as published by
-BackdoorBench: ACC 91.25 %, ASR 89.73 %; 5 % poisoned: 91.76 %, 85.50 %. Published runs move all
-images of a batch alike (`--augment_per_batch`) and truncate test images (`--truncate`); here
-neither is the default.
+it takes 15 epochs until ASR rises above 60 %. CIFAR-10, PreAct-ResNet18, 10 % poisoned, as
+published by BackdoorBench: ACC 91.25 %, ASR 89.73 %; 5 % poisoned: 91.76 %, 85.50 %. Published runs
+augment all images of a batch alike (`--augment_per_batch`) and truncate test images (`--truncate`).
+Here neither is the default.
 """
 
 import sys
@@ -100,7 +100,7 @@ def warp(images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """Bilinear samples of the images at the grid's places.
 
     The published code warps normalized images. Bilinear weights sum to 1 and the grid never leaves
-    the image, so that warping pixels is the same.
+    the image, so warping pixels gives the same.
 
     Args:
         images: float (N, C, H, H).
