@@ -1,4 +1,4 @@
-"""Defenses, a file each."""
+"""Defenses, one file per defense."""
 
 from pathlib import Path
 

@@ -3,7 +3,7 @@
     python -m defense
     python -m defense --markdown     the table of README.md
 
-What it says is what the docstring of each file begins with, and what the bases of its `Config` say.
+The list is made from the first lines of each file's docstring, and from the bases of its `Config`.
 """
 
 from types import ModuleType

@@ -4,8 +4,8 @@ Wu, Wang. *Adversarial Neuron Pruning Purifies Backdoored Deep Models.* NeurIPS 
 2110.14430.
 
 Channels that serve a backdoor are the most sensitive to changes of their scale. A mask for each
-channel of BatchNorm is learned so that the network stays accurate although scales and shifts are
-disturbed as badly as they can be; channels whose mask has become small are pruned.
+channel of BatchNorm is learned so that the network stays accurate under the worst changes of scales
+and shifts. Channels whose mask has become small are pruned.
 
     outer   min over masks m in [0, 1]   alpha CE(gamma m, beta) + (1 - alpha) CE(noisy)
     inner   max over |d|, |e|            CE of the noisy network: gamma (m + d), beta (1 + e)
@@ -14,8 +14,8 @@ disturbed as badly as they can be; channels whose mask has become small are prun
 
 `selection val` prunes up to the level at which accuracy on held-out images begins to break;
 `selection fixed` takes `pruning_number` (0.2 in the paper, which gives no rule for other networks).
-Neither sees the ASR. Published tables often chose the level by the ASR on triggered test images:
-no other choice can be compared with theirs. It is sensitive to learning rate, level and seed.
+Neither sees the ASR. Published tables often chose the level by the ASR on triggered test images, so
+they cannot be compared with any other choice. ANP is sensitive to learning rate, level and seed.
 """
 
 import copy
@@ -137,7 +137,7 @@ def learned_masks(
     """A mask for each channel of each BatchNorm: (C,) in [0, 1] by the layer's name.
 
     Args:
-        model: left as it is; a copy is in train mode, with the batches' statistics.
+        model: not changed; a copy is used in train mode, with the batches' statistics.
         images: (N, C, H, W) clean images, float in [0, 1] or uint8.
         labels: (N,) int64.
 
@@ -200,7 +200,7 @@ def purify(
         loop: lets a pipeline watch the rounds, and takes what was selected.
 
     Returns:
-        The pruned model, in eval mode; all but BatchNorm's weights is bit for bit the model's.
+        The pruned model, in eval mode; only BatchNorm's weights differ from the model's.
 
     Raises:
         UserError: if the network has no BatchNorm.

@@ -2,9 +2,9 @@
 
 A defense gives its configuration and `purify(model, images, labels, config, loop)`. The bases of
 its configuration say what it sees and which flags it has. The pipeline reads a record, hands over
-what the defense may see, scores and saves the model that it gives back, and draws what it found.
-Dataset, model, normalization and target come from the record. Test images and triggers are used for
-the report alone.
+what the defense may see, scores and saves the model that it gives back, and draws its findings.
+Dataset, model, normalization and target come from the record. Test images and triggers are used
+only for the report.
 """
 
 import functools
@@ -248,7 +248,7 @@ Caption = Callable[[torch.Tensor], list[str]]
 
 
 class Purify(Protocol[C_contra]):
-    """What every defense has: from a model and images to another model."""
+    """The function that every defense has: from a model and images to another model."""
 
     def __call__(
         self,
@@ -273,11 +273,11 @@ class Purify(Protocol[C_contra]):
 
 
 def checked(purify: Purify[C]) -> Purify[C]:
-    """What every `purify` is wrapped in; a method file writes `@checked` over it.
+    """The decorator of every `purify`; a method file writes `@checked` over it.
 
-    Model, images and labels are looked at first (`check_given`). Dropout, and whatever else draws
-    from the global generators, begins with `random_seed` in every call; the generators are put back
-    at the end. A network that cannot learn from one image at a time is told in one line.
+    Model, images and labels are checked first (`check_given`). In every call, the global generators
+    start with `random_seed`, so dropout draws the same; they are restored at the end. If a network
+    cannot learn from one image at a time, one line says so.
 
     Args:
         purify: the method.
@@ -534,7 +534,7 @@ def _record_folder(result_file: str | None, record_path: str | None) -> Path:
 
 
 def _summary(source: Path) -> bytes | None:
-    """The summary of a record, which tells one content of it from another."""
+    """The summary of a record; another summary means that the record has other content."""
     try:
         return read_bytes(source / "summary.json")
     except OSError:
@@ -542,7 +542,7 @@ def _summary(source: Path) -> bytes | None:
 
 
 def _dataset_of_record(values: Mapping[str, Any]) -> str | None:
-    """The dataset whose YAML files apply; none without a record, which `--help` needs not."""
+    """The dataset whose YAML files apply; None without a record, because `--help` needs none."""
     if not values.get("result_file"):
         return None
     return recorded_dataset(_record_folder(values["result_file"], values.get("record_path")))
@@ -571,7 +571,7 @@ def _spread(count: int) -> torch.Tensor:
 
 
 def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:
-    """A line on what the defense is given."""
+    """One line that says what the defense is given."""
     count, total = len(given.index), len(data.train)
     return {
         "nothing": "sees no images",
@@ -581,7 +581,7 @@ def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:
 
 
 def _said_of_verdict(verdict: Mapping[str, Any], data: Dataset) -> str:
-    """A line on a verdict, and whether it is right."""
+    """One line that says the verdict, and whether it is right."""
     names = ", ".join(
         f"{target} ({shown(data.classes[target], 60)})" for target in verdict["targets"]
     )

@@ -12,11 +12,11 @@ its neighbours is pruned.
 
     python defense/bnp.py --result_file badnet_demo
 
-It sees clean images and reads no labels. It finds nothing where the statistics were refreshed on
-clean images, as fine-tuning does, and it often misses Blended, LF, SIG and SSBA. In a layer of ten
-channels or fewer u = 3 can prune nothing. Published code has the logarithm without the 1/2, and
-compares with the statistics of poisoned images, so its numbers are those of another method; the
-authors take one batch of 500 images, and here all images count, as they are.
+It sees clean images and reads no labels. It prunes nothing if the statistics were updated on clean
+images, as in fine-tuning, and it often misses Blended, LF, SIG and SSBA. In a layer of ten channels
+or fewer, u = 3 can prune nothing. Published code has the logarithm without the 1/2, and compares
+with the statistics of poisoned images, so its numbers are those of another method. The authors use
+one batch of 500 images; here all images are used, without augmentation.
 """
 
 import sys
@@ -96,7 +96,7 @@ def moments(values: torch.Tensor) -> Moments:
 
 
 def pooled(parts: Sequence[Moments]) -> Moments:
-    """Statistics of all values from those of their parts, which may have different sizes."""
+    """Statistics of all values, from the statistics of parts that may have different sizes."""
     count = sum(part.count for part in parts)
     mean = torch.stack([part.count * part.mean for part in parts]).sum(0) / count
     squares = [part.squares + part.count * (part.mean - mean).square() for part in parts]
@@ -138,7 +138,7 @@ def purify(
         loop: takes what was pruned.
 
     Returns:
-        The pruned model, in eval mode; all but BatchNorm's weights is bit for bit the model's.
+        The pruned model, in eval mode; only BatchNorm's weights differ from the model's.
 
     Raises:
         UserError: if the network has no BatchNorm, or none that keeps running statistics.

@@ -4,7 +4,7 @@ Xu, Huang, Li, Qin, Ren. *Towards Reliable and Efficient Backdoor Trigger Invers
 Benign Features.* ICLR 2024. This is its defense by unlearning, BTI-DBF(U).
 
 A mask keeps those features of the last map that tell the label. A generator changes images so that
-the other features change most and these the least; that is how a trigger acts. The model learns to
+these features change least and the other ones change most, as with a trigger. The model learns to
 give generated images their true labels and the features of the clean ones. This is done five times.
 
     mask and generator   as in `utils/training/inversion.py`, G(x) the generated image
@@ -14,12 +14,12 @@ give generated images their true labels and the features of the clean ones. This
     python defense/bti_dbf.py --result_file badnet_demo
 
 f is the network's last map of features: the input of global pooling, PreAct-ResNet18's `layer4`. A
-network without such a map, like a ViT, is refused. Images are not augmented. The class that most
-generated images are taken for at first is a finding, `targets`; it names one for clean models, too.
-Published limits are in units of normalized images; here images are pixels, so `image_bound` is
-0.019 for the published 0.3 (a pixel's deviation is about a quarter), and the noise at the detection
-is 0.03 pixel units. Each inversion and each unlearning begins with a new Adam. Both passes of a
-step of unlearning are in train mode and move BatchNorm's statistics.
+network without such a map, like a ViT, is refused. Images are not augmented. After the first
+inversion, the label that most generated images get is the finding `targets`. A clean model has such
+a label, too. Published limits are in units of normalized images. Here images are pixels, so
+`image_bound` is 0.019 for the published 0.3 (the standard deviation of pixels is about a quarter),
+and the noise at the detection is 0.03 pixel units. Each inversion and each unlearning begins with a
+new Adam. Both passes of a step of unlearning are in train mode and change BatchNorm's statistics.
 """
 
 import copy

@@ -10,11 +10,12 @@ convolution and BatchNorm stands out in its layer, and the channel is pruned.
 
     python defense/clp.py --result_file badnet_demo
 
-`pairs` says which convolution belongs to a BatchNorm. `order`, as published, takes the last one
-that was registered before it: in networks that normalize before they convolve (PreAct-ResNet18)
-that is not always the one whose output it normalizes. `direct` takes only BatchNorm layers whose
-input is a convolution's output. In a layer of ten channels or fewer u = 3 can prune nothing. It
-often misses Blended, LF, SIG and SSBA, and may cost much accuracy.
+`pairs` says which convolution belongs to a BatchNorm. `order`, as published, takes the last
+convolution that was registered before the BatchNorm. In networks that normalize before they
+convolve (PreAct-ResNet18), this is not always the convolution whose output the BatchNorm
+normalizes. `direct` takes only BatchNorm layers whose input is a convolution's output. In a layer
+of ten channels or fewer, u = 3 can prune nothing. CLP often misses Blended, LF, SIG and SSBA, and
+may cost much accuracy.
 """
 
 import sys

@@ -3,8 +3,8 @@
 Wei, Liu, Zha. *Distance-Driven Detoxification.* ICCV 2025, arXiv 2411.09585.
 
 Some weights, usually the head's, are pushed as far as possible from the backdoored ones while the
-loss on clean images stays under a bound. Their norm is fixed, so that no distance is bought by
-scale.
+loss on clean images stays under a bound. Their norm is fixed, so that they cannot get farther away
+just by growing.
 
     min over weights   lmd mean_i max(0, CE_i - eps) - sum over W of ||W - W0||_F
                        divided by lmd + 1 where lmd > 1;  ||W|| = ||W0|| after each step
@@ -13,9 +13,10 @@ scale.
 
 W are the weights of all linear and convolution layers inside `select_layer_name`; biases and all
 other weights are tuned with the clean loss alone. The distance is at most 2 ||W0||, at -W0. The
-bound is on each image, as in the authors' program (on the mean in the paper); lmd is 0.5 there and
-10 in the paper, and which one gave its table is open: try both on held-out images. Sees the clean
-subset; works on every network. It costs accuracy with few images or many classes.
+bound is on each image, as in the authors' program (on the mean in the paper). lmd is 0.5 in the
+program and 10 in the paper, and it is not known which one gave the paper's table: try both on
+held-out images. D3 sees the clean subset, and works on every network. It costs accuracy with few
+images or many classes.
 """
 
 import copy
@@ -64,7 +65,7 @@ def distance_loss(
     lmd: float,
     eps: float,
 ) -> torch.Tensor:
-    """What is minimised; where W = W0 the gradient of the distance is 0.
+    """The loss that is minimised; if W = W0, the gradient of the distance is 0.
 
     Args:
         losses: (N,) float, the cross-entropy of each image.

@@ -6,16 +6,16 @@ BackdoorBench's table).
 On a mixture of clean and poisoned images the pre-activations of a channel that serves a backdoor
 have two modes, and after standardization a lower entropy than those of its neighbours:
 
-    H = -sum p ln p    of a histogram of one value an image        pruned where H < mean - u sd
+    H = -sum p ln p    of a histogram of one value per image       pruned where H < mean - u sd
 
     python defense/ep.py --result_file badnet_demo
     python defense/ep.py --result_file badnet_demo --data clean --save_folder_name ep-clean
 
-It sees what other defenses do not: a part of the poisoned training set, with images that carry the
-trigger, but without marks and labels. `--data clean` is its control, the same on clean images,
-where there is no second mode and little should be pruned. It fails at low poisoning ratios,
-against all-to-all, WaNet and LF. Attacks that control training store poisoned images that were
-made after it. In a layer of ten channels or fewer u = 3 can prune nothing.
+Unlike other defenses, it sees a part of the poisoned training set, in which some images carry the
+trigger. It is not told which ones, and reads no labels. `--data clean` is its control: the same on
+clean images, where there is no second mode and little should be pruned. It fails at low poisoning
+ratios, and against all-to-all, WaNet and LF. For attacks that control training, the stored poisoned
+images were made after the training. In a layer of ten channels or fewer, u = 3 can prune nothing.
 """
 
 import sys
@@ -53,11 +53,11 @@ def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:
     """The entropy of each channel's histogram, natural logarithm.
 
     Channels are standardized (unbiased deviation). Bins start at the smallest value of the whole
-    layer, and there are int(range / bin_width) of them; values behind the last bin, and values on
-    an edge, are counted nowhere.
+    layer, and there are int(range / bin_width) of them. Values behind the last bin, and values on
+    an edge, are not counted.
 
     Args:
-        values: (C, B) float, B values a channel.
+        values: (C, B) float, B values per channel.
         bin_width: > 0, in standard deviations.
 
     Returns:

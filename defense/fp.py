@@ -55,7 +55,7 @@ class Config(HeldOut, FineTuned):
 
 
 def pruning_order(features: torch.Tensor) -> torch.Tensor:
-    """The features by their signed mean over the images, the quietest first; equal ones in order.
+    """The features by their signed mean over the images, the quietest first; ties keep their order.
 
     Shape:
         (N, D) float -> (D,) int64.
@@ -71,7 +71,7 @@ def head_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         images: (N, C, H, W), float in [0, 1] or uint8.
 
     Returns:
-        (N, D) float32 or float64; of a head that works on several places, a row for each of them.
+        (N, D) float32 or float64; if the head works on several places, one row for each place.
 
     Raises:
         UserError: if the network has no head, or does not call it.
@@ -111,7 +111,8 @@ def purify(
         loop: lets a pipeline watch the rounds, and takes what was selected.
 
     Returns:
-        The model after the last round, in eval mode; as it was, without rounds or a good level.
+        The model after the last round, in eval mode; as it was, if there are no rounds or no
+        good level.
 
     Raises:
         UserError: if the network has no linear layer in its last part, or all images are held out.
@@ -160,7 +161,7 @@ def purify(
 
 @torch.no_grad()
 def _prune(model: nn.Module, features: torch.Tensor) -> None:
-    """The head no longer reads some features; in place."""
+    """Makes the head ignore some features; in place."""
     _, linear = head(model)
     linear.weight[:, features.to(linear.weight.device)] = 0
 

@@ -3,8 +3,8 @@
 Min, Qin, Shen, Cheng. *Towards Stable Backdoor Purification through Feature Shift Tuning.* NeurIPS
 2023, arXiv 2310.01875.
 
-The head is drawn anew and pushed away from the backdoored one while the whole network is tuned, so
-that the features must shift, and those of the trigger lose their way to the target.
+The head gets new random weights and is pushed away from the backdoored head while the whole network
+is tuned. So the features must shift, and those of the trigger no longer lead to the target.
 
     min over weights   CE(h(x), y) + alpha <W, W0>    with ||W|| = ||W0|| after each step
                        W: the head's weight; W0: its value in the backdoored model
@@ -13,9 +13,9 @@ that the features must shift, and those of the trigger lose their way to the tar
 
 The values are the paper's for CIFAR-10 and GTSRB, and those for CIFAR-100 and Tiny ImageNet with
 5 % of the images; the paper's own subset is 2 %. The penalty is the inner product, as published, so
-its gradient is alpha W0 wherever W is. The last step is kept. It sees the clean subset, and works
-on every network with a linear layer. It costs accuracy where there are many classes, and the
-backdoor can be learned again from a few triggered images.
+its gradient is alpha W0 for every W. The last step is kept. FST sees the clean subset, and works on
+every network with a linear layer. It costs accuracy if there are many classes, and the backdoor can
+be learned again from a few triggered images.
 """
 
 import copy

@@ -3,17 +3,17 @@
 Zhu, Wei, Shen, Fan, Wu. *Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware
 Minimization.* ICCV 2023.
 
-Weights that serve a backdoor are large. Before each step all weights move to where the loss is
-higher, large ones the most, and the gradient from there is what the step takes:
+Weights that serve a backdoor are large. Before each step, all weights move to a point where the
+loss is higher, and large weights move the most. The step then uses the gradient at that point:
 
     e = rho w^2 g / || |w| g ||    elementwise, one norm over all weights;  g: gradient at w
     step with the gradient at w + e
 
     python defense/ft_sam.py --result_file badnet_demo
 
-The loss is cross-entropy with smoothed labels, as published: 1 - smoothing for the label and the
-rest shared by the other classes. BatchNorm uses the batch's statistics in both passes and keeps
-those of the first. As published, the learning rate goes down and up by a cosine of 200 steps
+The loss is cross-entropy with smoothed labels, as published: the label gets 1 - smoothing, and the
+other classes share the rest. BatchNorm uses the batch's statistics in both passes and keeps those
+of the first. As published, the learning rate goes down and up by a cosine of 200 steps
 (`cosine_100_steps`); `--lr_scheduler cosine` falls once. rho for other networks is not published:
 take the largest that costs less than 2 % of the accuracy on held-out images. It fails against
 attackers who train with SAM.

@@ -3,16 +3,17 @@
 Zeng, Chen, Park, Mao, Jin, Jia. *Adversarial Unlearning of Backdoors via Implicit Hypergradient.*
 ICLR 2022.
 
-A minimax game with a single perturbation for all images, as a trigger is: the perturbation changes
+A minimax game with a single perturbation for all images, like a trigger: the perturbation changes
 the network's labels, and the weights unlearn it. The gradient of the weights takes into account how
-the best perturbation moves with them.
+the best perturbation changes with them.
 
     inner   d* = argmin L_in = -CE(h(x + k d), h's own label of x) + pert_decay ||d||^2
     outer   min over weights   L_out = CE(h(x + k d* on a few images), y)
     step    dL_out/dw + (dPhi/dw)^T v,   Phi(d) = d - map_lr dL_in/dd
             v = (dPhi/dd)^T v + dL_out/dd, iterated K times from v = 0
 
-k: the deviations of a `Classifier`'s normalization, whose input d is added to; 1 for other modules.
+k: the standard deviations of a `Classifier`'s normalization, because d is in normalized units; 1
+for other modules.
 
     python defense/ibau.py --result_file badnet_demo
 
@@ -20,7 +21,7 @@ It sees clean images. BatchNorm's statistics stay as they are. As published, L_i
 is that of the first cached batch, and `portion` of 0.01 perturbs 2 images of 256. The learning rate
 is BackdoorBench's; the authors' is 1e-3, with 5,000 clean *test* images, which no defense here
 sees. It costs a few points of accuracy, often misses Blended and LF, differs from seed to seed, and
-needs about three times the memory of fine-tuning. It runs in float32 whatever `--precision`.
+needs about three times the memory of fine-tuning. It runs in float32 with every `--precision`.
 """
 
 import copy
@@ -97,7 +98,7 @@ def universal_perturbation(
 
 
 def pixels_of(model: nn.Module) -> torch.Tensor:
-    """k: what a step of 1 in the normalized input is in pixels; (1, C, 1, 1), or a scalar 1."""
+    """k: the pixel units of a step of 1 in the normalized input; (1, C, 1, 1), or a scalar 1."""
     if isinstance(model, Classifier):
         return model.normalize.std
     return torch.ones((), device=next(model.parameters()).device)
@@ -276,7 +277,7 @@ def purify(
 
 
 def _warn_of_portion(loop: Loop, batch_size: int, config: Config) -> None:
-    """Warns where a share of a batch is rounded down to no image, so that nothing is unlearned."""
+    """Warns if a share of a batch is rounded down to no image, so that nothing is unlearned."""
     if config.portion > 0 and int(config.portion * batch_size) == 0:
         loop.findings.warn(
             f"--portion: {config.portion:g} of a batch of {batch_size} is no image, so no "
@@ -285,7 +286,7 @@ def _warn_of_portion(loop: Loop, batch_size: int, config: Config) -> None:
 
 
 def _drawn(images: torch.Tensor, perturbation: torch.Tensor) -> Picture:
-    """Up to eight images beside the same with the perturbation that the model was given with."""
+    """Up to eight images, without and with the perturbation of the model as it was given."""
     shown = torch.linspace(0, len(images) - 1, min(8, len(images))).long()
     clean = as_float(images[shown]).cpu().float()
     return Picture(

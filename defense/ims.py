@@ -3,10 +3,11 @@
 Dunnett, Arablouei, Miller, Dedeoglu, Jurdak. *Backdoor Mitigation via Invertible Pruning Masks.*
 NeurIPS 2025, arXiv 2509.15497 (invertible masking using selection).
 
-Two numbers for each output channel of each convolution are learned: a, which side of the mask the
-channel is on, and s, how much the channel is changed at all. With the mask the network shall say
-what it said before; with the inverse mask, 1 - a for a, it shall say it of perturbed images alone,
-which stand for triggered ones, and not of clean ones. The network is frozen and in eval mode.
+Two numbers for each output channel of each convolution are learned: a says on which side of the
+mask the channel is, and s says how much the channel is changed at all. With the mask, the network
+has to give the labels that it gave before. With the inverse mask (1 - a instead of a), it has to
+give them only for perturbed images, which stand for triggered ones, and not for clean images. The
+network is frozen and in eval mode.
 
     factor     k(a) = q + s (1 - q),  q = sigmoid(20 (a - 0.5));  mask: k(a), inverse: k(1 - a)
     agree      -log(p . r + 1e-8);   dis  -log(1 - p . r + 1e-8);   p, r softmaxes, h the network
@@ -17,7 +18,7 @@ which stand for triggered ones, and not of clean ones. The network is frozen and
 
     python defense/ims.py --result_file badnet_demo
 
-The result is the masked network, its factors multiplied into the convolutions' weights and biases.
+The result is the masked network: weights and biases of convolutions are multiplied by the factors.
 It reads no labels and sees the clean images without augmentation. `n_rounds` counts the steps of
 stage 2, each on `batch_size` images drawn with replacement; a stage ends earlier once its loss has
 not fallen by 2 % for `patience` steps. At the start both networks are the given one, s is 1, and
@@ -132,7 +133,7 @@ def mask_loss(
     images: torch.Tensor,
     delta: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What the masks minimise on one batch, the term in s aside; without delta that of stage 1.
+    """The loss of the masks on a batch, without the term in s; that of stage 1 without delta.
 
     Args:
         network, masked, inverse: from (B, C, H, W) to (B, K).
@@ -155,7 +156,7 @@ def mask_loss(
 
 
 def stalls(search: dict[str, torch.Tensor], loss: float, patience: int) -> bool:
-    """Whether a stage ends after a step: so many in a row were not 2 % better than the best one.
+    """Whether a stage ends: so many steps in a row were not 2 % better than the best one.
 
     Args:
         search: the best loss so far, `best`, and the steps since, `stall`; changed.

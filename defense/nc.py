@@ -3,19 +3,19 @@
 Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating Backdoor
 Attacks in Neural Networks.* IEEE S&P 2019.
 
-For each class the smallest mask and pattern are searched that send every image there. A class
-whose mask is abnormally small is a target; its trigger is unlearned by fine-tuning on images that
-carry it and keep their true labels.
+For each class, NC searches the smallest mask and pattern that send every image to the class. A
+class whose mask is abnormally small is a target. Its trigger is unlearned by fine-tuning on images
+that carry it and keep their true labels.
 
     for each class t   min over m, p   CE(h((1 - m) x + m p), t) + c ||m||_1
     flagged            |m_t| <= median, and |m_t - median| / (1.4826 MAD) > mad_threshold
 
     python defense/nc.py --result_file badnet_demo
 
-c rises while the trigger works and falls while it does not. If no class is flagged the model is
-given back as it is. That is the usual end for triggers that cover the image (Blended, SIG), belong
-to single images, or have several targets; and clean models are flagged, too: the verdict is no
-proof. The search costs `nc_epoch` passes a class.
+c rises while the trigger works and falls while it does not. If no class is flagged, the model is
+given back as it is. This is usual for triggers that cover the image (Blended, SIG), that differ
+from image to image, or that have several targets. Clean models can be flagged, too, so the verdict
+is not a proof. The search costs `nc_epoch` passes per class.
 """
 
 import copy
@@ -96,7 +96,7 @@ def invert_trigger(
         loop: counts the passes as a phase.
 
     Returns:
-        Mask (1, H, W) and pattern (C, H, W), float in (0, 1). Where no pass reached
+        Mask (1, H, W) and pattern (C, H, W), float in (0, 1). If no pass reached
         `atk_succ_threshold`, those of the first pass.
     """
     loop = loop or Loop()
@@ -158,13 +158,13 @@ def adjust(
     norm: float,
     config: Config,
 ) -> bool:
-    """After a pass: keeps the trigger if it is better, and moves the cost; whether the search ends.
+    """Keeps a pass's trigger if it is better, changes the cost; whether the search ends.
 
     Args:
         search: the state of the search; changed.
         best: the trigger that is kept; changed.
         theta: the trigger as it is now.
-        success: share of images sent to the class, of the pass's batches.
+        success: share of the images that were sent to the class, over the pass's batches.
         norm: mean of the mask's sum over the pass's batches.
     """
     works = success >= config.atk_succ_threshold
@@ -235,7 +235,7 @@ def purify(
         loop: lets a pipeline watch the passes, and takes the verdict.
 
     Returns:
-        The model after the last round, in eval mode; as it was, where no class is flagged.
+        The model after the last round, in eval mode; as it was, if no class is flagged.
 
     Example:
         >>> config = Config.load(n_rounds=1, nc_epoch=2)

@@ -11,13 +11,13 @@ towards the second most likely class.
     outer   min over the polarizer   lmd1 CE(h(x), y) + lmd2 CE(h(x'), o)
                                      - lmd3 log(1 - p'_y2) - lmd4 log(1 - p'_t)
 
-o: the label that h gives x; t: its most likely label beside the true one; y2: likewise for x'.
+o: the label that h gives x; t: the most likely label of x except the true one; y2: that of x'.
 
     python defense/npd.py --result_file badnet_demo
 
-The result is the model with the polarizer before `target_layer_name`; `load_defense` makes it
-again. `layer4.1.conv1` is PreAct-ResNet18's; for other networks name a late convolution. It fails
-where the trigger's class is not the second most likely one.
+The result is the model with the polarizer before `target_layer_name`; `load_defense` loads it
+again. `layer4.1.conv1` is for PreAct-ResNet18; for other networks, name a late convolution. NPD
+fails if the trigger's class is not the second most likely one.
 """
 
 import copy
@@ -72,7 +72,7 @@ class Config(CleanData, Rounds):
 
 
 def target_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The most likely label beside the true one, whose logit is taken for -10.
+    """The most likely label except the true one, whose logit is replaced by -10.
 
     Shape:
         (N, K) float, (N,) int64 -> (N,) int64.

@@ -3,9 +3,9 @@
 Min, Qin, Zhang, Shen, Cheng. *Uncovering, Explaining, and Mitigating the Superficial Safety of
 Backdoor Defense.* NeurIPS 2024, arXiv 2410.09838.
 
-A purified model is close to where the backdoor comes back: a few poisoned images bring it back. So
-each step takes its gradient at a point moved towards the backdoored weights, and the model goes
-further away from them. What it learns on are clean images and images with an inverted trigger.
+A purified model is close to weights with the backdoor: a few poisoned images bring it back. So each
+step takes its gradient at a point moved towards the backdoored weights, and the model goes further
+away from them. It learns on clean images and on images with an inverted trigger.
 
     inversion   as in `utils/training/inversion.py`, BTI-DBF's; a part of each batch x' is G(x)
     shift       w' = w + rho (w_bd - w) / ||w_bd - w||    one norm over all weights that learn
@@ -13,7 +13,7 @@ further away from them. What it learns on are clean images and images with an in
 
     python defense/pam.py --result_file badnet_demo
 
-The first step of all is at w_bd, where the shift is 0. Statistics of BatchNorm are not shifted; the
+The very first step is at w_bd, where the shift is 0. Statistics of BatchNorm are not shifted; the
 pass at w' moves them. A step costs as much as one of plain tuning. If re-learning still brings the
 backdoor back, raise `--rho` or `--generated_ratio`; if ACC falls, take fewer rounds. The limits of
 the inversion are BTI-DBF's: see `defense/bti_dbf.py`.

@@ -13,13 +13,14 @@ the copy had not forgotten; they are pruned in the network as it was given.
 
     python defense/rnp.py --result_file badnet_demo
 
-It sees clean images, of which `selection val` holds a part out to choose the level: it prunes up
-to the one at which accuracy there begins to break. `selection fixed` takes `pruning_number`; its
-0.7 is the default of BackdoorBench's command line, not of the authors, in whose own log it costs 12
-points of accuracy. Published levels were chosen by the ASR on triggered test images: no other
-choice can be compared with theirs. It fails where the ascent is too short or too long, which
-depends on the number of steps, so accuracy is told epoch by epoch; and where all masks stay near 1.
-Published code clips a gradient before there is one, which does nothing; here none is clipped.
+It sees clean images. `selection val` holds a part of them out to choose the level: it prunes up to
+the level at which accuracy on that part begins to break. `selection fixed` takes `pruning_number`.
+Its 0.7 is the default of BackdoorBench's command line, not of the authors; in the authors' own log
+it costs 12 points of accuracy. Published levels were chosen by the ASR on triggered test images, so
+they cannot be compared with any other choice. RNP fails if the ascent is too short or too long,
+which depends on the number of steps, so the log has the accuracy of each epoch. It also fails if
+all masks stay near 1. Published code clips a gradient before it is computed, which does nothing;
+here no gradient is clipped.
 """
 
 import copy
@@ -78,10 +79,10 @@ def unlearned(
     config: Config,
     loop: Loop | None = None,
 ) -> nn.Module:
-    """A copy of the model that has forgotten the images: all weights climb their cross-entropy.
+    """A copy of the model that has forgotten the images, by gradient ascent on their cross-entropy.
 
-    The ascent ends after the first epoch whose accuracy, of its own passes in train mode, is at
-    most `clean_threshold`.
+    The ascent ends after the first epoch whose accuracy is at most `clean_threshold`. It is
+    measured in the epoch's own passes, in train mode.
 
     Args:
         model: from (N, C, H, W) float in [0, 1] to (N, K) logits; left as it is.
@@ -221,7 +222,7 @@ def purify(
         loop: lets a pipeline watch the rounds, and takes what was selected.
 
     Returns:
-        The pruned model, in eval mode; all but BatchNorm's weights is bit for bit the model's.
+        The pruned model, in eval mode; only BatchNorm's weights differ from the model's.
 
     Raises:
         UserError: if the network has no BatchNorm.

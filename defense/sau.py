@@ -23,10 +23,10 @@ perturbation:
     python defense/sau.py --result_file badnet_demo
 
 The details are those of the published code: fooled means that the prediction differs from the one
-on the clean image, x + d is not clipped, the sign step is used with every norm, the learning rate
-is constant. At the paper's protocol (one seed, CIFAR-10 as JPEG) BadNets' ASR fell from 93.63 to
-1.30 % while ACC fell from 87.72 to 85.81 %; what else it does, and where it fails, is in
-RESULTS.md.
+on the clean image, x + d is not clipped, the sign step is used with every norm, and the learning
+rate is constant. At the paper's protocol (one seed, CIFAR-10 as JPEG), BadNets' ASR fell from 93.63
+to 1.30 % while ACC fell from 87.72 to 85.81 %. RESULTS.md has all other results, and says where SAU
+fails.
 """
 
 import copy
@@ -88,8 +88,8 @@ def shared_perturbation(
     """Perturbations that make images shared adversarial examples (inner problem, PGD).
 
     Both models are used in eval mode, without gradients of their weights, and are given back as
-    they were. A shared image has no gradient, so it stays shared: it can leave the later steps,
-    which changes nothing.
+    they were. A shared image has no gradient, so it stays shared. It is skipped in the later steps,
+    which does not change the result.
 
     Args:
         model: h, from (N, C, H, W) float in [0, 1] to (N, K) logits.
@@ -158,10 +158,10 @@ def unlearning_loss(
 ) -> dict[str, torch.Tensor]:
     """The outer objective on one batch.
 
-    An image counts in L_sar when h_bd gives x + d a label t that is neither the true one nor
-    h_bd's own on x, whether or not h is fooled. -log(1 - p_t) is taken as the mean of its two
-    spellings, by 1 - p_t and by the sum of the other probabilities; clamping stops the gradient
-    once p_t < 0.001.
+    An image counts in L_sar when h_bd gives x + d a label t that is neither the true label nor the
+    label that h_bd gives x, whether or not h is fooled. -log(1 - p_t) is computed as the mean of
+    two forms, one with 1 - p_t and one with the sum of the other probabilities. Clamping stops the
+    gradient once p_t < 0.001.
 
     Args:
         logits, adv_logits: (N, K) float, h on x and on x + d.
@@ -265,7 +265,7 @@ def purify(
 def examples(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
 ) -> Picture:
-    """Up to eight images beside adversarial examples of the model as it was."""
+    """Up to eight images, and adversarial examples of the model as it was."""
     device = next(model.parameters()).device
     chosen = torch.linspace(0, len(images) - 1, min(8, len(images))).long()
     clean = as_float(images[chosen], device)
