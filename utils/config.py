@@ -1,8 +1,8 @@
 """Typed configuration: shipped YAML <- dataset YAML <- the user's YAML <- flags.
 
 A method's values are a frozen dataclass whose fields are `Annotated[type, Field(range,
-description=...)]`. pydantic checks each value; this module adds the order of the layers, remembers
-which file or flag a value came from, and says everything that is wrong at once.
+description=...)]`. pydantic checks each value. This module adds the order of the layers, remembers
+which file or flag a value came from, and reports all problems at once.
 """
 
 import argparse
@@ -50,11 +50,11 @@ C = TypeVar("C", bound="Config")
 
 
 class Group(Enum):
-    """What flags are for, in the order in which `--help` shows them, below the method's own flags.
+    """Groups of flags, in the order in which `--help` shows them below the method's own flags.
 
-    As a mark in the annotation of a field it holds for the fields after it in the class, too, up to
-    the next mark: `lr: Annotated[float, Field(gt=0), Group.TRAINING]`. Fields without a mark before
-    them are the method's own.
+    A group in the annotation of a field holds for this field and for those after it in the class,
+    up to the next group: `lr: Annotated[float, Field(gt=0), Group.TRAINING]`. Fields before the
+    first group are the method's own.
     """
 
     POISONING = "Poisoning and target"
@@ -71,7 +71,7 @@ class Group(Enum):
 class Parser(argparse.ArgumentParser):
     """Flags of a script; `--help` shows the description as it is.
 
-    What is wrong with them is one line, as everywhere.
+    If a flag is wrong, one line says so, as everywhere.
     """
 
     def __init__(self, description: str | None = None, **more: Any) -> None:
@@ -90,7 +90,7 @@ class _Layer(NamedTuple):
     """Values of one source: a file, or the flags, whose text is converted ("0.1" -> 0.1).
 
     Attributes:
-        others: names that may stand in it although the class has no such field.
+        others: names that are allowed in it although the class has no such field.
     """
 
     source: str
@@ -112,7 +112,7 @@ class Config:
     those that it has.
 
     Attributes:
-        yaml_folder: the name of that folder where it is not the module's; of the class itself.
+        yaml_folder: the name of that folder if it is not the module's; for this class only.
         flags_title: what `--help` writes over the flags that belong to no `Group`.
     """
 
@@ -152,8 +152,8 @@ class Config:
             argv: flags, without the program's name. `--help` prints each with its resolved value
                 and exits with code 0.
             description: text that `--help` shows first.
-            find_dataset: from the values known so far to the dataset whose YAML files apply, or
-                None.
+            find_dataset: takes the values given so far, and returns the dataset whose YAML files
+                apply, or None.
 
         Raises:
             UserError: naming every unknown flag or key and every value that is not allowed.
@@ -284,8 +284,8 @@ def _numbers(annotation: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """SafeLoader of plain values: null, true, numbers, texts, and lists and mappings of them.
 
-    It reads 1e-4 as a number and a date as text. It refuses tags, references, keys that stand
-    twice or are no plain values, and what is nested too deep.
+    It reads 1e-4 as a number and a date as text. It refuses tags, references, keys that are
+    repeated or are no plain values, and data that are nested too deeply.
     """
 
     depth = 0
@@ -401,7 +401,7 @@ def _merge(layers: Iterable[_Layer]) -> dict[str, Any]:
 
 
 def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ()) -> C:
-    """Checks every value of every layer, then lays them over each other."""
+    """Checks every value of every layer; then later layers replace values of earlier ones."""
     errors = list(problems)
     hints = _hints(cls)
     values: dict[str, Any] = {}
@@ -461,7 +461,7 @@ def _is_text(value: object) -> bool:
 
 
 def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
-    """What to say of the words of a command line that no flag takes."""
+    """The message about words of a command line that belong to no flag."""
     flags = [f"--{name}" for name in names]
     problems = []
     for previous, word in zip(["", *unknown], unknown, strict=False):

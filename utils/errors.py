@@ -1,4 +1,4 @@
-"""The exceptions that a user gets to read, and a help to word them."""
+"""The exceptions whose text a user reads, and functions that make such texts."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -10,8 +10,8 @@ class UserError(ValueError):
     Scripts print it without a traceback and exit with code 2. Anything else raised is a defect.
 
     Args:
-        problems: one text for each. What a text quotes from a file or a flag is made harmless
-            where it is printed, see `shown`.
+        problems: one text for each. If a text quotes a file or a flag, the quotation is made
+            harmless when it is printed, see `shown`.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -23,15 +23,15 @@ class UserError(ValueError):
 
 
 class NothingToDo(Exception):
-    """What was asked for has been done before. Scripts say so and exit with 0."""
+    """The work was already done before. Scripts say so and exit with 0."""
 
 
 def shown(text: object, limit: int = 2000) -> str:
     """A text as one line that can be printed: the only way in which foreign text is shown.
 
     Line breaks, control and escape codes, marks that turn the direction of text, and halves of
-    characters become escapes such as `\\n` and `\\x1b`; of a text that is too long the middle is
-    left out.
+    characters become escapes such as `\\n` and `\\x1b`; if a text is too long, its middle is
+    skipped.
 
     Args:
         text: anything; its `str` is shown.
@@ -50,7 +50,7 @@ def shown(text: object, limit: int = 2000) -> str:
 
 
 def quoted(value: object) -> str:
-    """A value of a file or a flag, as a message quotes it: one short line, however large it is."""
+    """A value of a file or a flag, as a message quotes it: one short line, also if it is large."""
     try:
         return shown(value if isinstance(value, str) else repr(value), 100)
     except (ValueError, RecursionError):  # a number of thousands of digits, a list in itself

@@ -1,4 +1,4 @@
-"""Files: read as what they are, written whole or not at all, and what killed processes leave."""
+"""Files: only regular ones are read; they are written whole or not at all; strays are removed."""
 
 import contextlib
 import errno
@@ -35,9 +35,9 @@ _DIGITS = 8  # of what tells temporary names apart, also those of several machin
 
 
 def opened(path: Path, largest: int = TABLE) -> IO[bytes]:
-    """A regular file to read from; the one way in which files are opened that may be anybody's.
+    """A regular file to read from; every file that may come from a stranger is opened in this way.
 
-    A pipe, a device, a folder, or a link that leads to one, is refused without waiting for it.
+    A pipe, a device, a folder, or a link to one of these, is refused without waiting for it.
 
     Args:
         largest: size in bytes; see `TEXT`, `TABLE`, `TENSORS`.
@@ -111,8 +111,8 @@ def file_sha256(path: Path) -> str:
 def replaced(path: Path) -> Iterator[Path]:
     """A temporary name to write a file under; at the end it is flushed and takes the file's name.
 
-    If anything goes wrong, an earlier file of that name stays as it is, and nothing is left. The
-    temporary file is open and locked, which tells it from those of processes that were killed.
+    If anything goes wrong, an earlier file of that name stays as it is, and the temporary file is
+    removed. The temporary file is open and locked. Those of killed processes are not locked.
 
     Raises:
         OSError: if the file cannot be written.
@@ -160,10 +160,10 @@ def prepare_folder(folder: Path) -> None:
 
 
 def remove_strays(folder: Path, name: str = "*") -> None:
-    """Removes what killed processes were writing in a folder, and nothing that is being written.
+    """Removes files that killed processes were writing in a folder, but none that is being written.
 
     Args:
-        name: of the files that were to be, without their suffix; a pattern.
+        name: of the files that were to be written, without the temporary suffix; a pattern.
     """
     for stray in folder.glob(f".{name}.{'[0-9a-f]' * _DIGITS}.tmp*"):
         with contextlib.suppress(OSError):  # another process has it, or has just removed it
@@ -186,7 +186,7 @@ def is_stray(name: str, names: Collection[str]) -> bool:
 
 
 def not_written(path: Path, error: Exception) -> UserError:
-    """What to tell the user of an error while a file was written."""
+    """The message for the user about an error while a file was written."""
     reason = getattr(error, "strerror", None) or str(error)
     if "enforce fail" in reason:  # torch.save does not say why
         reason = "the disk is full, or the file larger than allowed"
@@ -207,7 +207,7 @@ def _removed_at_end(file: Path) -> Iterator[Path]:
 
 
 def _guard_of(folder: Path) -> Path:
-    """On Windows, which opens no folder, this file is open as long as the folder is written."""
+    """On Windows a folder cannot be opened, so this file is open while the folder is written."""
     return folder.with_name(f"{folder.name}.open")
 
 

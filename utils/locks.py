@@ -1,10 +1,11 @@
 """Locks of open files, which the system gives back when the process ends, however it ends.
 
-Linux and macOS have `flock`, also for a look that hinders no other look. Elsewhere filelock locks;
-it has no such look, so two processes that look at the same instant may see each other.
+Linux and macOS have `flock`, which also has shared locks: several processes can look at the same
+time whether a file is locked. Elsewhere filelock is used. It has no shared locks, so two processes
+that look at the same moment may each take the other for the owner.
 
-Windows refuses to remove or rename a file that is open. That guards what is being written there,
-where a lock would keep even its own process from writing; see `utils.files`.
+Windows refuses to remove or rename a file that is open. This protects a file that is being written
+there. A lock would stop even its own process from writing; see `utils.files`.
 """
 
 import errno
@@ -59,7 +60,7 @@ def lock(handle: int, shared: bool = False) -> bool:
         shared: whether others may have such a lock, too; only where the system knows it.
 
     Returns:
-        False if another one has it. Where the system has no locks at all, nobody has.
+        False if another process has locked it. On a system without locks, this is never so.
 
     Raises:
         OSError: if the file system has no locks.

@@ -14,7 +14,7 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """hits / total in [0, 1]; NaN where nothing was counted."""
+        """hits / total in [0, 1]; NaN if nothing was counted."""
         return self.hits / self.total if self.total else float("nan")
 
     def __str__(self) -> str:
@@ -25,8 +25,8 @@ class Rate:
 class Scores:
     """Clean accuracy, attack success rate, robust accuracy; without a trigger ACC alone.
 
-    `cross_acc` is the accuracy on images with another image's trigger, or a distorted one, which
-    must not fire; only some attacks have it.
+    `cross_acc` is the accuracy on images with another image's trigger, or with a distorted one,
+    which must not work; only some attacks have it.
     """
 
     acc: Rate

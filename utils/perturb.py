@@ -35,7 +35,7 @@ def initial_perturbation(
 
 
 def project(delta: torch.Tensor, bound: float, norm: Norm) -> torch.Tensor:
-    """delta inside the ball of radius bound; every image by itself.
+    """delta inside the ball of radius bound; each image is projected by itself.
 
     L_inf clamps each value to +-bound. L1 and L2 scale an image whose norm exceeds the bound by
     bound / norm. `Reg` leaves everything as it is.

@@ -1,6 +1,6 @@
 """Every figure. Functions return matplotlib figures or images; nothing here touches the disk.
 
-Names of classes, attacks, and the like are anybody's: each text passes `_text`.
+Names of classes, attacks, and the like may come from a stranger: each text passes `_text`.
 """
 
 import textwrap
@@ -48,7 +48,7 @@ _OTHER_FONTS = (
 
 
 class Figure(PlainFigure):
-    """A figure that draws a box for a letter that its fonts lack, and warns of none."""
+    """A figure that draws a box for each letter that its fonts do not have, without a warning."""
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
         """As matplotlib's."""
@@ -186,7 +186,7 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
     """A panel for each defense: what it does to ASR and ACC, an arrow for each attack.
 
     Args:
-        points: a row an arrow: `defense`, `attack`, and in [0, 1] `asr_before`, `acc_before`,
+        points: one row per arrow: `defense`, `attack`, and in [0, 1] `asr_before`, `acc_before`,
             `asr`, `acc`; means over the seeds that the defense has.
         seeds: of each defense, how many at most.
     """
@@ -232,8 +232,8 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """A panel for each attack: mean ACC, ASR and RA by round, from lowest to highest over seeds.
 
     Args:
-        panels: name -> the rows of all seeds' metrics: `round` and rates in [0, 1]. Only rounds
-            that as many seeds have scored as any are drawn.
+        panels: name -> the rows of all seeds' metrics: `round` and rates in [0, 1]. Only those
+            rounds are drawn that the largest number of seeds has scored.
     """
     count = min(4, len(panels))
     lines = -(-len(panels) // count)
@@ -280,9 +280,9 @@ def variants(values: pd.DataFrame, deviations: pd.DataFrame, method: str, title:
     """Bars of a method and its variants, a panel for each metric.
 
     Args:
-        values: means in [0, 1], a row a variant, from the top down; a column a metric.
+        values: means in [0, 1], one row per variant, from the top down; one column per metric.
         deviations: standard deviations, of the same shape; NaN draws none.
-        method: the row that is no variant; hatched, if there is one.
+        method: the row that is not a variant; hatched, if there is such a row.
     """
     figure = Figure(figsize=(10, 1.0 + 0.34 * len(values)), layout="constrained")
     panels = figure.subplots(1, len(values.columns), squeeze=False, sharey=True)[0]
@@ -311,7 +311,7 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
     """Seconds that a defense took against its DER, a point for each attack.
 
     Args:
-        points: a row a point: `defense`, `seconds` > 0, `der` in [0, 1].
+        points: one row per point: `defense`, `seconds` > 0, `der` in [0, 1].
     """
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axis = figure.subplots()
@@ -364,9 +364,10 @@ def _plain(axis: Axes) -> None:
 
 
 def _text(text: str, limit: int = _NAME) -> str:
-    """A text in one line, or two where it has two, that matplotlib draws as the text that it is.
+    """A text in one line, or in two if it has two, that matplotlib draws without changes.
 
-    It would read a formula between dollar signs, and leave out what begins with _ of a legend.
+    Otherwise matplotlib reads a formula between dollar signs, and a legend skips texts that begin
+    with _.
     """
     lines = [shown(line, limit).replace("$", r"\$") for line in text.split("\n", 1)]
     return "\n".join(f" {line}" if line.startswith("_") else line for line in lines)

@@ -1,10 +1,10 @@
 """Files of plain data and tensors, read without torch's own reader or a pickle's.
 
-`torch.load(..., weights_only=True)` runs no foreign code, but it takes what memory a file asks for:
-it lets a file call `bytearray(6 * 10**9)`, and its archive reader can be shown another list of
-parts than the one that was checked. Here a file of `torch.save` is read in three steps, each with
-its bounds: the archive by `zipfile`, the pickle by a small machine that knows some forty operations
-and about twenty names, and each tensor as a view of bytes that stand in the file.
+`torch.load(..., weights_only=True)` runs no foreign code, but it takes as much memory as a file
+asks for: it lets a file call `bytearray(6 * 10**9)`. And its archive reader may see another list of
+parts than the list that was checked. Here a file of `torch.save` is read in three steps, each with
+its bounds. `zipfile` reads the archive. A small machine that knows some forty operations and about
+twenty names reads the pickle. Each tensor is a view of bytes that are in the file.
 """
 
 import pickletools
@@ -35,11 +35,11 @@ _SCALARS = (str, bytes, int, float, bool, type(None), np.number, np.bool_)
 
 
 def load_plain(path: Path, arrays: bool = False) -> Any:
-    """What `torch.save` wrote, tensors on the CPU; nothing that the file names is run.
+    """The content of a file of `torch.save`, tensors on the CPU; nothing that it names is run.
 
     Args:
         arrays: whether NumPy's arrays and numbers (integers, floats of up to 64 bits, truth values)
-            are read, too, which other programs' files have.
+            are read, too; files of other programs have them.
 
     Raises:
         OSError: if it is no regular file, or cannot be read.
@@ -76,10 +76,10 @@ def load_tensors(path: Path, arrays: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def _archive(file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
-    """An archive that is as large as what is in it.
+    """An archive that is as large as its content.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is no such archive.
     """
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if not end:
@@ -101,7 +101,7 @@ def _archive(file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
 
 
 def _members(archive: zipfile.ZipFile, name: str, least: int = 1) -> list[zipfile.ZipInfo]:
-    """The part of that name below the archive's one folder.
+    """The part of that name below the archive's one folder, in a list.
 
     Raises:
         ValueError: if there are several, or fewer than `least`.
@@ -290,7 +290,7 @@ _NO_NUMBERS = {
 
 
 class _NumPyArray:
-    """The name `numpy.ndarray`, which stands as an argument of `_reconstruct` alone."""
+    """The name `numpy.ndarray`, which is allowed only as an argument of `_reconstruct`."""
 
 
 def _empty_array(kind: Any, *_: Any) -> np.ndarray:
@@ -470,7 +470,7 @@ class _Machine:
         self._stack.append(result)
 
     def _set_state(self, _: Any) -> None:
-        """What follows an object: an array's content; notes of a state dict, which are dropped."""
+        """Data behind an object: an array's content; notes of a state dict, which are dropped."""
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) is dict:
             return
@@ -493,8 +493,8 @@ class _Machine:
 def _refuse_unfolding(content: Any) -> None:
     """Raises ValueError if plain data are too deep, hold themselves, or unfold to too many parts.
 
-    A part may stand in many places; it counts in each, since whoever looks at the data meets it so
-    often.
+    A part may be in several places. It counts once for each place, because code that goes through
+    the data meets it there each time.
     """
     counts: dict[int, int] = {}  # of containers that are done; 0 while they are looked at
     waiting: list[tuple[Any, bool]] = [(content, False)]
@@ -534,7 +534,7 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of tensors that hold an infinity or no number.
 
     Raises:
-        ValueError: for a type of which torch cannot tell.
+        ValueError: for a type for which torch cannot say it.
     """
     names = []
     for name, value in state.items():
@@ -548,10 +548,10 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def text_up_to(most: int, least: int = 1) -> PlainValidator:
-    """What a schema asks of a text: `least` to `most` characters, and no NUL.
+    """A schema's check of a text: `least` to `most` characters, and no NUL.
 
-    Unlike pydantic's own check it takes halves of characters, which stand for bytes of a path that
-    are no UTF-8.
+    Unlike pydantic's own check, it accepts halves of characters. They represent bytes of a path
+    that are no UTF-8.
     """
 
     def check(value: Any) -> str:

@@ -43,9 +43,9 @@ class Archive:
 
 @contextmanager
 def nothing_written() -> Iterator[None]:
-    """Inside, `extract_all` refuses what does not stand there, and makes, removes, loads nothing.
+    """Inside, `extract_all` refuses missing files, and makes, removes and loads nothing.
 
-    For folders that a record names: whoever made it may have named any.
+    For folders that a record names: a stranger who made the record may have named any folder.
     """
     global _may_write
     before, _may_write = _may_write, False
@@ -56,10 +56,10 @@ def nothing_written() -> Iterator[None]:
 
 
 def extract_all(dataset: str, folder: Path, archives: Sequence[Archive]) -> None:
-    """Makes the content of each archive stand in a folder; what is there already stays.
+    """Puts the content of each archive into a folder; what is there already stays.
 
-    An archive in the folder is used; one that is not is downloaded into it. Of several processes
-    the first one does so, and the others wait.
+    An archive that is in the folder is used; a missing one is downloaded into it. If there are
+    several processes, the first one does this, and the others wait.
 
     Raises:
         UserError: if an archive is damaged, cannot be downloaded, or the folder not be written; if
@@ -104,7 +104,7 @@ def _extract_missing(dataset: str, folder: Path, archives: Sequence[Archive]) ->
 
 
 def _download(archive: Archive, file: Path) -> None:
-    """Downloads a file; one of the right name is whole.
+    """Downloads a file; it gets its name only when it is whole.
 
     Raises:
         OSError: if the connection fails or the file cannot be written.
@@ -129,7 +129,7 @@ def _download(archive: Archive, file: Path) -> None:
 
 
 def _extract(file: Path, folder: Path, content: str) -> None:
-    """Extracts beside the place, then moves: what stands in the place is always whole."""
+    """Extracts beside the place, then moves, so that the files in the place are always whole."""
     logger.info("extracting %s", file)
     with temporary_folder(folder, file.name) as partial:
         if zipfile.is_zipfile(file):

@@ -29,10 +29,10 @@ def mapped(file: Path, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def release(images: torch.Tensor) -> None:
-    """Gives back the memory that holds what was read of a large mapped file; it can be read again.
+    """Gives back the memory of the pages that were read of a large mapped file.
 
-    So a set larger than memory can be trained on. Does nothing to other tensors, or if the file is
-    small.
+    They can be read again, so a model can be trained on a set larger than memory. Does nothing to
+    other tensors, or if the file is small.
     """
     if images.device.type == "cpu" and images.untyped_storage().nbytes() > RESIDENT:
         pages = _MAPS.get(images.untyped_storage().data_ptr())
@@ -56,7 +56,7 @@ def as_float(images: torch.Tensor, device: torch.device | None = None) -> torch.
 def truncated(images: torch.Tensor) -> torch.Tensor:
     """Float images in [0, 1] as uint8, fractions of a level cut off, as published triggers are.
 
-    The little more is for whole levels: k / 255 * 255 may be below k in float32.
+    A small number is added first, because k / 255 * 255 may be below k in float32.
     """
     return (images * 255 + 1e-3).to(torch.uint8)
 
@@ -119,7 +119,7 @@ def augment_affine(
         crop_probability, rotation_probability: of an image to be shifted, rotated, in [0, 1].
         degrees: largest rotation to either side.
         flip: whether to mirror with probability 1/2.
-        fill: (C,) float, what comes in from outside.
+        fill: (C,) float, the value of pixels from outside of the image.
         generator: on the device of the images.
 
     Returns:
@@ -153,7 +153,7 @@ def augment_affine(
 
 
 def fits(device: torch.device, count: int) -> bool:
-    """Whether as many bytes take at most half of a GPU's free memory; no on a CPU."""
+    """Whether so many bytes take at most half of a GPU's free memory; False on a CPU."""
     return device.type == "cuda" and count <= torch.cuda.mem_get_info(device)[0] // 2
 
 

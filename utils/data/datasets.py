@@ -120,7 +120,7 @@ def _digits(path: Path | None, image_size: int) -> Dataset:
 
 
 def _random(path: Path | None, image_size: int) -> Dataset:
-    """`random_images` for a first try, and for tests: 200 / 100 of them, and no file is read."""
+    """200 / 100 of `random_images`, for a first try and for tests; no file is read."""
     return random_images(200, 100, image_size)
 
 
@@ -257,7 +257,7 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
 
 
 def _tiny_validation(folder: Path, ids: list[str]) -> _Listing:
-    """The validation images, in the official layout or sorted into one folder a class."""
+    """The validation images, in the official layout or sorted into one folder per class."""
     notes, pairs = folder / "val_annotations.txt", []
     if not (folder / "images").is_dir() and any((folder / name).is_dir() for name in ids):
         for label, wordnet_id in enumerate(ids):
@@ -329,7 +329,7 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
 
 
 def _folder_warnings(path: Path, dataset: Dataset, left_out: list[Path]) -> Iterator[str]:
-    """What is odd about a folder of images."""
+    """Warnings about unusual things in a folder of images."""
     if left_out:
         yield (
             f"--dataset_path: {len(left_out)} files or folders are left out, such as "
@@ -352,12 +352,12 @@ def _folder_warnings(path: Path, dataset: Dataset, left_out: list[Path]) -> Iter
 
 
 def class_name(folder: Path) -> str:
-    """The name of a class by its folder; a letter with an accent is one, however it is spelled."""
+    """The name of a class by its folder; a letter with an accent becomes one character."""
     return unicodedata.normalize("NFC", folder.name)
 
 
 def _class_folders(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """Class -> its folder, by name; and the files beside these folders, hidden ones aside."""
+    """Class -> its folder, by name; and the files beside these folders, without hidden files."""
     if not folder.is_dir():
         raise UserError(f"--dataset_path: {folder} is not a folder; put one folder a class into it")
     folders: dict[str, Path] = {}
@@ -386,9 +386,9 @@ def _by_name(names: Iterable[str]) -> Callable[[tuple[str, Path]], tuple[int, st
 
 
 def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The picture files of a folder by name, and what else is in it.
+    """The picture files of a folder by name, and the other things in it.
 
-    Hidden ones are neither: they are other programs' notes.
+    Hidden files are in neither list: they are notes of other programs.
     """
     pictures: list[Path] = []
     others: list[Path] = []

@@ -1,7 +1,7 @@
 """The picture that Blended and Adaptive-Blend mix into images: drawn here, or the user's own.
 
-It stands by itself because two attacks need it and methods never import each other, and because
-`utils/data/poison.py` is about sets of images, whatever their trigger.
+It has its own file because two attacks need it and methods never import each other, and because
+`utils/data/poison.py` is about sets of images with any trigger.
 """
 
 import functools

@@ -53,16 +53,16 @@ def data_folder() -> Path:
 
 
 def no_cache(path: Path, error: Exception) -> UserError:
-    """What to tell the user where nothing can be kept, as in a checkout that is read-only."""
+    """The message for the user if nothing can be kept, as in a checkout that is read-only."""
     text = str(not_written(path, error))
     return UserError(f"{text}, or name another folder for downloads and caches in SAU_DATA")
 
 
 def read_image(file: Path, image_size: int) -> np.ndarray:
-    """One picture file as uint8 (3, S, S), squashed where it is not square.
+    """One picture file as uint8 (3, S, S), squashed if it is not square.
 
-    Grey, palette and CMYK become RGB, transparency is dropped, 16-bit grey is scaled; a photo is
-    turned upright as its EXIF data say.
+    Grey, palette and CMYK become RGB, transparency is dropped, and 16-bit grey is scaled. A photo
+    is turned upright by its EXIF data.
 
     Raises:
         UserError: if the file is missing, no picture, cut short, of floats, or huge.
@@ -81,7 +81,7 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
 
 
 class _Room:
-    """So many pixels are decoded at once, however many threads there are.
+    """A limit on the pixels that are decoded at once, for any number of threads.
 
     Args:
         size: pixels, >= those of any picture.
@@ -93,7 +93,7 @@ class _Room:
 
     @contextlib.contextmanager
     def of(self, pixels: int) -> Iterator[None]:
-        """Waits until so many are free, and keeps them while inside."""
+        """Waits until so many pixels are free, and reserves them while inside."""
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
@@ -121,7 +121,7 @@ def _resized(image: Image.Image, side: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as a camera noted it; as it is where that note cannot be read."""
+    """Turned by the camera's note; as it is if that note cannot be read."""
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # damaged EXIF data raise anything; the pixels are there

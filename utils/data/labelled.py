@@ -56,7 +56,7 @@ class Dataset:
         train, test: the two splits.
         classes: names by label.
         mean, std: per-channel constants of the network's normalization, pixel units in [0, 1].
-        warnings: what is odd about its files, one line each.
+        warnings: about unusual things in its files, one line each.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Dataset:
         return channels, height, width
 
     def named(self, label: int) -> str:
-        """A class by number and name: '2 (dog)'; '2' where that is its name."""
+        """A class by number and name: '2 (dog)'; just '2' if that is its name."""
         name = self.classes[label]
         return f"{label}" if name == str(label) else f"{label} ({shown(name, 40)})"
 
     def listed(self) -> str:
-        """The names of the classes, of many the first ten."""
+        """The names of the classes; if there are many, the first ten."""
         return listed(self.classes, limit=40)
 
     def tensors(self) -> list[torch.Tensor]:

@@ -53,13 +53,13 @@ class PoisonedSet:
         return len(self.clean)
 
     def stored_labels(self) -> torch.Tensor:
-        """int64 (N,): the labels of the whole set, as the attacker has left them."""
+        """int64 (N,): the labels of the whole set, with the attacker's changes."""
         labels = self.clean.labels.clone()
         labels[self.index] = self.labels
         return labels
 
     def at(self, index: torch.Tensor) -> Labelled:
-        """The rows at int64 indices, as the attacker has left them."""
+        """The rows at int64 indices, with the attacker's changes."""
         slot = torch.full((len(self),), -1, dtype=torch.int64)
         slot[self.index] = torch.arange(len(self.index))
         slot = slot[index]
@@ -81,7 +81,7 @@ def map_labels(
 
 @dataclass(frozen=True)
 class Choice:
-    """Which training images an attack replaces, ascending, and what it labels them.
+    """Which training images an attack replaces, ascending, and the labels that it gives them.
 
     index int64 (P,), labels int64 (P,), kinds uint8 (P,) positions in `KINDS`.
     """
@@ -121,8 +121,8 @@ def dirty_label(
 def clean_label(labels: torch.Tensor, pratio: float, target: int, rng: torch.Generator) -> Choice:
     """round(pratio * N) images of the target class, labels kept.
 
-    The ratio is relative to the whole training set. A class with fewer images gives all that it
-    has.
+    The ratio is relative to the whole training set. If the class has fewer images, all of them
+    are chosen.
 
     Args:
         labels: int64 (N,), true labels of the training set.
@@ -205,13 +205,13 @@ def apply_trigger(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -
 
 
 def require_effect(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -> None:
-    """Refuses a trigger that does nothing, a silent failure that would look like label noise.
+    """Refuses a trigger that changes nothing, a silent failure that would look like label noise.
 
-    Tries it on as few images as it takes.
+    Tries the trigger on one part of the images after the other, until a pixel changes.
 
     Args:
         images: uint8 (N, C, H, W), the whole split.
-        index: int64 (M,), which of them shall get it.
+        index: int64 (M,), which of them will get it.
 
     Raises:
         UserError: if not a single pixel would differ.
@@ -239,7 +239,7 @@ def poison_count(count: int, pratio: float) -> int:
 
 
 def unpoisoned(clean: Labelled) -> PoisonedSet:
-    """A clean training set as a poisoned set of no poison."""
+    """A clean training set as a poisoned set without poison."""
     none = torch.zeros(0, dtype=torch.int64)
     return PoisonedSet(clean, none, clean.images[:0], none, none.to(torch.uint8))
 
@@ -247,8 +247,8 @@ def unpoisoned(clean: Labelled) -> PoisonedSet:
 def count_in_batch(ratio: float, batch_size: int, rng: torch.Generator) -> int:
     """How many images of a batch an attack that controls training takes, as published.
 
-    int(ratio * batch_size); where that is less than one image, one with probability
-    ratio * batch_size, else none: of 8 % in batches of ten, four of five batches have one.
+    int(ratio * batch_size). If ratio * batch_size is below 1, it is the probability that the batch
+    has one such image: with 8 % and batches of ten, four of five batches have one.
 
     Args:
         ratio: in [0, 1].
@@ -259,7 +259,7 @@ def count_in_batch(ratio: float, batch_size: int, rng: torch.Generator) -> int:
 
 
 def said_of_batches(ratio: float, batch_size: int) -> str:
-    """A line on what `count_in_batch` makes of a poisoning ratio."""
+    """One line that says what `count_in_batch` gives for a poisoning ratio."""
     whole = whole_share(ratio, batch_size)
     if whole:
         share = 100 * whole / batch_size
@@ -277,7 +277,7 @@ def whole_share(ratio: float, batch_size: int) -> int:
 
 
 def partners(count: int, rng: torch.Generator) -> torch.Tensor:
-    """For each of `count` images another one, each once: int64 (count,), a random cycle.
+    """A partner for each of `count` images, each used once: int64 (count,), a random cycle.
 
     No image is its own partner, unless it is the only one.
     """
@@ -296,11 +296,11 @@ def first_of_batches(
 ) -> PoisonedSet:
     """The poisoned set of an attack that controls training, as its record keeps it.
 
-    Of every `batch_size` images in the set's own order the first get the trigger and the mapped
-    label, those after them the cross trigger and their own label.
+    The set is cut into batches in its own order. The first images of each batch get the trigger and
+    the mapped label. The next ones get the cross trigger and keep their own label.
 
     Args:
-        counts: from a batch's size to how many get the one and the other.
+        counts: from a batch's size to the numbers of both kinds.
     """
     unchanged = len(KINDS)
     kinds = torch.full((len(data.train),), unchanged, dtype=torch.uint8)

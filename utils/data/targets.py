@@ -1,4 +1,4 @@
-"""The class that triggered images shall get: by label or name, checked and told."""
+"""The target class of an attack: given by label or name, checked, and logged."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +39,7 @@ def check_target(target: int, data: Dataset) -> None:
 
 
 def tell_target(config: Any, data: Dataset, warn: Callable[[str], None]) -> None:
-    """Logs number and name of the target; warns where another class has that number as its name."""
+    """Logs number and name of the target; warns if another class has that number as its name."""
     target, other = config.attack_target, str(config.attack_target)
     if config.attack_label_trans == "all2all":
         logger.info("each class goes to the next one: %s to %s, ...", data.named(0), data.named(1))

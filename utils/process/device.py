@@ -1,4 +1,4 @@
-"""What a run computes on, and what it uses of it."""
+"""The device that a run computes on, and how much of it the run uses."""
 
 import contextlib
 import os
@@ -47,19 +47,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def images_at_once(device: torch.device, side: int) -> int:
-    """Images a pass where the result does not depend on it: few stay in the caches of a CPU.
+    """Images per pass, if the result does not depend on it; few, so that a CPU's caches hold them.
 
     Args:
-        device: where they are computed on.
-        side: of the images, in pixels; of large ones a GPU's memory holds fewer.
+        device: where they are computed.
+        side: of the images, in pixels; a GPU's memory holds fewer large images.
     """
     return 32 if device.type == "cpu" else max(1, min(1024, (1 << 23) // side**2))
 
 
 def rounded_up(device: torch.device, count: int) -> int:
-    """How many images to compute on where `count` are needed: on a GPU a multiple of 128.
+    """How many images to compute on if `count` are needed: on a GPU a multiple of 128.
 
-    So that few shapes occur, for each of which it chooses its kernels and records its passes.
+    So only few shapes occur. For each shape the GPU chooses kernels, and passes are recorded.
     """
     return count if device.type == "cpu" else -(-count // 128) * 128
 
@@ -67,8 +67,8 @@ def rounded_up(device: torch.device, count: int) -> int:
 def rows_of(wanted: torch.Tensor) -> torch.Tensor:
     """The positions that are wanted, first.
 
-    On a GPU others follow, up to a multiple of 128, so that few sizes occur there; for callers that
-    more images do no harm.
+    On a GPU other positions follow, up to a multiple of 128, so that only few sizes occur. This is
+    for callers whose result does not change with more images.
 
     Args:
         wanted: bool (N,).
@@ -97,7 +97,7 @@ def pick_precision(name: Precision, device: torch.device) -> str:
 
 
 def run_conditions(device: torch.device, precision: str) -> dict[str, str | int]:
-    """What may change the last digits of a run's numbers, the number of threads aside."""
+    """What may change the last digits of a run's numbers, except the number of threads."""
     return {"device": device.type, "precision": precision, "processes": distributed.processes()}
 
 
@@ -121,7 +121,7 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had in memory at most.
+    """The largest number of bytes that this process has had in memory.
 
     Raises:
         ImportError: if this system has neither `resource` nor psutil.

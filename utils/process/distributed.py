@@ -1,8 +1,8 @@
-"""Several processes that train one model, as torchrun starts them; in a single one nothing changes.
+"""Several processes that train one model, as torchrun starts them; one process works as usual.
 
 All processes hold the same weights and draw the same numbers. Each computes its own part of every
-batch and of every test set; gradients, BatchNorm statistics, losses and scores are those of the
-whole. The first process alone writes files and speaks.
+batch and of every test set. Gradients, BatchNorm statistics, losses and scores are those of the
+whole. Only the first process writes files and prints messages.
 """
 
 import inspect
@@ -63,7 +63,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and speaks."""
+    """Whether this process writes files and prints messages."""
     return rank() == 0
 
 
@@ -80,7 +80,7 @@ def barrier() -> None:
 
 @contextmanager
 def main_alone() -> Iterator[bool]:
-    """The first process works as if there were no other, which wait for it.
+    """The first process works as if it were alone; the others wait for it.
 
     Gives whether this is the first process:
 
@@ -156,7 +156,7 @@ def parallel(model: nn.Module) -> nn.Module:
 def require_equal(model: nn.Module) -> None:
     """Raises UserError if the processes no longer hold the same weights.
 
-    That is what happens if a method trains without `Loop.parallel` and `Loop.backward`.
+    This happens if a method trains without `Loop.parallel` and `Loop.backward`.
     """
     if processes() == 1:
         return
@@ -222,7 +222,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _padded(rows: torch.Tensor, share: slice, count: int) -> torch.Tensor:
-    """All rows, of which every process has its own: a sum, as gloo gathers equal shares only."""
+    """All rows, from the rows of each process; by a sum, because gloo gathers only equal shares."""
     everything = rows.new_zeros(count, *rows.shape[1:])
     everything[share] = rows
     dist.all_reduce(everything)

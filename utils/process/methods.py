@@ -1,6 +1,6 @@
 """The list of methods: what `python -m attack` and `python -m defense` print, and the README shows.
 
-A method's file is the only source. Its docstring begins so (the paper may be missing):
+A method's file is the only source. Its docstring begins like this (the paper may be missing):
 
     Name: what it does in a few words.
 
@@ -91,7 +91,7 @@ def methods_of(package: ModuleType, sees: Callable[[ModuleType], str]) -> list[M
 
 
 def as_text(methods: Iterable[Method], sees: str) -> str:
-    """Two lines for each method, below a line that says what stands where.
+    """Two lines for each method, below a line that explains them.
 
     Args:
         sees: the title of what a defense is given, or an attacker changes.

@@ -14,14 +14,14 @@ SAY_EVERY = 60.0  # seconds
 
 
 class Progress:
-    """A bar with an ETA on a terminal; elsewhere a line a minute, beside what its owner logs.
+    """A bar with an ETA on a terminal; elsewhere one line per minute, beside its owner's log.
 
     Args:
         total: number of steps.
         description: what is being done.
         unit: what a step is.
         initial: steps that were done earlier.
-        says: whether it logs; else its owner alone does.
+        says: whether it logs; if not, only its owner does.
     """
 
     def __init__(

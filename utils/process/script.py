@@ -26,7 +26,7 @@ logger = logging.getLogger("sau")
 
 
 class Line(logging.Formatter):
-    """One line for each record, whatever the texts hold that it tells; see `shown`."""
+    """One line for each record, also if a text in it has line breaks; see `shown`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record))
@@ -35,11 +35,11 @@ class Line(logging.Formatter):
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
-    A `UserError` is printed, one line a problem, and exits with 2, and so is what the system
-    refuses (no access, no space), what torch cannot do on `mps`, and whatever the user's own
-    network raises; Ctrl-C exits with 130, SIGTERM with 143, a closed terminal with 129, Ctrl-Break
-    (Windows) with 149. Of several processes the first one speaks for all; another one only of what
-    it alone has met.
+    A `UserError` is printed, one line per problem, and exits with 2. The same holds for errors of
+    the system (no access, no space), for things that torch cannot do on `mps`, and for all that the
+    user's own network raises. Ctrl-C exits with 130, SIGTERM with 143, a closed terminal with 129,
+    Ctrl-Break (Windows) with 149. If there are several processes, the first one prints for all;
+    another one prints only errors that it alone has met.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else it is not a terminal's, nor a file's
@@ -105,7 +105,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Stop:
-    """Whether work that can be resumed is being done, and which signal has come meanwhile."""
+    """Whether work that can be resumed is being done, and which signal has come in the meantime."""
 
     is_deferred = False
     signal: int | None = None
@@ -113,7 +113,7 @@ class _Stop:
 
 
 def defer_signals(deferred: bool) -> None:
-    """Between True and False, a signal to end waits for `stop_signal` to be asked."""
+    """After True and until False, a signal to end waits until `stop_signal` is called."""
     _Stop.is_deferred = deferred
 
 
@@ -124,12 +124,12 @@ def stop_signal() -> int | None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """A first signal to end waits where work can be resumed; another one ends it at once.
+    """The first signal to end waits if the work can be resumed; the next one ends it at once.
 
     These are SIGINT, SIGTERM and, where the system has them, SIGHUP and SIGBREAK.
 
-    What comes within a second of the first is still the first: schedulers and launchers signal all
-    processes of a job, and each of these passes it on to its children.
+    All signals within a second count as the first one: schedulers and launchers signal all
+    processes of a job, and each of these passes the signal on to its children.
     """
 
     def handle(number: int, _: Any) -> None:
@@ -160,10 +160,10 @@ def _signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def file_log() -> Iterator[Callable[..., None]]:
-    """Keeps the log's lines; the function that it gives opens the file that gets them all.
+    """Keeps the log's lines; the function that it gives opens the file that gets all of them.
 
-    So that a log also tells what came before its folder was made. Each line has its own time. With
-    `append` a resumed run's lines come after those of the run before.
+    So the log also has the lines from before its folder was made. Each line has its own time. With
+    `append`, a resumed run's lines come after those of the run before.
     """
     kept = MemoryHandler(capacity=1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     files: list[logging.FileHandler] = []
@@ -190,7 +190,7 @@ def file_log() -> Iterator[Callable[..., None]]:
 
 
 class _LogFile(logging.FileHandler):
-    """Ends the run with one line where logging itself would print a traceback for every line."""
+    """If the log cannot be written, ends the run with one line, not with a traceback per line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

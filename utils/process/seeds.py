@@ -23,9 +23,9 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """With `wanted`, a GPU gives the same bits for the same seed inside; all is put back after.
+    """With `wanted`, a GPU gives the same bits for the same seed inside; restored at the end.
 
-    cuDNN and cuBLAS use deterministic algorithms alone, which may be slower. A CPU does so anyway.
+    cuDNN and cuBLAS use only deterministic algorithms, which may be slower. A CPU always does.
 
     Raises:
         UserError: if the network has an operation that torch can only do in another way.
@@ -61,7 +61,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A private generator, so that what one purpose draws never shifts what another one draws.
+    """A private generator, so that draws for one purpose never change the draws for another one.
 
     Args:
         seed: the run's seed.

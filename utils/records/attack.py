@@ -1,4 +1,4 @@
-"""Records: what an attack leaves in its folder, as plain data, and what a defense reads of it."""
+"""Records: the plain data that an attack writes into its folder, and that a defense reads."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def save_attack(
     """Writes `attack_result.pt` and, for a backdoored model, `poison.pt`.
 
     Args:
-        cross: all test images with a trigger that must not fire, where the attack has one.
+        cross: all test images with a trigger that must not work, if the attack has one.
         facts: `attack`, `model_name`, `model_sha256` (of a user's file, or None), `network_size`
             (as for `build_model`), `dataset_path` (text or None), `attack_target`,
             `attack_label_trans` (both None for a clean model).
@@ -186,7 +186,7 @@ class AttackRecord(ABC):
         sha256: of `attack_result.pt`.
         attack: name of the attack; "prototype" for a clean model.
         triggered: the triggered test images; None for a clean model.
-        poison_index: which training images are poison; None where the record has none.
+        poison_index: which training images are poison; None if the record does not say it.
     """
 
     folder: Path
@@ -242,7 +242,7 @@ class AttackRecord(ABC):
         """The dataset that the model was trained on, checked.
 
         Args:
-            path: where it is now; None for where the record says, and there nothing is written.
+            path: where it is now; None for the place in the record, where nothing is written.
         """
         may_write = bool(path) or not self.dataset_path
         path = path or self.dataset_path
@@ -277,7 +277,7 @@ class AttackRecord(ABC):
 
     @abstractmethod
     def cross_images(self, data: Dataset) -> torch.Tensor | None:
-        """uint8: all test images with a trigger that must not fire; None where there are none."""
+        """uint8: all test images with a trigger that must not work; None if there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +308,7 @@ class _Own(AttackRecord):
         return None if self.poison is None else self._poison().cross
 
     def _poison(self) -> schema.Poison:
-        """The poisoned images, which are not kept in memory, as they were when it was opened."""
+        """The poisoned images, as they were when the record was opened; not kept in memory."""
         path = self.folder / POISON
         if file_sha256(path) != self.poison_sha256:
             raise UserError(f"{path}: was changed since the run began; run it again")
@@ -347,7 +347,7 @@ def load_attack(folder: Path) -> AttackRecord:
 
 
 def is_backdoorbench(folder: Path) -> bool:
-    """Whether a folder is to be read as BackdoorBench's: a result without our own files."""
+    """Whether a folder is read as one of BackdoorBench: it has a result, but none of our files."""
     ours = ("config.yaml", "summary.json")
     return (folder / "attack_result.pt").exists() and not any((folder / f).exists() for f in ours)
 
@@ -470,7 +470,7 @@ def checked_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def recorded_dataset(folder: Path) -> str | None:
-    """The dataset that a record names, read before all else; None where it names none."""
+    """The dataset that a record names, read before everything else; None if it names none."""
     if is_backdoorbench(folder):
         return backdoorbench.read_dataset_name(folder)
     path = folder / "config.yaml"
@@ -478,7 +478,7 @@ def recorded_dataset(folder: Path) -> str | None:
 
 
 def read_index(path: Path, count: int) -> torch.Tensor:
-    """Indices of the clean subset, one integer a line.
+    """Indices of the clean subset, one integer per line.
 
     Returns:
         int64 (N,), ascending.

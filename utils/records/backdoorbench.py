@@ -1,9 +1,9 @@
 """The record format of BackdoorBench: read without running anything in it, and written.
 
 A record is a folder with `attack_result.pt`, a dictionary of weights and of the state of two
-poisoned sets, and PNG files, one a poisoned image. The sets refer to a clean dataset by index, and
-to their images by paths that were right where the attack ran; only the last three parts of a path
-are used, below the folder that the record is in now.
+poisoned sets, and with one PNG file per poisoned image. The sets refer to a clean dataset by index,
+and to their images by paths on the machine where the attack ran. Only the last three parts of a
+path are used, below the folder that the record is in now.
 """
 
 import io
@@ -86,7 +86,7 @@ _SAMPLE = 64  # images of a split that are compared with the clean ones
 
 @dataclass(frozen=True)
 class Replaced:
-    """The images of one split that others stand in for.
+    """The images of one split that are replaced by other images.
 
     Attributes:
         count: images of the clean split.
@@ -122,10 +122,10 @@ class AttackResult:
     """A record, checked against itself; its images are read when asked for.
 
     Attributes:
-        attack: the attack's name, "unknown" where the record does not tell.
+        attack: the attack's name, "unknown" if the record does not say it.
         state: weights, without the prefix of a parallel run.
         mean, std: of BackdoorBench's normalization.
-        train: None where the attack makes poison on the fly.
+        train: None if the attack makes poison on the fly.
         is_poison: bool, for the rows of train: those that teach the backdoor.
         is_poison_only: whether the attack says which images it poisoned and controls no training.
         test: the triggered test images.
@@ -166,7 +166,7 @@ def read_dataset_name(folder: Path) -> str:
 
 
 def read(folder: Path) -> AttackResult:
-    """Reads a record but for its images.
+    """Reads a record, without its images.
 
     Raises:
         UserError: if the folder holds no record of BackdoorBench, or one that keeps its images
@@ -209,7 +209,7 @@ def read(folder: Path) -> AttackResult:
 
 
 def read_cross(result: AttackResult, labels: torch.Tensor) -> torch.Tensor | None:
-    """All test images with a trigger that must not fire, which only some records have.
+    """All test images with a trigger that must not work, which only some records have.
 
     Args:
         labels: int64 (N,), of the clean test set.
@@ -224,7 +224,7 @@ def read_cross(result: AttackResult, labels: torch.Tensor) -> torch.Tensor | Non
 
 
 def network_size(result: AttackResult) -> int | None:
-    """The side to which the network resizes its images first; None where it takes them as they are.
+    """The side to which the network resizes its images first; None if it takes them as they are.
 
     Vision transformers are the second part of a sequence whose first part resizes to 224.
     """
@@ -236,8 +236,8 @@ def fit_state(
 ) -> dict[str, torch.Tensor]:
     """A state dict with the names and in the order of a network's own.
 
-    Entries are matched by name; where names differ by position, as BackdoorBench does, if all
-    shapes agree.
+    Entries are matched by name. If names differ, they are matched by position, as BackdoorBench
+    does, provided that all shapes agree.
 
     Raises:
         ValueError: naming what is missing, unexpected or of another shape.
@@ -265,14 +265,15 @@ def check_dataset(result: AttackResult, data: Dataset) -> None:
     Three tests for each split: the number of images; the true label of every replaced image; and,
     for up to 64 of them, whether a replaced image is more like the clean image of its index than
     like those of the other 63. "Like" is the correlation of pixels after the mean over all 64 is
-    taken off, which removes whatever a trigger adds to every image. In another order each of them
-    passes with probability 1/64; half must pass. (On photographs, nine of ten do with any of our
-    triggers.)
+    subtracted, which removes everything that a trigger adds to every image. In another order, each
+    of them passes with probability 1/64; half must pass. (On photographs, nine of ten pass with any
+    of our triggers.)
 
-    It finds another number of images, other labels of replaced images, another order, and other
-    images. It cannot find a change of fewer than half of the images that keeps labels, a change of
-    pixels that leaves images alike (another way to resize), or a change of images that the record
-    never replaced. Of triggers that leave nothing of an image only labels are compared.
+    The tests notice another number of images, other labels of replaced images, another order, and
+    other images. They do not notice a change of fewer than half of the images that keeps labels, a
+    change of pixels after which images are still alike (another way to resize), or a change of
+    images that the record never replaced. If a trigger hides the whole image, only labels are
+    compared.
 
     Raises:
         UserError: saying what differs.
@@ -300,7 +301,7 @@ def load_array(path: Path) -> np.ndarray:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The dictionary, which has all eight keys."""
+    """The dictionary; it must have all eight keys."""
     try:
         content = load_tensors(path, arrays=True)
     except ValueError:
@@ -447,7 +448,7 @@ def _rebased(where: str, stored: Any, index: int, original: int) -> str:
 
 
 def _without_target_class(test: Replaced) -> Replaced:
-    """Without images that already are of the class wanted: they cannot tell success."""
+    """Without images that already have the target class: they cannot show success."""
     rows = torch.nonzero(test.labels != test.originals).flatten()
     if len(rows) == 0:
         raise ValueError("bd_test has no image whose label the trigger shall change")
@@ -467,11 +468,11 @@ def _without_target_class(test: Replaced) -> Replaced:
 def _told_apart(folder: Path, train: Replaced | None) -> tuple[torch.Tensor, bool]:
     """Which replaced training images are poison, and whether the record lists them.
 
-    A poison-only attack lists them in a file. Attacks that control training keep cross samples
-    beside, with their own label: a replaced image whose label is kept is one, and poison is what
-    has another label. Without the list that holds if there are cross test images, or if any label
-    is kept that is not the one target; else all replaced images are poison, such as those of a
-    clean-label attack, or those that all-to-one poison draws from the target class.
+    A poison-only attack lists them in a file. Attacks that control training also keep cross
+    samples: a replaced image that keeps its label is a cross sample, and one with another label is
+    poison. If there is no list, this rule is used if there are cross test images, or if an image
+    keeps a label that is not the one target. Otherwise all replaced images are poison, such as
+    those of a clean-label attack, or those that all-to-one poison draws from the target class.
     """
     if train is None:
         return torch.zeros(0, dtype=torch.bool), False
@@ -495,7 +496,7 @@ def _told_apart(folder: Path, train: Replaced | None) -> tuple[torch.Tensor, boo
 
 
 def _attack_name(folder: Path) -> str:
-    """What the run's arguments call the attack; it is for titles alone, so it may be unknown."""
+    """The attack's name in the run's arguments; it is only for titles, so it may be unknown."""
     try:
         name = load_tensors(folder / INFO).get("attack")
     except Exception:  # absent, or not of plain data
@@ -587,7 +588,7 @@ def _finds_its_own(changed: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     """Whether each changed image correlates with its own clean image more than with the others.
 
     Shape:
-        (N, C, H, W) uint8 twice -> (N,) bool; of no row, if the changed images are all the same.
+        (N, C, H, W) uint8 twice -> (N,) bool; empty if the changed images are all the same.
     """
     rows = []
     for images in (changed, clean):

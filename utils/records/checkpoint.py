@@ -23,14 +23,14 @@ _MOST_ROWS = 1_000_000
 
 @dataclass(frozen=True)
 class Origin:
-    """What the numbers of a run depend on beside its flags.
+    """What the numbers of a run depend on, in addition to its flags.
 
     Attributes:
         method: its name.
         files: what was read -> sha256 of its content.
         tensors: what they are -> tensors, whose content counts.
-        conditions: what may change the last digits, such as the number of threads. A run that goes
-            on under others says so.
+        conditions: what may change the last digits, such as the number of threads. A run that
+            continues under other conditions says so.
     """
 
     method: str = ""
@@ -40,7 +40,7 @@ class Origin:
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """What -> sha256. Found when it is first asked for, since short runs have no checkpoint."""
+        """What -> sha256. Computed at the first use, because short runs have no checkpoint."""
         return {
             "the method": hashlib.sha256(self.method.encode()).hexdigest(),
             **self.files,

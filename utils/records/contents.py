@@ -1,8 +1,8 @@
-"""What stands in a run's folder, and which of it a run of this program wrote.
+"""The files in a run's folder, and which of them a run of this program wrote.
 
-`run.json`, the mark, lists the names of the files that a run has written or is about to write. What
-it does not list is the user's, and is never removed. Runs of earlier versions have no mark; what
-they left is known by its content.
+`run.json`, the mark, lists the names of the files that a run has written or is about to write. All
+other files belong to the user, and are never removed. Runs of earlier versions have no mark; their
+files are recognised by their content.
 """
 
 import json
@@ -49,16 +49,17 @@ _EARLIER_RESULTS = ("attack_result.pt", "defense_result.pt")
 
 
 class Contents:
-    """What stands in a run's folder, looked at without following links.
+    """The files in a run's folder; links are not followed.
 
     Args:
-        folder: which may not exist.
-        is_result: whether it is one of the results inside of a record, which has none itself.
+        folder: of the run; it need not exist.
+        is_result: whether it is a result inside of a record; a result holds no other results.
 
     Attributes:
         names: of the files that the run has written or was about to write, without the mark.
-        locks: of the results inside, also those that killed processes have left.
-        foreign: what no run wrote, by its path in the folder; then nothing may be removed.
+        locks: of the results inside, also those of killed processes.
+        foreign: files that no run wrote, by path in the folder; if there are any, nothing may be
+            removed.
 
     Raises:
         OSError: if the folder cannot be read, or is none.
@@ -115,8 +116,8 @@ class Contents:
     def remove(self) -> None:
         """Removes all files of the run, and of the results inside, one by one.
 
-        If this process is killed in between, what is left is still known to be a run's: the mark
-        goes last. The summary goes first, so that the rest does not pass for a finished run.
+        The mark is removed last, so if this process is killed in between, the remaining files still
+        belong to a run. The summary is removed first, so the rest is no finished run.
 
         Raises:
             OSError: if the system refuses.
@@ -163,7 +164,7 @@ def write_mark(folder: Path, names: Sequence[str]) -> None:
 
 
 def _listed(folder: Path) -> list[str] | None:
-    """What the mark lists; None if it is none."""
+    """The names that the mark lists; None if the file is no mark."""
     try:
         return _MARK.validate_json(read_text(folder / MARK, _LARGEST))["files"]
     except (OSError, ValueError):

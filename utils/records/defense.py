@@ -1,4 +1,4 @@
-"""What a defense leaves in its folder, and how its model is used again.
+"""What a defense writes into its folder, and how its model is used again.
 
 from utils.records.defense import load_defense
 
@@ -31,8 +31,8 @@ def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name
     """Writes `defense_result.pt`: the model, and what is needed to make its network again.
 
     Args:
-        model: a `Classifier` with the record's network, or with one that was changed by
-            `models.changes` alone.
+        model: a `Classifier` with the record's network, or with one that was changed only by
+            `models.changes`.
         attack: the record that it was purified from.
         name: of the defense.
 
@@ -66,13 +66,13 @@ def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name
 
 
 def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
-    """The purified model that a defense has left, in eval mode, on the CPU.
+    """The purified model that a defense has written, in eval mode, on the CPU.
 
     It takes float images in [0, 1], (N, C, H, W), and gives logits.
 
     Args:
         folder: of the result, e.g. `record/badnet_demo/defense/sau`.
-        model: `file.py:function`, where the network is made by a file of yours.
+        model: `file.py:function`, if the network is made by a file of yours.
 
     Raises:
         UserError: if the run is not finished, or a file was changed or damaged.

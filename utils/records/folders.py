@@ -39,8 +39,8 @@ class RunFolder:
 
     `run.json` lists the files of the run, each before it is first written, so that nothing else is
     ever removed; see `utils.records.contents`. `summary.json` is written last, so its presence says
-    that the run is done. A folder without it is what a failed run left, and may be written again.
-    Of several processes the first one alone writes.
+    that the run is done. A folder without it is from a failed run, and may be written again. If
+    there are several processes, only the first one writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,15 +58,16 @@ class RunFolder:
     ) -> None:
         """Keeps the folder for this process until it ends.
 
-        All is decided while this process has the lock, by the first of several processes for all.
+        Everything is decided while this process has the lock. If there are several processes, the
+        first one decides for all.
 
         Args:
             record: the folder that the run will read, and that no other process may write.
 
         Raises:
-            UserError: if what stands here may not be replaced, or another process has the folder. A
-                finished or interrupted run needs `overwrite`; a folder that holds anything that no
-                run wrote is never touched.
+            UserError: if the content of the folder may not be replaced, or another process has the
+                folder. A finished or interrupted run needs `overwrite`; a folder with any file that
+                no run wrote is never touched.
             NothingToDo: if the run that is to be resumed is finished, as when a process was killed
                 after its last file.
         """
@@ -78,7 +79,7 @@ class RunFolder:
             raise NothingToDo(f"{self.path} is finished; nothing is left to do")
 
     def _claimed(self, overwrite: bool, resume: bool, record: "RunFolder | None") -> bool:
-        """Takes the lock, or lets it go again; gives whether there is nothing to resume."""
+        """Takes the lock, or releases it again; returns whether there is nothing to resume."""
         with writable(self.path):
             self._refuse_links()
             self.lock()
@@ -146,16 +147,16 @@ class RunFolder:
         return self.path / "checkpoint.pt"
 
     def _refuse_links(self) -> None:
-        """Raises UserError where a write would end elsewhere; anybody may have made the folder."""
+        """Raises UserError if a write would go elsewhere; a stranger may have made the folder."""
         inside = self.path.iterdir() if self.path.is_dir() else ()
         for path in (self.path, *inside):
             _refuse_link(path)
 
     def lock(self) -> bool:
-        """Takes the lock beside the folder, which the system takes back when this process ends.
+        """Takes the lock beside the folder, which the system releases when this process ends.
 
         Returns:
-            Whether a process that was killed had left it.
+            Whether it is the lock of a process that was killed.
 
         Raises:
             UserError: if another process has it, or something else stands in its place.
@@ -245,16 +246,16 @@ class RunFolder:
 
         Args:
             config: as YAML.
-            resume: go on where the folder's run was interrupted, if it was.
+            resume: continue where the folder's run was interrupted, if it was.
             model_sha256: of the user's file that makes the network; None for any other.
-            origin: what the run depends on beside its flags; a checkpoint keeps it.
+            origin: what the run depends on, in addition to its flags; a checkpoint keeps it.
 
         Returns:
             What `write_checkpoint` was given; None for a fresh run.
 
         Raises:
-            UserError: if the folder cannot be written, holds by now what no run wrote, or the run
-                had another configuration or another content of what it depends on.
+            UserError: if the folder cannot be written, if by now it holds a file that no run wrote,
+                or if the run had another configuration, or read files with another content.
         """
         self._origin = origin or Origin()
         self._added = {
@@ -364,8 +365,8 @@ class RunFolder:
     def _list(self, name: str) -> None:
         """Adds a file to those of the run before it is first written.
 
-        In a folder that no run began, e.g. a report's, it removes what killed processes have left
-        of that file.
+        In a folder that no run began, e.g. a report's, it removes unfinished copies of that file
+        from killed processes.
         """
         if self._names is None:
             remove_strays(self.path, glob.escape(Path(name).stem))
@@ -386,7 +387,7 @@ class RunFolder:
         self.write(name, lambda path: save_plain(path, dict(content)))
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]], name: str = "metrics.csv") -> None:
-        """A table as CSV, a line a row."""
+        """A table as CSV, one line per row."""
         self.write(name, lambda path: pd.DataFrame(rows).to_csv(path, index=False))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -471,7 +472,7 @@ def _checked_name(name: str) -> str:
 
 
 def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
-    """The folder of a record's name, or an existing folder; None where there is neither.
+    """The folder of a record's name, or an existing folder; None if there is neither.
 
     Raises:
         UserError: naming the flag, if the record is a link.
@@ -524,10 +525,10 @@ def _write_text(path: Path, text: str) -> None:
 def free_folder(
     name: str | None, root: str | None, overwrite: bool, resume: bool = False
 ) -> RunFolder:
-    """The folder of a new record, or of one to go on with; this process alone may write it.
+    """The folder of a new record, or of one to continue; only this process may write it.
 
     Raises:
-        UserError: if there is no name, or what stands there may not be replaced.
+        UserError: if there is no name, or the content of the folder may not be replaced.
     """
     if name is None:
         raise UserError("--save_folder_name: a value is needed; give the record a name")

@@ -1,4 +1,4 @@
-"""What the files of a record hold: types, shapes, ranges, and how they agree; said once.
+"""The schema of a record's files: types, shapes, ranges, and how they must agree.
 
 A file is checked when it is opened, before anything is done with it.
 """
@@ -85,7 +85,7 @@ def check_attack(content: Mapping[str, Any]) -> Attack:
 
 
 def check_defense(content: Mapping[str, Any]) -> Defense:
-    """Likewise of `defense_result.pt`."""
+    """The plain values of `defense_result.pt`; the weights are checked, too."""
     plain = _DEFENSE.validate_python(content)
     _check_network(plain, content)
     return plain
@@ -120,8 +120,8 @@ class Poison:
         kinds: uint8 (P,), positions in `KINDS`.
         images: uint8 (P, C, H, W), what they are replaced by.
         triggered: the triggered test images.
-        cross: uint8 (T, C, H, W), all test images with a trigger that must not fire; or None.
-        cross_count: T, also where the images are no longer kept; None where there are none.
+        cross: uint8 (T, C, H, W), all test images with a trigger that must not work; or None.
+        cross_count: T, also if the images are no longer kept; None if there are none.
     """
 
     index: torch.Tensor

@@ -1,4 +1,4 @@
-"""Weights of a model that was trained elsewhere: checkpoint files, and into a network."""
+"""Weights of a model that was trained elsewhere: read from a checkpoint, put into a network."""
 
 import re
 from collections.abc import Mapping
@@ -73,9 +73,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> None:
     """Puts weights into the bare network; names and shapes have to be the same.
 
-    A prefix that stands before all names of the network, as training frameworks put one, is taken
-    off, and said; what is left over is skipped, and said. Counts of batches (BatchNorm's
-    `num_batches_tracked`), which old files lack, stay as they are in a new network.
+    If all names of the network have a prefix, as training frameworks add one, it is removed, and a
+    message says so. Other weights are skipped, and a message says so. Counts of batches
+    (BatchNorm's `num_batches_tracked`), which old files lack, stay as they are in a new network.
 
     Args:
         name: of the model, for messages.
@@ -148,7 +148,7 @@ def _without_prefix(
 
 
 def _way_out(path: Path, reason: str) -> str:
-    """What to do with a file that holds objects of Python beside the weights."""
+    """What to do with a file that also holds objects of Python."""
     if "no plain data" not in reason:
         return ""
     return (
