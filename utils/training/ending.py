@@ -1,4 +1,4 @@
-"""How a run ends, said once for attacks, defenses and imports: pictures, tables, summary, log."""
+"""How attacks, defenses and imports end: pictures, tables, summary, log."""
 
 import hashlib
 import json
@@ -50,15 +50,15 @@ def finish_run(
     run: Mapping[str, Any],
     said: Sequence[str] = (),
 ) -> None:
-    """Writes what was found and then the summary, which says that the run is done; logs the result.
+    """Writes the findings and then the summary, which says that the run is done; logs the result.
 
     Args:
         facts: the first entries of `summary.json`.
-        warnings: lines that nobody has logged so far; they stand in the summary with the findings'.
+        warnings: lines that were not logged so far; the summary has them and those of the findings.
         result: the lines to log at the end.
         pictures: what was drawn before; see `draw_findings`.
         files: names whose sha256 the summary has.
-        run: what `run_facts` tells; empty for an import, which runs nothing.
+        run: from `run_facts`; empty for an import, which runs nothing.
         said: warnings that were logged when they came up; the summary has them, too.
     """
     for name, rows in ((name, rows) for name, rows in findings.tables.items() if rows):
@@ -85,7 +85,7 @@ def finish_run(
 def draw_findings(
     folder: RunFolder, findings: Findings, captions: Captions, title: str
 ) -> list[Path]:
-    """A PNG for each picture that was found.
+    """A PNG for each picture of the findings.
 
     Args:
         captions: from float images (N, C, H, W) to what to write under each.
@@ -113,9 +113,9 @@ def draw_findings(
 def judged(verdict: Verdict, attack: AttackRecord) -> dict[str, Any]:
     """A verdict as plain data, beside what the record says.
 
-    `is_right` tells whether it says of a backdoored model that it is one, and of a clean one that
-    it is none; `target_found` whether the attacker's class is among the targets. Either is None
-    where the record does not tell, and the second one where no single class is the target.
+    `is_right` says whether the verdict on the model, backdoored or clean, is true. `target_found`
+    says whether the attacker's class is among the targets. Each is None if the record does not say
+    it. The second one is also None if no single class is the target.
     """
     truth: bool | None = attack.attack != "prototype"
     if truth and attack.triggered is None and attack.attack_target is None:
@@ -129,7 +129,7 @@ def judged(verdict: Verdict, attack: AttackRecord) -> dict[str, Any]:
 
 
 def target_name(attack: Mapping[str, Any], data: Dataset) -> dict[str, str]:
-    """The name of the target class for `summary.json`; nothing where there is no single one.
+    """The name of the target class for `summary.json`; nothing if there is no single one.
 
     Args:
         attack: what a record says, `attack_target` and `attack_label_trans` among it.
@@ -141,7 +141,7 @@ def target_name(attack: Mapping[str, Any], data: Dataset) -> dict[str, str]:
 
 
 def target_title(attack: Mapping[str, Any], data: Dataset) -> str:
-    """What log and pictures say of the target class; see `target_name`."""
+    """The target class as logs and pictures show it; see `target_name`."""
     has_one = target_name(attack, data)
     return f", target {data.named(attack['attack_target'])}" if has_one else ""
 
@@ -157,7 +157,7 @@ def difference(clean: torch.Tensor, changed: torch.Tensor) -> dict[str, torch.Te
 
 
 def table(scores: Scores) -> str:
-    """A line a rate, with its counts."""
+    """One line per rate, with its counts."""
     return "\n".join(
         f"{rate_label(name):9} {rate!s:>8}  ({rate.hits} of {rate.total})"
         for name, rate in scores.rates().items()
@@ -176,7 +176,7 @@ def inputs_of(
 
     Args:
         model_sha256: of the user's file that makes the network; None for any other.
-        contents: name of a flag -> sha256, for what is no single file.
+        contents: name of a flag -> sha256, if the flag names more than a single file.
     """
     flags = {name: value for name, value in vars(config).items() if name in paths_of(type(config))}
     return {
@@ -188,7 +188,7 @@ def inputs_of(
 
 
 def files_of_flags(inputs: Mapping[str, str]) -> dict[str, str]:
-    """Of `inputs_of`, the files that a checkpoint depends on beside the network's own."""
+    """The files of `inputs_of` that a checkpoint depends on, without the network's own."""
     return {
         flag: sha256
         for flag, sha256 in inputs.items()
@@ -227,10 +227,10 @@ def run_facts(
 
 
 def recipe_sha256(values: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
-    """Of a configuration without its seed, and without what says where it runs and writes.
+    """Of a configuration without its seed, and without flags that say where it runs and writes.
 
     Args:
-        inputs: as `inputs_of` gives them; of a flag that names a file the content counts, not the
+        inputs: as `inputs_of` gives them; if a flag names a file, its content counts, and not its
             place.
     """
     recipe = {name: value for name, value in values.items() if name not in _PLACES}
@@ -251,7 +251,7 @@ def draw_trigger(
     title: str,
     device: torch.device,
 ) -> Path:
-    """trigger.png: eight triggered test images beside the clean ones, with what the model says."""
+    """trigger.png: eight triggered test images beside the clean ones, with the model's labels."""
     chosen = torch.linspace(0, len(triggered.index) - 1, 8).long()
     clean = data.test.images[triggered.index[chosen]]
     changed = triggered.images[chosen]

@@ -20,7 +20,7 @@ def predict(
     Args:
         images: (N, C, H, W), uint8 or float in [0, 1].
         device: where the model is.
-        batch_size: images a pass; what suits the device if None.
+        batch_size: images per pass; None for a number that suits the device.
 
     Returns:
         int64 (N,), on the CPU.
@@ -36,7 +36,7 @@ def predict(
 
 
 def _side(model: nn.Module, images: torch.Tensor) -> int:
-    """Of the images that the network computes on: some enlarge them first."""
+    """The side of the images that the network computes on: some networks enlarge them first."""
     resized = [module.size for module in model.modules() if isinstance(module, Resize)]
     return max([*images.shape[2:], *resized])
 
@@ -49,9 +49,9 @@ def evaluate(
     batch_size: int | None = None,
     cross: Labelled | None = None,
 ) -> Scores:
-    """Scores with their counts; without triggered images ACC alone.
+    """Scores with their counts; without triggered images only ACC.
 
-    Several processes share the images out among them; each gets the scores of all.
+    Several processes share the images; each process gets the scores of all images.
     """
 
     def rates(images: torch.Tensor, *labels: torch.Tensor) -> list[Rate]:

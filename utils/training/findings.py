@@ -1,4 +1,4 @@
-"""What a method finds on its way beside the model: facts, warnings, pictures, tables, a verdict.
+"""What a method finds in addition to the model: facts, warnings, pictures, tables, a verdict.
 
 A method states them; a pipeline turns them into `summary.json`, PNG and CSV.
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger("sau")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a model has a backdoor, by what a method measured on it.
+    """Whether a model has a backdoor, as a method measured it.
 
     Attributes:
         is_backdoored: the verdict.
@@ -39,9 +39,9 @@ class Picture:
     Attributes:
         title: what the picture shows.
         rows: name -> float (N, C, H, W) in [0, 1]; the rows have the same N.
-        captions: name of a row -> N texts. A row without captions gets the labels that the model
-            gives its images before and after, where `is_labelled`.
-        is_labelled: whether the rows are images that the model can be asked about.
+        captions: name of a row -> N texts. If `is_labelled`, a row without captions gets the labels
+            that the models before and after give its images.
+        is_labelled: whether the rows are images that a model can label.
         is_compared: whether the amplified difference of the first two rows is drawn below them.
     """
 
@@ -59,10 +59,10 @@ class Findings:
     Attributes:
         facts: plain data by name.
         warnings: lines for the user; see `warn`.
-        pictures: by the name of the file, without its ending; or what makes one, which is called
-            only where somebody draws it.
-        tables: likewise; each is a list of rows, which have the same names.
-        verdict: None where the method gives none.
+        pictures: by the name of the file, without its ending; or a function that makes one, which
+            is called only if the picture is drawn.
+        tables: by the name of the file; each is a list of rows, which have the same names.
+        verdict: None if the method gives none.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Findings:
     verdict: Verdict | None = None
 
     def warn(self, text: str) -> None:
-        """Logs a warning now, and keeps it for the summary; once, however often it is given."""
+        """Logs a warning now, and keeps it for the summary; a repeated warning only once."""
         if text not in self.warnings:
             logger.warning("warning: %s", text)
             self.warnings.append(text)
@@ -83,9 +83,9 @@ class Findings:
         self.facts |= facts
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data and tensors, pictures included, so that a resumed run has all that it found.
+        """Plain data and tensors, also of pictures, so that a resumed run has all earlier findings.
 
-        What makes a picture is left to the resumed run, which states it again.
+        Functions that make pictures are not included; the resumed run states them again.
         """
         return {
             "facts": dict(self.facts),

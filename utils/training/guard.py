@@ -23,10 +23,9 @@ T = TypeVar("T")
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, the global generators begin with the seed; they are put back at the end.
+    """Inside, the global generators begin with the seed; they are restored at the end.
 
-    So dropout, and whatever else a network draws by itself, repeats, and the caller's own draws are
-    those that they would have been.
+    So dropout, and all other draws of a network, repeat, and the caller's own draws do not change.
     """
     before = random_states()
     seed_everything(seed)
@@ -40,8 +39,8 @@ def seeded(seed: int) -> Iterator[None]:
 def single_images_told() -> Iterator[None]:
     """Turns BatchNorm's refusal of a batch of one image, in train mode, into a UserError.
 
-    A last batch of one image does not occur (`utils.training.loop.batch_sizes`). So only runs meet
-    it of which every batch has one image, and they meet it in their first step.
+    A last batch of one image does not occur (`utils.training.loop.batch_sizes`). So the error
+    occurs only in runs where every batch has one image, and there in the first step.
     """
     try:
         yield
@@ -64,7 +63,7 @@ def check_given(
     needs_labels: bool,
     batch_size: int | None = None,
 ) -> None:
-    """Looks at what a `purify` is given; a copy of the network is called with two images.
+    """Checks the arguments of a `purify`; a copy of the network is called with two images.
 
     Args:
         needs_images: whether there must be at least one image.
@@ -72,10 +71,10 @@ def check_given(
         batch_size: of methods that train the whole network in train mode; None for others.
 
     Raises:
-        UserError: if the network has no weights, or not yet; if images are no (N, C, H, W) of
-            floats in [0, 1] or uint8; if labels are no (N,) of int64 below the number of classes;
-            if the network cannot take the images, gives no logits (N, K) where there are labels, or
-            cannot be trained on so few.
+        UserError: if the network has no weights, or its lazy layers have none yet; if images are no
+            (N, C, H, W) of floats in [0, 1] or uint8; if labels are no (N,) of int64 below the
+            number of classes; if the network cannot take the images, gives no logits (N, K)
+            although there are labels, or cannot be trained on so few images.
     """
     _check_network(model)
     _check_images(images, needs_images)
@@ -165,7 +164,7 @@ def _classes(logits: object, count: int) -> int:
 
 
 def _told(what: str, work: Callable[[], T]) -> T:
-    """What `work` returns; a UserError that says what the network cannot do if it raises."""
+    """The result of `work`; if it raises, a UserError that says what the network cannot do."""
     try:
         return work()
     except UserError:

@@ -8,8 +8,8 @@ of features, h the network, and g what follows the map:
     trigger    min over G   0.01 MSE(m f(x), m f(G(x))) - MSE((1 - m) f(x), (1 - m) f(G(x)))
                from the second time on + CE(h(G(x)), t), t the label that most G(x) had at first
 
-So the benign features stay as they are, and the others change as much as they can. A batch on which
-G has changed the images or the benign features too much teaches it the identity instead.
+So the benign features stay as they are, and the others change as much as they can. If G changes the
+images or the benign features of a batch too much, G learns the identity on this batch instead.
 """
 
 import copy
@@ -93,11 +93,11 @@ def generator_loss(
     config: Flags,
     target_loss: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What the generator minimises on one batch.
+    """The loss of the generator on one batch.
 
-    0.01 MSE(m f(x), m f(G(x))) - MSE((1 - m) f(x), (1 - m) f(G(x))) and `target_loss`. Where
-    MSE(x, G(x)) is over `image_bound`, or the first of these over `feature_bound`, MSE(x, G(x))
-    alone.
+    0.01 MSE(m f(x), m f(G(x))) - MSE((1 - m) f(x), (1 - m) f(G(x))) and `target_loss`. If
+    MSE(x, G(x)) is over `image_bound`, or the first of these terms is over `feature_bound`, the
+    loss is only MSE(x, G(x)).
 
     Args:
         images, generated: x and G(x), (B, C, H, W) float, pixel units.
@@ -174,7 +174,7 @@ class Inversion:
 
     @torch.no_grad()
     def mixed(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch whose first images, int(generated_ratio B) + 1 of them, are G's.
+        """A batch whose first int(generated_ratio B) + 1 images are replaced by G's.
 
         Shape:
             (B, C, H, W) float -> the same; what G gives is not clipped to [0, 1].
@@ -263,7 +263,7 @@ class Inversion:
 
     @torch.no_grad()
     def _detect(self, model: nn.Module) -> None:
-        """Keeps, and says, which label most of the generated images have, noise added first."""
+        """Keeps and logs the label that most of the generated images get, after noise was added."""
         rng = generator(self._config.random_seed, "noise of the detection")
         predictions = []
         with evaluating(model):

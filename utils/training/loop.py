@@ -1,4 +1,4 @@
-"""The loop of a training run: phases, rounds and batches, and what they leave for a checkpoint."""
+"""The loop of a training run: phases, rounds and batches, and their state for a checkpoint."""
 
 import math
 import re
@@ -33,18 +33,18 @@ class Loop:
     """Phases, rounds and batches of a training run.
 
     A method writes its two `for` statements with it and reports its losses; a pipeline watches
-    through the callbacks. Without callbacks it only counts. What else the method finds goes into
-    `findings`.
+    through the callbacks. Without callbacks it only counts. Everything else that the method finds
+    goes into `findings`.
 
     With several processes (`utils.process.distributed`) it gives each its own part of every batch.
-    A method trains data-parallel if it trains through `parallel(model)` and calls `backward(loss)`;
-    one that draws batches and does not is refused.
+    A method trains data-parallel if it trains through `parallel(model)` and calls `backward(loss)`.
+    A method that draws batches but does not do this is refused.
 
     Args:
         after_round: called with (round from 1, total rounds, mean losses, state) after each round.
         after_batch: called with (number of batches in the round) after each batch.
         rate: the flag of the learning rate, for the message when a loss is not finite.
-        resume: what `snapshot` gave; the loop goes on after that batch.
+        resume: from `snapshot`; the loop continues after that batch.
 
     Attributes:
         phase: the name of the present phase; "" for a method's main one.
@@ -88,7 +88,7 @@ class Loop:
         return self.alone(distributed.parallel(model))
 
     def alone(self, model: nn.Module) -> nn.Module:
-        """The module to call a model through where each process works on images of its own.
+        """The module to call a model through, where each process works on its own images.
 
         Backward comes before the next call where that is possible, see `models.fast.graphed`.
         """
@@ -108,16 +108,16 @@ class Loop:
     ) -> Iterator[int]:
         """1 to total; a resumed loop begins with the round that it was in.
 
-        A method may have several phases, one after the other. When a run is resumed, one that was
-        done restores its state as it was at its end and gives no round.
+        A method may have several phases, one after the other. When a run is resumed, a phase that
+        was done restores its state as it was at its end and gives no round.
 
         Args:
-            phase: its name, another one for each phase. The main phase, which `n_rounds` counts and
-                the report follows, has none.
+            phase: its name, a different one for each phase. The main phase, which `n_rounds` counts
+                and the report follows, has no name.
             model: what a pipeline scores after a round; part of the state.
             rate: the flag of the phase's learning rate, for the message when a loss is not finite.
-            state: what rounds change: all that has a `state_dict`, generators, tensors, and
-                dictionaries of tensors. A snapshot keeps it.
+            state: everything that rounds change: objects with a `state_dict`, generators, tensors,
+                and dictionaries of tensors. A snapshot keeps it.
 
         Raises:
             UserError: if a round's mean loss is not finite, or a snapshot is of another run.
@@ -184,16 +184,16 @@ class Loop:
     ) -> Iterator[torch.Tensor]:
         """A fresh permutation of range(count) in batches of int64 indices.
 
-        Each of several processes gets its own part of a batch, at least one image. To be called
-        once a round.
+        Each of several processes gets its own part of a batch, at least one image. Call it once
+        per round.
 
         Args:
             generator: on the CPU, so that the order is the same on every device.
-            drop_last: whether to leave out a last batch that is not full.
+            drop_last: whether to skip a last batch that is not full.
             whole: give every process the whole batch; for `distributed.Gathered`.
-            steps: so many batches of images drawn with replacement, instead of a permutation.
-            least: images of a last batch, see `batch_sizes`; 1 for methods that do without the
-                statistics of a batch.
+            steps: number of batches of images drawn with replacement, instead of a permutation.
+            least: smallest number of images in a last batch, see `batch_sizes`; 1 for methods that
+                need no statistics of a batch.
 
         Raises:
             UserError: if there is no image, or a process would get none of a batch.
@@ -249,7 +249,7 @@ class Loop:
         return self._total
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain data and tensors from which a loop like this one can go on after this batch.
+        """Plain data and tensors from which a loop like this one can continue after this batch.
 
         Raises:
             TypeError: if a part of the state is of a kind that cannot be kept.
@@ -267,7 +267,7 @@ class Loop:
         }
 
     def _objects(self) -> dict[str, Any]:
-        """What has changed so far, as it is now."""
+        """The objects that have changed so far, as they are now."""
         return {
             "random": random_states(),
             "objects": {name: state_of(name, value) for name, value in self._state.items()},
@@ -339,15 +339,15 @@ class Loop:
 
 
 def batch_sizes(count: int, batch_size: int, least: int = 2) -> list[int]:
-    """The images of each batch of a round: full batches, and a last one of those that are left.
+    """The sizes of the batches of a round: full batches, and a last one with the rest.
 
-    Where fewer than `least` are left they join the batch before. So none of several batches has a
-    single image, of which BatchNorm knows no statistics in train mode.
+    If the rest has fewer than `least` images, it joins the batch before. So if there are several
+    batches, none has a single image, for which BatchNorm has no statistics in train mode.
 
     Args:
         count: images, >= 1.
         batch_size: >= 1.
-        least: 1 lets a last batch be of one image.
+        least: 1 allows a last batch of one image.
     """
     full, rest = divmod(count, batch_size)
     sizes = [batch_size] * full

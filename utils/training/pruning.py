@@ -73,7 +73,7 @@ def pruned_by_masks(
     before the accuracy on the held-out images falls (`acceptable`).
 
     Returns:
-        The copy, in eval mode; as it was, where no level is good.
+        The copy, in eval mode; as it was, if no level is good.
     """
     if config.selection == "fixed":
         masks = learn(model, images, labels, config, loop)
@@ -112,7 +112,7 @@ def chosen_level(
 ) -> L | None:
     """The last level before the accuracy on held-out images falls, see `acceptable`.
 
-    What was tried goes into the findings, and a warning where no level is good.
+    The tried levels go into the findings, and also a warning if no level is good.
 
     Args:
         levels: in the order in which they go further and further.
@@ -122,7 +122,7 @@ def chosen_level(
         labels: (N,) int64.
 
     Returns:
-        The level; None where none is good.
+        The level; None if no level is good.
     """
     device = next(model.parameters()).device
 
@@ -170,10 +170,11 @@ def pruned_in_rounds(
     loop: Loop,
     channels_of: Callable[[nn.Module], Mapping[str, torch.Tensor]],
 ) -> nn.Module:
-    """A copy of the model without the channels that stand out, looked for once a round.
+    """A copy of the model without the channels that stand out, which are searched in each round.
 
     Args:
-        channels_of: from the model as it is to what to prune: bool (C,) by the layer's name.
+        channels_of: from the model as it is now to the channels to prune: bool (C,) by the layer's
+            name.
 
     Returns:
         The copy, in eval mode.
@@ -214,7 +215,7 @@ def _percent(rate: float) -> str:
 def say_pruned(
     findings: Findings, pruned: list[dict[str, int | str]], text: str, **facts: Any
 ) -> None:
-    """Keeps what was pruned, as a table and by layer for the summary, and logs it layer by layer.
+    """Keeps the pruned channels, as a table and by layer for the summary, and logs them by layer.
 
     Args:
         pruned: a row for each channel, as `named_channels` gives them.

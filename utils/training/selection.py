@@ -16,8 +16,8 @@ L = TypeVar("L", int, float)  # a level
 def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits images into a part to fit on and a held-out part, class by class.
 
-    Of each class of n images round(share * n) are held out, at least one where the class has two
-    or more.
+    Of each class of n images, round(share * n) are held out, at least one if the class has two or
+    more.
 
     Args:
         labels: int64 (N,).
@@ -89,9 +89,9 @@ def tried(
 def outliers(scores: torch.Tensor, u: float, are_low: bool = False) -> torch.Tensor:
     """Which scores stand out: more than u standard deviations over the mean.
 
-    The deviation is that of a sample (divides by n - 1). Scores that are not finite are left out of
-    mean and deviation, and are no outliers. Of n equal scores and one other that one is
-    (n - 1) / sqrt(n) deviations away in a layer of n, so that u = 3 finds nothing among ten.
+    The deviation is that of a sample (divides by n - 1). Scores that are not finite do not count in
+    mean and deviation, and are no outliers. If one of n scores differs and the others are equal, it
+    is (n - 1) / sqrt(n) deviations away, so u = 3 finds nothing among ten scores.
 
     Args:
         scores: (C,) float.

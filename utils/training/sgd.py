@@ -70,7 +70,7 @@ def train_classifier(
         step: gives the loss of a batch.
         order: draws the order of the images; on the CPU.
         loop: counts epochs and batches.
-        drop_last: whether an epoch leaves out a last batch that is not full.
+        drop_last: whether an epoch skips a last batch that is not full.
         whole: whether the step needs the batch as a whole, also with several processes.
 
     Raises:
@@ -108,11 +108,11 @@ def train_classifier(
 
 
 class Scheduler:
-    """The learning rate over a run: moved after each step, or after each epoch by its loss.
+    """The learning rate over a run: changed after each step, or after each epoch by its loss.
 
-    `reduce_on_plateau` is torch's with its own values, as published: a tenth once the mean training
-    loss of an epoch has not fallen by a ten-thousandth of itself for more than 10 epochs. The other
-    schedules are functions of the step, see `lr_multiplier`.
+    `reduce_on_plateau` is torch's schedule with its default values, as published: the rate falls to
+    a tenth if the mean training loss of an epoch has not fallen by a ten-thousandth of itself for
+    more than 10 epochs. The other schedules are functions of the step, see `lr_multiplier`.
 
     Args:
         optimizer: whose learning rate, as it is now, is the peak.
@@ -151,12 +151,12 @@ class Scheduler:
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate's factor by optimizer step; not for `reduce_on_plateau`.
 
-    `cosine` falls from 1 to 0 over the epochs, constant within one. `cosine_100` does so over 100
-    epochs, however many there are, as published: after 50 it is at a half, and after more than 100
-    it rises again; `cosine_100_steps` so over 100 steps, as FT-SAM was published. `one_cycle`
-    changes at every step: linearly from 0.1 to 1 over the first quarter, then linearly to 0.
-    `multi_step` falls to a tenth after 100, 200, 300 and 400 epochs, as WaNet, Input-Aware and BPP
-    were published: with 100 epochs or fewer it is constant.
+    `cosine` falls from 1 to 0 over the epochs, and is constant within an epoch. `cosine_100` does
+    the same over 100 epochs, for any number of epochs, as published: after 50 epochs it is at a
+    half, and after more than 100 epochs it rises again. `cosine_100_steps` does so over 100 steps,
+    as FT-SAM was published. `one_cycle` changes at every step: linearly from 0.1 to 1 over the
+    first quarter, then linearly to 0. `multi_step` falls to a tenth after 100, 200, 300 and 400
+    epochs, as WaNet, Input-Aware and BPP were published. With 100 epochs or fewer it is constant.
     """
     total = max(epochs * steps_per_epoch, 1)
 
@@ -260,8 +260,8 @@ def fine_tune(
         phase: name of the phase; "" for the main one.
         rounds: how many; None for `n_rounds`.
         loss: of (B, K) logits and (B,) labels.
-        gradient: leaves the gradient on the weights; None for a plain backward pass. It is given a
-            function that computes the batch's loss, and may call it again.
+        gradient: puts the gradient on the weights; None for a plain backward pass. It is given a
+            function that computes the batch's loss, and may call this function several times.
         after_step: called after each step of the optimizer.
     """
     rounds = config.n_rounds if rounds is None else rounds

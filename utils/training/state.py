@@ -1,9 +1,9 @@
 """The state of a run's objects for a checkpoint, and back: checked before it is put into them.
 
-A checkpoint may be damaged, or somebody else's. Optimizers and schedulers of torch take what they
-are given: a momentum of another size makes a fused step write into memory that is not its own, and
-a scheduler sets any attribute that a file names. So each part has to be what this run itself could
-have kept: the same names, shapes, types, and constants.
+A checkpoint may be damaged, or come from a stranger. Optimizers and schedulers of torch do not
+check a state: with a momentum of another size, a fused step writes into memory that is not its own,
+and a scheduler sets any attribute that a file names. So each part must be a state that this run
+itself could have kept: the same names, shapes, types, and constants.
 """
 
 import inspect
@@ -34,7 +34,7 @@ def state_of(name: str, value: Any) -> Any:
 
     Args:
         name: of the object, for messages.
-        value: a generator, a tensor, a dictionary of tensors, or what has a `state_dict`.
+        value: a generator, a tensor, a dictionary of tensors, or an object with a `state_dict`.
 
     Raises:
         TypeError: if it is of another kind.
@@ -55,10 +55,10 @@ def state_of(name: str, value: Any) -> Any:
 
 @torch.no_grad()
 def restore(name: str, value: Any, state: Any) -> None:
-    """Puts what `state_of` gave back into the same object, or one made like it.
+    """Puts a state from `state_of` back into the same object, or one made like it.
 
     Raises:
-        ValueError: if it is not of such an object.
+        ValueError: if the state is not of such an object.
     """
     try:
         _restore(name, value, state)
@@ -91,7 +91,7 @@ def _restore(name: str, value: Any, state: Any) -> None:
 
 
 def _restore_tensors(name: str, value: dict[str, torch.Tensor], state: Any) -> None:
-    """A dictionary of tensors, which rounds may have given other entries."""
+    """Restores a dictionary of tensors; rounds may have changed its entries."""
     device = device_of(value)
     if not isinstance(state, dict):
         raise ValueError(f"{name} is no dictionary")
@@ -190,7 +190,8 @@ def restore_random(states: Any) -> None:
     """Puts back the states of the global generators, see `utils.process.seeds.random_states`.
 
     Raises:
-        ValueError: if they are none. NumPy itself would take a place beyond its own memory.
+        ValueError: if they are no such states. NumPy itself would accept a position beyond its
+            memory.
     """
     try:
         torch.set_rng_state(states["torch"])  # torch checks it
@@ -239,7 +240,7 @@ def _restore_numpy(state: Any) -> None:
 
 
 def device_of(state: Mapping[str, Any]) -> torch.device:
-    """Where the tensors of a state are; the CPU where it has none."""
+    """The device of the tensors of a state; the CPU if it has no tensors."""
     for value in state.values():
         if isinstance(value, nn.Module):
             value = next(value.parameters(), None)

@@ -1,4 +1,4 @@
-"""What the attack and the defense pipeline share while they train: scores, log, checkpoints."""
+"""What the pipelines of attacks and defenses share during training: scores, log, checkpoints."""
 
 import math
 import time
@@ -35,11 +35,11 @@ class Watch:
         eval_every: rounds between two evaluations, >= 1. The last round is not scored, because
             `finish` scores the model that comes out.
         checkpoint_every: seconds between two checkpoints, >= 0; they are made after a batch.
-        checkpoint: from where to go on, from `RunFolder.start`; None for a fresh run.
+        checkpoint: where to continue, from `RunFolder.start`; None for a fresh run.
 
     Attributes:
         scores: the latest ones.
-        earlier: seconds of the run before, if this one goes on with it.
+        earlier: seconds of the run before, if this run continues it.
         training_seconds: what the method itself took so far, without scores, files and pictures.
     """
 
@@ -107,12 +107,12 @@ class Watch:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """One row a round: the unit, mean losses, rates in [0, 1], seconds since the start."""
+        """One row per round: the unit, mean losses, rates in [0, 1], seconds since the start."""
         return pd.DataFrame(self._rows)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """What is done inside is not the method's own time."""
+        """Time that passes inside is not counted as the method's own time."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.training_seconds += time.monotonic() - self._resumed_at
@@ -162,7 +162,7 @@ class Watch:
             )
 
     def _name(self) -> str:
-        """Of what is counted: "round", or "teacher, round" in a phase of that name."""
+        """The name of the counted unit: "round", or "teacher, round" in a phase of that name."""
         return f"{self._loop.phase}, {self._unit}" if self._loop.phase else self._unit
 
     def _after_round(
@@ -208,10 +208,10 @@ def scorer(
     device: torch.device,
     cross: Callable[[], Labelled | None] = lambda: None,
 ) -> Callable[[nn.Module], Scores]:
-    """`evaluate` on test images that stay on the device where they fit.
+    """`evaluate` on test images that stay on the device if they fit.
 
-    Triggered and cross images are asked for at each evaluation: an attack that trains its trigger
-    changes them.
+    Triggered and cross images are requested at each evaluation, because an attack that trains its
+    trigger changes them.
     """
     test = replace(test, images=keep_on(device, test.images))
     return lambda model: evaluate(model, test, triggered(), device, cross=cross())
