@@ -4,8 +4,8 @@
     python interop/backdoorbench.py export --result_file ours --to ~/bdb/record/ours
 
 Defenses read a record of BackdoorBench as it is; `import` makes one of ours, for everything else.
-`export` writes what BackdoorBench's own loader reads, with the results of defenses. What it cannot
-read is refused: other datasets and networks than its own, and clean models.
+`export` writes files that BackdoorBench's own loader reads, with the results of defenses. Records
+that it cannot read are refused: datasets and networks that it does not have, and clean models.
 """
 
 import contextlib
@@ -125,9 +125,9 @@ def _write_record(
     """Writes all files of a record of BackdoorBench.
 
     Args:
-        to: folder that is there.
-        name: of the folder that it will be.
-        data, state: what the record's model was trained on, and its weights.
+        to: an existing folder.
+        name: the final name of this folder.
+        data, state: the dataset that the record's model was trained on, and its weights.
     """
     poisoned, cross = attack.poisoned_set(data), attack.cross_images(data)
     true_labels = data.train.labels[poisoned.index]
@@ -237,7 +237,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None) -> bool:
-    """Whether a finished record is what importing that folder gives."""
+    """Whether a finished record is the import of that folder."""
     try:
         summary = read_object(folder.path / "summary.json")
         found = file_hashes(folders.RunFolder(source), RESULT)
@@ -251,7 +251,7 @@ def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None
 
 
 def _refuse_unknown(attack: AttackRecord) -> None:
-    """Refuses what BackdoorBench has no name for, or would normalize in another way."""
+    """Refuses records that BackdoorBench has no name for, or would normalize in another way."""
     for what, name, known in (
         ("dataset", attack.dataset, NORMALIZATION),
         ("network", attack.model_name, MODELS),

@@ -50,7 +50,7 @@ def split_state(
 ) -> dict[str, Any]:
     """The state of a poisoned set, as `attack_result.pt` keeps it.
 
-    A training set exposes all images of the split, a test set the replaced ones alone.
+    A training set shows all images of the split, a test set only the replaced ones.
 
     Args:
         folder: of its images, `<record>/<subfolder>`.
@@ -93,7 +93,7 @@ def attack_result(
 
     Args:
         model: of `model_result`.
-        train, test: of `split_state`; None for an attack that leaves no poisoned training set.
+        train, test: of `split_state`; None for an attack that stores no poisoned training set.
     """
     channels, height, width = image_shape
     return {

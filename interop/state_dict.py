@@ -4,18 +4,18 @@
 
 The checkpoint is a state dict, `.pt`/`.pth` (tensors, plain data, NumPy's arrays and numbers;
 nothing else is read) or `.safetensors`, bare or under one of the usual names (`state_dict`,
-`model`, `ema`, ...; all of them in `utils/records/weights.py`). What torch and training
-frameworks put before names (`module.`, `_orig_mod.`, `model.`) is taken off; beyond that all names
+`model`, `ema`, ...; all of them in `utils/records/weights.py`). Prefixes that torch and training
+frameworks put before names (`module.`, `_orig_mod.`, `model.`) are removed. After that, all names
 and shapes have to be the network's. Nothing is trained.
 
 ASR needs triggered test images, as picture files named after the test image that they come from:
 
     <bd_test_dir>/<true class>/<position in the test set>.png
 
-with --attack_target (or --attack_label_trans all2all). The class is the dataset's name of it; the
-position counts from 0, for a folder of images by class and then by file name as text.
-Without them the record has no ASR, and defenses report ACC alone. Where the model was trained with
-another normalization than the dataset's usual one, give its --mean and --std.
+with --attack_target (or --attack_label_trans all2all). The class is its name in the dataset. The
+position counts from 0; in a folder of images, test images are sorted by class and then by file name
+as text. Without triggered images the record has no ASR, and defenses report only ACC. If the model
+was trained with another normalization than the dataset's usual one, give its --mean and --std.
 """
 
 import sys
@@ -107,7 +107,7 @@ class Config(configuration.Config):
 def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
     """The triggered test images of `<true class>/<position in the test set>.png`.
 
-    Images of the target class are left out (all2one).
+    Images of the target class are skipped (all2one).
 
     Raises:
         UserError: if a name is no position, or its test image is not of that class.

@@ -112,7 +112,7 @@ def prepare(model: Classifier, device: torch.device, precision: str) -> Classifi
 
 
 def model_names() -> list[str]:
-    """Every name that `build_model` takes, `file.py:function` aside."""
+    """Every name that `build_model` takes, except `file.py:function`."""
     return sorted([*CONSTRUCTORS, *_torchvision_names()])
 
 
@@ -178,9 +178,9 @@ def check_model(
 ) -> None:
     """Raises UserError if a network of that name cannot train on images of that size.
 
-    Tried without memory or arithmetic (on torch's meta device), with a batch of two; but for our
-    own, which take every size, because the first use of that device takes two seconds; and for the
-    user's own, which may not work there.
+    It is tried with a batch of two, without memory or arithmetic (on torch's meta device). Our own
+    networks are not tried: they take every size, and the first use of that device takes two
+    seconds. The user's own networks are not tried in this way, because they may not work there.
 
     Args:
         network_size: as for `build_model`.
@@ -213,7 +213,7 @@ def check_model(
 
 
 def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
-    """Asks of the user's network all that attacks and defenses will ask of it."""
+    """Tries everything that attacks and defenses will do with the user's network."""
     trial = _Trial(name, num_classes, image_size)
     model = build_model(name, num_classes, image_size=image_size)
     before = trial.names_of(model)
@@ -243,19 +243,19 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
 
 
 class _Trial:
-    """What is tried with a user's network, whose code may raise anything.
+    """The trials of a user's network, whose code may raise anything.
 
-    Each part raises a UserError that says what it does not do.
+    Each trial raises a UserError that says what the network cannot do.
     """
 
     def __init__(self, name: str, num_classes: int, image_size: int) -> None:
         self.name, self.num_classes, self.image_size = name, num_classes, image_size
 
     def says(self, work: Callable[[], Any], what: str, advice: str = "repair it") -> Any:
-        """What `work` returns.
+        """The result of `work`.
 
         Args:
-            what: the network cannot do if it raises something.
+            what: what the network cannot do if `work` raises something.
         """
         try:
             return work()
@@ -266,7 +266,7 @@ class _Trial:
             raise UserError(f"--model: {self.name} cannot {what} ({reason}); {advice}") from error
 
     def logits(self, model: nn.Module, count: int) -> torch.Tensor:
-        """Those of that many black images."""
+        """The logits of that many black images."""
         size = self.image_size
         images = f"a batch of {'two' if count == 2 else count} images of {size} x {size} pixels"
         logits = self.says(

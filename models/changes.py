@@ -1,6 +1,6 @@
-"""What a defense may add to a network: a closed list, told as plain data in its record.
+"""What a defense may add to a network: a closed list, kept as plain data in its record.
 
-A defense puts such a part in with `insert`; a record tells `changes_of` the network, and
+A defense adds such a part with `insert`. A record keeps `changes_of` the network, and
 `apply_changes` makes the same network again, so that its weights fit.
 """
 
@@ -32,7 +32,7 @@ class Polarizer(nn.Sequential):
 
 
 class Preceded(nn.Sequential):
-    """A layer of a network behind a part that a defense has put before it."""
+    """A layer of a network, and the part that a defense has put before it."""
 
     does_the_same = True
 
@@ -41,7 +41,7 @@ class Preceded(nn.Sequential):
 
     @property
     def part(self) -> nn.Module:
-        """What stands before the layer."""
+        """The part before the layer."""
         return self[0]
 
 
@@ -88,7 +88,7 @@ def shapes_without(
 
     Args:
         state: of the changed network.
-        changes: what `changes_of` tells of it.
+        changes: from `changes_of`.
     """
     shapes = {}
     for name, value in state.items():
@@ -103,7 +103,7 @@ def shapes_without(
 
 
 def apply_changes(network: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """A copy of a network with the parts that `changes_of` told of.
+    """A copy of a network with the parts that `changes_of` listed.
 
     Raises:
         UserError: for a kind, or a layer, that is not known.

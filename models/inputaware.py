@@ -46,7 +46,7 @@ class PixelGenerator(nn.Sequential):
 def widths_for(size: int) -> tuple[int, ...] | None:
     """The published widths for 32 pixels, for all multiples of 8 from 24 on; else those for 28.
 
-    Three halvings of 16 pixels would leave 2 x 2. None for a size that is no multiple of 4.
+    Three halvings of 16 pixels would give 2 x 2. None for a size that is no multiple of 4.
     """
     if size % 8 == 0 and size > 16:
         return 32, 64, 128

@@ -1,4 +1,4 @@
-"""Modes and weights of networks, put back afterwards."""
+"""Temporary changes of modes and weights of networks, which are restored at the end."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ def frozen(*models: nn.Module) -> Iterator[None]:
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Inside, a network's gradients have gradients: no autocast of a `Classifier`, plain attention.
 
-    Fused attention has no second derivative, and bfloat16 too few digits for one.
+    Fused attention has no second derivative, and bfloat16 has too few digits for one.
     """
     precision = model.precision if isinstance(model, Classifier) else "fp32"
     if isinstance(model, Classifier):

@@ -1,7 +1,7 @@
 """The imports of a user's file: modules beside it come first, and only its own code sees them.
 
-So `my_net.py` may import its own `models` or `utils`, as it does where Python runs it by itself,
-although this project has packages of these names.
+So `my_net.py` can import its own `models` or `utils`, as it does if Python runs it by itself,
+although this project has packages with these names.
 """
 
 import ast
@@ -27,7 +27,7 @@ Read = Callable[[Path], bytes]
 
 
 def files_beside(file: Path, read: Read) -> dict[str, list[Path]]:
-    """What a file may import of its own folder, by the name that its import statements begin with.
+    """The modules that a file may import from its folder, by the first part of the imported name.
 
     A package counts with all of its files, also those that only `importlib` would load.
 
@@ -84,7 +84,7 @@ class Neighbours:
 
     @contextlib.contextmanager
     def visible(self) -> Iterator[None]:
-        """Inside, every import sees these modules; what had their names is put back after."""
+        """Inside, every import sees these modules; others of these names are put back at the end."""
         with self._lock:
             if not self._names or self._depth:
                 yield
@@ -151,7 +151,7 @@ class _Loader(SourceLoader):
 def _imported_names(text: bytes) -> set[str]:
     """First parts of what a text imports, at its top or inside functions.
 
-    Where it calls `import_module`, any text in it may be the name of a module, or begin one.
+    If it calls `import_module`, any text in it may be the name of a module, or the start of one.
     """
     names: set[str] = set()
     try:
@@ -170,10 +170,10 @@ def _imported_names(text: bytes) -> set[str]:
 
 
 def _files_of(name: str, folder: Path) -> list[Path]:
-    """The files of a module or package of that name in the folder; none where it has no such one.
+    """The files of a module or package of that name in the folder; none if there is no such module.
 
-    A folder without `__init__.py` is one only if nothing else has that name, as in Python itself.
-    A file in the checkout gets the project's own packages, as ever.
+    A folder without `__init__.py` is a package only if nothing else has that name, as in Python
+    itself. A file in the checkout gets the project's own packages, as always.
     """
     if name in ROOMS and folder.resolve() == ROOT:
         return []

@@ -112,7 +112,7 @@ def layer_or_last(model: nn.Module, name: str | None, flag: str) -> nn.Module:
 
 
 def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """The BatchNorm layers with weights of their own, by name.
+    """The BatchNorm layers that have weights, by name.
 
     Raises:
         UserError: if there is none.
@@ -195,7 +195,7 @@ def convolutions_before(
 def recording(
     model: nn.Module, names: Iterable[str], of: Literal["input", "output"] = "output"
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, the dictionary that it gives holds what went into layers, or came out, the last time.
+    """Inside, the dictionary that it gives holds the last inputs, or outputs, of layers.
 
         with recording(model, ["layer4"]) as features:
             logits = model(images)
@@ -228,10 +228,10 @@ def recording(
 
 
 def last_map(model: nn.Module, image_shape: Sequence[int]) -> str:
-    """The layer whose output is the network's last map of features: what is pooled or flattened.
+    """The layer whose output is the network's last map of features, which is pooled or flattened.
 
-    It is looked for in a pass of one black image: the last output (1, C, H, W) of more than one
-    pixel, behind which no tokens (1, L, D) come. PreAct-ResNet18's is `layer4`.
+    It is searched in a pass of one black image: the last output (1, C, H, W) of more than one
+    pixel, after which no tokens (1, L, D) come. For PreAct-ResNet18 it is `layer4`.
 
     Args:
         image_shape: (C, H, W) of that image.
@@ -286,12 +286,12 @@ def scaled(
 ) -> dict[str, torch.Tensor]:
     """BatchNorm's weights times factors, as parameters for `torch.func.functional_call`.
 
-    The network behaves as if its layers had the weight gamma * scale and the bias beta * shift; its
-    own stay as they are, and gradients reach the factors.
+    The network behaves as if its layers had the weight gamma * scale and the bias beta * shift. Its
+    own weights and biases stay as they are, and gradients reach the factors.
 
     Args:
         scales: (C,) by the layer's name.
-        shifts: likewise; None leaves the biases.
+        shifts: likewise; None keeps the biases.
 
     Returns:
         By the parameters' names in `model`.
@@ -328,8 +328,8 @@ def scaled_convolutions(
 ) -> dict[str, torch.Tensor]:
     """Convolutions whose output channels are multiplied by factors, as changed parameters.
 
-    They are for `torch.func.functional_call`, or to be put in the place of the model's own, which
-    stay as they are. Gradients reach the factors.
+    They are for `torch.func.functional_call`, or to replace the model's own parameters, which are
+    not changed here. Gradients reach the factors.
 
     Args:
         scales: (C,) by the layer's name, C its output channels.
@@ -351,11 +351,11 @@ def scaled_convolutions(
 def silenced(model: nn.Module, channels: Mapping[str, torch.Tensor], with_bias: bool) -> nn.Module:
     """A copy in which channels give a constant: their BatchNorm's weight is 0.
 
-    All else stays bit for bit.
+    Everything else stays the same, bit for bit.
 
     Args:
-        channels: bool (C,) by the layer's name: which ones.
-        with_bias: whether the bias becomes 0, too; else the constant is the bias.
+        channels: bool (C,) by the layer's name: which channels.
+        with_bias: whether the bias becomes 0, too; if not, the constant is the bias.
 
     Returns:
         The copy, in eval mode.

@@ -1,9 +1,9 @@
 """Pre-activation residual networks for small images.
 
 He, Zhang, Ren, Sun. *Identity Mappings in Deep Residual Networks.* ECCV 2016. The layout and the
-order of the state dict are those in which the backdoor literature exchanges its weights: a 3x3
-stem, four stages of widths 64 to 512, global average pooling and one linear layer. There is no
-BatchNorm or ReLU after the last block, so features may be negative.
+order of the state dict are the usual ones for weights in the backdoor literature: a 3x3 stem, four
+stages of widths 64 to 512, global average pooling and one linear layer. There is no BatchNorm or
+ReLU after the last block, so features may be negative.
 """
 
 import torch

@@ -10,10 +10,10 @@ from utils.errors import UserError, one_line
 
 
 def pretrained_size(name: str, image_size: int) -> int | None:
-    """The side to which the network itself has to resize images, or None where it need not.
+    """The side to which the network itself has to resize images; None if it need not resize.
 
-    Most networks take every size from a smallest one on; a ViT takes only the size that its
-    positions were learned at.
+    Most networks take every size above a smallest one; a ViT takes only the size at which its
+    positions were learned.
 
     Raises:
         UserError: if torchvision has no weights of that name.
@@ -25,13 +25,13 @@ def pretrained_size(name: str, image_size: int) -> int | None:
 
 
 def load_pretrained(network: nn.Module, name: str) -> str:
-    """Fills a network with torchvision's weights, all but the head of other classes; in place.
+    """Fills a network with torchvision's weights, except a head of other classes; in place.
 
     Args:
         network: as `build_model` makes it, perhaps behind a layer that resizes.
 
     Returns:
-        What torchvision calls these weights.
+        The name of these weights in torchvision.
 
     Raises:
         UserError: if the weights cannot be downloaded or read.

@@ -1,8 +1,8 @@
 """The steganographic encoder and decoder of SSBA, compact and for images of any size.
 
-In the manner of Tancik, Mildenhall, Ng. *StegaStamp: Invisible Hyperlinks in Physical Photographs.*
-CVPR 2020: a U-Net draws a residual from an image and a bit string, a small convolutional network
-reads the string back. Fewer layers than there, and no noise between the two.
+As in Tancik, Mildenhall, Ng. *StegaStamp: Invisible Hyperlinks in Physical Photographs.* CVPR 2020:
+a U-Net makes a residual from an image and a bit string, and a small convolutional network reads the
+string back. Here both have fewer layers, and there is no noise between the two.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class Encoder(nn.Module):
-    """An image and a bit string in, the residual that hides the string out.
+    """Makes, from an image and a bit string, the residual that hides the string.
 
     Shape:
         (N, C, H, W) float in [0, 1], (N, bits) float of 0 and 1
@@ -83,8 +83,8 @@ class Steganography(nn.Module):
     """An encoder and the decoder that it is trained with.
 
     At 3 x 32 x 32 and 32 bits they have 254,051 and 662,944 parameters. The initialisation is
-    torch's own. With He's (2015), training on photographs stayed at chance for 600 steps and from
-    another seed for 300, where torch's reads 8 of 10 bits after 200.
+    torch's own. With that of He (2015), training on photographs stayed at chance for 600 steps, and
+    for 300 steps with another seed. With torch's, 8 of 10 bits can be read after 200 steps.
     """
 
     def __init__(self, bits: int, image_shape: tuple[int, int, int], reach: float) -> None:

@@ -6,11 +6,11 @@ from torch.nn import functional as F
 
 
 class UNet(nn.Module):
-    """Convolutions at one size after the other, down to the smallest one and up again.
+    """Convolutions at one size after the other, down to the smallest size and up again.
 
-    Each size has half the side of the one before and twice the channels. What was computed on the
-    way down is joined with what comes up. There is no normalization, so an image's output depends
-    on that image alone, in train and in eval mode, and the output is not bounded.
+    Each size has half the side of the size before, and twice the channels. On the way up, the
+    outputs from the way down are added as further channels. There is no normalization, so an
+    image's output depends on that image only, in train and in eval mode. The output is not bounded.
 
     Shape:
         (N, C, H, W) float -> (N, C, H, W) float; any H and W.

@@ -2,9 +2,9 @@
 
 Such a file is run only because the user names it in a flag, never because a record does. A record
 keeps its name and sha256, so that a defense can check that it is given the same file again. A run
-reads a file once: what runs is the text that the sha256 is of, even if the file changes meanwhile.
-Outside of a run, as in a notebook, it is read anew each time. Modules that lie beside the file and
-that it imports (`neighbours.py`) are part of it: the sha256 is then of all of them.
+reads a file once. The text that runs is the text that was hashed, even if the file changes in the
+meantime. Outside of a run, as in a notebook, the file is read again each time. Modules beside the
+file that it imports (`neighbours.py`) are part of it: the sha256 is then of all of them.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ def is_user_file(name: str) -> bool:
 def model_identity(name: str) -> tuple[str, str | None]:
     """What a record keeps of a `--model` value: its name, and the sha256 of a user's file.
 
-    Where the file imports others beside it, the sha256 is that of a list with a line for each
-    of them, in the order of their paths: its sha256, two spaces, its path from the file's folder.
+    If the file imports others beside it, the sha256 is that of a list with a line for each of them,
+    in the order of their paths: its sha256, two spaces, its path from the file's folder.
 
     Returns:
         ("my_net.py:build", sha256) for a file, wherever it is; (name, None) for any other name.
@@ -122,16 +122,16 @@ def _fill_lazy_layers(network: nn.Module, image_size: int) -> None:
 
 @contextlib.contextmanager
 def blamed(but_for: type[BaseException]) -> Iterator[None]:
-    """Around a run: what the code of a user's file raises is told as what it is, with its line.
+    """Around a run: an error from the code of a user's file is reported as such, with its line.
 
-    So that it is neither taken for a defect of the program nor, as `sys.exit(0)` would be, for its
-    good end.
+    So it does not look like a defect of the program. And `sys.exit(0)` in the file does not look
+    like a successful end.
 
     Args:
-        but_for: what our own handlers of signals raise, in whatever code is running.
+        but_for: what our own handlers of signals raise, which can be in any code.
 
     Raises:
-        UserError: in the place of what a frame of the user's file raised or let pass.
+        UserError: in place of an exception that a frame of the user's file raised or let pass.
     """
     _RUNS.append({})
     try:
@@ -152,9 +152,9 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
 
 
 def _guard_exit() -> None:
-    """`os._exit` in the code of a user's file is told, too, rather than the end without a record.
+    """`os._exit` in the code of a user's file is reported, too, instead of an end without a record.
 
-    For all others it is what it was, as for processes that the user's code starts.
+    For all other code it does not change, also for processes that the user's code starts.
     """
     mine = os.getpid()
 

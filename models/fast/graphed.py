@@ -1,9 +1,9 @@
 """A network whose passes are replayed as CUDA graphs: one launch instead of hundreds.
 
-With images of 32 pixels a GPU does the work of a layer faster than Python can ask for the next one.
-A CUDA graph is the list of all kernels of a pass, recorded once and then started at once. It holds
-for one shape of images and one state of the network, so each gets its own. A replay reads the
-weights' current values at the addresses that were recorded.
+With images of 32 pixels, a GPU computes a layer faster than Python can start the next one. A CUDA
+graph is the list of all kernels of a pass. It is recorded once and then started with one call. It
+is valid for one shape of images and one state of the network, so each of these gets its own graph.
+A replay reads the weights' current values at the addresses that were recorded.
 """
 
 import logging
@@ -33,15 +33,15 @@ logger = logging.getLogger("sau")
 
 
 class Graphed(nn.Module):
-    """Calls a network, forward and backward by CUDA graphs where that is possible and worth it.
+    """Calls a network, forward and backward by CUDA graphs if that is possible and useful.
 
     The kernels, and so the numbers, are the network's own. The network is called as it is, without
-    a graph, where no gradient is needed, where it is not plain at that time (`is_plain`), where it
-    is called again before the backward pass of the call before, on a CPU, and on a GPU more than
-    half of whose memory is taken: a recording keeps all that its passes need.
+    a graph, in these cases: no gradient is needed; it is not plain at that time (`is_plain`); it is
+    called again before the backward pass of the last call; it is on a CPU; more than half of the
+    GPU's memory is in use, because a recording keeps all memory that its passes need.
 
     Args:
-        model: its weights stay its own.
+        model: the network; its weights are used, not copied.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,7 +87,7 @@ class Graphed(nn.Module):
         return output
 
     def _record(self, images: torch.Tensor) -> "_Passes | None":
-        """The passes; None where there is no room, or torch cannot record them."""
+        """The passes; None if there is not enough memory, or torch cannot record them."""
         free, total = torch.cuda.mem_get_info(images.device)
         if free <= total // 2:
             return None
@@ -104,7 +104,7 @@ class Graphed(nn.Module):
 
 
 def state_of(model: nn.Module, images: torch.Tensor) -> tuple[Any, ...]:
-    """All on which a recording depends."""
+    """Everything that a recording depends on."""
     return (
         (images.shape, images.dtype, images.device, images.requires_grad),
         tuple((weight.data_ptr(), weight.requires_grad) for weight in model.parameters()),
@@ -146,7 +146,7 @@ class _Passes:
         return call is not None and not call.is_over
 
     def begin(self) -> "_Call":
-        """What the graph of a new forward pass is to keep for as long as it lives."""
+        """An object that the graph of a new forward pass keeps for as long as it lives."""
         self.calls += 1
         call = _Call(self.calls)
         self._call = weakref.ref(call)
@@ -155,7 +155,7 @@ class _Passes:
     def _record(
         self, model: nn.Module, weights: dict[str, torch.Tensor], wanted: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """Sets the passes and what they use; returns the gradients of what is wanted."""
+        """Sets the passes and their tensors; returns the gradients that are wanted."""
         with torch.cuda.device(self.images.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -176,7 +176,7 @@ class _Passes:
 
 
 class _Call:
-    """A forward pass whose backward pass may come, as long as this lives."""
+    """A forward pass; as long as this object lives, its backward pass may still come."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -214,7 +214,7 @@ class _Replay(torch.autograd.Function):
 def is_plain(model: nn.Module) -> bool:
     """Whether all modules are of a kind that does the same in every call, without hooks.
 
-    Others may not, and a recording would go on doing what they did once.
+    Other modules may do something else in the next call, and a recording would repeat the first.
     """
     return not any(
         (type(module) not in KNOWN and "does_the_same" not in vars(type(module)))
