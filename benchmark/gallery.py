@@ -2,9 +2,9 @@
 
     python benchmark/gallery.py badnet_demo wanet_demo --to pictures
 
-Writes `attacks.png`, a row for each record: triggered test images and what the trigger changed;
-and `attacks/<attack>.png` for each: one image clean, triggered, and the difference. Differences are
-around mid-grey and amplified; the factor stands beside a row.
+Writes `attacks.png`, with a row for each record: triggered test images and what the trigger
+changed. Also writes `attacks/<attack>.png` for each record: one image clean, triggered, and the
+difference. Differences are around mid-grey and amplified; the factor is written beside a row.
 """
 
 import sys
@@ -71,7 +71,7 @@ def load_rows(
 def gallery_rows(
     clean: torch.Tensor, triggered: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Rows for `plot.image_grid`: the images, then their amplified differences to the clean."""
+    """Rows for `plot.image_grid`: the images, then their amplified differences from the clean."""
     rows = {"clean": torch.cat([clean, torch.full_like(clean, 0.5)])}
     for name, images in triggered.items():
         difference, scale = plot.amplified(images - clean)

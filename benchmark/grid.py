@@ -10,10 +10,10 @@
       sau_short: {script: sau, n_rounds: 2}
     seeds: [0, 1, 2]
 
-What stands under a name are flags of its script; without `script`, the name is that of the script.
-`attack_flags` are for all attacks, and `defense_flags` for all defenses that take them. `pratios:
-[0.1, 0.05]` is one more axis; an attack that names its own `pratio` stays out of it. A defense that
-looks at the poisoned training set is not run on a clean model, which has none.
+The entries under a name are flags of its script; without `script`, the name is that of the script.
+`attack_flags` are for all attacks, and `defense_flags` for all defenses that have these flags.
+`pratios: [0.1, 0.05]` is one more axis; an attack with its own `pratio` ignores it. A defense that
+looks at the poisoned training set is not run on a clean model, because that has no such set.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what com
 
 
 def _as_mapping(value: Any) -> Any:
-    """A list of names as names without flags; a name with nothing behind it likewise."""
+    """A list of names as a mapping from names to no flags; a name without a value likewise."""
     if isinstance(value, list):
         return {name: {} for name in value}
     if isinstance(value, dict):
@@ -68,7 +68,7 @@ class _Part(BaseModel):
 
 
 class Slurm(_Part):
-    """What a SLURM job of this grid asks for."""
+    """The resources that a SLURM job of this grid asks for."""
 
     partition: str | None = None
     timeout_min: int = Field(60, ge=1)
@@ -103,7 +103,7 @@ class Cell:
         script: `attack/badnet.py`, below the checkout.
         flags: name -> value.
         folder: where the run writes.
-        attack: of a defense, the cell whose record it reads.
+        attack: for a defense, the cell whose record it reads.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Cell:
     attack: "Cell | None" = None
 
     def arguments(self) -> list[str]:
-        """Of the script; a fresh run and the continuation of an interrupted one are the same."""
+        """The script's arguments; the same for a fresh run and for the continuation of one."""
         values = {**self.flags, "resume": True}
         return [part for name, value in values.items() for part in (f"--{name}", _as_text(value))]
 
@@ -127,7 +127,7 @@ class Cell:
 
 
 def read_grid(path: Path) -> Grid:
-    """Reads and checks a grid's file, all but the flags.
+    """Reads and checks a grid's file, except the flags.
 
     Raises:
         UserError: naming every key that is missing, unknown, or has a value that is not allowed.
@@ -224,7 +224,7 @@ def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
 
 
 def _problems(cell: Cell) -> list[str]:
-    """What the cell's script would say of its flags."""
+    """The errors that the cell's script would report about its flags."""
     folder, name = cell.script.removesuffix(".py").split("/")
     config = _config_class(folder, name)
     if config is None:
@@ -258,7 +258,7 @@ def _fields(folder: str, name: str) -> set[str]:
 
 
 def _sees(name: str, flags: Mapping[str, Any]) -> str | None:
-    """Which images a defense is given with these flags; None where they are not allowed."""
+    """Which images a defense is given with these flags; None if the flags are not allowed."""
     config = _config_class("defense", name)
     try:
         return None if config is None else config.load(**flags).sees  # type: ignore[attr-defined]
@@ -307,13 +307,13 @@ def _inputs(cell: Cell) -> dict[str, str]:
 
 
 def _inputs_of_record(folder: Path) -> dict[str, Any]:
-    """sha256 of what a finished run has read; empty where its summary does not say."""
+    """sha256 of the files that a finished run has read; empty if its summary does not say it."""
     inputs = _summary(folder).get("inputs")
     return inputs if isinstance(inputs, dict) else {}
 
 
 def _sha256s(folder: Path) -> str | None:
-    """Of the attack's model, which a defense's summary names too."""
+    """sha256 of the attack's model, which a defense's summary also has."""
     summary = _summary(folder)
     try:
         return summary.get("attack_sha256") or summary["files"]["attack_result.pt"]
@@ -322,7 +322,7 @@ def _sha256s(folder: Path) -> str | None:
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    """A run's summary; empty where it cannot be read."""
+    """A run's summary; empty if it cannot be read."""
     try:
         return read_object(folder / "summary.json")
     except (OSError, ValueError):

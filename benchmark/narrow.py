@@ -1,4 +1,4 @@
-"""PreAct-ResNet18 at a quarter of its widths, so that two cores can train it on photographs.
+"""PreAct-ResNet18 with a quarter of its channels, so that two cores can train it on photographs.
 
     python attack/wanet.py --dataset folder --dataset_path photos --model benchmark/narrow.py:build
 

@@ -6,8 +6,8 @@
     python benchmark/report.py --under results/digits --to report   # all forms of a kept grid
     python benchmark/report.py --rebuild RESULTS.md
 
-Numbers come from the runs' summaries alone: a row an attack, a column a defense, means and sample
-standard deviations over seeds. `--formats` says what is written:
+Numbers come only from the runs' summaries: one row per attack, columns for each defense, means and
+sample standard deviations over seeds. `--formats` says what is written:
 
     md      table.md
     tex     table.tex
@@ -16,17 +16,17 @@ standard deviations over seeds. `--formats` says what is written:
     svg     figures/*.svg
     html    report.html, which needs no other file; and the PNG figures, which it shows
 
-`--under` takes folders of both forms, and several of them. Where a record of one name is in two,
-their results are put together, and of a result that is in both the later folder's is taken.
+`--under` takes several folders, of both forms. If two of them have a record of the same name, their
+results are put together. If both have the same result, that of the later folder is used.
 
 `--keep` also writes the runs themselves, in two files from which the same command makes the same
 tables again: `runs.jsonl`, a line for each run with its summary and its configuration, and
-`curves.csv` with the rows of every metrics.csv. It refuses to drop a run that is there: the third
-command above adds those of record/mine to the grid, and `--keep` without `results/digits` would
-say what is missing.
+`curves.csv` with the rows of every metrics.csv. It refuses to drop a run that is already there: the
+third command above adds the runs of record/mine to the grid. Without `results/digits` under
+`--under`, it would write nothing and say which runs are missing.
 
-`--rebuild` makes table.md again for each folder that a text names between such marks, puts the
-tables there, and draws the figures of these folders that the text shows:
+`--rebuild` makes table.md again for each folder that a text names in marks like the ones below,
+puts the tables between the marks, and draws the figures of these folders that the text shows:
 
     <!-- begin results/digits/table.md -->
     <!-- end results/digits/table.md -->
@@ -96,7 +96,7 @@ def write(
 
 
 def read(unders: Sequence[Path], to: Path) -> tuple[list[Table], pd.DataFrame, list[str]]:
-    """Tables and runs of some folders; what is skipped is said.
+    """Tables and runs of some folders; a message names everything that is skipped.
 
     Raises:
         UserError: if nothing remains.
@@ -116,7 +116,7 @@ def write_tables(
     folder: RunFolder,
     formats: Collection[str] = FORMATS,
 ) -> None:
-    """Writes the tables, in those of the formats that are tables."""
+    """Writes the tables, in all chosen formats that are for tables."""
     if "md" in formats:
         folder.write_text("table.md", tables.markdown(all_tables))
     if "tex" in formats:
@@ -162,11 +162,11 @@ def _stem(table: Table, name: str) -> str:
 
 
 def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of all that a table's runs have something for.
+    """Name, caption and figure of each figure for which a table's runs have data.
 
     Args:
-        has_gallery: whether there is a gallery of triggers, which a less complete one does not
-            replace.
+        has_gallery: whether there is a gallery of triggers already, which must not be replaced by a
+            less complete one.
     """
     plain = table.runs[table.runs["label"].isin(table.labels()) & ~table.runs["row"].map(is_clean)]
     rates = ["acc_before", "asr_before", "acc", "asr", "der", "seconds"]
@@ -208,7 +208,7 @@ def _metrics(runs: pd.DataFrame) -> pd.DataFrame | None:
 
 
 def _variants(grid: Grid, attack: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Means and deviations, a row a variant, a column a metric."""
+    """Means and deviations, one row per variant, one column per metric."""
     means, deviations = {}, {}
     for row in grid.body:
         numbers = {metric: row.numbers.get((attack, metric)) for metric in METRICS}
@@ -223,7 +223,7 @@ def _variants(grid: Grid, attack: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _gallery(table: Table, has_one: bool) -> Figure | None:
     """Triggers of the first record of each attack whose tensors are there.
 
-    Where there is a gallery and some attack has no such record: None.
+    None if there is a gallery already and some attack has no such record.
     """
     undefended = table.runs[(table.runs["label"] == UNDEFENDED) & ~table.runs["row"].map(is_clean)]
     is_whole = [_has_tensors(run) for run in undefended["run"]]
@@ -261,7 +261,7 @@ def rebuild(text: Path) -> None:
     The figures of these folders that the text shows are drawn again, too.
 
     Raises:
-        UserError: if a mark has no other half, or names what is not there.
+        UserError: if a mark has no other half, or names a folder that is not there.
     """
     try:
         before = read_text(text)
@@ -294,7 +294,7 @@ def _shown(text: Path, content: str, figures: Path) -> set[str]:
 
 
 def _draw_shown(all_tables: list[Table], figures: Path, shown: set[str]) -> None:
-    """Draws figures of some tables; what is not there in the end is said."""
+    """Draws figures of some tables; a message names figures that are still missing."""
     if not shown:
         return
     folder = made_folder(figures)
@@ -306,7 +306,7 @@ def _draw_shown(all_tables: list[Table], figures: Path, shown: set[str]) -> None
 
 
 def _marked(text: Path, content: str) -> list[str]:
-    """Names between marks, each opened and closed, none inside another."""
+    """The names in marks; each mark must be opened and closed, and none may be inside another."""
     names: list[str] = []
     opened: str | None = None
     for number, line in enumerate(content.splitlines(), start=1):
@@ -326,7 +326,7 @@ def _marked(text: Path, content: str) -> list[str]:
 
 
 def filled(text: Path, content: str, parts: dict[str, str]) -> str:
-    """A text with what stands between its marks replaced."""
+    """A text with new content between its marks."""
     lines: list[str] = []
     is_inside = False
     for line in content.splitlines():
@@ -369,7 +369,7 @@ def folders_of(unders: Sequence[str] | None, record_path: Path | None) -> list[P
 
 
 def formats_of(given: str | None, is_kept: bool) -> tuple[str, ...]:
-    """The formats of `--formats`; of a flag that is not given, all, or those beside kept runs.
+    """The formats of `--formats`; without the flag, all, or those that are kept beside runs.
 
     Raises:
         UserError: if one is unknown.

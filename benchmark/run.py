@@ -1,18 +1,19 @@
-"""Runs a grid of attacks and defenses, each cell the script that a user runs, in its own process.
+"""Runs a grid of attacks and defenses; each cell is the user's script in a process of its own.
 
     python benchmark/run.py benchmark/grids/digits.yaml --jobs 2
     python benchmark/run.py benchmark/grids/digits.yaml --executor slurm
 
 The records go to `record/<name of the YAML file>/`. An attack's record is made once and read by all
-its defenses. Cells that are done are skipped, interrupted ones go on where they were, failed ones
-are listed at the end with their logs while the rest goes on. Ctrl-C stops what runs, with
-checkpoints; the same command continues. `--status` only says how far the grid is.
+its defenses. Cells that are done are skipped. Interrupted cells continue from their checkpoint. If
+a cell fails, the other cells go on, and failed cells are listed at the end with their logs. Ctrl-C
+stops all running cells, with checkpoints; the same command continues. `--status` only says how far
+the grid is.
 
-With `--executor slurm` each cell is a SLURM job, its defenses depend on the attack, and Ctrl-C (or
-`--detach`) leaves the jobs in the queue; the same command picks them up again. What a job asks for
-is the `slurm` part of the YAML: partition, timeout_min, mem_gb, cpus_per_task, gpus_per_node,
-array (one job array instead of single jobs), parallelism (of an array), directives (more lines of
-sbatch by name).
+With `--executor slurm` each cell is a SLURM job, and a defense waits for its attack. Ctrl-C (or
+`--detach`) leaves the jobs in the queue; the same command finds them again. The `slurm` part of the
+YAML says what a job asks for: partition, timeout_min, mem_gb, cpus_per_task, gpus_per_node, array
+(one job array instead of single jobs), parallelism (of an array), directives (more lines of sbatch
+by name).
 """
 
 import os
@@ -44,7 +45,7 @@ STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
 
 
 class Board:
-    """Tells how far the grid is: a bar on a terminal, a line a change elsewhere.
+    """Shows the state of the grid: a bar on a terminal, elsewhere one line per change.
 
     Args:
         jobs: how many cells run at once; None if that is not known.
@@ -86,7 +87,7 @@ class Board:
             logger.info("%s, ETA %s", summary(self.states.values()), self.eta())
 
     def eta(self) -> str:
-        """Time left: for each cell what its script took so far, divided by how many run at once."""
+        """Time left: the usual time of each cell's script, divided by how many run at once."""
         means = {script: sum(took) / len(took) for script, took in self._seconds.items()}
         if not means:
             return "?"
@@ -117,7 +118,7 @@ def mark_of(cell: Cell, root: Path) -> Path:
 
 
 def has_failed(cell: Cell, root: Path) -> bool:
-    """Whether the cell's last run has failed; one by hand since then is not counted."""
+    """Whether the cell's last run has failed; a later run by hand is not counted."""
     mark, checkpoint = mark_of(cell, root), cell.folder / "checkpoint.pt"
     if not mark.exists():
         return False
@@ -125,7 +126,7 @@ def has_failed(cell: Cell, root: Path) -> bool:
 
 
 def is_elsewhere(cell: Cell) -> bool:
-    """Whether another process is writing the cell, e.g. what still runs of a closed terminal."""
+    """Whether another process is writing the cell, e.g. one of a terminal that was closed."""
     return not cell.is_done and RunFolder(cell.folder).is_taken
 
 
@@ -139,8 +140,8 @@ class _Running(NamedTuple):
 def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> None:
     """Runs the cells that are not done, `jobs` at once; threads and GPUs are shared out.
 
-    A defense starts when its attack is done, and is skipped if that has failed. What another
-    process is writing is waited for.
+    A defense starts when its attack is done, and is skipped if the attack has failed. If another
+    process is writing a cell, this one waits for it.
 
     Raises:
         KeyboardInterrupt: once every process that ran has ended.
@@ -183,7 +184,7 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
 
 
 def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
-    """The cell's script, in a session of its own: Ctrl-C is ours to pass on, once."""
+    """The cell's script, in its own session, so that Ctrl-C reaches it only once, from here."""
     log = log_of(cell, root)
     log.parent.mkdir(parents=True, exist_ok=True)
     mark_of(cell, root).unlink(missing_ok=True)
@@ -207,7 +208,7 @@ def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[byt
 
 
 def main() -> None:
-    """Parses the flags, checks the grid, runs it, and says what became of it."""
+    """Parses the flags, checks the grid, runs it, and reports the result."""
     parser = Parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file, e.g. benchmark/grids/digits.yaml")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once (local), >= 1")

@@ -1,9 +1,9 @@
 """Cells of a grid as SLURM jobs, through submitit.
 
-The submitting process may end at any time: which job is whose stands in `.grid/jobs.json` beside
-the records, what is done in the records, and what waits or runs in SLURM's own queue. Accounting
-(sacct) is not needed. A job that is preempted, or reaches its time limit, is put back into the
-queue and goes on from its checkpoint.
+The submitting process may end at any time. `.grid/jobs.json` beside the records says which job
+belongs to which cell, the records say what is done, and SLURM's own queue says what waits or runs.
+Accounting (sacct) is not needed. A job that is preempted, or reaches its time limit, is put back
+into the queue and continues from its checkpoint.
 """
 
 import getpass
@@ -31,7 +31,7 @@ Report = Callable[..., None]
 
 
 class Script:
-    """What a job runs: a script, which goes on where an earlier turn of the job was stopped."""
+    """The work of a job: a script, which continues where an earlier turn of the job was stopped."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = list(command)
@@ -53,7 +53,7 @@ class Script:
             raise SystemExit(f"exit code {code}")
 
     def checkpoint(self) -> Any:
-        """What submitit puts back into the queue: the same command, which resumes."""
+        """The work that submitit puts back into the queue: the same command, which resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -129,10 +129,10 @@ class Queue:
         return str(self._logs / f"{self._ids.get(cell.name, '*')}_0_log.out")
 
     def run(self, cells: Sequence[Cell], report: Report, detach: bool) -> None:
-        """Submits what is neither done nor queued, then watches until all has ended.
+        """Submits cells that are neither done nor queued, then watches until all have ended.
 
         Args:
-            report: is told each cell's state as it changes.
+            report: is called with each cell's new state.
             detach: do not watch.
         """
         queued = self.states()
@@ -161,7 +161,7 @@ class Queue:
             time.sleep(_POLL if open_cells else 0)
 
     def _report_end(self, cell: Cell, report: Report) -> None:
-        """Of a cell that SLURM no longer knows and that is not done."""
+        """Reports the end of a cell that SLURM no longer knows and that is not done."""
         if cell.attack is not None and not cell.attack.is_done:
             report(cell, "skipped", "its attack failed")
         else:
@@ -197,7 +197,7 @@ class Queue:
                         self._submit_group(name, [cell], f"afterok:{self._ids[cell.attack.name]}")
 
     def _submit_group(self, name: str, cells: Sequence[Cell], dependency: str | None) -> None:
-        """One job for one cell, an array for several; what was submitted is noted at once."""
+        """One job for one cell, an array for several; submitted jobs are written down at once."""
         if not cells:
             return
         wants = self._wants

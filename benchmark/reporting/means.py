@@ -1,4 +1,4 @@
-"""Means over seeds: a row an attack, a column a defense, and what a reader has to beware of."""
+"""Means over seeds: one row per attack, columns for each defense, and flags as warnings."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -36,13 +36,13 @@ class Number:
     is_best: bool = False
 
     def rounded(self) -> float:
-        """As it is printed: percent with two decimals."""
+        """The number as it is printed: percent with two decimals."""
         return round(100 * float(self.mean), 2)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a grid: numbers by (heading, metric); `seeds` is None where it has no number."""
+    """A line of a grid: numbers by (heading, metric); `seeds` is None if it has no number."""
 
     name: str
     seeds: int | None
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """What one table prints: headings with their metrics, lines, and lines that are not sorted."""
+    """One table's content: headings with their metrics, lines, and lines that are not sorted."""
 
     corner: str
     columns: Mapping[str, tuple[str, ...]]
@@ -68,7 +68,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Table:
-    """All that is said of one dataset and model; `row` of `runs` is the row of the main grid."""
+    """Everything about one dataset and model; `row` of `runs` is the row of the main grid."""
 
     name: str
     title: str
@@ -78,14 +78,14 @@ class Table:
     notes: tuple[str, ...]
 
     def labels(self) -> list[str]:
-        """Results that are no variant of another one's method: the columns of the main grid."""
+        """Results that are no variant of another result's method: the columns of the main grid."""
         return [label for label in self.main.columns if label != UNDEFENDED]
 
 
 def summarize(runs: pd.DataFrame) -> list[Table]:
-    """A table for each dataset (told by its name and sizes) and model.
+    """A table for each dataset (recognised by its name and sizes) and model.
 
-    And for each pratio, where an attack was run with several; else a row says its own.
+    If an attack was run with several pratios, there is a table for each; if not, the row has it.
     """
     tables: list[Table] = []
     setting = ["dataset", "image_size", "train_images", "test_images", "model"]
@@ -133,9 +133,9 @@ def _table(runs: pd.DataFrame, names: list[str]) -> Table:
 
 
 def _notes(runs: pd.DataFrame) -> tuple[str, ...]:
-    """How many images the numbers are of, what one is worth where they are few, and who made them.
+    """How many images were counted, how much one counts if they are few, and what made the numbers.
 
-    The last where neither commit nor environment has a majority that a flag could tell from.
+    The last is said only if no commit or no environment has a majority, so no flag can say it.
     """
     sizes = [
         f"{int(n):,}" for n in (runs["train_images"].iloc[0], runs["test_images"].iloc[0]) if n == n
@@ -203,7 +203,7 @@ def _main(labels: list[str], runs: pd.DataFrame, cells: Cells) -> Grid:
 
 
 def _ablation(method: str, labels: list[str], cells: Cells) -> Grid:
-    """Rows are the method as it is and its variants, columns the attacks and their mean."""
+    """The rows are the method and its variants; the columns are the attacks and their mean."""
     attacks = sorted({attack for attack, label in cells if label in labels})
     rows = []
     for label in [method, *labels]:
@@ -225,7 +225,7 @@ def _keys(columns: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 
 def _row_of(name: str, groups: Mapping[str, Mapping[str, Number]]) -> Row:
-    """A row's seeds are those of its first cell; one seed is flagged there, or at another cell."""
+    """A row's seeds are those of its first cell; a single seed is flagged there, or elsewhere."""
     seeds = next(n.seeds for numbers in groups.values() for n in numbers.values())
     numbers = {
         (heading, metric): replace(
@@ -238,9 +238,9 @@ def _row_of(name: str, groups: Mapping[str, Mapping[str, Number]]) -> Row:
 
 
 def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.DataFrame) -> Row:
-    """Means of the attacks' means; a column with fewer attacks than undefended says so.
+    """Means of the attacks' means; a column with fewer attacks than without a defense says so.
 
-    The deviation is that of the seeds' means over the attacks, where every attack has every seed.
+    The deviation is that of the seeds' means over the attacks, if every attack has every seed.
     """
     numbers = {}
     for heading, metric in _keys(columns):
@@ -285,8 +285,8 @@ def _best(
 ) -> list[tuple[str, str]]:
     """Which of several rivals, (anything, heading) -> numbers, is best; all that print the same.
 
-    Those with fewer seeds or attacks than others, of a failed attack, a collapsed defense, or one
-    that sees the poisoned training set do not compete.
+    These do not compete: numbers with fewer seeds or attacks than others, those of a failed attack
+    or a collapsed defense, and those of a defense that sees the poisoned training set.
     """
     numbers = {key: of[key[1], metric] for key, of in rivals.items()}
     most = max((number.seeds for number in numbers.values()), default=0)

@@ -71,7 +71,7 @@ class Pictures:
         self._left = largest_page
 
     def from_file(self, path: Path, caption: str, width: int = 1200) -> Shown | None:
-        """A PNG as it is shown; None where there is no file."""
+        """A PNG as it is shown; None if there is no file."""
         if not path.is_file():
             return None
         if not sources.is_plain(path, LARGEST_FILE):
@@ -116,7 +116,7 @@ def render(
     Args:
         title: its heading.
         figures: name of a table -> caption -> PNG.
-        problems: what was skipped, a line each.
+        problems: one line for each thing that was skipped.
     """
     pictures = pictures or Pictures()
     environment = jinja2.Environment(

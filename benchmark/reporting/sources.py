@@ -5,11 +5,12 @@ A grid keeps its runs in two files. `runs.jsonl` has a JSON object on each line:
     {"record": "badnet-s0", "summary": {...}, "config": {...}}
     {"record": "badnet-s0", "defense": "sau", "summary": {...}, "config": {...}}
 
-`defense` is the name of the result's folder, and is not there for the attack itself; `summary` and
-`config` are what the run's `summary.json` and `config.yaml` say, without the machine's paths.
+`defense` is the name of the result's folder; the attack itself has no such key. `summary` and
+`config` are the content of the run's `summary.json` and `config.yaml`, without the machine's paths.
 `curves.csv` has the rows of every `metrics.csv` after the columns `record` and `defense`.
 
-Both forms may be a stranger's: links are not followed, sizes have limits, and nothing is believed.
+Both forms may come from a stranger: links are not followed, sizes have limits, and every value is
+checked.
 """
 
 import hashlib
@@ -45,7 +46,7 @@ Key = tuple[str, str | None]  # names of a record and of a result in it
 
 @dataclass(frozen=True, eq=False)
 class StoredRun:
-    """A run of which no more is stored than that it was.
+    """A run that is stored in one of the two forms.
 
     Attributes:
         record: the record's name: its folder below the one that was searched. One line.
@@ -59,7 +60,7 @@ class StoredRun:
 
     @property
     def key(self) -> Key:
-        """What no two runs of a grid have in common."""
+        """The key of a run, which no two runs of a grid share."""
         return self.record, self.defense
 
     @property
@@ -69,12 +70,12 @@ class StoredRun:
 
     @property
     def unit(self) -> str:
-        """What the rows of its metrics count."""
+        """The unit that the rows of its metrics count."""
         return "epoch" if self.defense is None else "round"
 
     @property
     def folder(self) -> Path | None:
-        """Its folder, with pictures and tensors; None where it has none."""
+        """Its folder, with pictures and tensors; None if it has none."""
         return None
 
     def read_summary(self) -> Any:
@@ -89,7 +90,7 @@ class StoredRun:
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
-        """Its rows by epoch or round, see `read_metrics`; None where there is nothing to draw."""
+        """Its rows by epoch or round, see `read_metrics`; None if there is nothing to draw."""
         return None
 
     @cached_property
@@ -177,7 +178,7 @@ class _Curves:
 
     @cached_property
     def tables(self) -> Mapping[tuple[str, str], pd.DataFrame]:
-        """Rows by the cells of their run; none where they cannot be read, which is said."""
+        """Rows by the cells of their run; none, and a message, if they cannot be read."""
         if not os.path.lexists(self.path):
             return {}
         try:
@@ -194,8 +195,8 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
         without: a folder below it whose content is not looked at.
 
     Returns:
-        The runs: of each record itself first, then of its results. And a line for each of
-        `runs.jsonl` that is skipped.
+        The runs: for each record first itself, then its results. And one message for each line of
+        a `runs.jsonl` that is skipped.
     """
     records: dict[Path, list[Path]] = {}
     grids: list[Path] = []
@@ -231,10 +232,10 @@ def _below(folder: Path, under: Path) -> str:
 
 
 def read_lines(grid: Path, under: Path) -> tuple[list[RunInGrid], list[str]]:
-    """The runs of a grid's `runs.jsonl`, each of a record called after the grid's folder and it.
+    """The runs of a grid's `runs.jsonl`; a record is named by the grid's folder and its own name.
 
     Args:
-        under: the folder that names begin below.
+        under: the folder from which names of folders are counted.
 
     Returns:
         The runs in the order of the lines, and a message for each line that is skipped.
@@ -274,7 +275,7 @@ def read_lines(grid: Path, under: Path) -> tuple[list[RunInGrid], list[str]]:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that plain data is not as described in, as one short line."""
+    """The first fault of plain data, compared with a description, as one short line."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return shown(": ".join(filter(None, (where, first["msg"]))), 200)
@@ -301,7 +302,7 @@ def is_plain(path: Path, largest: int) -> bool:
 
 
 def file_stem(text: str) -> str:
-    """A name of a file for a name of anything; different ones for names that differ much."""
+    """A file name for any name; names that differ much get different file names."""
     stem = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)
     if len(stem) > 120 or not text.isascii():
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
@@ -316,7 +317,7 @@ def cell_text(value: Any) -> Any:
 
 
 def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
-    """A run's `metrics.csv`: numbers only, rates in [0, 1]; None where there is nothing to draw.
+    """A run's `metrics.csv`: numbers only, rates in [0, 1]; None if there is nothing to draw.
 
     Args:
         unit: name of its first column, "epoch" or "round".
@@ -370,7 +371,7 @@ def _is_loss(name: str) -> bool:
 
 
 def read_curves(path: Path) -> dict[tuple[str, str], pd.DataFrame]:
-    """The rows of a `curves.csv` by their first two cells, which say whose they are.
+    """The rows of a `curves.csv` by their first two cells, which name the run.
 
     Raises:
         OSError: if it cannot be read, or is a link.
@@ -394,7 +395,7 @@ def _cells(key: Key) -> tuple[str, str]:
 
 
 def check_kept(to: Path, runs: Sequence[StoredRun]) -> None:
-    """Sees that a grid's files hold nothing that writing these runs into it would lose.
+    """Checks that writing these runs into a grid's files would lose nothing.
 
     Raises:
         UserError: if they have another run, or something that cannot be read.

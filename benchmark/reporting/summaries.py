@@ -1,6 +1,6 @@
-"""The runs under some folders, told by their summaries alone.
+"""The runs under some folders, read only from their summaries.
 
-A run is a model without a defense, or what a defense made of it.
+A run is a model without a defense, or the result of a defense on it.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class _Scores(BaseModel):
 
 
 class _Facts(BaseModel):
-    """What both kinds of summary say of a run; what is not ours may lack most of it."""
+    """The facts in both kinds of summary; a summary that is not ours may lack most of them."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
 
@@ -113,20 +113,20 @@ def is_clean(attack: str) -> bool:
 def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, list[str]]:
     """The runs of all records under some folders, at any depth; links are not followed.
 
-    Runs are repeats, of which a table gives the mean, if they differ in nothing but seed, time and
-    place. Where datasets, networks or recipes of one name differ, each has a name of its own.
+    Runs are repeats if they differ only in seed, time and place; a table gives their mean. If
+    datasets, networks or recipes of one name differ, each gets a name of its own.
 
     Args:
         under: folders of records, or of grids that are kept; see `benchmark.reporting.sources`.
-            Results of records of one name are put together; of two that are of one name as well,
-            the later folder's is taken.
+            Results of records of one name are put together. If two results have one name, that of
+            the later folder is used.
         without: a folder below them whose content is not looked at.
 
     Returns:
-        A row a run, in the order of the records' names: `record` (its name), `run` (how it is
+        One row per run, in the order of the records' names: `record` (its name), `run` (how it is
         stored), `attack`, `label` (`UNDEFENDED` or the name of the result's folder), scores in
-        [0, 1] (NaN where there is none), and what it was made by. And a line for each file, and
-        each line of a file, that is skipped.
+        [0, 1] (NaN if there is none), and the facts about how it was made. And one message for each
+        file, and for each line of a file, that is skipped.
 
     Raises:
         UserError: if two folders have different models in records of one name.
@@ -163,11 +163,11 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
 
 @dataclass(frozen=True)
 class _Record:
-    """What is stored of a record.
+    """The stored facts of a record.
 
     Attributes:
         run: the record itself.
-        attack: what its summary says; None without one.
+        attack: the content of its summary; None without one.
         results: of defenses, by their names.
     """
 
@@ -185,7 +185,7 @@ class _Record:
 
 
 def _records(runs: Iterable[StoredRun], problems: list[str]) -> Iterable[_Record]:
-    """The records of some runs; each that cannot be read is skipped, with its results."""
+    """The records of some runs; a record that cannot be read is skipped, with its results."""
     by_record: dict[str, dict[str | None, StoredRun]] = {}
     for run in runs:
         same = by_record.setdefault(run.record, {})
@@ -226,11 +226,11 @@ def _together(earlier: _Record, later: _Record) -> _Record:
 
 
 class _Unreadable(Exception):
-    """There is a summary, but not of what it should be of."""
+    """There is a summary, but it is not one of such a run."""
 
 
 def _read(run: StoredRun, kind: type[S], problems: list[str]) -> S | None:
-    """What a run's summary says; None without one.
+    """The content of a run's summary; None without one.
 
     Raises:
         _Unreadable: if it is no such summary; a line is added to `problems`.
@@ -256,7 +256,7 @@ def _read(run: StoredRun, kind: type[S], problems: list[str]) -> S | None:
 def _rows(
     record: _Record, defenses: Sequence[tuple[StoredRun, _Defense]]
 ) -> Iterable[dict[str, Any]]:
-    """A record's runs; the scores before a defense stand in where the attack's summary has none."""
+    """A record's runs; if the attack's summary has no scores, those before a defense are used."""
     attack = record.attack
     facts = attack or (defenses[0][1] if defenses else None)
     before: _Attack | _Scores | None = attack if attack and attack.acc is not None else None
@@ -329,7 +329,7 @@ def _row(
 
 
 def _numeric(runs: pd.DataFrame) -> pd.DataFrame:
-    """The same runs, their numbers as such."""
+    """The same runs, with columns of numbers."""
     numbers = ["pratio", "image_size", "train_images", "test_images", "seed", *METRICS, "seconds"]
     numbers += ["purify_seconds"]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
@@ -343,7 +343,7 @@ _CELL = [*_SETTING, "attack", "pratio"]
 def _told_apart(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with different names for datasets, networks, attacks and results that differ.
 
-    What a summary does not say tells nothing apart.
+    If a summary lacks a fact, this fact is not used to tell runs apart.
     """
     runs = _renamed(runs, "dataset", ["dataset", "image_size"], _by_dataset)
     runs = _renamed(runs, "model", ["model"], _by_model)
@@ -365,8 +365,8 @@ def _renamed(
     """The runs with a suffix in brackets added to a column.
 
     Args:
-        by: columns; of each group of runs that agree in them, `suffixes` gives a text a run, which
-            is empty for those that keep their name.
+        by: columns; for each group of runs that agree in them, `suffixes` gives one text per run,
+            which is empty for those that keep their name.
     """
     names = runs[column].copy()
     for _, group in runs.groupby(by, dropna=False, sort=False):
@@ -389,7 +389,7 @@ def _by_model(runs: pd.DataFrame) -> pd.Series:
 def _by_recipe(runs: pd.DataFrame) -> pd.Series:
     """Several recipes are called after their records; the first one with a seed keeps its name.
 
-    What has no seed was trained elsewhere, and is no repeat of anything.
+    A model without a seed was trained elsewhere, and is not a repeat of any other model.
     """
     recipes, has_seed = runs["_recipe"], runs["seed"].notna()
     records = runs["record"].map(lambda name: re.sub(r"-s\d+$", "", name.rpartition("/")[2]))
@@ -401,7 +401,7 @@ def _by_recipe(runs: pd.DataFrame) -> pd.Series:
 def _by_result(runs: pd.DataFrame, usual: str) -> pd.Series:
     """Results of one name by several methods or recipes are called after them.
 
-    One keeps its name: that of most runs of the column, or the first.
+    One of them keeps its name: the one with most runs in the column, or the first.
     """
     known = runs["config"] != _UNKNOWN
     whole = runs["method"] + " " + runs["config"]
@@ -412,10 +412,10 @@ def _by_result(runs: pd.DataFrame, usual: str) -> pd.Series:
 
 
 def _names(keys: pd.Series, hints: pd.Series, is_mixed: bool = False) -> dict[str, str]:
-    """A text for each key of several, the first hint that stands beside it.
+    """A text for each of several keys: the first hint beside it.
 
-    Where others have the same hint, as many letters of the key as tell it apart follow, at least
-    six. A key that is not known has an empty text, and so has a single one.
+    If other keys have the same hint, the first letters of the key follow, at least six, and as many
+    as make it unique. An unknown key has an empty text, and so has a single key.
 
     Args:
         is_mixed: whether a single key needs a text, too.
@@ -441,9 +441,9 @@ def _names(keys: pd.Series, hints: pd.Series, is_mixed: bool = False) -> dict[st
 
 
 def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
-    """Two records of one cell and seed would pass for two seeds: the first by name is taken.
+    """Two records of one cell and seed would look like two seeds: the first by name is used.
 
-    Likewise of two records of one model that was trained elsewhere.
+    The same holds for two records of one model that was trained elsewhere.
     """
     undefended = runs[runs["label"] == UNDEFENDED]
     seeds = undefended["seed"].astype(object)

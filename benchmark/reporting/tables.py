@@ -28,9 +28,9 @@ _LATEX = {
 
 
 def value_text(number: Number, row: Row) -> str:
-    """Percent with two decimals, the deviation, and how many seeds where the row has others.
+    """Percent with two decimals, the deviation, and the number of seeds if it is not the row's.
 
-    In a row of means it is how many attacks, where they are fewer.
+    In a row of means, the number of attacks instead, if there are fewer than in the row.
     """
     text = f"{number.rounded():.2f}"
     if number.sd is not None:
@@ -45,7 +45,7 @@ def headings(grid: Grid) -> list[tuple[str, str]]:
 
 
 def legend(grids: Sequence[Grid]) -> list[str]:
-    """What the flags and the marks of some grids mean, a sentence each."""
+    """What the flags and the marks of some grids mean, one sentence for each."""
     used = {flag for grid in grids for flag in grid.flags()}
     rows = [row for grid in grids for row in (*grid.body, *grid.foot)]
     numbers = [number for row in rows for number in row.numbers.values()]
@@ -65,8 +65,8 @@ def made_by(table: Table) -> tuple[pd.DataFrame, str]:
     """What made each number.
 
     Returns:
-        A row for each attack and result, with all values where seeds differ; and a sentence with
-        what is the same for all.
+        A row for each attack and result, with all values if seeds differ; and a sentence with the
+        facts that are the same for all.
     """
     known = table.runs[(table.runs["versions"] != "-") | (table.runs["seed"].notna())]
 
@@ -226,7 +226,7 @@ def latex_text(text: str) -> str:
 
 
 def tidy(tables: Sequence[Table]) -> str:
-    """CSV, a row a number: means and deviations in [0, 1], not rounded; no row for the mean."""
+    """CSV, one row per number: means and deviations in [0, 1], not rounded; no row for the mean."""
     rows = []
     for table in tables:
         for (row, label), runs in table.runs.groupby(["row", "label"], sort=False):
@@ -256,7 +256,7 @@ def tidy(tables: Sequence[Table]) -> str:
 
 
 def _flags(table: Table, name: str, label: str, metric: str) -> str:
-    """Those of a number, and the row's one of a single seed."""
+    """The flags of a number, and the row's flag of a single seed."""
     for row in (*table.main.body, *table.main.foot):
         if row.name == name and (label, metric) in row.numbers:
             return "".join(sorted({*row.flags, *row.numbers[label, metric].flags}))
@@ -268,14 +268,14 @@ def _flags(table: Table, name: str, label: str, metric: str) -> str:
 
 
 def runs_csv(runs: pd.DataFrame) -> str:
-    """CSV, a row a run: all that the tables are made from, rates in [0, 1]."""
+    """CSV, one row per run: all data that the tables are made from, rates in [0, 1]."""
     return _csv(
         runs.drop(columns=["run", "warnings", "test_images"]).rename(columns={"label": "defense"})
     )
 
 
 def _csv(rows: pd.DataFrame) -> str:
-    """Whole numbers without a point; a text is one line, which no spreadsheet computes."""
+    """CSV text: whole numbers without a point, texts in one line that no spreadsheet computes."""
 
     rows = rows.copy()
     for name in rows:
