@@ -84,7 +84,7 @@ class Neighbours:
 
     @contextlib.contextmanager
     def visible(self) -> Iterator[None]:
-        """Inside, every import sees these modules; others of these names are put back at the end."""
+        """Inside, every import sees these modules; others of these names come back at the end."""
         with self._lock:
             if not self._names or self._depth:
                 yield

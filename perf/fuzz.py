@@ -2,13 +2,13 @@
 
     python perf/fuzz.py --cases 5000 --seed 0
 
-Good files of every kind that a user may be given (our records, results of defenses, BackdoorBench's
+Good files of every kind that a user may get (our records, results of defenses, BackdoorBench's
 records, checkpoints, YAML, pictures, folders of classes, records for a report) are changed at
 random, in their structure as well as in their bytes: types, shapes, ranges, names, archives,
-pickles, and what a file is (`hostile.py`). Each has to be read, or refused with a `UserError`,
-within 20 seconds of a processor and 200 in all, in memory of no more than twice the files and a
-GiB, without a file written anywhere else, and with a message that can be printed. Prints a table;
-exits with 1 if not.
+pickles, and kinds of files (`hostile.py`). Each file must be read, or refused with a `UserError`
+whose message can be printed. This may take 20 seconds of a processor and 200 seconds in all, and
+memory of twice the files plus 1 GiB. No file may be written anywhere else. Prints a table; exits
+with 1 if a case breaks one of these rules.
 """
 
 import hashlib
@@ -177,7 +177,7 @@ def read_any(path: Path) -> Any:
 
 
 def spoil(path: Path, rng: random.Random, damage: Callable[[Path, random.Random], None]) -> None:
-    """Changes a file, or puts something else in its place."""
+    """Changes a file, or replaces it by something else."""
     if rng.random() < 0.08:
         hostile.replace_file(path, rng)
     else:
@@ -190,7 +190,7 @@ def spoil_tensors(path: Path, rng: random.Random) -> None:
 
 
 def vouch(folder: Path, name: str) -> None:
-    """Makes the summary say that a file is as it is, as a careful attacker would."""
+    """Writes the sha256 of a changed file into the summary, as a careful attacker would."""
     if (folder / name).is_file() and (folder / name).stat().st_size < GIB:
         path = folder / "summary.json"
         summary = json.loads(path.read_text())
@@ -395,7 +395,7 @@ def write_good(good: Path) -> None:
 
 
 def most_memory() -> int:
-    """Bytes that this process has had in memory at most."""
+    """The largest number of bytes that this process has had in memory."""
     status = Path("/proc/self/status")
     if not status.exists():
         return peak_memory()
@@ -409,7 +409,7 @@ def size_of(place: Path) -> int:
 
 
 def run_case(case: Case, place: Path, rng: random.Random) -> str:
-    """How a case ends: "read", "refused", or what should not have happened, in several words."""
+    """How a case ends: "read", "refused", or several words that say what went wrong."""
     before = most_memory()
     try:
         case(place, rng)
@@ -468,7 +468,7 @@ def in_a_process(case: Case, place: Path, rng: random.Random) -> str:
 
 
 class Outcome(NamedTuple):
-    """How many cases of each kind ended how, and what should not have happened."""
+    """How many cases of each kind ended in which way, and what went wrong."""
 
     table: pd.DataFrame
     problems: list[str]
@@ -476,7 +476,7 @@ class Outcome(NamedTuple):
 
 @contextmanager
 def surroundings(root: Path) -> Iterator[None]:
-    """Inside, downloads are below `root`, and what a good run says is not printed."""
+    """Inside, downloads are below `root`, and the messages of a good run are not printed."""
     level, data = logger.level, os.environ.get("SAU_DATA")
     torch.set_num_threads(1)  # a fork of a process with threads of torch would wait for them
     os.environ["SAU_DATA"] = str(root / "data")
@@ -528,7 +528,7 @@ def run_cases(count: int, seed: int, root: Path) -> Outcome:
 
 
 def run_one(number: int, seed: int, root: Path) -> None:
-    """Runs a single case here and now, so that what it raises is seen."""
+    """Runs a single case in this process, so that its exception is seen."""
     good, place = root / "good", root / "place"
     with surroundings(root):
         good.mkdir()

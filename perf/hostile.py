@@ -1,4 +1,4 @@
-"""What may stand in the place of a good file: changed in its structure, not only in its bytes.
+"""Bad files in place of good ones: changed in their structure, not only in their bytes.
 
 Every function takes a `random.Random` and gives a value, or changes a file in place.
 """
@@ -32,7 +32,7 @@ NUMBERS = (
 
 
 def name(rng: random.Random) -> str:
-    """A name that means harm, or a mixture of two."""
+    """A hostile name, or a mixture of two."""
     return rng.choice(NAMES) if rng.random() < 0.8 else rng.choice(NAMES) + rng.choice(NAMES)
 
 
@@ -84,7 +84,7 @@ def plain(rng: random.Random, most_shared: int) -> Any:
     """A plain value of any kind.
 
     Args:
-        most_shared: lists that each stand twice in the next one, which unfold to a power of two.
+        most_shared: how many lists, each of which is twice in the next one: 2 ** lists if unfolded.
     """
     nested: Any = []
     for _ in range(rng.choice((3, 90, 900))):
@@ -184,7 +184,7 @@ def damage_bytes(path: Path, rng: random.Random) -> None:
 
 
 def replace_file(path: Path, rng: random.Random) -> None:
-    """Something that is no file of sane size, in a file's place."""
+    """Replaces a file by something that is not a file of ordinary size."""
     path.unlink()
     kind = rng.choice(("pipe", "folder", "zero", "itself", "nowhere", "sparse", "empty", "random"))
     if kind == "pipe":
@@ -233,7 +233,7 @@ _PIECES = (
 
 
 def damage_pickle(path: Path, rng: random.Random) -> None:
-    """Pieces of a pickle put into another, or all of it by hand, in a good archive."""
+    """Puts pieces of a pickle into another one, or a pickle made by hand, into a good archive."""
     with zipfile.ZipFile(path) as archive:
         parts = [(member.filename, archive.read(member)) for member in archive.infolist()]
     folder = parts[0][0].split("/")[0]
@@ -251,7 +251,7 @@ def damage_pickle(path: Path, rng: random.Random) -> None:
 
 
 def damage_archive(path: Path, rng: random.Random) -> None:
-    """Another archive around the same parts: compressed, with parts twice, missing, cut, or two."""
+    """Another archive with the same parts: compressed, with parts repeated, missing, cut, or two."""
     with zipfile.ZipFile(path) as archive:
         parts = [(member.filename, archive.read(member)) for member in archive.infolist()]
     way = rng.choice(("compress", "twice", "missing", "cut", "grow", "rename", "two", "sizes"))
@@ -287,7 +287,7 @@ def damage_archive(path: Path, rng: random.Random) -> None:
 
 
 def damage_tensors(path: Path, rng: random.Random, read: Callable[[Path], Any]) -> None:
-    """A file of `torch.save`: its bytes, its archive, its pickle, or what it says.
+    """Damages a file of `torch.save`: its bytes, its archive, its pickle, or its values.
 
     Args:
         read: reads a good one.
@@ -313,7 +313,7 @@ def damage_tensors(path: Path, rng: random.Random, read: Callable[[Path], Any]) 
 
 
 def damage_json(path: Path, rng: random.Random) -> None:
-    """A JSON file: its bytes, or what it says."""
+    """Damages a JSON file: its bytes, or its values."""
     content = value(json.loads(path.read_text(encoding="utf-8")), rng, most_shared=12)
     try:
         text = json.dumps(content)
@@ -325,7 +325,7 @@ def damage_json(path: Path, rng: random.Random) -> None:
 
 
 def damage_table(path: Path, rng: random.Random) -> None:
-    """A CSV file: cells of other kinds, lines cut, names of columns."""
+    """Damages a CSV file: cells of other kinds, lines that are cut, names of columns."""
     rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
     for _ in range(rng.randint(1, 4)):
         row = rng.choice(rows)

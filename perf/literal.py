@@ -1,9 +1,9 @@
-"""What everyone would write: SAU as published, and the usual way to train on poisoned images.
+"""Plain implementations: SAU as published, and the usual way to train on poisoned images.
 
-Yardsticks for `perf/speed.py`; nothing else uses them. `round_of_sau` does what the published
-procedure does and no less: clean predictions of both models again in each inner step, gradients of
-all weights, all images in every step, three passes for ACC, ASR and RA. `PlainEpoch` is the recipe
-of most repositories: poisoned images as PNG files, PIL and torchvision transforms in a DataLoader.
+Only `perf/speed.py` uses them, to compare. `round_of_sau` does all that the published procedure
+does: clean predictions of both models again in each inner step, gradients of all weights, all
+images in every step, three passes for ACC, ASR and RA. `PlainEpoch` is the recipe of most
+repositories: poisoned images as PNG files, PIL and torchvision transforms in a DataLoader.
 """
 
 import copy
@@ -31,7 +31,7 @@ def perturbation(
     labels: torch.Tensor,
     config: Config,
 ) -> torch.Tensor:
-    """The inner problem, and all of it: (N, C, H, W) float -> delta, likewise."""
+    """The whole inner problem: (N, C, H, W) float -> delta, likewise."""
     delta = initial_perturbation(config.pgd_init, config.trigger_norm, config.norm_type, images)
     for _ in range(config.adv_steps):
         delta = delta.detach().requires_grad_()

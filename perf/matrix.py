@@ -1,14 +1,14 @@
-"""Kills tiny runs before each of their changes of the disk in turn; what they do then is a table.
+"""Kills tiny runs before each of their changes of the disk in turn; makes a table of the results.
 
     python perf/matrix.py --to matrix.csv
     python perf/matrix.py --kinds export,report --every 5
 
 The runs are an attack, one that replaces a record, a defense, an import, an export and a report.
-The changes are files opened to be written, renamed or removed, and folders made or removed. The
-same command, for an attack and a defense with --resume, has to end well and leave the files of an
-undisturbed run, and nothing else. Times and logs may differ, because a log tells of both runs.
+The changes are files opened to be written, renamed or removed, and folders made or removed. Then
+the same command (with --resume for an attack and a defense) must end well and leave the files of an
+undisturbed run, and nothing else. Times and logs may differ, because a log has lines of both runs.
 
-Each row is written to `--to` as soon as it is known, and the same command goes on after the rows
+Each row is written to `--to` as soon as it is known, and the same command continues after the rows
 that are there.
 """
 
@@ -171,7 +171,7 @@ def forked(
 
 
 def kept(root: Path) -> dict[str, Any]:
-    """What stands in a folder, by path, without times; of a log, that it is there."""
+    """The content of a folder, by path, without times; for a log, only that it is there."""
 
     def content(path: Path) -> Any:
         if path.is_dir():
@@ -223,13 +223,13 @@ def killed_at(
 
 
 def filled(place: Path, source: Path | None) -> None:
-    """Makes the place anew, as a copy of a folder, or empty."""
+    """Makes the place again, as a copy of a folder, or empty."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir() if source is None else shutil.copytree(source, place)
 
 
 class _Picture:
-    """In the place of a figure."""
+    """Stands in place of a figure."""
 
     def savefig(self, path: Path, **_: Any) -> None:
         path.write_bytes(b"a picture")

@@ -9,9 +9,9 @@ the record's tensors, in this process. Its epoch is cut to 20 batches, as all ba
 memory. `large` runs the script on pictures of random colours, with a network that only averages
 colours, so that the whole epoch can be run: every image is read from the mapped file.
 
-`flat` runs the scripts of BadNets and then of SAU on the data set `random` with the network `tiny`,
-an evaluation each round and a checkpoint each second. Resident memory after 300 rounds has to be
-within 3 % of that after 30; else the exit code is 1.
+`flat` runs the scripts of BadNets and then of SAU on the dataset `random` with the network `tiny`,
+with an evaluation in each round and a checkpoint each second. Resident memory after 300 rounds must
+be within 3 % of that after 30 rounds; if not, the exit code is 1.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def long_run(kind: str, script: str, root: Path, *flags: str) -> dict[str, Any]:
 
 
 def is_flat() -> bool:
-    """Whether neither of both long runs has grown; prints them."""
+    """Whether the memory of both long runs has not grown; prints them."""
     tiny = ("--dataset", "random", "--model", "tiny", "--image_size", "8")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -109,7 +109,7 @@ def is_flat() -> bool:
 
 
 class ShortLoop(Loop):
-    """A loop whose rounds have the first batches alone."""
+    """A loop whose rounds have only the first batches."""
 
     def batches(self, *arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
         return itertools.islice(super().batches(*arguments, **options), BATCHES)

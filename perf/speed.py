@@ -1,13 +1,13 @@
-"""Speed of SAU and of attack training beside what everyone would write, in one run.
+"""Speed of SAU and of attack training beside that of plain implementations, in one run.
 
     python attack/badnet.py --image_size 32 --save_folder_name badnet_32
     python perf/speed.py --result_file badnet_32 --to record/speed
 
-Repeats are interleaved, so that a busy machine slows both sides; medians and their ratios count,
-not the seconds. Writes `speed.csv` and `speed.png` and prints the table.
+Repeats are interleaved, so that a busy machine slows both sides. Medians and their ratios count,
+not single seconds. Writes `speed.csv` and `speed.png` and prints the table.
 
-round    rounds of SAU on a really backdoored model: literal (`perf/literal.py`), ours in fp32
-         and at the default precision; and the evaluation after a round
+round    rounds of SAU on a model that has a backdoor: the plain one (`perf/literal.py`), ours in
+         fp32 and at the default precision; and the evaluation after a round
 epoch    an epoch of attack training: PIL images, DataLoader and PNG files, and ours; and the
          evaluation after an epoch
 share    where the time of our epoch and of our round goes, and the ratio to the floor: the
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every part measures on."""
+    """The model, images and device that every part measures on."""
 
     model: Classifier
     data: Dataset
@@ -82,7 +82,7 @@ class Bench:
 
 
 class Counting(nn.Module):
-    """A network that counts what it is asked for; its copies count together.
+    """A network that counts its passes; its copies count together.
 
     Args:
         units: its only entry grows by 1 for the forward pass of an image, by 1 for a backward pass
@@ -105,7 +105,7 @@ class Counting(nn.Module):
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, the device's own work included."""
+    """Seconds of a call, including the device's own work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -134,7 +134,7 @@ def interleaved(
 
 
 def rows_of(part: str, seconds: Mapping[str, float], notes: Mapping[str, str]) -> list[Row]:
-    """A row a variant, with the ratio to the first."""
+    """One row per variant, with the ratio to the first."""
     first = next(iter(seconds.values()))
     return [Row(part, name, s, first / s, notes.get(name, "")) for name, s in seconds.items()]
 
@@ -145,7 +145,7 @@ def at_precision(model: Classifier, precision: str, device: torch.device) -> Cla
 
 
 def ours_at(bench: Bench, make: Callable[[str], Callable[[], Callable]]) -> dict[str, Callable]:
-    """Our variants: in fp32, and at the default precision where that is another."""
+    """Our variants: in fp32, and at the default precision if that is another one."""
     return {f"ours, {name}": make(name) for name in dict.fromkeys(("fp32", bench.precision))}
 
 

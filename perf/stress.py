@@ -1,4 +1,4 @@
-"""Kills runs at random moments and takes their disk away; what they do then is a table.
+"""Kills runs at random moments and takes their disk away, and makes a table of the results.
 
     python perf/stress.py --kills 30 --to stress.csv
 
@@ -10,9 +10,9 @@ An attack and a defense on a small set are each run once undisturbed. Then
   read-only, or their folder removed: one line, exit code 2, no temporary file, and the files that
   stood there unchanged.
 
-At last it is measured what a checkpoint costs. Each row is written to `--to` as soon as it is
-known, and the same command goes on after the rows that are there. `matrix.py` kills runs before
-each of their changes of the disk.
+At last, the cost of a checkpoint is measured. Each row is written to `--to` as soon as it is known,
+and the same command continues after the rows that are there. `matrix.py` kills runs before each of
+their changes of the disk.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ def finish(process: subprocess.Popen[str]) -> Ended:
 
 
 def strays(root: Path) -> list[str]:
-    """What a run should not leave: temporary files, locks, checkpoints."""
+    """Files that must not be there after a run: temporary files, locks, checkpoints."""
     return sorted(path.name for name in (".*", "checkpoint*") for path in root.rglob(name))
 
 
@@ -121,7 +121,7 @@ def prepared(kind: str, whole: Path, root: Path) -> Path:
 
 
 class Killed(NamedTuple):
-    """How often a run was killed, and what went wrong at last; "" if nothing did."""
+    """How often a run was killed, and what went wrong in the end; "" if nothing did."""
 
     kills: int
     problem: str
@@ -165,7 +165,7 @@ def killed(kind: str, whole: Path, root: Path, seconds: float, rng: random.Rando
 
 
 def contents(root: Path) -> dict[str, str]:
-    """sha256 by path of what stands in a folder."""
+    """sha256 by path of the files in a folder."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
@@ -189,7 +189,7 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 
 
 def told(kind: str, root: Path, before: dict[str, str], process: subprocess.Popen[str]) -> str:
-    """How a run ends whose disk refuses."""
+    """How a run ends if its disk refuses to write."""
     end = finish(process)
     errors = [line for line in end.text.splitlines() if line.startswith("error:")]
     problems = []
@@ -252,7 +252,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def checkpoint_cost(kind: str, _: Path, root: Path) -> str:
-    """What a checkpoint of PreAct-ResNet18 takes, as a share of the time."""
+    """The time for a checkpoint of PreAct-ResNet18, as a share of the whole time."""
     every = badnet.Config.load().checkpoint_every
     model = build_model("preactresnet18", 10)
     optimizer = OPTIMIZERS[kind](model.parameters())
@@ -277,10 +277,10 @@ def checkpoint_cost(kind: str, _: Path, root: Path) -> str:
 
 
 class Table:
-    """Rows that are in a file as soon as they are there.
+    """Rows that are written to a file at once.
 
     Args:
-        path: a CSV, of which the rows are kept; None for none.
+        path: a CSV file, whose rows are kept; None for no file.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -291,7 +291,7 @@ class Table:
                 self.rows = list(csv.DictReader(file))
 
     def add(self, run: str, what: str, find: Callable[[], str]) -> None:
-        """A row, which is found out unless the table has it."""
+        """Adds a row, which is measured unless the table has it already."""
         if any((row["run"], row["what"]) == (run, what) for row in self.rows):
             return
         self.rows.append({"run": run, "what": what, "result": find()})
@@ -300,7 +300,7 @@ class Table:
                 pd.DataFrame(self.rows).to_csv(partial, index=False)
 
     def summary(self) -> str:
-        """Rows that differ in their number alone are counted."""
+        """The rows; those that differ only in their number are counted together."""
         frame = pd.DataFrame(self.rows, columns=["run", "what", "result"])
         frame["what"] = frame["what"].str.replace(
             r"^killed (before change )?\d+ .*", "killed", regex=True

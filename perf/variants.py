@@ -1,10 +1,10 @@
-"""What each way of making SAU and training faster is worth, one at a time.
+"""How much each change for speed saves in SAU and in training, one change at a time.
 
     python attack/badnet.py --image_size 32 --save_folder_name badnet_32
     python perf/variants.py --result_file badnet_32
 
-Each group has what the program does, and what it would be without one thing or with another;
-repeats are interleaved. The figures and what was decided are in `perf/README.md`.
+Each group has the program as it is, and variants without one thing or with another thing. Repeats
+are interleaved. The figures and the decisions are in `perf/README.md`.
 """
 
 import copy
@@ -104,7 +104,7 @@ def fold(network: nn.Module) -> None:
 
 
 def inner_loop(bench: Bench) -> Group:
-    """The inner loop of SAU on a model that has changed: what each saving is worth."""
+    """The inner loop of SAU on a model that has changed: how much each change saves."""
     images, labels = as_float(bench.clean.images, bench.device), bench.clean.labels.to(bench.device)
     reference = at_precision(bench.model, bench.precision, bench.device).eval()
     model = sau.purify(reference, bench.clean.images, bench.clean.labels, bench.config).eval()
