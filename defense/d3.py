@@ -12,7 +12,7 @@ just by growing.
     python defense/d3.py --result_file badnet_demo
 
 W are the weights of all linear and convolution layers inside `select_layer_name`; biases and all
-other weights are tuned with the clean loss alone. The distance is at most 2 ||W0||, at -W0. The
+other weights are tuned only with the clean loss. The distance is at most 2 ||W0||, at -W0. The
 bound is on each image, as in the authors' program (on the mean in the paper). lmd is 0.5 in the
 program and 10 in the paper, and it is not known which one gave the paper's table: try both on
 held-out images. D3 sees the clean subset, and works on every network. It costs accuracy with few

@@ -1,4 +1,4 @@
-"""FP: cuts features off that stay quiet on clean images, and fine-tunes the rest.
+"""FP: cuts off features that stay quiet on clean images, and fine-tunes the rest.
 
 Liu, Dolan-Gavitt, Garg. *Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
 Networks.* RAID 2018, arXiv 1805.12185.

@@ -1,4 +1,4 @@
-"""FST: draws the head anew and pushes it away from the backdoored one while all is tuned.
+"""FST: gives the head new weights, and pushes them away from the old ones while all is tuned.
 
 Min, Qin, Shen, Cheng. *Towards Stable Backdoor Purification through Feature Shift Tuning.* NeurIPS
 2023, arXiv 2310.01875.

@@ -106,7 +106,7 @@ def perturbation(
     """The inner problem: d for each image, by AdamW from 0, clamped after each step.
 
     Args:
-        network, inverse: from (B, C, H, W) to (B, K); of each image alone.
+        network, inverse: from (B, C, H, W) to (B, K); each row depends only on its own image.
         images: (B, C, H, W) float in [0, 1].
 
     Returns:

@@ -1,4 +1,4 @@
-"""Neural Cleanse: searches the smallest trigger of each class and unlearns those that stand out.
+"""Neural Cleanse: searches the smallest trigger of each class, and unlearns unusually small ones.
 
 Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating Backdoor
 Attacks in Neural Networks.* IEEE S&P 2019.

@@ -1,10 +1,10 @@
-"""RNP: prunes channels that a copy, made to forget clean images, needs least to recover them.
+"""RNP: makes a copy forget clean images, and prunes the channels that its recovery needs least.
 
 Li, Lyu, Ma, Koren, Lyu, Li, Jiang. *Reconstructive Neuron Pruning for Backdoor Defense.* ICML 2023,
 arXiv 2305.14876.
 
 A copy of the network is made to forget the clean images by gradient ascent, and then recovers them
-by masks of its channels alone. Channels that the recovery switches off served the backdoor, which
+only by masks of its channels. Channels that the recovery switches off served the backdoor, which
 the copy had not forgotten; they are pruned in the network as it was given.
 
     unlearn   max over weights             CE on clean images    until accuracy <= clean_threshold

@@ -251,7 +251,7 @@ def damage_pickle(path: Path, rng: random.Random) -> None:
 
 
 def damage_archive(path: Path, rng: random.Random) -> None:
-    """Another archive with the same parts: compressed, with parts repeated, missing, cut, or two."""
+    """Another archive with the same parts: compressed, or parts twice, missing or cut, or two."""
     with zipfile.ZipFile(path) as archive:
         parts = [(member.filename, archive.read(member)) for member in archive.infolist()]
     way = rng.choice(("compress", "twice", "missing", "cut", "grow", "rename", "two", "sizes"))

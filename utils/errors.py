@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """Bad input, told in one line per problem: what is wrong, what is allowed, what to do.
+    """Bad input, one line per problem: what is wrong, what is allowed, what to do.
 
     Scripts print it without a traceback and exit with code 2. Anything else raised is a defect.
 

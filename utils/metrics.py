@@ -23,7 +23,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Scores:
-    """Clean accuracy, attack success rate, robust accuracy; without a trigger ACC alone.
+    """Clean accuracy, attack success rate, robust accuracy; without a trigger only ACC.
 
     `cross_acc` is the accuracy on images with another image's trigger, or with a distorted one,
     which must not work; only some attacks have it.

@@ -36,7 +36,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Linear(torch.autograd.Function):
-    """BatchNorm in eval mode, with a gradient for the features alone."""
+    """BatchNorm in eval mode, with a gradient only for the features."""
 
     @staticmethod
     def forward(

@@ -51,7 +51,7 @@ class Graphed(nn.Module):
         self._recorded: dict[Any, _Passes | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without recordings, which are of this network alone."""
+        """A copy without recordings, which are only for this network."""
         return {**self.__dict__, "_calls": Counter(), "_recorded": {}}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,7 @@ class RunFolder:
         return False
 
     def _own_contents(self) -> Contents:
-        """What stands in the folder.
+        """The content of the folder.
 
         Raises:
             UserError: if anything of it was not written by a run.
@@ -512,7 +512,7 @@ def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_plain(path: Path, content: Any) -> None:
-    """`torch.save`, whose file depends on the content alone."""
+    """`torch.save`, with a file that depends only on the content."""
     with path.open("wb") as file:  # given a path, torch would put its name into the file
         torch.save(content, file)
 

@@ -1,4 +1,4 @@
-"""A trigger inverted by a generator that changes images, told apart from benign features by a mask.
+"""A trigger inverted by a generator that changes images; a mask separates it from benign features.
 
 The first steps of BTI-DBF (Xu et al., ICLR 2024), which PAM shares. With f the network's last map
 of features, h the network, and g what follows the map:
