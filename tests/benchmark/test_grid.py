@@ -142,7 +142,7 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
         (
             "script: sau",
             "script: soa",
-            r"defense/soa.py: there is no such script; defense has anp, clp, .*, sau",
+            r"defense/soa.py: there is no such script; defense has anp, bnp, .*, sau",
         ),
         (
             "epochs: 2",

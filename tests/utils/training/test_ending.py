@@ -1,5 +1,6 @@
 """The end of a run: the recipe's sum, facts of the run, pictures of what was found."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_facts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ft.Config.load(random_seed=3)
     monkeypatch.setattr(ending, "time", SimpleNamespace(monotonic=lambda: 100.0))
     facts = ending.run_facts(config, 100 - 12.345, CPU, "fp32", {"--index": "a" * 64})
-    values = {field: getattr(config, field) for field in ft.Config.__dataclass_fields__}
+    values = dataclasses.asdict(config)
     assert facts["config_sha256"] == ending.recipe_sha256(values)
     assert facts["inputs"] == {"--index": "a" * 64}
     assert facts["seconds"] == 12.3
