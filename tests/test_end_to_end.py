@@ -117,6 +117,7 @@ def badnet(workplace: Path) -> Path:
         return trained(workplace, "shared", patch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_every_attack_leaves_a_complete_record_that_sau_purifies(
     workplace: Path, attack: str
@@ -161,6 +162,7 @@ def test_every_attack_leaves_a_complete_record_that_sau_purifies(
     assert after["attack_sha256"] == summary["files"]["attack_result.pt"]
 
 
+@pytest.mark.slow
 def test_results_of_one_defense_stand_side_by_side_under_names(
     workplace: Path, badnet: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_a_clean_model_has_no_asr_and_can_be_defended(workplace: Path) -> None:
     assert after["der"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a GPU with --deterministic only: test_reproducible.py"
 )
@@ -233,6 +236,7 @@ def test_poison_depends_on_the_seed_and_the_data_alone(
     assert not torch.equal(shared.training.index, seeded.training.index)
 
 
+@pytest.mark.slow
 def test_lf_searches_its_pattern(workplace: Path) -> None:
     """The searched pattern is at hand the second time, smooth, and of 51 levels."""
     changes = {"search": "true", "clean_epochs": 1, "search_passes": 1, "search_images": 12}
@@ -250,6 +254,7 @@ def test_lf_searches_its_pattern(workplace: Path) -> None:
     assert int(pattern.diff(dim=1).abs().max()) < 20
 
 
+@pytest.mark.slow
 def test_an_existing_record_is_refused_unless_overwritten(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,6 +319,7 @@ def test_a_wrong_attack_flag_gets_one_line(
     assert re.search(message, errors[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -368,6 +374,7 @@ def test_other_images_than_the_record_s_are_refused(
     assert "are not those that it was made with" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_warnings_are_said_and_kept(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate of 1e-9 learns nothing, so ASR stays low; one clean image lacks two classes."""
     flags = attack_flags(workplace, "weak", lr=1e-9, epochs=1, attack_target=1)
@@ -385,6 +392,7 @@ def test_warnings_are_said_and_kept(workplace: Path, capsys: pytest.CaptureFixtu
     assert any("lacks 2 of 3 classes" in text for text in after["warnings"])
 
 
+@pytest.mark.slow
 def test_a_new_attack_and_a_new_defense_are_two_files_each(workplace: Path, tmp_path: Path) -> None:
     """The examples of CONTRIBUTING.md, written where it says, run."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -268,6 +268,7 @@ def watched_imports(
     return found.stdout + found.stderr + (f"exit code {found.returncode}" * (found.returncode != 0))
 
 
+@pytest.mark.slow
 def test_importing_any_module_prints_nothing_and_writes_nothing(tmp_path: Path) -> None:
     modules = modules_under(ROOT)
     assert {"utils.data.batches", "models", "attack.badnet", "defense.sau"} <= set(modules)

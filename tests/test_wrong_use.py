@@ -465,6 +465,7 @@ run.write_summary({})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

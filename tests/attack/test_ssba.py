@@ -327,6 +327,7 @@ def test_an_encoder_that_cannot_be_read_is_refused(setting: Setting) -> None:
         prepare(config(min_bit_accuracy=0.99), setting)
 
 
+@pytest.mark.slow
 def test_four_bits_are_read_from_99_of_100_places_in_images_not_seen() -> None:
     """Smooth 16 x 16 images, stored as uint8; no pixel moves by more than 0.1."""
     settings = config(message_bits=4, encoder_steps=250, encoder_batch_size=24)

@@ -319,6 +319,7 @@ def test_an_interruption_ends_what_runs_gently(
         assert cell.is_begun
 
 
+@pytest.mark.slow
 def test_the_command_tells_the_state_of_a_grid_and_two_cannot_run_it(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(TEXT.replace("epochs: 2", "epochs: 2, nonsense: 1"))

@@ -589,6 +589,7 @@ def with_curves(record: Path) -> Path:
     return record
 
 
+@pytest.mark.slow
 def test_kept_runs_make_the_same_report_byte_by_byte(two_attacks: Path, tmp_path: Path) -> None:
     """Tables, figures and page; and hold no path of this machine, no weights, no log."""
     sau = with_curves(two_attacks / "sig-0") / "defense/sau"
@@ -936,6 +937,7 @@ def test_results_are_few_files_and_show_all_their_figures() -> None:
             assert f"results/{grid.name}/figures/{figure.name}" in text, f"remove {figure}"
 
 
+@pytest.mark.slow
 def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path) -> None:
     """Gallery, curves, figures in both formats; what is missing is left out without a word."""
     assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, badnet.name)) == 0
@@ -959,6 +961,7 @@ def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path)
     assert (tmp_path / "again/table.md").read_bytes() == (to / "table.md").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_gallery_is_not_replaced_by_a_poorer_one(
     workplace: Path, badnet: Path, tmp_path: Path
 ) -> None:

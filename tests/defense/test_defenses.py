@@ -542,6 +542,7 @@ def narrow() -> nn.Module:
     return nn.Sequential(*layers, *last).eval()
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize(("count", "batch_size"), [(37, 12), (37, 36), (3, 2), (37, 1), (1, 16)])
 def test_a_batch_of_one_image_works_or_is_told_in_one_line(

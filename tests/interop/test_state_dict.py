@@ -312,6 +312,7 @@ def test_a_record_never_runs_the_file_that_it_names(
     assert not touched.exists()
 
 
+@pytest.mark.slow
 def test_a_pretrained_network_that_resizes_is_rebuilt_from_its_record(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

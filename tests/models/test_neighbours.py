@@ -169,7 +169,7 @@ def test_a_fault_beside_the_file_is_the_user_s(tmp_path: Path) -> None:
     text = (
         "import sys, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from models import build_model\nfrom utils.runtime import run_script\n"
+        "from models import build_model\nfrom utils.process.script import run_script\n"
         f"run_script(lambda: build_model({leaves!r}, 3, image_size=4)(torch.rand(2, 3, 4, 4)))\n"
     )
     ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)

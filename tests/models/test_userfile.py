@@ -327,6 +327,7 @@ def test_ctrl_c_in_the_trial_is_an_interrupt(workplace: Path, tmp_path: Path) ->
     assert attack(workplace, "interrupted2", net(tmp_path, "forward", kill)) == 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["sys.exit(0)", "os._exit(0)"])
 def test_a_process_does_not_end_well(workplace: Path, tmp_path: Path, what: str) -> None:
     model = net(tmp_path, "forward", what, LATER["forward"])

@@ -269,6 +269,7 @@ def figures(name: str) -> Iterator[Figure]:
     yield plot.cost(points, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, "x" * 200_000, "\n" * 200_000, ""])
 def test_a_figure_takes_any_name_and_says_nothing(
     capfd: pytest.CaptureFixture[str], name: str
@@ -300,6 +301,7 @@ def test_a_figure_shows_a_name_as_it_is() -> None:
 # --- tables and pages ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES, ids=ids)
 def test_a_report_takes_any_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -407,6 +409,7 @@ CLASSES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_dataset_of_any_names_is_attacked_defended_and_resumed(tmp_path: Path) -> None:
     """Bytes that are no UTF-8, codes and line breaks in its path and classes; LANG is C."""
     images = os.path.join(os.fsencode(tmp_path), b"im\xff\n\x1b[31mages")

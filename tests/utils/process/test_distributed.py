@@ -68,6 +68,7 @@ def assert_close(one: Any, two: Any) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 def test_two_processes_are_one(found: dict[str, Any], scene: str) -> None:
     """Losses of each step, weights and statistics after training, and counts, in float64."""
@@ -130,6 +131,7 @@ def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts == [[0, 1], [2, 3], [4, 5, 6]]
 
 
+@pytest.mark.slow
 def test_scripts_under_torchrun(tmp_path: Path) -> None:
     """An attack and SAU in two processes; one of them writes and speaks."""
     common = ("--record_path", str(tmp_path), "--random_seed", "3")

@@ -44,12 +44,14 @@ def names_in(folder: Path) -> set[str]:
 # --- what is absent -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_without_what_windows_lacks(tmp_path: Path) -> None:
     modules = modules_under(ROOT)
     assert {"utils.locks", "perf.stress", "perf.matrix", "perf.fuzz", "perf.memory"} <= set(modules)
     elsewhere(tmp_path, "import", *modules)
 
 
+@pytest.mark.slow
 def test_scripts_say_how_they_are_used_without_what_windows_lacks(tmp_path: Path) -> None:
     scripts = ("attack/badnet.py", "defense/sau.py", "benchmark/run.py", "perf/stress.py")
     printed = elsewhere(tmp_path, "help", *scripts)
@@ -58,6 +60,7 @@ def test_scripts_say_how_they_are_used_without_what_windows_lacks(tmp_path: Path
     assert "Warning" not in printed
 
 
+@pytest.mark.slow
 @needs_linux
 def test_an_attack_and_a_defense_run_by_the_rules_of_windows(tmp_path: Path) -> None:
     """Also over what stands there, and with a checkpoint after each epoch, read and replaced."""

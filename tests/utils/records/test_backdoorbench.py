@@ -279,6 +279,7 @@ def test_weights_that_do_not_fit_are_refused(
     assert reason in problem
 
 
+@pytest.mark.slow
 def test_a_transformer_resizes_its_images_first(tmp_path: Path, data: Dataset) -> None:
     """Its names begin with 1., as those of the second part of a sequence; the first resizes."""
     network = get_model("vit_b_32", weights=None, num_classes=10)
@@ -580,6 +581,7 @@ def test_triggered_photographs_are_like_their_own(name: str) -> None:
 # --- defenses -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_defense_runs_from_the_folder(tmp_path: Path, data: Dataset) -> None:
     torch.manual_seed(0)
     state = models.preactresnet18(10).state_dict()
