@@ -181,6 +181,7 @@ def test_results_of_one_defense_stand_side_by_side_under_names(
     assert hashes["ft-a"] == hashes["ft-b"] != hashes["ft-c"]
 
 
+@pytest.mark.slow
 def test_a_clean_model_has_no_asr_and_can_be_defended(workplace: Path) -> None:
     flags = attack_flags(workplace, "clean", pratio=None)
     flags = flags[: flags.index("--pratio")] + flags[flags.index("--pratio") + 2 :]
@@ -282,6 +283,7 @@ def test_a_folder_that_is_no_record_is_never_replaced(workplace: Path) -> None:
     assert precious.read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_block_its_retry(workplace: Path) -> None:
     flags = attack_flags(workplace, "failed", lr="1e30", epochs=1)
     assert run_script(ROOT / "attack/badnet.py", *flags) == 2
@@ -413,6 +415,7 @@ def test_a_new_attack_and_a_new_defense_are_two_files_each(workplace: Path, tmp_
     assert json.loads(result.read_text())["attack"] == attack.stem
 
 
+@pytest.mark.slow
 def test_scripts_run_from_any_working_directory(
     workplace: Path, badnet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_the_example_of_an_attack_gives_as_many_images(name: str) -> None:
     assert triggered.shape == ATTACKED["images"].shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", defense.names())
 def test_the_example_of_a_defense_gives_another_model(name: str) -> None:
     torch.manual_seed(0)

@@ -122,6 +122,7 @@ def wrong(annotation: Any) -> list[str]:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_flag_out_of_range_is_named(
     workplace: Path, capsys: pytest.CaptureFixture[str], script: str
@@ -429,6 +430,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_name(
     workplace: Path, good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -516,6 +518,7 @@ def test_a_second_run_that_waits_for_the_first(
     assert not folder.with_name(f".{name}.lock").exists()
 
 
+@pytest.mark.slow
 def test_an_attack_does_not_replace_a_record_in_which_a_defense_runs(
     workplace: Path, good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,6 +535,7 @@ def test_an_attack_does_not_replace_a_record_in_which_a_defense_runs(
             defense.kill()
 
 
+@pytest.mark.slow
 def test_a_defense_does_not_begin_in_a_record_that_is_replaced(
     workplace: Path, good: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

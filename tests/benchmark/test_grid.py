@@ -240,6 +240,7 @@ def test_a_failure_costs_its_defenses_alone_and_done_cells_are_skipped(stubs: Pa
     assert (stubs / "order.txt").read_text().split()[len(ran) :] == ["bad1"]  # tried again
 
 
+@pytest.mark.slow
 def test_the_status_tells_what_failed_and_what_another_process_runs(stubs: Path) -> None:
     cells = stub_cells(stubs, "bad1", "a1", "a2")
     assert set(run.states_of(cells, stubs, None).values()) == {"waiting"}

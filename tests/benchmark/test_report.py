@@ -909,6 +909,7 @@ def test_wrong_marks_change_nothing(
     assert text.read_text() == before
 
 
+@pytest.mark.slow
 def test_results_of_this_repository_are_up_to_date(tmp_path: Path) -> None:
     """No number in the tables of RESULTS.md and results/ is typed by hand: they come out again."""
     if not (ROOT / "RESULTS.md").exists() or not (ROOT / "results").is_dir():

@@ -284,6 +284,7 @@ def test_the_model_changes_here(name: str, changes: dict[str, Any]) -> None:
 # --- same seed, same images, same bits -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_case
 def test_the_same_seed_gives_the_same_bits(name: str, changes: dict[str, Any]) -> None:
     """Weights, losses and findings, whatever was drawn from the global generators meanwhile."""
@@ -433,6 +434,7 @@ NONSENSE_LABELS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @every_defense
 @pytest.mark.parametrize(("change", "said"), NONSENSE_IMAGES.values(), ids=NONSENSE_IMAGES)
 def test_images_that_are_none_are_refused(
@@ -441,6 +443,7 @@ def test_images_that_are_none_are_refused(
     assert said in refused(name, fitted(), change(float_images()), bright_data().train.labels)
 
 
+@pytest.mark.slow
 @every_defense
 @pytest.mark.parametrize(("change", "said"), NONSENSE_LABELS.values(), ids=NONSENSE_LABELS)
 def test_labels_that_are_none_are_refused(
@@ -506,6 +509,7 @@ def with_dropout() -> nn.Module:
     return nn.Sequential(*layers[:-1], nn.Dropout(0.5), layers[-1])
 
 
+@pytest.mark.slow
 @every_case
 def test_a_network_with_dropout_gives_the_same_bits(name: str, changes: dict[str, Any]) -> None:
     """Whatever the global generators hold; they are then as they were. Another seed differs."""
@@ -835,6 +839,7 @@ def test_test_sets_of_noise_change_no_weight(
     assert (summary["before"]["acc_total"], summary["before"]["asr_total"]) == (36, 24)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_script_that_is_stopped_in_each_phase_goes_on(
     purified: Purified, monkeypatch: pytest.MonkeyPatch

@@ -60,6 +60,7 @@ def models(seed: int, batch_norm: bool) -> tuple[nn.Module, nn.Module]:
     return model, reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("batch_norm", [False, True])

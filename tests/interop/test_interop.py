@@ -313,6 +313,7 @@ def run(*flags: object) -> int:
     return run_script(SCRIPT, *flags)
 
 
+@pytest.mark.slow
 def test_the_command_line_converts_both_ways(
     tmp_path: Path, data: Dataset, model: Classifier, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -273,6 +273,7 @@ def test_a_triggered_image_in_the_wrong_place_is_named(
 # --- a network from the user's own file ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_record_never_runs_the_file_that_it_names(
     workplace: Path,
     own: Path,

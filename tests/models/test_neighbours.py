@@ -156,6 +156,7 @@ def test_too_many_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         model_identity(name)
 
 
+@pytest.mark.slow
 def test_a_fault_beside_the_file_is_the_user_s(tmp_path: Path) -> None:
     """At the import one line, and so in a run, with the line of the file beside."""
     file = FILE.format(imports="from models import Net", net="Net")

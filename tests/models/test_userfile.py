@@ -248,6 +248,7 @@ def test_another_frame_s_exit_is_the_system_s(
     assert left == [7]
 
 
+@pytest.mark.slow
 def test_a_child_of_the_user_s_code_ends_as_it_wants(tmp_path: Path) -> None:
     more = (
         "\nchild = os.fork()\nif not child:\n    os._exit(5)\n"

@@ -464,6 +464,7 @@ def test_the_format_before_archives_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path / "x.pt", "no archive of torch")
 
 
+@pytest.mark.slow
 def test_a_large_file_takes_little_more_than_its_size(tmp_path: Path) -> None:
     """In a process of its own: 200 MiB of values, and less than half of that beside."""
     torch.save({"a": torch.zeros(50 << 20)}, tmp_path / "x.pt")

@@ -161,6 +161,7 @@ def test_the_model_stays_as_it_is() -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
+@pytest.mark.slow
 def test_the_identity_is_learned_first() -> None:
     """After 100 passes the change is less than a quarter of that by a fresh generator."""
     images = problem()[0]
