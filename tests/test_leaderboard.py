@@ -89,7 +89,7 @@ def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
     assert line in text
     assert "| ft | 2 (2 to 2) |" in text
     assert " 0.00 ± 0.00 | -1.00 |  | clean |" in text  # no -0.00, and no seconds
-    assert "2 attacks, 4 backdoored models: blended, sig." in text
+    assert "Attacks: blended, sig. Backdoored models: 4." in text
     assert "The attacks are few" in text
     assert "Rank: by mean DER. In brackets: its 95 % interval" in text
 
@@ -170,7 +170,7 @@ def test_what_was_not_run_on_the_same_attacks_is_not_compared(two_attacks: Path)
     assert [entry.defense for entry in both.entries] == ["sau", "abl"]
     assert "Not run on all of these attacks: clp, ft." in both.notes
     assert [entry.defense for entry in blended.entries] == ["sau", "clp", "ft", "abl"]
-    assert blended.notes[0] == "1 attack, 2 backdoored models: blended."
+    assert blended.notes[0] == "Attacks: blended. Backdoored models: 2."
     # One attack says nothing about others.
     assert ranks_of(blended) == {"sau": "1", "clp": "2", "ft": "3", "abl": "4"}
     assert not any(entry.is_first for entry in blended.entries)
@@ -184,8 +184,8 @@ def test_seeds_that_one_defense_lacks_are_not_used(two_attacks: Path) -> None:
     board = the_board(two_attacks)
     ft = board.entries[1]
     assert ft.der.mean == pytest.approx(0.6225)
-    assert board.notes[0].startswith("2 attacks, 3 backdoored models")
-    assert "1 runs on models that not all of these defenses have are not used." in board.notes
+    assert board.notes[0] == "Attacks: blended, sig. Backdoored models: 3."
+    assert "Not used, since some of these defenses lack their models: 1 runs." in board.notes
 
 
 def test_one_defense_alone_has_no_rank_and_none_has_no_board(two_attacks: Path) -> None:
@@ -247,6 +247,12 @@ def test_rows_in_the_columns_of_backdoorbench(two_attacks: Path, tmp_path: Path)
     assert first.to_numpy().tolist() == [[*names, *map(pytest.approx, (0.92, 0.95, 0.04))]]
     assert len(rows) == 2 * 3
     assert rows["attack"].unique().tolist() == ["blended", "sig"]
+
+    attack(two_attacks, "blended-2", 0.5, 0.6, train_images=100)  # of another table: no repeat
+    assert report("--under", two_attacks, "--to", tmp_path / "to", "--formats", "csv") == 0
+    rows = pd.read_csv(tmp_path / "to/backdoorbench.csv")
+    undefended = rows[(rows["attack"] == "blended") & (rows["defense"] == "no defense")]
+    assert sorted(undefended["test_acc"]) == [0.5, pytest.approx(0.92)]
 
 
 def test_a_report_has_leaderboards_and_heat_maps(two_attacks: Path, tmp_path: Path) -> None:

@@ -142,26 +142,27 @@ def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
     Returns:
         Defense -> its rank.
     """
-    generator = np.random.default_rng(seed)
     groups = [group.to_numpy(dtype=float) for _, group in der.groupby(level=0)]
     count = len(groups)
+    names = [str(name) for name in der.columns]
     means = np.mean([values.mean(axis=0) for values in groups], axis=0)
+    places = dict(zip(names, _places(means[None])[0][0].tolist(), strict=True))
+    if count == 1:
+        return {name: Rank(place, None, None) for name, place in places.items()}
+    generator = np.random.default_rng(seed)
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
     resampled = np.zeros((resamples, der.shape[1]))
     for times, values in zip(drawn.T, groups, strict=True):
         models = len(values)
         weights = generator.multinomial(times * models, np.full(models, 1 / models))
         resampled += weights @ values / models / count
-    place, _ = _places(means[None])
     best, worst = _places(resampled)
     outside = (1 - CONFIDENCE) / 2
     low = np.quantile(best, outside, axis=0, method="inverted_cdf")
     high = np.quantile(worst, 1 - outside, axis=0, method="inverted_cdf")
     return {
-        str(name): Rank(
-            int(place[0, i]), *((int(low[i]), int(high[i])) if count > 1 else 2 * [None])
-        )
-        for i, name in enumerate(der.columns)
+        name: Rank(places[name], int(lowest), int(highest))
+        for name, lowest, highest in zip(names, low, high, strict=True)
     }
 
 
@@ -243,14 +244,11 @@ def _mean(runs: pd.DataFrame, metric: str) -> Number | None:
 def _notes(table: Table, runs: pd.DataFrame, skipped: int) -> list[str]:
     attacks, labels = sorted(set(runs["row"])), set(runs["label"])
     models = runs["record"].nunique()
-    both = f"{len(attacks)} {'attack' if len(attacks) == 1 else 'attacks'}"
-    notes = [
-        f"{both}, {models} backdoored {'model' if models == 1 else 'models'}: {', '.join(attacks)}."
-    ]
+    notes = [f"Attacks: {', '.join(attacks)}. Backdoored models: {models}."]
     if others := [label for label in table.labels() if label not in labels]:
         notes.append(f"Not run on all of these attacks: {', '.join(others)}.")
     if skipped:
-        notes.append(f"{skipped} runs on models that not all of these defenses have are not used.")
+        notes.append(f"Not used, since some of these defenses lack their models: {skipped} runs.")
     if len(attacks) == 1 and len(labels) > 1:
         notes.append("One attack says nothing about others: the ranks have no interval.")
     elif models == len(attacks) and len(labels) > 1:
@@ -274,11 +272,7 @@ def cells(entry: Entry) -> list[Cell]:
         _number_cell(entry.ra),
         _number_cell(entry.acc_lost),
         _number_cell(entry.clean_acc_lost),
-        Cell(
-            "" if seconds is None else _seconds(seconds),
-            "",
-            "" if seconds is None else repr(seconds),
-        ),
+        Cell("") if seconds is None else Cell(_seconds(seconds), "", repr(seconds)),
         Cell(entry.sees, "", entry.sees),
     ]
 
@@ -340,7 +334,7 @@ def backdoorbench_csv(all_tables: Sequence[Table]) -> str:
     """
     columns = {"model": "backbone", "acc": "test_acc", "asr": "test_asr", "ra": "test_ra"}
     keys = ["dataset", "model", "attack", "label", "pratio"]
-    runs = pd.concat([table.runs for table in all_tables])
-    runs = runs[~runs["attack"].map(is_clean)]
-    means = runs.groupby(keys, as_index=False, dropna=False)[["acc", "asr", "ra"]].mean()
-    return tables.as_csv(means.rename(columns={**columns, "label": "defense"}))
+    rates = ["acc", "asr", "ra"]
+    attacked = [table.runs[~table.runs["attack"].map(is_clean)] for table in all_tables]
+    means = [runs.groupby(keys, as_index=False, dropna=False)[rates].mean() for runs in attacked]
+    return tables.as_csv(pd.concat(means).rename(columns={**columns, "label": "defense"}))
