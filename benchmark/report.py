@@ -9,9 +9,10 @@
 Numbers come only from the runs' summaries: one row per attack, columns for each defense, means and
 sample standard deviations over seeds. `--formats` says what is written:
 
-    md      table.md
+    md      table.md, and leaderboard.md: one row per defense, with its rank
     tex     table.tex
-    csv     table.csv (tidy, rates in [0, 1], not rounded) and runs.csv (a row for each run)
+    csv     table.csv (tidy, rates in [0, 1], not rounded), runs.csv (a row for each run), and
+            backdoorbench.csv in the columns of BackdoorBench's results
     png     figures/*.png
     svg     figures/*.svg
     html    report.html, which needs no other file; and the PNG figures, which it shows
@@ -25,8 +26,9 @@ tables again: `runs.jsonl`, a line for each run with its summary and its configu
 third command above adds the runs of record/mine to the grid. Without `results/digits` under
 `--under`, it would write nothing and say which runs are missing.
 
-`--rebuild` makes table.md again for each folder that a text names in marks like the ones below,
-puts the tables between the marks, and draws the figures of these folders that the text shows:
+`--rebuild` makes table.md and leaderboard.md again for each folder that a text names in marks like
+the ones below, puts the named table between the marks, and draws the figures of these folders that
+the text shows:
 
     <!-- begin results/digits/table.md -->
     <!-- end results/digits/table.md -->
@@ -45,7 +47,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import gallery
-from benchmark.reporting import page, sources, tables
+from benchmark.reporting import leaderboard, page, sources, tables
 from benchmark.reporting.means import Grid, Table, summarize
 from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean, read_runs
 from utils import plot
@@ -58,6 +60,7 @@ from utils.records.folders import RunFolder
 
 FORMATS = ("md", "tex", "csv", "png", "svg", "html")
 KEPT_FORMATS = ("md", "png")  # beside the runs
+_MARKED = {"table.md": tables.markdown, "leaderboard.md": leaderboard.markdown}
 _TRIGGERS = "Triggers, and the amplified change"
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")
 _MARK = re.compile(r"<!-- (begin|end) ([^\s<>]+) -->\s*")
@@ -118,12 +121,14 @@ def write_tables(
 ) -> None:
     """Writes the tables, in all chosen formats that are for tables."""
     if "md" in formats:
-        folder.write_text("table.md", tables.markdown(all_tables))
+        for name, as_markdown in _MARKED.items():
+            folder.write_text(name, as_markdown(all_tables))
     if "tex" in formats:
         folder.write_text("table.tex", tables.latex(all_tables))
     if "csv" in formats:
         folder.write_text("table.csv", tables.tidy(all_tables))
         folder.write_text("runs.csv", tables.runs_csv(runs))
+        folder.write_text("backdoorbench.csv", leaderboard.backdoorbench_csv(all_tables))
 
 
 def draw(
@@ -173,6 +178,11 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
     points = plain.groupby(["label", "row"], as_index=False)[rates].mean()
     points = points.rename(columns={"label": "defense", "row": "attack"})
     seeds = {str(label): group["seed"].nunique() for label, group in plain.groupby("label")}
+    for metric, which in (("asr", "lower"), ("ra", "higher")):
+        values = _by_attack(table, metric)
+        if values.shape[1] > 1:
+            name = f"{metric.upper()} by attack and defense ({which} is better)"
+            yield f"heat-{metric}", name, plot.heat_map(values, f"{name}, {table.title}")
     arrows = points.dropna(subset=rates[:4])
     if len(arrows):
         yield (
@@ -200,6 +210,16 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
     triggers = _gallery(table, has_gallery)
     if triggers is not None:
         yield "triggers", _TRIGGERS, triggers
+
+
+def _by_attack(table: Table, metric: str) -> pd.DataFrame:
+    """A metric of the main table: a row for each attack, a column for each result that has any."""
+    by_attack = {
+        row.name: {heading: n.mean for (heading, of), n in row.numbers.items() if of == metric}
+        for row in table.main.body
+    }
+    values = pd.DataFrame.from_dict(by_attack, orient="index", dtype=float)
+    return values[[heading for heading in table.main.columns if heading in values]]
 
 
 def _metrics(runs: pd.DataFrame) -> pd.DataFrame | None:
@@ -269,20 +289,24 @@ def rebuild(text: Path) -> None:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"--rebuild: {text} cannot be read ({reason}); give a text file") from None
     parts: dict[str, str] = {}
+    folders: dict[Path, list[Table]] = {}
     for name in _marked(text, before):
         path = text.parent / name
-        if not path.resolve().is_relative_to(text.parent.resolve()) or path.name != "table.md":
+        is_below = path.resolve().is_relative_to(text.parent.resolve())
+        if not is_below or path.name not in _MARKED:
             raise UserError(
-                f"{text}: {name} is no table.md beside it; name results/<grid>/table.md"
+                f"{text}: {name} is no {' or '.join(_MARKED)} beside it; "
+                "name results/<grid>/table.md"
             )
         if not path.parent.is_dir():
             raise UserError(f"{text}: {path.parent} is no folder; write it with --to and --keep")
-        all_tables, runs, _ = read([path.parent], path.parent)
-        write_tables(all_tables, runs, RunFolder(path.parent), ("md",))
-        parts[name] = tables.markdown(all_tables)
-        _draw_shown(
-            all_tables, path.parent / "figures", _shown(text, before, path.parent / "figures")
-        )
+        if path.parent not in folders:
+            all_tables, runs, _ = read([path.parent], path.parent)
+            write_tables(all_tables, runs, RunFolder(path.parent), ("md",))
+            figures = path.parent / "figures"
+            _draw_shown(all_tables, figures, _shown(text, before, figures))
+            folders[path.parent] = all_tables
+        parts[name] = _MARKED[path.name](folders[path.parent])
     RunFolder(text.parent).write_text(text.name, filled(text, before, parts))
     logger.info("tables of %s: %s", text, ", ".join(parts) or "none")
 

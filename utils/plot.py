@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib import font_manager
@@ -224,6 +225,41 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
         line = Line2D([], [], color=hue, marker=marker, ls="", ms=7, label=_text(attack))
         handles.append(line)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    _entitle(figure, title)
+    return figure
+
+
+def heat_map(values: pd.DataFrame, title: str) -> Figure:
+    """Rates of many pairs, each as a colour and as a number.
+
+    The colours differ in lightness most of all, so that the figure is readable in grey, too.
+
+    Args:
+        values: rates in [0, 1], NaN where there is none: a row for each line of the figure.
+    """
+    lines, columns = values.shape
+    figure = Figure(figsize=(2.6 + 0.62 * columns, 1.8 + 0.34 * lines), layout="constrained")
+    axis = figure.subplots()
+    percent = 100 * values.to_numpy(dtype=float)
+    picture = axis.imshow(percent, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for line, column in np.ndindex(lines, columns):
+        value = percent[line, column]
+        if not np.isnan(value):
+            hue = "#000000" if value >= 50 else "#ffffff"
+            number = axis.text(column, line, f"{value:.1f}", fontsize=8, color=hue)
+            number.set(ha="center", va="center")
+    axis.set_xticks(range(columns), [_text(str(name)) for name in values.columns])
+    axis.set_yticks(range(lines), [_text(str(name)) for name in values.index])
+    axis.tick_params(length=0, labelsize=9)
+    axis.tick_params(axis="x", rotation=45)
+    for label in axis.get_xticklabels():
+        label.set(ha="right", rotation_mode="anchor")
+    axis.spines[:].set_visible(False)
+    axis.set_xticks([column - 0.5 for column in range(1, columns)], minor=True)
+    axis.set_yticks([line - 0.5 for line in range(1, lines)], minor=True)
+    axis.grid(which="minor", color="#ffffff", linewidth=1)
+    axis.tick_params(which="minor", length=0)
+    figure.colorbar(picture, ax=axis, label="percent")
     _entitle(figure, title)
     return figure
 

@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from benchmark.reporting import sources, tables
+from benchmark.reporting import leaderboard, sources, tables
 from benchmark.reporting.means import FLAGS, Grid, Row, Table
 from utils import plot
 
@@ -41,7 +41,8 @@ for (const button of document.querySelectorAll(".numbers thead button")) {
     heads.forEach(th => th.removeAttribute("aria-sort"));
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
     const key = row => row.cells[column].dataset.sort;
-    const order = (a, b) => column === 0 ? a.localeCompare(b) : a - b;
+    const isText = column === 0 || "text" in head.dataset;
+    const order = (a, b) => isText ? a.localeCompare(b) : a - b;
     const rows = [...body.rows].sort((a, b) => {
       const [x, y] = [key(a), key(b)];
       if (x === "" || y === "") return (x === "") - (y === "");
@@ -144,11 +145,14 @@ def render(
 
 def _table(table: Table, figures: Mapping[str, Path], pictures: Pictures) -> dict[str, Any]:
     facts, note = tables.made_by(table)
+    boards = leaderboard.leaderboards(table)
     shown = [pictures.from_file(path, caption, 1800) for caption, path in figures.items()]
     return {
         "name": table.name,
         "title": table.title,
         "notes": table.notes,
+        "boards": [_board(board) for board in boards],
+        "board_legend": leaderboard.legend(boards),
         "main": _grid(table.main),
         "ablations": [(name, _grid(grid)) for name, grid in table.ablations.items()],
         "legend": tables.legend([table.main, *table.ablations.values()]),
@@ -156,6 +160,14 @@ def _table(table: Table, figures: Mapping[str, Path], pictures: Pictures) -> dic
         "made_by_head": list(facts),
         "made_by": facts.to_numpy().tolist(),
         "figures": [picture for picture in shown if picture is not None],
+    }
+
+
+def _board(board: leaderboard.Leaderboard) -> dict[str, Any]:
+    return {
+        "notes": board.notes,
+        "columns": list(leaderboard.COLUMNS.items()),
+        "rows": [(entry, leaderboard.cells(entry)) for entry in board.entries],
     }
 
 

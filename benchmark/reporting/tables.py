@@ -114,8 +114,8 @@ def _markdown_table(table: Table) -> str:
         parts.append(_markdown_grid(grid))
     parts.append("  \n".join(markdown_text(line) for line in legend(grids)))
     facts, note = made_by(table)
-    lines = [_pipes(list(facts.columns)), _pipes(["---"] * len(facts.columns))]
-    lines += [_pipes([markdown_text(str(v)) for v in row]) for row in facts.to_numpy().tolist()]
+    lines = [pipes(list(facts.columns)), pipes(["---"] * len(facts.columns))]
+    lines += [pipes([markdown_text(str(v)) for v in row]) for row in facts.to_numpy().tolist()]
     parts += [
         "<details><summary>What made these numbers</summary>",
         "\n".join(lines),
@@ -128,11 +128,11 @@ def _markdown_table(table: Table) -> str:
 def _markdown_grid(grid: Grid) -> str:
     columns = headings(grid)
     head = [grid.corner, "seeds", *(f"{markdown_text(h)} {m.upper()}" for h, m in columns)]
-    lines = [_pipes(head), _pipes(["---"] + ["---:"] * (len(head) - 1))]
+    lines = [pipes(head), pipes(["---"] + ["---:"] * (len(head) - 1))]
     for row in (*grid.body, *grid.foot):
-        cells = [markdown_text(row.name), _seeds(row) + _raised(row.flags)]
-        cells += [_cell(row, key, "**{}**", _raised) for key in columns]
-        lines.append(_pipes(cells))
+        cells = [markdown_text(row.name), _seeds(row) + raised(row.flags)]
+        cells += [_cell(row, key, "**{}**", raised) for key in columns]
+        lines.append(pipes(cells))
     return "\n".join(lines)
 
 
@@ -150,11 +150,13 @@ def _cell(
     return (bold.format(text) if number.is_best else text) + raised(number.flags)
 
 
-def _raised(flags: str) -> str:
+def raised(flags: str) -> str:
+    """Flags as they stand beside a number in Markdown."""
     return f"<sup>{flags}</sup>" if flags else ""
 
 
-def _pipes(cells: Sequence[str]) -> str:
+def pipes(cells: Sequence[str]) -> str:
+    """A line of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -252,7 +254,7 @@ def tidy(tables: Sequence[Table]) -> str:
                             "flags": _flags(table, str(row), str(label), metric),
                         }
                     )
-    return _csv(pd.DataFrame(rows))
+    return as_csv(pd.DataFrame(rows))
 
 
 def _flags(table: Table, name: str, label: str, metric: str) -> str:
@@ -269,12 +271,12 @@ def _flags(table: Table, name: str, label: str, metric: str) -> str:
 
 def runs_csv(runs: pd.DataFrame) -> str:
     """CSV, one row per run: all data that the tables are made from, rates in [0, 1]."""
-    return _csv(
+    return as_csv(
         runs.drop(columns=["run", "warnings", "test_images"]).rename(columns={"label": "defense"})
     )
 
 
-def _csv(rows: pd.DataFrame) -> str:
+def as_csv(rows: pd.DataFrame) -> str:
     """CSV text: whole numbers without a point, texts in one line that no spreadsheet computes."""
 
     rows = rows.copy()

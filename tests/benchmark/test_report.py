@@ -35,6 +35,9 @@ MADE_BY = {
 }
 
 
+KEPT_FILES = {"runs.jsonl", "curves.csv", "table.md", "leaderboard.md"}
+
+
 def scores(acc: float, asr: float | None, ra: float | None) -> dict[str, Any]:
     found: dict[str, Any] = {"acc": acc, "acc_total": 5000}
     return found if asr is None else {**found, "asr": asr, "asr_total": 4500, "ra": ra}
@@ -535,10 +538,10 @@ def test_the_page_needs_nothing_and_its_tables_sort(two_attacks: Path, tmp_path:
     assert not [tag for tag, found in tags.found if "src" in found and tag != "img"]
     assert all(str(link["href"]).startswith("#") for link in tags.all("a"))
     assert "default-src 'none'" in str(tags.all("meta"))
-    columns = 2 + 3 + 4 + 4
-    assert len(tags.all("button")) == columns
+    columns, board = 2 + 3 + 4 + 4, 10
+    assert len(tags.all("button")) == columns + board
     cells = [found for found in tags.all("td") if "data-sort" in found]
-    assert len(cells) == 4 * (columns - 1)
+    assert len(cells) == 4 * (columns - 1) + 2 * (board - 1)
     assert repr((0.9 + 0.94) / 2) in [cell["data-sort"] for cell in cells]
     assert "prefers-color-scheme: dark" in text
     assert len(tags.all("details")) == 1 + 5  # what made the numbers, and five records
@@ -604,7 +607,7 @@ def test_kept_runs_make_the_same_report_byte_by_byte(two_attacks: Path, tmp_path
     kept = tmp_path / "results/digits"
     assert report("--under", two_attacks, "--to", kept, "--keep") == 0
     names = files_of(kept)
-    assert {n for n in names if "figures" not in n} == {"runs.jsonl", "curves.csv", "table.md"}
+    assert {n for n in names if "figures" not in n} == KEPT_FILES
     assert {Path(name).suffix for name in names if "figures" in name} == {".png"}
     (line,) = [
         ln for ln in kept_lines(kept) if (ln["record"], ln.get("defense")) == ("sig-0", "sau")
@@ -893,8 +896,8 @@ def test_marked_parts_are_made_again(two_attacks: Path, tmp_path: Path) -> None:
         (["end results/x/table.md"], "RESULTS.md:1: <!-- end results/x/table.md --> has no other"),
         (["begin a/table.md", "begin b/table.md"], "RESULTS.md:2:"),
         (["begin a/table.md", "end b/table.md"], "RESULTS.md:2:"),
-        (["begin ../table.md", "end ../table.md"], "is no table.md beside it"),
-        (["begin a/secret.md", "end a/secret.md"], "is no table.md beside it"),
+        (["begin ../table.md", "end ../table.md"], "is no table.md or leaderboard.md beside it"),
+        (["begin a/secret.md", "end a/secret.md"], "is no table.md or leaderboard.md beside it"),
         (["begin a/table.md", "end a/table.md"], "is no folder"),
     ],
 )
@@ -919,21 +922,21 @@ def test_results_of_this_repository_are_up_to_date(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "results", tmp_path / "results")
     assert report("--rebuild", tmp_path / "RESULTS.md") == 0
     assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == text, "make results"
-    shipped = sorted((ROOT / "results").rglob("table.md"))
+    shipped = sorted((ROOT / "results").rglob("*.md"))
     assert shipped
     for path in shipped:
         assert (tmp_path / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), "make results"
 
 
 def test_results_are_few_files_and_show_all_their_figures() -> None:
-    """Of each grid its runs, curves and table; figures that no page shows belong into a report."""
+    """Of each grid its runs, curves and tables; figures that no page shows belong into a report."""
     if not (ROOT / "results").is_dir():
         pytest.skip("this checkout shows no results")
     pages = [ROOT / "RESULTS.md", *ROOT.glob("README*.md"), ROOT / "benchmark/README.md"]
     text = "".join(path.read_text(encoding="utf-8") for path in pages)
     for grid in (ROOT / "results").iterdir():
         files = {name for name in files_of(grid) if not name.startswith("figures")}
-        assert files - {"report.html"} == {"runs.jsonl", "curves.csv", "table.md"}
+        assert files - {"report.html"} == KEPT_FILES
         for figure in (grid / "figures").iterdir():
             assert f"results/{grid.name}/figures/{figure.name}" in text, f"remove {figure}"
 
@@ -945,7 +948,7 @@ def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path)
     to = tmp_path / "to"
     assert report("--record_path", workplace / "record", "--to", to) == 0
     stems = {path.stem.rpartition("pratio-25-")[2] for path in (to / "figures").glob("*.png")}
-    assert stems == {"before-after", "curves-ft", "cost", "triggers"}
+    assert stems == {"before-after", "curves-ft", "cost", "triggers", "heat-asr", "heat-ra"}
     for path in (to / "figures").glob("*.png"):
         assert path.with_suffix(".svg").exists()
         assert Image.open(path).width > 500

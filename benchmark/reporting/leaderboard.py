@@ -1,0 +1,340 @@
+"""Leaderboards: a row for each defense, over attacks that all of the defenses in it were run on.
+
+A mean over other attacks is no comparison: it may be better because the attacks are easier. So
+each set of attacks that some defense was run on has a leaderboard, of all defenses that were run
+on every one of them, from the same backdoored models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from benchmark.reporting import tables
+from benchmark.reporting.means import FLAGS, Number, Table
+from benchmark.reporting.summaries import is_clean
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+FEW_ATTACKS = 6  # with fewer, resamples vary less than attacks do: by a factor of (n - 1) / n
+COLUMNS = {  # heading -> whether it is sorted as a text
+    "defense": True,
+    "rank": False,
+    "DER": False,
+    "ASR": False,
+    "worst ASR": False,
+    "RA": False,
+    "ACC lost": False,
+    "clean model ACC lost": False,
+    "purify seconds": False,
+    "sees": True,
+}
+_COLUMNS_MEAN = (
+    "Percent; mean ± sample standard deviation of the seeds' means. Worst ASR: of the attack that "
+    "the defense does worst against. ACC lost: before minus after, negative where it is gained. "
+    "Purify seconds: by the clock, of the purification alone."
+)
+_RANK_MEANS = (
+    f"Rank: by mean DER. In brackets: its {100 * CONFIDENCE:.0f} % interval over {RESAMPLES:,} "
+    "resamples of the attacks, and of the seeds of each attack. Two defenses whose intervals "
+    "overlap are not told apart by these runs. Bold: may be the first."
+)
+_NOTHING = "No two defenses were run on the same backdoored models: there is nothing to compare."
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A place among some defenses, 1 for the best, with its interval.
+
+    `low` and `high` are None where there is one attack, which says nothing about others.
+    """
+
+    place: int
+    low: int | None
+    high: int | None
+
+    def __str__(self) -> str:
+        return str(self.place) if self.low is None else f"{self.place} ({self.low} to {self.high})"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a leaderboard: means over the attacks' means, in [0, 1].
+
+    Attributes:
+        rank: None for a defense that sees poisoned images, or is the only one.
+        is_first: whether it may be the best one.
+        ra: None where there is none.
+        clean_acc_lost: of models without a backdoor; None where there is none.
+        purify_seconds: None where no run says it.
+        sees: "clean", "poisoned" or "nothing".
+        flags: keys of `means.FLAGS`.
+    """
+
+    defense: str
+    rank: Rank | None
+    is_first: bool
+    der: Number
+    asr: Number
+    worst_asr: float
+    worst_attack: str
+    ra: Number | None
+    acc_lost: Number
+    clean_acc_lost: Number | None
+    purify_seconds: float | None
+    sees: str
+    flags: str
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Some defenses on the same models, the best DER first; `notes` are whole sentences."""
+
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as it is printed, what stands under it, and what it is sorted by."""
+
+    text: str
+    detail: str = ""
+    sort: str = ""
+
+
+def leaderboards(table: Table) -> list[Leaderboard]:
+    """The leaderboards of a table, that of the most attacks first.
+
+    One with a single defense is there only if it is the only one. Variants of a method are in none.
+    """
+    is_plain = table.runs["label"].isin(table.labels())
+    runs = table.runs[is_plain & ~table.runs["row"].map(is_clean)]
+    runs = runs.dropna(subset=["acc", "asr", "der"])
+    attacks_of = {str(label): frozenset(group["row"]) for label, group in runs.groupby("label")}
+    sets = sorted(set(attacks_of.values()), key=lambda names: (-len(names), sorted(names)))
+    boards = []
+    for attacks in sets:
+        labels = [label for label, names in attacks_of.items() if names >= attacks]
+        if len(labels) > 1 or len(sets) == 1:
+            same = runs[runs["row"].isin(attacks) & runs["label"].isin(labels)]
+            shared = same[same.groupby("record")["label"].transform("nunique") == len(labels)]
+            if len(shared):
+                boards.append(_leaderboard(table, shared, len(same) - len(shared)))
+    return boards
+
+
+def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Rank]:
+    """Ranks of some defenses by their mean DER, with intervals.
+
+    A resample draws as many attacks as there are, with replacement, and for each drawn attack as
+    many of its models as there are. All defenses share the draws, since they purified the same
+    models. Defenses that print the same DER, percent with two decimals, share a place; in a
+    resample each of them may have any of the places that they share.
+
+    Args:
+        der: DER in [0, 1] without gaps: a row for each model, with the attack as the index; a
+            column for each defense.
+        resamples: how many, at least 1.
+        seed: of the draws.
+
+    Returns:
+        Defense -> its rank.
+    """
+    groups = [group.to_numpy(dtype=float) for _, group in der.groupby(level=0)]
+    count = len(groups)
+    names = [str(name) for name in der.columns]
+    means = np.mean([values.mean(axis=0) for values in groups], axis=0)
+    places = dict(zip(names, _places(means[None])[0][0].tolist(), strict=True))
+    if count == 1:
+        return {name: Rank(place, None, None) for name, place in places.items()}
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    resampled = np.zeros((resamples, der.shape[1]))
+    for times, values in zip(drawn.T, groups, strict=True):
+        models = len(values)
+        weights = generator.multinomial(times * models, np.full(models, 1 / models))
+        resampled += weights @ values / models / count
+    best, worst = _places(resampled)
+    outside = (1 - CONFIDENCE) / 2
+    low = np.quantile(best, outside, axis=0, method="inverted_cdf")
+    high = np.quantile(worst, 1 - outside, axis=0, method="inverted_cdf")
+    return {
+        name: Rank(places[name], int(lowest), int(highest))
+        for name, lowest, highest in zip(names, low, high, strict=True)
+    }
+
+
+def _places(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best and the worst place of each column, by row: they differ where columns are equal."""
+    shown = np.round(100 * means, 2)
+    others, itself = shown[:, None, :], shown[:, :, None]
+    return 1 + (others > itself).sum(axis=2), (others >= itself).sum(axis=2)
+
+
+def _leaderboard(table: Table, runs: pd.DataFrame, skipped: int) -> Leaderboard:
+    """Of runs that have each defense on each record."""
+    groups = {str(label): group for label, group in runs.groupby("label")}
+    flags = {label: _flags(table, label, group) for label, group in groups.items()}
+    rivals = [label for label in groups if "p" not in flags[label]]
+    ranks: dict[str, Rank] = {}
+    if len(rivals) > 1:
+        der = runs.pivot_table("der", ["row", "record"], "label")
+        ranks = rank(der.droplevel("record")[rivals])
+    entries = [_entry(table, g, ranks.get(label), flags[label]) for label, g in groups.items()]
+    entries.sort(key=lambda entry: (-entry.der.rounded(), entry.defense))
+    return Leaderboard(tuple(entries), tuple(_notes(table, runs, skipped)))
+
+
+def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> Entry:
+    label = str(runs["label"].iloc[0])
+    clean = table.runs[(table.runs["label"] == label) & table.runs["row"].map(is_clean)]
+    runs, clean = (part.assign(acc_lost=part["acc_before"] - part["acc"]) for part in (runs, clean))
+    by_attack = runs.groupby("row")["asr"].mean()
+    seconds = runs["purify_seconds"].mean()
+    der, asr, ra, acc_lost = (_mean(runs, name) for name in ("der", "asr", "ra", "acc_lost"))
+    if der is None or asr is None or acc_lost is None:
+        raise ValueError(f"{label} has no scores")
+    return Entry(
+        defense=label,
+        rank=place,
+        is_first=place is not None and place.low == 1 and not set("ac") & set(flags),
+        der=der,
+        asr=asr,
+        worst_asr=float(by_attack.max()),
+        worst_attack=str(by_attack.idxmax()),
+        ra=ra,
+        acc_lost=acc_lost,
+        clean_acc_lost=_mean(clean, "acc_lost"),
+        purify_seconds=None if pd.isna(seconds) else float(seconds),
+        sees=", ".join(sorted(set(runs["sees"]))),
+        flags=flags,
+    )
+
+
+def _flags(table: Table, label: str, runs: pd.DataFrame) -> str:
+    """Those of a defense's numbers in the table by attack, and whether it has one seed only."""
+    rows = set(runs["row"])
+    numbers = [
+        number
+        for row in table.main.body
+        if row.name in rows
+        for (heading, _), number in row.numbers.items()
+        if heading == label
+    ]
+    flags = {flag for number in numbers for flag in number.flags} - {"s"}
+    return "".join(sorted(flags | ({"s"} if runs.groupby("row").size().max() == 1 else set())))
+
+
+def _mean(runs: pd.DataFrame, metric: str) -> Number | None:
+    """The mean of the attacks' means.
+
+    Its deviation is that of the seeds' means over the attacks, where each attack has each seed.
+    """
+    runs = runs.dropna(subset=[metric])
+    if runs.empty:
+        return None
+    by_seed = runs.pivot_table(metric, "seed", "row")
+    has_all = len(by_seed) > 1 and by_seed.notna().all(axis=None) and runs["seed"].notna().all()
+    sd = float(by_seed.mean(axis=1).std()) if has_all else None
+    return Number(float(runs.groupby("row")[metric].mean().mean()), sd, len(runs))
+
+
+def _notes(table: Table, runs: pd.DataFrame, skipped: int) -> list[str]:
+    attacks, labels = sorted(set(runs["row"])), set(runs["label"])
+    models = runs["record"].nunique()
+    notes = [f"Attacks: {', '.join(attacks)}. Backdoored models: {models}."]
+    if others := [label for label in table.labels() if label not in labels]:
+        notes.append(f"Not run on all of these attacks: {', '.join(others)}.")
+    if skipped:
+        notes.append(f"Not used, since some of these defenses lack their models: {skipped} runs.")
+    if len(attacks) == 1 and len(labels) > 1:
+        notes.append("One attack says nothing about others: the ranks have no interval.")
+    elif models == len(attacks) and len(labels) > 1:
+        notes.append("One model for each attack: the intervals do not say what other seeds change.")
+    if len(labels) > 1 and 1 < len(attacks) < FEW_ATTACKS:
+        notes.append("The attacks are few: true intervals are wider.")
+    return notes
+
+
+def cells(entry: Entry) -> list[Cell]:
+    """What stands in the columns after the defense's name."""
+    place = "" if entry.rank is None else str(entry.rank.place)
+    interval = "" if entry.rank is None else str(entry.rank).removeprefix(place).strip()
+    seconds = entry.purify_seconds
+    worst = Number(entry.worst_asr, None, 1)
+    return [
+        Cell(place, interval, place),
+        _number_cell(entry.der),
+        _number_cell(entry.asr),
+        Cell(_percent(worst), entry.worst_attack, repr(entry.worst_asr)),
+        _number_cell(entry.ra),
+        _number_cell(entry.acc_lost),
+        _number_cell(entry.clean_acc_lost),
+        Cell("") if seconds is None else Cell(_seconds(seconds), "", repr(seconds)),
+        Cell(entry.sees, "", entry.sees),
+    ]
+
+
+def _number_cell(number: Number | None) -> Cell:
+    if number is None:
+        return Cell("")
+    deviation = "" if number.sd is None else f"± {100 * number.sd:.2f}"
+    return Cell(_percent(number), deviation, repr(float(number.mean)))
+
+
+def _percent(number: Number) -> str:
+    return f"{number.rounded() + 0.0:.2f}"  # no -0.00
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
+
+
+def legend(boards: Sequence[Leaderboard]) -> list[str]:
+    """What columns and flags of some leaderboards mean, a line each."""
+    entries = [entry for board in boards for entry in board.entries]
+    lines = [_COLUMNS_MEAN]
+    if any(entry.rank is not None for entry in entries):
+        lines.append(_RANK_MEANS)
+    used = {flag for entry in entries for flag in entry.flags}
+    return [*lines, *(f"{flag}: {FLAGS[flag]}." for flag in sorted(used))]
+
+
+def markdown(all_tables: Sequence[Table]) -> str:
+    """The leaderboards of some tables; no headings, so that they fit into any page."""
+    parts: list[str] = []
+    for table in all_tables:
+        boards = leaderboards(table)
+        if not boards:
+            continue
+        parts.append(f"**{tables.markdown_text(table.title)}**")
+        for board in boards:
+            parts += [" ".join(tables.markdown_text(note) for note in board.notes), _rows(board)]
+        parts.append("  \n".join(tables.markdown_text(line) for line in legend(boards)))
+    return "\n\n".join(parts or [_NOTHING]) + "\n"
+
+
+def _rows(board: Leaderboard) -> str:
+    lines = [tables.pipes(list(COLUMNS))]
+    lines.append(tables.pipes(["---" if is_text else "---:" for is_text in COLUMNS.values()]))
+    for entry in board.entries:
+        name = tables.markdown_text(entry.defense)
+        name = (f"**{name}**" if entry.is_first else name) + tables.raised(entry.flags)
+        texts = [tables.markdown_text(f"{c.text} {c.detail}".strip()) for c in cells(entry)]
+        lines.append(tables.pipes([name, *texts]))
+    return "\n".join(lines)
+
+
+def backdoorbench_csv(all_tables: Sequence[Table]) -> str:
+    """CSV in the columns of BackdoorBench's results: a row for each attack and defense.
+
+    Rates are means over seeds in [0, 1], not rounded. Models without a backdoor are not in it.
+    """
+    columns = {"model": "backbone", "acc": "test_acc", "asr": "test_asr", "ra": "test_ra"}
+    keys = ["dataset", "model", "attack", "label", "pratio"]
+    rates = ["acc", "asr", "ra"]
+    attacked = [table.runs[~table.runs["attack"].map(is_clean)] for table in all_tables]
+    means = [runs.groupby(keys, as_index=False, dropna=False)[rates].mean() for runs in attacked]
+    return tables.as_csv(pd.concat(means).rename(columns={**columns, "label": "defense"}))

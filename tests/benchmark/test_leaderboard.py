@@ -1,0 +1,464 @@
+"""Leaderboards compare defenses on the same models, and call no tie a win."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from tests.test_report import (
+    HOSTILE,
+    Tags,
+    attack,
+    defense,
+    files_of,
+    report,
+    the_table,
+    two_attacks,
+)
+
+from benchmark.reporting import leaderboard
+from benchmark.reporting.leaderboard import Leaderboard, Rank, leaderboards, rank
+from utils import plot
+
+__all__ = ["two_attacks"]  # fixtures
+
+
+def the_board(root: Path) -> Leaderboard:
+    (board,) = leaderboards(the_table(root))
+    return board
+
+
+def ranks_of(board: Leaderboard) -> dict[str, str]:
+    return {entry.defense: str(entry.rank or "") for entry in board.entries}
+
+
+def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
+    """SAU. Blended, by seed: DER 0.94 and 0.94, ASR 0.1 and 0, RA 0.8, ACC lost 0.02 twice.
+    SIG, twice: DER 0.89, ASR 0.15, RA 0.6, ACC lost 0.02. Means over attacks: DER 0.915,
+    ASR (0.05 + 0.15) / 2 = 0.1, RA 0.7, ACC lost 0.02. Worst is SIG with 0.15. Of the seeds, the
+    ASRs over attacks are 0.125 and 0.075, so the deviation is sqrt(2 * 0.025^2) = 0.0354.
+
+    FT: DER (0.745 + 0.5) / 2 = 0.6225; it gains 0.01 ACC against SIG and loses 0.01 against
+    blended, on average 0. Blended's ASR of seed 0 is 0.5 and of seed 1 is 0.4, SIG's 0.95: SIG is
+    the worst.
+
+    On the clean model of ACC 0.95, SAU has 0.93 and FT 0.96. SAU took 7 and 9 s against blended.
+    """
+    clean = attack(two_attacks, "prototype-0", 0.95, None, pratio=None, attack_label_trans=None)
+    for label, acc in (("sau", 0.93), ("ft", 0.96)):
+        result = clean / "defense" / label
+        shutil.copytree(two_attacks / "sig-0/defense" / label, result)
+        facts = json.loads((result / "summary.json").read_text())
+        facts |= {"attack": "prototype", "before": {"acc": 0.95}, "after": {"acc": acc}}
+        (result / "summary.json").write_text(json.dumps(facts | {"der": None}))
+    for seed, seconds in ((0, 7.0), (1, 9.0)):
+        record = two_attacks / f"blended-{seed}"
+        acc = (0.90, 0.94)[seed] - 0.02
+        defense(record, "sau", acc, 0.1 * (1 - seed), 0.8, purify_seconds=seconds)
+    board = the_board(two_attacks)
+    assert [entry.defense for entry in board.entries] == ["sau", "ft"]
+    sau, ft = board.entries
+    assert sau.der.mean == pytest.approx(0.915)
+    assert sau.asr.mean == pytest.approx(0.1)
+    assert sau.asr.sd == pytest.approx(0.025 * 2**0.5)
+    assert (sau.worst_asr, sau.worst_attack) == (pytest.approx(0.15), "sig")
+    assert sau.ra is not None
+    assert sau.ra.mean == pytest.approx(0.7)
+    assert sau.acc_lost.mean == pytest.approx(0.02)
+    assert sau.clean_acc_lost is not None
+    assert sau.clean_acc_lost.mean == pytest.approx(0.02)
+    assert (sau.purify_seconds, sau.sees) == (8.0, "clean")
+    assert ft.der.mean == pytest.approx(0.6225)
+    assert (ft.worst_asr, ft.worst_attack) == (pytest.approx(0.95), "sig")
+    assert ft.acc_lost.mean == pytest.approx(0)
+    assert ft.clean_acc_lost is not None
+    assert ft.clean_acc_lost.mean == pytest.approx(-0.01)
+    assert ft.purify_seconds is None
+    line = "| **sau** | 1 (1 to 1) | 91.50 ± 0.00 | 10.00 ± 3.54 | 15.00 sig | 70.00 ± 0.00 | "
+    line += "2.00 ± 0.00 | 2.00 | 8 | clean |"
+    text = leaderboard.markdown([the_table(two_attacks)])
+    assert line in text
+    assert "| ft | 2 (2 to 2) |" in text
+    assert " 0.00 ± 0.00 | -1.00 |  | clean |" in text  # no -0.00, and no seconds
+    assert "Attacks: blended, sig. Backdoored models: 4." in text
+    assert "The attacks are few" in text
+    assert "Rank: by mean DER. In brackets: its 95 % interval" in text
+
+
+def test_equal_defenses_share_a_place_and_every_place_that_they_may_have() -> None:
+    """A and B are the same, C is worse: A and B are 1, each from 1 to 2; C is 3."""
+    values = [0.9, 0.8, 0.7, 0.95]
+    der = pd.DataFrame({"a": values, "b": values, "c": [0.5] * 4}, index=list("wxyz"))
+    assert rank(der) == {"a": Rank(1, 1, 2), "b": Rank(1, 1, 2), "c": Rank(3, 3, 3)}
+
+
+def test_a_difference_in_one_attack_is_no_win() -> None:
+    """A is better by far in one attack of six, and equal in all others. A resample lacks that
+    attack in (5/6)^6 = 33 % of all cases, and then they are equal: B may be first.
+
+    C is worse in each attack, so in each resample.
+    """
+    der = pd.DataFrame(
+        {"a": [0.9] * 6, "b": [0.5] + [0.9] * 5, "c": [0.4] * 6}, index=list("uvwxyz")
+    )
+    assert rank(der) == {"a": Rank(1, 1, 2), "b": Rank(2, 1, 2), "c": Rank(3, 3, 3)}
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    """Of each attack, A wins with one seed by 0.3 and loses with the other by 0.2: A is the first,
+    and in many resamples not. With the mean of both as a single seed it always is.
+    """
+    index = [name for name in "wxyz" for _ in range(2)]
+    der = pd.DataFrame({"a": [0.9, 0.5] * 4, "b": [0.6, 0.7] * 4}, index=index)
+    assert rank(der) == {"a": Rank(1, 1, 2), "b": Rank(2, 1, 2)}
+    means = der.groupby(level=0).mean()
+    assert rank(means) == {"a": Rank(1, 1, 1), "b": Rank(2, 2, 2)}
+
+
+def test_an_attack_counts_as_much_as_another_whatever_its_seeds() -> None:
+    """B wins X with four seeds by 0.1; A wins Y with its one seed by 0.2: A is first."""
+    der = pd.DataFrame({"a": [0.8] * 5, "b": [0.9] * 4 + [0.6]}, index=list("xxxxy"))
+    places = rank(der)
+    assert (places["a"].place, places["b"].place) == (1, 2)
+
+
+def test_resamples_are_those_of_attacks_and_of_seeds_within() -> None:
+    """The interval of the first place is what drawing one by one gives.
+
+    Sixty defenses with DERs that depend on the attack and the seed: the middle one's interval by
+    2,000 slow draws differs by at most 2 places from the fast one.
+    """
+    generator = np.random.default_rng(3)
+    sizes = [1, 2, 3, 3, 2]
+    index = [attack for attack, size in enumerate(sizes) for _ in range(size)]
+    values = generator.uniform(size=(len(index), 60))
+    der = pd.DataFrame(values, index=index, columns=[str(i) for i in range(60)])
+    places = []
+    for _ in range(2000):
+        drawn = generator.integers(len(sizes), size=len(sizes))
+        groups = [values[np.array(index) == attack] for attack in drawn]
+        means = np.mean([g[generator.integers(len(g), size=len(g))].mean(0) for g in groups], 0)
+        places.append((means > means[30]).sum() + 1)
+    low, high = np.quantile(places, [0.025, 0.975])
+    fast = rank(der)["30"]
+    assert fast.low is not None
+    assert fast.high is not None
+    assert abs(fast.low - low) <= 2
+    assert abs(fast.high - high) <= 2
+    assert high - low > 10
+
+
+def test_what_was_not_run_on_the_same_attacks_is_not_compared(two_attacks: Path) -> None:
+    """CLP and FT were run on blended alone, so there is a board of SAU and ABL on both attacks, and
+    one of all four on blended. On SIG, FT would be far worse than CLP is on blended.
+    """
+    for seed in (0, 1):
+        shutil.rmtree(two_attacks / f"sig-{seed}/defense/ft")
+        defense(two_attacks / f"blended-{seed}", "clp", 0.9, 0.3, 0.5)
+        for name in ("blended", "sig"):
+            defense(two_attacks / f"{name}-{seed}", "abl", 0.9, 0.9, 0.1)
+    both, blended = leaderboards(the_table(two_attacks))
+    assert [entry.defense for entry in both.entries] == ["sau", "abl"]
+    assert "Not run on all of these attacks: clp, ft." in both.notes
+    assert [entry.defense for entry in blended.entries] == ["sau", "clp", "ft", "abl"]
+    assert blended.notes[0] == "Attacks: blended. Backdoored models: 2."
+    # One attack says nothing about others.
+    assert ranks_of(blended) == {"sau": "1", "clp": "2", "ft": "3", "abl": "4"}
+    assert not any(entry.is_first for entry in blended.entries)
+    assert any("no interval" in note for note in blended.notes)
+
+
+def test_seeds_that_one_defense_lacks_are_not_used(two_attacks: Path) -> None:
+    """SAU's run on blended, seed 1, is gone, so FT's DER there, which is 0, is not used."""
+    shutil.rmtree(two_attacks / "blended-1/defense/sau")
+    defense(two_attacks / "blended-1", "ft", 0.0, 0.9, 0.0, der=0.0)
+    board = the_board(two_attacks)
+    ft = board.entries[1]
+    assert ft.der.mean == pytest.approx(0.6225)
+    assert board.notes[0] == "Attacks: blended, sig. Backdoored models: 3."
+    assert "Not used, since some of these defenses lack their models: 1 runs." in board.notes
+
+
+def test_one_defense_alone_has_no_rank_and_none_has_no_board(two_attacks: Path) -> None:
+    for path in two_attacks.glob("*/defense/ft"):
+        shutil.rmtree(path)
+    assert ranks_of(the_board(two_attacks)) == {"sau": ""}
+    assert "Rank:" not in leaderboard.markdown([the_table(two_attacks)])
+    for path in two_attacks.glob("sig-*/defense/sau"):
+        path.rename(path.with_name("ft"))
+    assert leaderboards(the_table(two_attacks)) == []
+    assert "nothing to compare" in leaderboard.markdown([the_table(two_attacks)])
+
+
+def test_what_sees_poisoned_images_has_no_rank(two_attacks: Path) -> None:
+    """EP is the best by DER, stands first, and wins nothing. CLP sees nothing, and competes."""
+    for folder in (*two_attacks.glob("blended-*"), *two_attacks.glob("sig-*")):
+        acc = json.loads((folder / "summary.json").read_text())["acc"]
+        defense(folder, "ep", acc, 0.0, 0.9, sees="poisoned")
+        defense(folder, "clp", acc, 0.01, 0.9, sees="nothing")
+    board = the_board(two_attacks)
+    found = [
+        (entry.defense, str(entry.rank), entry.is_first, entry.sees) for entry in board.entries
+    ]
+    assert found == [
+        ("ep", "None", False, "poisoned"),
+        ("clp", "1 (1 to 1)", True, "nothing"),
+        ("sau", "2 (2 to 2)", False, "clean"),
+        ("ft", "3 (3 to 3)", False, "clean"),
+    ]
+    assert [entry.flags for entry in board.entries] == ["p", "n", "", ""]
+
+
+def test_a_failed_attack_and_a_collapsed_defense_win_nothing(two_attacks: Path) -> None:
+    """LF failed, so DER says little of all. Without LF, SAU wins; but not once it has collapsed."""
+    lf = attack(two_attacks, "lf-0", 0.92, 0.3, 0.5)
+    for label in ("ft", "sau"):
+        defense(lf, label, 0.9, 0.0, 0.8)
+    failed = the_board(two_attacks)
+    assert [(entry.flags, entry.is_first) for entry in failed.entries] == [("a", False)] * 2
+    shutil.rmtree(lf)
+    assert [entry.is_first for entry in the_board(two_attacks).entries] == [True, False]
+    for seed in (0, 1):
+        defense(two_attacks / f"sig-{seed}", "sau", 0.4, 0.0, 0.4)
+    collapsed = the_board(two_attacks)
+    assert [(e.defense, e.flags, e.is_first) for e in collapsed.entries] == [
+        ("sau", "c", False),
+        ("ft", "", False),
+    ]
+
+
+def test_rows_in_the_columns_of_backdoorbench(two_attacks: Path, tmp_path: Path) -> None:
+    """A row for each attack and result, means over seeds: blended before has 0.92, 0.95, 0.04."""
+    assert report("--under", two_attacks, "--to", tmp_path / "to", "--formats", "csv") == 0
+    rows = pd.read_csv(tmp_path / "to/backdoorbench.csv")
+    columns = "dataset,backbone,attack,defense,pratio,test_acc,test_asr,test_ra"
+    assert ",".join(rows.columns) == columns
+    first = rows[(rows["attack"] == "blended") & (rows["defense"] == "no defense")]
+    names = ["digits", "preactresnet18", "blended", "no defense", 0.1]
+    assert first.to_numpy().tolist() == [[*names, *map(pytest.approx, (0.92, 0.95, 0.04))]]
+    assert len(rows) == 2 * 3
+    assert rows["attack"].unique().tolist() == ["blended", "sig"]
+
+    attack(two_attacks, "blended-2", 0.5, 0.6, train_images=100)  # of another table: no repeat
+    assert report("--under", two_attacks, "--to", tmp_path / "to", "--formats", "csv") == 0
+    rows = pd.read_csv(tmp_path / "to/backdoorbench.csv")
+    undefended = rows[(rows["attack"] == "blended") & (rows["defense"] == "no defense")]
+    assert sorted(undefended["test_acc"]) == [0.5, pytest.approx(0.92)]
+
+
+def test_a_report_has_leaderboards_and_heat_maps(two_attacks: Path, tmp_path: Path) -> None:
+    """Kept runs make the same leaderboard.md; --rebuild puts it between marks that name it."""
+    kept = tmp_path / "results/digits"
+    assert report("--under", two_attacks, "--to", kept, "--keep") == 0
+    text = (kept / "leaderboard.md").read_text()
+    assert text == leaderboard.markdown([the_table(two_attacks)])
+    stem = "figures/digits-preactresnet18-pratio-10-heat"
+    assert {f"{stem}-asr.png", f"{stem}-ra.png"} <= files_of(kept)
+    begin, end = (f"<!-- {kind} results/digits/leaderboard.md -->" for kind in ("begin", "end"))
+    (tmp_path / "RESULTS.md").write_text(f"{begin}\ntyped by hand\n{end}\n")
+    (kept / "leaderboard.md").write_text("typed by hand")
+    assert report("--rebuild", tmp_path / "RESULTS.md") == 0
+    assert (tmp_path / "RESULTS.md").read_text() == f"{begin}\n\n{text}\n{end}\n"
+    assert (kept / "leaderboard.md").read_text() == text
+
+
+def test_names_stay_texts(two_attacks: Path, tmp_path: Path) -> None:
+    record = attack(two_attacks, "lf-0", 0.9, 0.9, attack=HOSTILE)
+    for label in ("sau", "ft"):
+        defense(record, label, 0.9, 0.8, 0.1)
+    for path in list(two_attacks.glob("*/defense/ft")):
+        path.rename(path.with_name("=ft <b>"))
+    assert report("--under", two_attacks, "--to", tmp_path / "to") == 0
+    text = (tmp_path / "to/leaderboard.md").read_text()
+    assert "<script" not in text
+    assert "=ft &lt;b&gt;" in text
+    assert "'=ft" in (tmp_path / "to/backdoorbench.csv").read_text()
+    assert not Tags((tmp_path / "to/report.html").read_text()).all("b")
+
+
+def test_a_heat_map_is_darker_where_less_is_left_and_has_its_numbers() -> None:
+    """In grey too: the lightness of 0, 50 and 100 % goes up by at least 60 of 255 each time."""
+    values = pd.DataFrame({"ft": [0.0, 0.5], "sau": [1.0, float("nan")]}, index=["badnet", "sig"])
+    figure = plot.heat_map(values, "title")
+    axis = figure.axes[0]
+    assert [text.get_text() for text in axis.texts] == ["0.0", "100.0", "50.0"]
+    (picture,) = axis.get_images()
+    colours = picture.cmap(picture.norm([0, 50, 100]), bytes=True)[None, :, :3]
+    grey = np.asarray(Image.fromarray(colours).convert("L"), dtype=int)[0]
+    assert (np.diff(grey) > 60).all(), grey
+
+
+class Browser:
+    """A headless Chromium, spoken to through a pipe: JSON messages that end with a zero byte.
+
+    `problems` has each exception, error in the console, and refusal by the page's policy.
+    """
+
+    def __init__(self, program: str, home: Path) -> None:
+        to_read, self._to = os.pipe()
+        self._from, to_write = os.pipe()
+        # The browser reads its descriptor 3 and writes 4; first they are moved out of the way.
+        script = 'exec 8<&"$1" 9>&"$2"; exec 3<&8 4>&9; shift 2; exec "$@"'
+        flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe")
+        flags += ("--disable-dev-shm-usage", "--no-first-run", f"--user-data-dir={home}")
+        command = ["bash", "-c", script, "-", str(to_read), str(to_write), program, *flags]
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            command, pass_fds=(to_read, to_write), stdin=quiet, stdout=quiet, stderr=quiet
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self._received = b""
+        self._count = 0
+        self._session: str | None = None
+        self.problems: list[str] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def close(self) -> None:
+        self._session = None
+        self.call("Browser.close")
+        self._process.wait()
+        os.close(self._to)
+        os.close(self._from)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Sends a command and returns its result."""
+        self._count += 1
+        message: dict[str, Any] = {"id": self._count, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._count:
+            pass
+        assert "error" not in answer, answer
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._received:
+            data = os.read(self._from, 1 << 20)
+            assert data, "the browser has ended"
+            self._received += data
+        first, _, self._received = self._received.partition(b"\0")
+        message: dict[str, Any] = json.loads(first)
+        method, parameters = message.get("method", ""), message.get("params", {})
+        is_bad = parameters.get("type") in ("error", "warning", "assert")
+        is_bad |= parameters.get("entry", {}).get("level") in ("error", "warning")
+        if method == "Runtime.exceptionThrown" or (
+            method in ("Runtime.consoleAPICalled", "Log.entryAdded") and is_bad
+        ):
+            self.problems.append(first.decode())
+        return message
+
+    def open(self, page: Path) -> None:
+        self.call("Page.navigate", url=page.as_uri())
+        while self.value("document.readyState") != "complete":
+            pass
+
+    def value(self, expression: str) -> Any:
+        """What an expression of JavaScript has as its value."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def resize(self, width: int, height: int = 900) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+
+    def press(self, x: float, y: float) -> None:
+        """Presses and releases the left button of the mouse at a point of the window."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def picture(self, path: Path) -> None:
+        data = self.call("Page.captureScreenshot")["data"]
+        path.write_bytes(base64.b64decode(data))
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.skip("chromium is not installed")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        opened = Browser(program, Path(home))
+        yield opened
+        opened.close()
+
+
+FIRST_ROWS = "[...document.querySelectorAll('.board tbody tr')].map(r => r.cells[0].dataset.sort)"
+
+
+@pytest.mark.slow
+def test_the_page_works_in_a_real_browser(
+    two_attacks: Path, tmp_path: Path, browser: Browser
+) -> None:
+    """No error; clicks sort, both ways, empty cells last; nothing but tables is wider than the
+    window, letters are at least 12 px, and the defense's name stays in view when a table scrolls.
+
+    DER: SAU 91.5, FT 62.25, NC 50. Names: FT, NC, SAU. Seconds: NC 120, SAU 7, FT none.
+    """
+    for folder in (*two_attacks.glob("blended-*"), *two_attacks.glob("sig-*")):
+        before = json.loads((folder / "summary.json").read_text())
+        defense(folder, "nc", before["acc"], before["asr"], 0.0, purify_seconds=120.0)
+        path = folder / "defense/sau/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"purify_seconds": 7.0}))
+    assert report("--under", two_attacks, "--to", tmp_path / "to") == 0
+    browser.resize(1400)
+    browser.open(tmp_path / "to/report.html")
+    assert browser.value(FIRST_ROWS) == ["sau", "ft", "nc"]
+
+    def click(heading: str) -> list[str]:
+        box = browser.value(
+            f"(b => {{ b.scrollIntoView({{block: 'center'}}); const r = b.getBoundingClientRect();"
+            "return [r.x + r.width / 2, r.y + r.height / 2] })([...document.querySelectorAll("
+            f"'.board thead button')].find(b => b.textContent === '{heading}'))"
+        )
+        browser.press(*box)
+        rows: list[str] = browser.value(FIRST_ROWS)
+        return rows
+
+    assert click("DER") == ["nc", "ft", "sau"]
+    assert click("DER") == ["sau", "ft", "nc"]
+    assert click("defense") == ["ft", "nc", "sau"]
+    assert click("defense") == ["sau", "nc", "ft"]
+    assert click("purify seconds") == ["sau", "nc", "ft"]
+    assert click("purify seconds") == ["nc", "sau", "ft"]
+    assert click("rank") == ["sau", "ft", "nc"]
+    sorted_by = "[...document.querySelectorAll('.board [aria-sort]')].map(h => h.textContent)"
+    assert browser.value(sorted_by) == ["rank"]
+    for width in (1400, 390):
+        browser.resize(width)
+        assert browser.value("innerWidth") == width
+        assert browser.value("document.documentElement.scrollWidth") <= width
+        smallest = "Math.min(...[...document.querySelectorAll('td, th, p, li, small')]"
+        smallest += ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
+        assert browser.value(smallest) >= 12
+        browser.value("document.querySelector('.board').scrollIntoView()")
+        table = "document.querySelector('.board')"
+        browser.value(f"{table}.parentElement.scrollLeft = 1000")
+        left = browser.value(f"{table}.tBodies[0].rows[0].cells[0].getBoundingClientRect().left")
+        assert 0 <= left < 60
+        is_wider = browser.value(f"{table}.scrollWidth > {table}.parentElement.clientWidth")
+        assert is_wider == (width == 390)
+        browser.picture(tmp_path / f"{width}.png")
+        assert Image.open(tmp_path / f"{width}.png").width == width
+    assert browser.problems == []
