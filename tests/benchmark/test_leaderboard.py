@@ -14,7 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from tests.test_report import (
+
+from benchmark.reporting import leaderboard
+from benchmark.reporting.leaderboard import Leaderboard, Rank, leaderboards, rank
+from tests.benchmark.test_report import (
     HOSTILE,
     Tags,
     attack,
@@ -24,9 +27,6 @@ from tests.test_report import (
     the_table,
     two_attacks,
 )
-
-from benchmark.reporting import leaderboard
-from benchmark.reporting.leaderboard import Leaderboard, Rank, leaderboards, rank
 from utils import plot
 
 __all__ = ["two_attacks"]  # fixtures
