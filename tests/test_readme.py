@@ -81,6 +81,8 @@ def users_files(workplace: Path) -> None:
         shutil.copy(workplace / "images/test" / name / "0.png", folder / f"{position}.png")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_the_commands_run_in_the_order_of_the_pages(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +104,8 @@ def test_the_commands_run_in_the_order_of_the_pages(
             assert run_script(ROOT / script, *shortened(flags, workplace)) == 0, command
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_the_flags_of_the_settings_table_are_taken(workplace: Path) -> None:
     """Each row's flags, with an attack or with SAU."""
     table = SETTINGS[SETTINGS.index("| want | flags |") :]

@@ -19,6 +19,7 @@ from utils.files import ROOT
 
 __all__ = ["cache", "workplace"]  # fixtures
 
+pytestmark = pytest.mark.slow
 needs_slurm = pytest.mark.skipif(
     shutil.which("slurmctld") is None or shutil.which("munged") is None or os.geteuid() != 0,
     reason="needs root, slurm-wlm and munge: no SLURM is installed here",

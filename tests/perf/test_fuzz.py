@@ -9,6 +9,7 @@ import pytest
 from perf import fuzz, hostile
 
 
+@pytest.mark.slow
 def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
     table, problems = fuzz.run_cases(110, 1, tmp_path)
     assert problems == []

@@ -88,6 +88,7 @@ def test_variants_take_turns_and_the_first_turn_does_not_count() -> None:
     assert [(row.what, row.ratio, row.note) for row in rows] == [("a", 1, ""), ("b", 3, "note")]
 
 
+@pytest.mark.slow
 def test_it_leaves_a_table_and_a_chart(workplace: Path, badnet: Path) -> None:
     flags = ["--result_file", badnet, "--to", workplace / "speed", "--repeats", 1, "--images", 4]
     flags += ["--epoch_images", 8, "--batch_size", 4, "--device", "cpu"]

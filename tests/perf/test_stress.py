@@ -25,6 +25,7 @@ def run_matrix(*flags: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_matrix_gives_the_same_files(tmp_path: Path) -> None:
     """Each kind has dozens of changes; `perf/README.md` has the counts of all of them."""
     done = run_matrix("--every", 29, "--to", tmp_path / "rows.csv")

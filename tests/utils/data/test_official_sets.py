@@ -35,6 +35,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.data.images.ROOT", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_script_on_every_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -38,6 +38,7 @@ def fingerprint(workplace: Path, name: str, *extra: object) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_twice_in_a_row_is_the_same(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """File by file, with the usual network."""
     network = models.CONSTRUCTORS["preactresnet18"]

@@ -151,6 +151,7 @@ def run(call: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_scripts_stop_and_go_on(tmp_path: Path) -> None:
     """SIGTERM an attack, SIGKILL a defense; both end as if nothing had happened."""
     for root in ("whole", "cut"):
