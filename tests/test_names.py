@@ -347,7 +347,7 @@ def test_a_cell_is_one_cell(name: str) -> None:
     latex = tables.latex_text(name)
     plain = re.sub(r"\\[&%$#_{}]|\\text\w+\{\}|\{[][*]\}", "", latex)
     assert not re.search(r"[\\&%$#_{}~^<>|*\[\]]", plain)
-    line = tables._csv(pd.DataFrame({"name": [name], "other": ["x"]})).splitlines()[1]
+    line = tables.as_csv(pd.DataFrame({"name": [name], "other": ["x"]})).splitlines()[1]
     assert is_one_line(line)
     assert not line.startswith(("=", "+", "@"))
 
