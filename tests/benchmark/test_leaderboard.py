@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
     assert " 0.00 ± 0.00 | -1.00 |  | clean |" in text  # no -0.00, and no seconds
     assert "Attacks: blended, sig. Backdoored models: 4." in text
     assert "The attacks are few" in text
+    gained = replace(ft, acc_lost=replace(ft.acc_lost, mean=-1e-7))
+    assert leaderboard.cells(gained)[5].text == "0.00"
     assert "Rank: by mean DER. In brackets: its 95 % interval" in text
 
 
@@ -418,7 +421,9 @@ def test_the_page_works_in_a_real_browser(
     """
     for folder in (*two_attacks.glob("blended-*"), *two_attacks.glob("sig-*")):
         before = json.loads((folder / "summary.json").read_text())
-        defense(folder, "nc", before["acc"], before["asr"], 0.0, purify_seconds=120.0)
+        defense(
+            folder, "nc", before["acc"], before["asr"], 0.0, purify_seconds=120.0, sees="nothing"
+        )
         path = folder / "defense/sau/summary.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"purify_seconds": 7.0}))
     assert report("--under", two_attacks, "--to", tmp_path / "to") == 0
@@ -442,6 +447,9 @@ def test_the_page_works_in_a_real_browser(
     assert click("defense") == ["sau", "nc", "ft"]
     assert click("purify seconds") == ["sau", "nc", "ft"]
     assert click("purify seconds") == ["nc", "sau", "ft"]
+    assert click("rank") == ["sau", "ft", "nc"]
+    assert click("sees") == ["sau", "ft", "nc"]
+    assert click("sees") == ["nc", "sau", "ft"]
     assert click("rank") == ["sau", "ft", "nc"]
     sorted_by = "[...document.querySelectorAll('.board [aria-sort]')].map(h => h.textContent)"
     assert browser.value(sorted_by) == ["rank"]
