@@ -238,7 +238,11 @@ def heat_map(values: pd.DataFrame, title: str) -> Figure:
         values: rates in [0, 1], NaN where there is none: a row for each line of the figure.
     """
     lines, columns = values.shape
-    figure = Figure(figsize=(2.6 + 0.62 * columns, 1.8 + 0.34 * lines), layout="constrained")
+    names, headings = ([_text(str(name)) for name in axis] for axis in values.axes)
+    below = 0.09 * max(map(len, headings))  # inches of the widest letters, at 45 degrees
+    beside = max(below, 0.125 * max(map(len, names)))
+    size = (1.2 + beside + 0.62 * columns, 1.0 + below + 0.34 * lines)
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     percent = 100 * values.to_numpy(dtype=float)
     picture = axis.imshow(percent, cmap="cividis", vmin=0, vmax=100, aspect="auto")
@@ -248,8 +252,8 @@ def heat_map(values: pd.DataFrame, title: str) -> Figure:
             hue = "#000000" if value >= 50 else "#ffffff"
             number = axis.text(column, line, f"{value:.1f}", fontsize=8, color=hue)
             number.set(ha="center", va="center")
-    axis.set_xticks(range(columns), [_text(str(name)) for name in values.columns])
-    axis.set_yticks(range(lines), [_text(str(name)) for name in values.index])
+    axis.set_xticks(range(columns), headings)
+    axis.set_yticks(range(lines), names)
     axis.tick_params(length=0, labelsize=9)
     axis.tick_params(axis="x", rotation=45)
     for label in axis.get_xticklabels():
