@@ -360,6 +360,7 @@ run_script(backdoorbench.main)
 """
 
 
+@pytest.mark.slow
 def test_of_three_exports_at_once_one_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

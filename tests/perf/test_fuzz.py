@@ -19,6 +19,7 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
     assert (table["read"] > 0).sum() >= 6
 
 
+@pytest.mark.slow
 def test_good_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nothing that is done to them would be the reason of a refusal."""
     monkeypatch.setattr(fuzz, "spoil", lambda *_: None)
@@ -30,6 +31,7 @@ def test_good_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert set(refused) <= {"folder of a run", "YAML"}
 
 
+@pytest.mark.slow
 def test_what_should_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A traceback, a hang, an endless loop, memory, a signal, a long message, a file elsewhere."""
 

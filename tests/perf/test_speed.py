@@ -38,6 +38,7 @@ def test_the_literal_inner_loop_is_the_oracles(tiny_model: Classifier, tiny_data
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_delta_in_float32_is_the_literal_one_to_the_last_bit() -> None:
     torch.manual_seed(0)
     model, reference = (

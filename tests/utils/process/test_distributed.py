@@ -75,6 +75,7 @@ def test_two_processes_are_one(found: dict[str, Any], scene: str) -> None:
     assert_close(found["one"][scene], found["two"][scene])
 
 
+@pytest.mark.slow
 def test_the_scenes_train(found: dict[str, Any]) -> None:
     """Equal would also be what stands still."""
     for name in ("supervised", "wanet", "bpp", "inputaware", "sau, train mode"):
