@@ -34,11 +34,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, HeldOut, Rounds, checked, run
-from models.parts import norms, scaled, silenced
+from models.parts import scaled, silenced
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
 from utils.training.loop import Loop
-from utils.training.pruning import pruned_by_masks
+from utils.training.pruning import clamp, full_masks, pruned_by_masks
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -147,9 +147,7 @@ def learned_masks(
     loop = loop or Loop()
     model = copy.deepcopy(model).train().requires_grad_(False)
     device = next(model.parameters()).device
-    masks = {
-        name: torch.ones_like(norm.weight).requires_grad_() for name, norm in norms(model).items()
-    }
+    masks = full_masks(model)
     optimizer = torch.optim.SGD(list(masks.values()), lr=config.lr, momentum=config.sgd_momentum)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation", images.device)
@@ -175,9 +173,7 @@ def learned_masks(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            with torch.no_grad():
-                for mask in masks.values():
-                    mask.clamp_(0, 1)
+            clamp(masks)
             loop.log(len(index), loss=loss)
     return {name: mask.detach() for name, mask in masks.items()}
 

@@ -38,11 +38,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, HeldOut, Rounds, checked, run
-from models.parts import norms, scaled, silenced
+from models.parts import scaled, silenced
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
 from utils.training.loop import Loop
-from utils.training.pruning import pruned_by_masks
+from utils.training.pruning import clamp, full_masks, pruned_by_masks
 
 Epoch = Annotated[int, Field(ge=1)]
 
@@ -159,9 +159,7 @@ def recovered_masks(
     loop = loop or Loop()
     device = next(model.parameters()).device
     model = copy.deepcopy(model).train().requires_grad_(False)
-    masks = {
-        name: torch.ones_like(norm.weight).requires_grad_() for name, norm in norms(model).items()
-    }
+    masks = full_masks(model)
     optimizer = torch.optim.SGD(
         masks.values(), lr=config.recovering_lr, momentum=config.sgd_momentum
     )
@@ -183,9 +181,7 @@ def recovered_masks(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            with torch.no_grad():
-                for mask in masks.values():
-                    mask.clamp_(0, 1)
+            clamp(masks)
             loop.log(len(index), loss=loss, accuracy=(logits.argmax(1) == y).float().mean())
         loop.findings.facts["recovered_acc"] = loop.losses()["accuracy"]
     return {name: mask.detach() for name, mask in masks.items()}

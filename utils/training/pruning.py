@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import nn
 
-from models.parts import named_channels, silenced
+from models.parts import named_channels, norms, silenced
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
 from utils.training.loop import Loop
@@ -56,6 +56,24 @@ class Learn(Protocol[C_contra]):
 
 C = TypeVar("C", bound=Levels)
 L = TypeVar("L", int, float)
+
+
+def full_masks(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Masks of 1 that learn, (C,) for each BatchNorm by its name.
+
+    Raises:
+        UserError: if the network has no BatchNorm.
+    """
+    return {
+        name: torch.ones_like(norm.weight).requires_grad_() for name, norm in norms(model).items()
+    }
+
+
+@torch.no_grad()
+def clamp(masks: Mapping[str, torch.Tensor]) -> None:
+    """Brings masks back to [0, 1], in place, as after a step."""
+    for mask in masks.values():
+        mask.clamp_(0, 1)
 
 
 def pruned_by_masks(
