@@ -29,7 +29,6 @@ from models import (
     model_identity,
 )
 from models import prepare as prepare_model
-from utils import plot
 from utils.data import poison
 from utils.data.datasets import load_dataset
 from utils.data.labelled import Dataset
@@ -124,9 +123,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
         }
         save_attack(folder, model, data, exported, triggered, plan.cross(), facts)
         title = f"{name} on {data.name}{ending.target_title(facts, data)}"
-        pictures = [
-            ending.save_figure(folder, "curves.png", plot.curves(watch.metrics, "epoch", title))
-        ]
+        pictures = [ending.draw_curves(folder, watch.metrics, "epoch", title)]
         if triggered is not None:
             pictures.append(ending.draw_trigger(folder, model, data, triggered, title, device))
         ending.finish_run(

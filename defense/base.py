@@ -21,7 +21,6 @@ from torch import nn
 
 from models import prepare
 from utils import config as configuration
-from utils import plot
 from utils.config import Group
 from utils.data.batches import as_float, keep_on
 from utils.data.labelled import Dataset, Triggered
@@ -413,9 +412,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
             return folder
         save_defense(folder, model, attack, name)
         title = f"{name} against {attack.attack} on {data.name}{of_target}"
-        pictures = [
-            ending.save_figure(folder, "curves.png", plot.curves(watch.metrics, "round", title))
-        ]
+        pictures = [ending.draw_curves(folder, watch.metrics, "round", title)]
 
         def caption(images: torch.Tensor) -> list[str]:
             labels = [predict(network, images, device).tolist() for network in (backdoored, model)]
@@ -552,6 +549,8 @@ def _draw_before_after(
     folder: folders.RunFolder, caption: Caption, triggered: Triggered, data: Dataset, title: str
 ) -> Path:
     """before_after.png: clean and triggered test images, and both models' labels."""
+    from utils import plot
+
     chosen = _spread(len(triggered.index))
     rows = {
         "clean": data.test.images[triggered.index[chosen]],

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import yaml
 
@@ -317,6 +316,8 @@ def _write_notes(
         folder.write(POISON_LIST, lambda path: folders.save_plain(path, listed))
     metrics = attack.folder / "metrics.csv"
     if metrics.exists():
+        import pandas as pd  # here, because `--help` must not wait for it
+
         with explained(metrics, "a table of metrics"):
             ours = pd.read_csv(metrics)
             known = {theirs: ours[name] for theirs, name in _COLUMNS.items() if name in ours}

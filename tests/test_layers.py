@@ -276,6 +276,26 @@ def test_importing_any_module_prints_nothing_and_writes_nothing(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+# They take seconds, and only some scripts need them, some of the time.
+HEAVY = ("jinja2", "matplotlib", "pandas", "scipy", "sklearn", "torchvision")
+LOADED = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+for module in sys.argv[2].split():
+    importlib.import_module(module)
+print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[3].split())))
+"""
+
+
+def test_scripts_start_without_what_only_draws_and_reads() -> None:
+    """`--help` and a wrong flag are answered without libraries that take longer than they do."""
+    rooms = ("attack.", "defense.", "interop.", "benchmark.run")
+    modules = " ".join(name for name in modules_under(ROOT) if name.startswith(rooms))
+    call = [sys.executable, "-c", LOADED, str(ROOT), modules, " ".join(HEAVY)]
+    answer = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == []
+
+
 def test_the_watch_sees_prints_and_writes(tmp_path: Path) -> None:
     write(tmp_path, "utils/loud.py", "print('hello')")
     write(tmp_path, "utils/busy.py", "open('left_behind.txt', 'w').close()")

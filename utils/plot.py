@@ -68,20 +68,21 @@ def fonts() -> list[str]:
     return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed)]
 
 
-def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
+def curves(metrics: Sequence[Mapping[str, float]], step: str, title: str) -> Figure:
     """ACC, ASR, RA in percent beside the losses, by epoch or round.
 
     Args:
-        metrics: a column named `step`, then the rates in [0, 1] and columns that start with "loss";
-            cells without a value are skipped.
+        metrics: a row per epoch or round: `step`, the rates in [0, 1] and losses, whose names start
+            with "loss"; a row may lack a value.
         step: "epoch" or "round".
     """
-    losses = [str(name) for name in metrics if str(name).startswith("loss")]
+    table = pd.DataFrame(metrics)
+    losses = [str(name) for name in table if str(name).startswith("loss")]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     scores, loss_axis = figure.subplots(1, 2)
     for rate, (label, colour, style, marker) in _RATES.items():
-        if rate in metrics:
-            rows = metrics[[step, rate]].dropna()
+        if rate in table:
+            rows = table[[step, rate]].dropna()
             marks = max(1, len(rows) // 12)
             scores.plot(
                 rows[step],
@@ -95,7 +96,7 @@ def curves(metrics: pd.DataFrame, step: str, title: str) -> Figure:
             )
     scores.set(xlabel=step, ylabel="percent", ylim=(-3, 103))
     for name, style in zip(losses, _LOSS_STYLES * len(losses), strict=False):
-        rows = metrics[[step, name]].dropna()
+        rows = table[[step, name]].dropna()
         label = _text(name.removeprefix("loss_") or name)
         loss_axis.plot(rows[step], rows[name], style, label=label)
     loss_axis.set(xlabel=step, ylabel="mean loss", ylim=(0, None))

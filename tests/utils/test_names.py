@@ -250,6 +250,7 @@ def figures(name: str) -> Iterator[Figure]:
     images, other = torch.rand(2, 3, 8, 8), f"{name}2"
     rows = {name: images, f"difference of {name}\nx 3": images}
     metrics = pd.DataFrame({"round": [0, 1], "acc": [0.1, 0.2], f"loss_{name}": [1.0, 2.0]})
+    rounds = metrics.to_dict("records")
     points = pd.DataFrame(
         {
             "defense": [name, name, "ft"],
@@ -260,7 +261,7 @@ def figures(name: str) -> Iterator[Figure]:
         }
     )
     bars = pd.DataFrame({"acc": [0.1, 0.2]}, index=[name, other])
-    yield plot.curves(metrics, "round", name)
+    yield plot.curves(rounds, "round", name)
     yield plot.image_grid(rows, {name: [f"{name} | {name}"] * 2}, name)
     yield plot.bars({name: 1.0, other: 2.0}, name, name)
     yield plot.before_after(points, {name: 1, "ft": 2}, name)

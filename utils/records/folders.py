@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import csv
 import glob
 import json
 import os
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from utils import locks
@@ -387,8 +387,17 @@ class RunFolder:
         self.write(name, lambda path: save_plain(path, dict(content)))
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]], name: str = "metrics.csv") -> None:
-        """A table as CSV, one line per row."""
-        self.write(name, lambda path: pd.DataFrame(rows).to_csv(path, index=False))
+        """A table as CSV, one line per row; a cell without a value, or NaN, is empty."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                table = csv.DictWriter(file, columns, lineterminator="\n")
+                table.writeheader()
+                for row in rows:
+                    table.writerow({k: v for k, v in row.items() if v == v})  # no NaN
+
+        self.write(name, write)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Says that the run is done."""

@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
-from matplotlib.figure import Figure
 
 from models import Classifier
-from utils import plot
 from utils.config import Config, parse_yaml
 from utils.data.batches import as_float
 from utils.data.labelled import Dataset, Triggered
@@ -24,6 +22,11 @@ from utils.records.checkpoint import files_of
 from utils.records.folders import FREE_TO_CHANGE, RunFolder
 from utils.training.evaluate import predict
 from utils.training.findings import Findings, Picture, Verdict
+
+if TYPE_CHECKING:
+    from utils.plot import Figure
+
+# matplotlib and pandas load where something is drawn, because `--help` must not wait for them.
 
 # Flags that say where a run reads and writes, or what is drawn by chance.
 _PLACES = {
@@ -90,8 +93,9 @@ def draw_findings(
     Args:
         captions: from float images (N, C, H, W) to what to write under each.
     """
+    from utils import plot
 
-    def drawn(picture: Picture) -> Figure:
+    def drawn(picture: Picture) -> "Figure":
         rows = {name: images.cpu() for name, images in picture.rows.items()}
         texts = {
             name: list(picture.captions.get(name, ())) or captions(images)
@@ -152,6 +156,8 @@ def difference(clean: torch.Tensor, changed: torch.Tensor) -> dict[str, torch.Te
     Args:
         clean, changed: float (N, C, H, W).
     """
+    from utils import plot
+
     shown, scale = plot.amplified(changed - clean)
     return {f"difference\nx {scale:.3g}": shown}
 
@@ -164,7 +170,16 @@ def table(scores: Scores) -> str:
     )
 
 
-def save_figure(folder: RunFolder, name: str, figure: Figure) -> Path:
+def draw_curves(
+    folder: RunFolder, metrics: Sequence[Mapping[str, float]], step: str, title: str
+) -> Path:
+    """curves.png; see `plot.curves`."""
+    from utils import plot
+
+    return save_figure(folder, "curves.png", plot.curves(metrics, step, title))
+
+
+def save_figure(folder: RunFolder, name: str, figure: "Figure") -> Path:
     """Writes a PNG; returns its path."""
     return folder.write(name, lambda path: figure.savefig(path, dpi=160))
 
@@ -252,6 +267,8 @@ def draw_trigger(
     device: torch.device,
 ) -> Path:
     """trigger.png: eight triggered test images beside the clean ones, with the model's labels."""
+    from utils import plot
+
     chosen = torch.linspace(0, len(triggered.index) - 1, 8).long()
     clean = data.test.images[triggered.index[chosen]]
     changed = triggered.images[chosen]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -106,9 +105,9 @@ class Watch:
         return self._loop.findings
 
     @property
-    def metrics(self) -> pd.DataFrame:
+    def metrics(self) -> list[dict[str, float]]:
         """One row per round: the unit, mean losses, rates in [0, 1], seconds since the start."""
-        return pd.DataFrame(self._rows)
+        return self._rows
 
     @contextmanager
     def _paused(self) -> Iterator[None]:

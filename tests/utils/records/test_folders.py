@@ -89,10 +89,15 @@ def test_tensors_load_without_pickled_objects(run: RunFolder) -> None:
 
 
 def test_metrics_read_back(run: RunFolder) -> None:
-    """A row without a value has an empty cell, which reads as missing."""
-    run.write_metrics([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25, "acc": 0.9}])
-    expected = pd.DataFrame({"epoch": [1, 2], "loss": [0.5, 0.25], "acc": [float("nan"), 0.9]})
-    pd.testing.assert_frame_equal(pd.read_csv(run.path / "metrics.csv"), expected)
+    """A row without a value, or with NaN, has an empty cell, which reads as missing."""
+    none = float("nan")
+    run.write_metrics([{"epoch": 1, "loss": 1 / 3}, {"epoch": 2, "loss": none, "acc": 0.9}])
+    assert (run.path / "metrics.csv").read_bytes() == (
+        b"epoch,loss,acc\n1,0.3333333333333333,\n2,,0.9\n"
+    )
+    expected = pd.DataFrame({"epoch": [1, 2], "loss": [1 / 3, none], "acc": [none, 0.9]})
+    read = pd.read_csv(run.path / "metrics.csv", float_precision="round_trip")
+    pd.testing.assert_frame_equal(read, expected)
 
 
 def test_a_summary_is_json_and_makes_the_run_done(run: RunFolder) -> None:

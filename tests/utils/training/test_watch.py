@@ -212,8 +212,7 @@ def test_a_resumed_watch_goes_on_with_all_its_rows_and_its_seconds(
     phases = pd.read_csv(folder.path / "phases.csv")
     assert phases["phase"].tolist() == ["search", "teacher"]
     assert phases["seconds"].tolist() == [30, 45]
-    assert watch.metrics["round"].tolist() == [0, 1]
-    assert watch.metrics["seconds"].tolist() == [0, 45]
+    assert [(row["round"], row["seconds"]) for row in watch.metrics] == [(0, 0), (1, 45)]
     del kept["phase_rows"]
     fresh = Watch(folder, "round", score, eval_every=1, checkpoint=kept)
     for _ in fresh.start().rounds(1, "teacher"):
@@ -232,7 +231,7 @@ def test_a_watch_without_a_folder_writes_nothing_and_keeps_signals(tmp_path: Pat
         for _ in loop.batches(3, 1, order):
             pass
     assert watch.finish(Numbered(60)).acc.value == 0.6
-    assert watch.metrics[["epoch", "acc"]].to_dict("list") == {"epoch": [1, 2], "acc": [0.4, 0.6]}
+    assert [(row["epoch"], row["acc"]) for row in watch.metrics] == [(1, 0.4), (2, 0.6)]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -362,9 +361,9 @@ def test_seconds_are_kept_to_hundredths(folder: RunFolder, monkeypatch: pytest.M
     watch = Watch(folder, "round", score, eval_every=1)
     for _ in watch.start().rounds(1):
         clock[0] = 1.23456
-    assert watch.metrics["seconds"].tolist() == [1.23]
+    assert [row["seconds"] for row in watch.metrics] == [1.23]
     watch.finish(Numbered(1))
-    assert watch.metrics["seconds"].tolist() == [1.23]
+    assert [row["seconds"] for row in watch.metrics] == [1.23]
 
 
 def test_a_scorer_asks_for_triggered_and_cross_images_each_time(
