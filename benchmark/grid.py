@@ -26,7 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from attack import names as attacks
 from defense import names as defenses
@@ -76,8 +84,15 @@ class Slurm(_Part):
     cpus_per_task: int = Field(2, ge=1)
     gpus_per_node: int = Field(0, ge=0)
     array: bool = False
+    cells_per_job: int = Field(1, ge=1)
     parallelism: int = Field(256, ge=1)
     directives: dict[str, bool | int | str] = {}
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_jobs(self) -> "Slurm":
+        if self.array and self.cells_per_job > 1:
+            raise ValueError("array: true needs cells_per_job: 1; drop one of them")
+        return self
 
 
 class Grid(_Part):
@@ -120,6 +135,20 @@ class Cell:
     @property
     def is_done(self) -> bool:
         return (self.folder / "summary.json").exists()
+
+    @property
+    def kind(self) -> str:
+        """The same for cells that take about as long: all but the seed and a defense's attack."""
+        attacked = self.attack or self
+        where = [attacked.flags.get(name) for name in ("dataset", "model")]
+        flags = {name: value for name, value in self.flags.items() if name not in _OF_GRID}
+        return f"{self.script} {where} {flags}"
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None if it is not done, or does not say it."""
+        seconds = _summary(self.folder).get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else None
 
     @property
     def is_begun(self) -> bool:

@@ -9,16 +9,20 @@ a cell fails, the other cells go on, and failed cells are listed at the end with
 stops all running cells, with checkpoints; the same command continues. `--status` only says how far
 the grid is.
 
+With `--budget 600` the command ends after ten minutes. It takes the cells in the order of the YAML
+file, and skips a cell that would take longer than what is left, by the time that cells of its kind
+took before. A cell that still runs at the end is stopped with a checkpoint.
+
 With `--executor slurm` each cell is a SLURM job, and a defense waits for its attack. Ctrl-C (or
 `--detach`) leaves the jobs in the queue; the same command finds them again. The `slurm` part of the
 YAML says what a job asks for: partition, timeout_min, mem_gb, cpus_per_task, gpus_per_node, array
-(one job array instead of single jobs), parallelism (of an array), directives (more lines of sbatch
-by name).
+(one job array instead of single jobs), parallelism (of an array), cells_per_job (cells that a job
+runs one after the other, without starting anew for each), directives (more lines of sbatch by
+name).
 """
 
+import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import slurm
 from benchmark.grid import Cell, cells_of, read_grid
+from benchmark.workers import Worker, Workers
 from utils.config import Parser
 from utils.errors import UserError, shown
 from utils.files import ROOT
@@ -39,9 +44,6 @@ from utils.process.device import usable_cores
 from utils.process.progress import Progress, clock
 from utils.process.script import logger, run_script
 from utils.records.folders import RunFolder
-
-# What asks a script to end. Windows has SIGTERM only as a name: it would end it at once.
-STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
 
 
 class Board:
@@ -55,9 +57,12 @@ class Board:
         self._jobs = jobs
         self.states = {cell.name: "done" if cell.is_done else "waiting" for cell in cells}
         self._progress = Progress(len(cells), "grid", "cell", self.count("done"), says=False)
-        self._script = {cell.name: cell.script for cell in cells}
+        self._kind = {cell.name: cell.kind for cell in cells}
         self._since: dict[str, float] = {}
-        self._seconds: dict[str, list[float]] = {}
+        self._seconds: dict[str, list[float]] = {}  # of ended cells, by kind
+        for cell in cells:
+            if (seconds := cell.seconds) is not None:
+                self._seconds.setdefault(cell.kind, []).append(seconds)
 
     def __enter__(self) -> "Board":
         self._progress.__enter__()
@@ -70,7 +75,11 @@ class Board:
         return sum(other == state for other in self.states.values())
 
     def set(self, cell: Cell, state: str, note: str = "") -> None:
-        """A cell's new state: waiting, queued, running, elsewhere, done, failed, or skipped."""
+        """A cell's new state.
+
+        Args:
+            state: waiting, queued, running, interrupted, elsewhere, done, failed, or skipped.
+        """
         if self.states[cell.name] == state:
             return
         self.states[cell.name] = state
@@ -78,7 +87,7 @@ class Board:
             self._since[cell.name] = time.monotonic()
         elif state == "done" and cell.name in self._since:
             took = time.monotonic() - self._since[cell.name]
-            self._seconds.setdefault(cell.script, []).append(took)
+            self._seconds.setdefault(cell.kind, []).append(took)
         if state in slurm.ENDED:
             self._progress.advance()
         logger.info("%-8s %s%s", state, cell.name, f"  ({note})" if note else "")
@@ -86,16 +95,21 @@ class Board:
         if state in slurm.ENDED and self._progress.done < self._progress.total:
             logger.info("%s, ETA %s", summary(self.states.values()), self.eta())
 
+    def usual(self, cell: Cell) -> float | None:
+        """Seconds that cells of the same kind took, on average; None if none has ended."""
+        took = self._seconds.get(cell.kind)
+        return sum(took) / len(took) if took else None
+
     def eta(self) -> str:
-        """Time left: the usual time of each cell's script, divided by how many run at once."""
-        means = {script: sum(took) / len(took) for script, took in self._seconds.items()}
+        """Time left: the usual time of each cell's kind, divided by how many run at once."""
+        means = {kind: sum(took) / len(took) for kind, took in self._seconds.items()}
         if not means:
             return "?"
-        others = sum(means.values()) / len(means)  # for a script that has not ended yet
+        others = sum(means.values()) / len(means)  # for a kind of which none has ended yet
         seconds = 0.0
         for name, state in self.states.items():
             if state not in slurm.ENDED:
-                usual = means.get(self._script[name], others)
+                usual = means.get(self._kind[name], others)
                 since = self._since.get(name) if state == "running" else None
                 seconds += usual if since is None else max(0, usual - (time.monotonic() - since))
         cells = sum(state not in slurm.ENDED for state in self.states.values())
@@ -133,32 +147,41 @@ def is_elsewhere(cell: Cell) -> bool:
 class _Running(NamedTuple):
     """A cell whose script runs."""
 
-    process: subprocess.Popen[bytes]
+    worker: Worker
     cell: Cell
 
 
-def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> None:
+def run_local(
+    cells: Sequence[Cell], root: Path, jobs: int, board: Board, budget: float = math.inf
+) -> None:
     """Runs the cells that are not done, `jobs` at once; threads and GPUs are shared out.
 
     A defense starts when its attack is done, and is skipped if the attack has failed. If another
     process is writing a cell, this one waits for it.
+
+    Args:
+        budget: seconds after which this ends; a cell that takes longer than what is left is not
+            started.
 
     Raises:
         KeyboardInterrupt: once every process that ran has ended.
     """
     waiting = [cell for cell in cells if board.states[cell.name] == "waiting"]
     running: dict[int, _Running] = {}  # by slot
+    until = time.monotonic() + budget
+    workers = Workers(max(1, usable_cores() // jobs))
     try:
         while waiting or running:
-            for slot, (process, cell) in list(running.items()):
-                if process.poll() is None:
+            for slot, (worker, cell) in list(running.items()):
+                code = worker.poll()
+                if code is None:
                     continue
                 del running[slot]
-                if process.returncode == 0 and cell.is_done:
+                if code == 0 and cell.is_done:
                     board.set(cell, "done")
                 else:
                     mark_of(cell, root).touch()
-                    note = f"exit code {process.returncode}, {log_of(cell, root)}"
+                    note = f"exit code {code}, {log_of(cell, root)}"
                     board.set(cell, "failed", note)
             for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
                 waiting.remove(cell)
@@ -168,43 +191,40 @@ def run_local(cells: Sequence[Cell], root: Path, jobs: int, board: Board) -> Non
                     waiting.remove(cell)
                     board.set(cell, "skipped", "its attack failed")
             for slot in set(range(jobs)) - set(running):
-                ready = [c for c in waiting if c.attack is None or c.attack.is_done]
+                left = until - time.monotonic()
+                ready = [
+                    cell
+                    for cell in waiting
+                    if (cell.attack is None or cell.attack.is_done)
+                    and (board.usual(cell) or 0) < left
+                ]
                 while ready and is_elsewhere(ready[0]):
                     board.set(ready.pop(0), "elsewhere", "another process runs it")
                 if ready:
                     waiting.remove(ready[0])
-                    running[slot] = _Running(_start(ready[0], root, slot, jobs), ready[0])
+                    running[slot] = _Running(_start(workers, ready[0], root, slot), ready[0])
                     board.set(ready[0], "running")
-            time.sleep(0.2)
+            if time.monotonic() >= until or (budget < math.inf and not running):
+                break
+            time.sleep(0.05)
     finally:
         for run in running.values():
-            run.process.send_signal(STOP)  # the script saves a checkpoint and ends
+            run.worker.stop()
         for run in running.values():
-            run.process.wait()
+            run.worker.wait()
+            board.set(run.cell, "done" if run.cell.is_done else "interrupted")
 
 
-def _start(cell: Cell, root: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
-    """The cell's script, in its own session, so that Ctrl-C reaches it only once, from here."""
+def _start(workers: Workers, cell: Cell, root: Path, slot: int) -> Worker:
+    """Runs a cell's script."""
     log = log_of(cell, root)
     log.parent.mkdir(parents=True, exist_ok=True)
     mark_of(cell, root).unlink(missing_ok=True)
-    threads = max(1, usable_cores() // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if gpus == [""]:
         gpus = [str(number) for number in range(torch.cuda.device_count())]
-    if len(gpus) > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, ROOT / cell.script, *cell.arguments()],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # so on Windows
-        )
+    gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 else {}
+    return workers.start(ROOT / cell.script, cell.arguments(), log, **gpu)
 
 
 def main() -> None:
@@ -215,12 +235,17 @@ def main() -> None:
     parser.add_argument("--executor", choices=("local", "slurm"), default="local")
     parser.add_argument("--record_path", type=Path, help="folder of the grid's records")
     parser.add_argument("--status", action="store_true", help="say how far it is, start nothing")
+    parser.add_argument("--budget", type=float, help="seconds after which it ends (local), > 0")
     parser.add_argument("--detach", action="store_true", help="slurm: submit, and do not wait")
     flags = parser.parse_args()
     if flags.jobs < 1:
         raise UserError(f"--jobs: {flags.jobs} is not allowed; give 1 or more")
     if flags.detach and flags.executor == "local":
         raise UserError("--detach: needs --executor slurm; leave it out")
+    if flags.budget is not None and not flags.budget > 0:
+        raise UserError(f"--budget: {flags.budget:g} is not allowed; give seconds, more than 0")
+    if flags.budget is not None and flags.executor == "slurm":
+        raise UserError("--budget: is for --executor local; give timeout_min in the YAML's slurm")
     grid = read_grid(flags.grid)
     root = (flags.record_path or ROOT / "record" / flags.grid.stem).resolve()
     cells = cells_of(grid, root)
@@ -242,12 +267,16 @@ def main() -> None:
             if queue is not None:
                 queue.run(cells, board.set, detach=flags.detach)
             else:
-                run_local(cells, root, flags.jobs, board)
+                run_local(cells, root, flags.jobs, board, flags.budget or math.inf)
         except KeyboardInterrupt:
             rest = "the jobs stay in the queue" if queue else "what ran has a checkpoint"
             logger.info("%s; the same command goes on", rest)
             raise
     logger.info("%d cells: %s", len(cells), summary(board.states.values()))
+    if flags.budget is not None and not all(
+        state in slurm.ENDED for state in board.states.values()
+    ):
+        logger.info("the budget is used; the same command goes on")
     failed = [cell for cell in cells if board.states[cell.name] == "failed"]
     if failed:
         logs = [(queue.log_of(cell) if queue else log_of(cell, root)) for cell in failed]
@@ -263,8 +292,8 @@ def states_of(cells: Sequence[Cell], root: Path, queue: "slurm.Queue | None") ->
     for cell in cells:
         if cell.is_done:
             state = "done"
-        elif cell.name in queued:
-            state = queued[cell.name]
+        elif queue is not None and cell.name in queued:
+            state = queue.state_of(cell, queued)
         elif queue is None and is_elsewhere(cell):
             state = "running"
         elif cell.attack is not None and states[cell.attack.name] == "failed":

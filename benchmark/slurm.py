@@ -12,13 +12,13 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmark.grid import Cell, Slurm
+from benchmark.workers import Workers
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.process.script import logger
@@ -30,30 +30,42 @@ _LOST = 3  # polls after which a job that is neither queued nor done counts as f
 Report = Callable[..., None]
 
 
-class Script:
-    """The work of a job: a script, which continues where an earlier turn of the job was stopped."""
+class Job:
+    """Cells, one after the other; each continues where an earlier turn of the job was stopped.
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self.command = list(command)
+    Args:
+        cells: of a grid.
+        threads: of each cell, >= 1.
+    """
+
+    def __init__(self, cells: Sequence[Cell], threads: int) -> None:
+        self._cells = list(cells)
+        self._threads = threads
 
     def __call__(self) -> None:
-        # SLURM's signals reach every process of a job. USR2, by which submitit learns that time
-        # is nearly up, would kill the script; TERM makes it save a checkpoint and end.
-        process = subprocess.Popen(
-            self.command, preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        )
+        workers = Workers(self._threads, is_warm=len(self._cells) > 1)
+        codes = {cell.name: self._run(cell, workers) for cell in self._cells}
+        failed = [f"{name}: exit code {code}" for name, code in codes.items() if code]
+        if failed:
+            raise SystemExit("\n".join(failed))
+
+    def _run(self, cell: Cell, workers: Workers) -> int:
+        """Runs a cell; gives its exit code, which is 0 for a cell whose attack has failed."""
+        if cell.attack is not None and not cell.attack.is_done:
+            print(f"{cell.name}: skipped, its attack failed", flush=True)
+            return 0
+        worker = workers.start(ROOT / cell.script, cell.arguments(), None)
         try:
-            code = process.wait()
+            code = worker.wait()
         finally:
-            process.terminate()
-            process.wait()
+            worker.stop()
+            worker.wait()
         if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
             time.sleep(60)  # stopped from outside: SLURM is about to put this job back
-        if code:
-            raise SystemExit(f"exit code {code}")
+        return code
 
     def checkpoint(self) -> Any:
-        """The work that submitit puts back into the queue: the same command, which resumes."""
+        """The work that submitit puts back into the queue: the same cells, which resume."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -113,6 +125,11 @@ class Queue:
             if job in queued
         }
 
+    def state_of(self, cell: Cell, states: Mapping[str, str]) -> str:
+        """`queued` or `running` for a cell of `states`; one of a running job may still wait."""
+        waits = self._wants.cells_per_job > 1 and not cell.is_begun
+        return "queued" if waits else states[cell.name]
+
     def has_lost(self, cell: Cell) -> bool:
         """Whether a cell that is not queued was submitted and is not done: its job failed.
 
@@ -147,7 +164,7 @@ class Queue:
                     report(cell, "done")
                 elif cell.name in queued:
                     missing[cell.name] = 0
-                    report(cell, queued[cell.name], f"job {ids[cell.name]}")
+                    report(cell, self.state_of(cell, queued), f"job {ids[cell.name]}")
                     continue
                 elif missing[cell.name] < _LOST:  # a shared file system may be late
                     missing[cell.name] += 1
@@ -169,6 +186,9 @@ class Queue:
 
     def _submit(self, cells: Sequence[Cell]) -> None:
         """Attacks first; a defense waits for its attack's job if that is not done."""
+        if self._wants.cells_per_job > 1:
+            self._submit_chunks(cells)
+            return
         attacks = [cell for cell in cells if cell.attack is None]
         groups = {"attack": attacks} if self._wants.array else {c.name: [c] for c in attacks}
         for name, group in groups.items():
@@ -196,10 +216,23 @@ class Queue:
                         assert cell.attack is not None
                         self._submit_group(name, [cell], f"afterok:{self._ids[cell.attack.name]}")
 
+    def _submit_chunks(self, cells: Sequence[Cell]) -> None:
+        """Jobs of several cells; one waits for jobs that have the attacks of its defenses."""
+        for number, chunk in enumerate(_chunks(cells, self._wants.cells_per_job)):
+            attacks = [cell.attack for cell in chunk if cell.attack and cell.attack not in chunk]
+            jobs = dict.fromkeys(self._ids[attack.name] for attack in attacks if not attack.is_done)
+            dependency = f"afterany:{':'.join(jobs)}" if jobs else None
+            self._submit_jobs(f"cells-{number}", [chunk], dependency)
+
     def _submit_group(self, name: str, cells: Sequence[Cell], dependency: str | None) -> None:
-        """One job for one cell, an array for several; submitted jobs are written down at once."""
-        if not cells:
-            return
+        """One job for one cell, an array for several."""
+        if cells:
+            self._submit_jobs(name, [[cell] for cell in cells], dependency)
+
+    def _submit_jobs(
+        self, name: str, chunks: Sequence[Sequence[Cell]], dependency: str | None
+    ) -> None:
+        """A job per chunk, several as one array; submitted jobs are written down at once."""
         wants = self._wants
         executor = self._submitit.SlurmExecutor(self._logs, max_num_timeout=1000)
         parameters: dict[str, Any] = {
@@ -228,11 +261,17 @@ class Queue:
         if dependency is not None:
             parameters["dependency"] = dependency
         executor.update_parameters(**parameters)
-        commands = [[sys.executable, str(ROOT / c.script), *c.arguments()] for c in cells]
         try:
             with executor.batch():  # one call is a single job, several are an array
-                jobs = [executor.submit(Script(command)) for command in commands]
+                jobs = [executor.submit(Job(chunk, wants.cpus_per_task)) for chunk in chunks]
         except (subprocess.CalledProcessError, self._submitit.core.utils.FailedJobError) as error:
-            raise UserError(f"sbatch refuses the job of {cells[0].name}: {error}") from None
-        ids = {**self._ids, **{c.name: job.job_id for c, job in zip(cells, jobs, strict=True)}}
+            raise UserError(f"sbatch refuses the job of {chunks[0][0].name}: {error}") from None
+        of_job = zip(chunks, jobs, strict=True)
+        ids = self._ids | {cell.name: job.job_id for chunk, job in of_job for cell in chunk}
         self._folder.write_text("jobs.json", json.dumps(ids, indent=1) + "\n")
+
+
+def _chunks(cells: Sequence[Cell], size: int) -> Iterator[Sequence[Cell]]:
+    """The cells in their order, `size` at a time."""
+    for first in range(0, len(cells), size):
+        yield cells[first : first + size]

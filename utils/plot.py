@@ -38,6 +38,8 @@ _BARS = {
 _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h")
 _NAME, _TITLE = 32, 240  # characters of a line that fit
+_CELL, _SIDE = 1.15, 1.1  # of an image in a grid, with and without the space around it, in inches
+_WIDEST = 20  # characters under an image
 
 
 # Fonts with letters of other scripts, as systems have them.
@@ -120,25 +122,40 @@ def image_grid(
         captions: name of a row -> N texts; a row without captions has none.
     """
     count = min(len(images) for images in rows.values())
-    texts = {name: [_text(text) for text in captions[name]] for name in captions}
-    heights = [
-        1.0 + 0.17 * (1 + max(t.count("\n") for t in texts[name])) if name in texts else 1.0
-        for name in rows
-    ]
-    figure = Figure(figsize=(1.1 + 1.15 * count, 0.5 + 1.15 * sum(heights)), layout="constrained")
-    axes = figure.subplots(len(rows), count, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for (name, images), line in zip(rows.items(), axes, strict=True):
-        for column, axis in enumerate(line):
-            axis.imshow(
-                images[column].clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest"
-            )
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+    texts = {name: _captions(captions[name]) for name in captions}
+    lines = {
+        name: 1 + max(t.count("\n") for t in texts[name]) if name in texts else 0 for name in rows
+    }
+    heights = {name: _CELL * (1.02 + 0.15 * count) for name, count in lines.items()}
+    width, height = 0.75 + _CELL * count, 0.5 + sum(heights.values())
+    figure = Figure(figsize=(width, height))
+    # One axis in inches for all images, because an axis for each takes seconds.
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axis.set_axis_off()
+    axis.text(width / 2, 0.2, _text(title, _TITLE), fontsize=10, ha="center", va="center")
+    top = 0.42
+    for name, images in rows.items():
+        axis.text(
+            0.4, top + _SIDE / 2, _text(name), fontsize=9, rotation=90, ha="center", va="center"
+        )
+        for column in range(count):
+            left = 0.65 + _CELL * column
+            pixels = images[column].clamp(0, 1).permute(1, 2, 0).numpy()
+            place = (left, left + _SIDE, top + _SIDE, top)
+            axis.imshow(pixels, interpolation="nearest", extent=place, aspect="auto")
             if name in texts:
-                axis.set_xlabel(texts[name][column], fontsize=8, labelpad=2)
-        line[0].set_ylabel(_text(name), fontsize=9)
-    figure.suptitle(_text(title, _TITLE), fontsize=10)
+                text, middle, below = texts[name][column], left + _SIDE / 2, top + _SIDE + 0.05
+                widest = max(len(line) for text in texts[name] for line in text.split("\n"))
+                size = min(8, 8 * _WIDEST / max(1, widest))
+                axis.text(middle, below, text, fontsize=size, ha="center", va="top")
+        top += heights[name]
     return figure
+
+
+def _captions(texts: Sequence[str]) -> list[str]:
+    """What stands under images; "before | after" takes two lines where it is wide."""
+    is_wide = any(len(text) > _WIDEST for text in texts)
+    return [_text(text.replace(" | ", " |\n", 1) if is_wide else text) for text in texts]
 
 
 def bars(values: Mapping[str, float], label: str, title: str) -> Figure:

@@ -88,7 +88,10 @@ class Pictures:
     def from_metrics(self, metrics: pd.DataFrame, unit: str, caption: str) -> Shown:
         """Curves of a record whose own picture is not there."""
         drawn = io.BytesIO()
-        plot.curves(metrics, unit, "").savefig(drawn, dpi=100)
+        rows = [
+            {str(name): value for name, value in row.items()} for row in metrics.to_dict("records")
+        ]
+        plot.curves(rows, unit, "").savefig(drawn, dpi=100)
         return self._shown(Image.open(drawn).convert("RGB"), caption, "curves", 1200)
 
     def _shown(self, image: Image.Image, caption: str, name: str, width: int) -> Shown:

@@ -11,7 +11,7 @@ import torch
 
 import attack
 import defense
-from benchmark import run
+from benchmark import run, workers
 from benchmark.grid import Cell, cells_of, read_grid
 from benchmark.narrow import build as narrow_network
 from models.preactresnet import preactresnet18
@@ -150,6 +150,11 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
             "attack_flags: .*random_seed is given by the grid itself; leave it out",
         ),
         ("adv_steps: 1", "adv_steps: [1]", r"defenses\.sau_x\.adv_steps"),
+        (
+            "attack_flags:",
+            "slurm: {array: true, cells_per_job: 2}\nattack_flags:",
+            r"slurm: .*array: true needs cells_per_job: 1",
+        ),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(
@@ -204,6 +209,7 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(STUB)
     monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(workers, "PRELOADED", ["benchmark.workers"])
     records = tmp_path / "records"
     records.mkdir()
     (records / "seconds.txt").write_text("0.3")
@@ -318,6 +324,57 @@ def test_an_interruption_ends_what_runs_gently(
     for cell in (cells[0], cells[2]):
         assert "saved" in run.log_of(cell, stubs).read_text()
         assert cell.is_begun
+
+
+def test_a_budget_takes_the_first_cells_that_end_in_time(
+    stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second is left. Cells of a's kind took 100 s in an earlier run, d's are short, b's are
+    unknown; the second b is then known to be short, and there is time for it."""
+    (stubs / "seconds.txt").write_text("0")
+    (stubs.parent / "attack/b.py").write_text(STUB)
+    cells = stub_cells(stubs, "a1", "a2", "b1", "b2")
+    for cell, seconds in zip(cells[:2], (100, 0.01), strict=True):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "summary.json").write_text(f'{{"seconds": {seconds}}}')
+    with run.Board(cells, 1) as board:
+        run.run_local(cells, stubs, 1, board, budget=60)
+    assert list(board.states.values()) == ["done", "done", "waiting", "waiting"] + 4 * ["done"]
+    assert (stubs / "order.txt").read_text().split() == ["b1", "d", "b2", "d"]
+
+
+def test_at_the_end_of_a_budget_what_runs_is_stopped(stubs: Path) -> None:
+    (stubs / "seconds.txt").write_text("60")
+    cells = stub_cells(stubs, "a1", "a2")
+    with run.Board(cells, 1) as board:
+        run.run_local(cells, stubs, 1, board, budget=4)
+    assert list(board.states.values()) == ["interrupted", "waiting", "waiting", "waiting"]
+    assert "saved" in run.log_of(cells[0], stubs).read_text()
+
+
+def test_kinds_of_cells(tmp_path: Path) -> None:
+    """One kind for all seeds of an attack, and for a defense against whatever attack."""
+    cells = grid_of(TEXT, tmp_path)
+    attacks = [cell for cell in cells if cell.attack is None]
+    defenses = [cell for cell in cells if cell.attack is not None]
+    assert len({cell.kind for cell in attacks}) == len(attacks) / 2
+    assert len({cell.kind for cell in defenses}) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--budget 0", "--budget: 0 is not allowed; give seconds, more than 0"),
+        ("--budget nan", "--budget: nan is not allowed"),
+        ("--budget 5 --executor slurm", "--budget: is for --executor local"),
+    ],
+)
+def test_a_wrong_budget_is_refused(
+    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", str(GRIDS[0]), *flags.split()])
+    with pytest.raises(UserError, match=message):
+        run.main()
 
 
 @pytest.mark.slow

@@ -122,6 +122,30 @@ def test_single_jobs_wait_for_their_attack_too(
 
 
 @needs_slurm
+def test_a_job_takes_several_cells(
+    cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of four cells are one job; the last waits for it, and its attack has failed."""
+    path = workplace / "chunks.yaml"
+    text = GRID.format(images=workplace / "images", array="false").replace(
+        "epochs: 20", "epochs: 1"
+    )
+    path.write_text(text.replace("array: false", "cells_per_job: 3"))
+    root = workplace / "record-chunks"
+    cells = cells_of(read_grid(path), root)
+    monkeypatch.setattr(slurm, "_POLL", 0.5)
+    states: dict[str, str] = {}
+    queue = slurm.Queue(root, read_grid(path).slurm)
+    queue.run(cells, lambda cell, state, note="": states.__setitem__(cell.name, state), False)
+    assert list(states.values()) == ["done", "done", "failed", "skipped"]
+    jobs = [queue._ids[cell.name] for cell in cells]
+    assert jobs[0] == jobs[1] == jobs[2] != jobs[3]
+    log = Path(queue.log_of(cells[2])).read_text()
+    assert f"{cells[2].name}: exit code 2" in log
+    assert "skipped, its attack failed" in Path(queue.log_of(cells[3])).read_text()
+
+
+@needs_slurm
 def test_what_slurm_refuses_is_said_in_a_line(cluster: None, workplace: Path) -> None:
     text = GRID.format(images=workplace / "images", array="false")
     (workplace / "bad.yaml").write_text(text.replace("partition: main", "partition: nowhere"))

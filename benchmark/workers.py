@@ -1,0 +1,195 @@
+"""A process for each cell of a grid, which starts within a second.
+
+Loading torch and the project takes longer than a short cell. On Linux, one process does it once for
+all: Python's fork server, from which every cell is forked. The server computes nothing and has a
+single thread, so each fork begins as a fresh interpreter would. On other systems, where libraries
+do not survive a fork, every cell is a fresh interpreter.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
+
+import attack
+import defense
+from utils.files import ROOT
+
+CAN_FORK = sys.platform == "linux"
+# What asks a script to end. Windows has SIGTERM only as a name: it would end it at once.
+STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
+_TO_END = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+# By it submitit learns that a job's time is nearly up. It reaches every process of a job, and would
+# end those that do not expect it.
+_NOTICE = [s for s in signal.Signals if s.name == "SIGUSR2"]
+PRELOADED = [
+    *(f"attack.{name}" for name in [*attack.names(), "prototype"]),
+    *(f"defense.{name}" for name in defense.names()),
+    *("benchmark.workers", "utils.plot", "torchvision"),
+    *("sklearn.datasets", "sklearn.model_selection"),
+]
+
+
+class Worker(Protocol):
+    """A process that runs a cell."""
+
+    def poll(self) -> int | None:
+        """The exit code, negative if a signal ended it; None while it runs."""
+
+    def stop(self) -> None:
+        """Asks it to save a checkpoint and to end."""
+
+    def wait(self) -> int:
+        """Waits for its end; gives the exit code."""
+
+
+class Workers:
+    """Starts cells.
+
+    Args:
+        threads: of each cell, >= 1.
+        is_warm: whether they are forked from one process; where that is not possible, none is.
+    """
+
+    def __init__(self, threads: int, is_warm: bool = True) -> None:
+        self._is_warm = is_warm and CAN_FORK
+        self._threads = {"OMP_NUM_THREADS": str(threads)}
+
+    def start(
+        self, script: Path, arguments: Sequence[str], log: Path | None, **variables: str
+    ) -> Worker:
+        """A script in a session of its own, so that Ctrl-C reaches it only from here.
+
+        Args:
+            arguments: of the script.
+            log: the file to which its messages are added; None for those of this process.
+            variables: of its environment, beside those of this process.
+        """
+        environment = {**os.environ, **self._threads, **variables}
+        if not self._is_warm:
+            return _Fresh(script, arguments, log, environment)
+        self._ensure_server()
+        hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup sets it
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_run, args=(script, arguments, log, environment, hang_up)
+        )
+        process.start()
+        return _Forked(process)
+
+    def _ensure_server(self) -> None:
+        """The server has one thread, and does not hear of signals that are meant for this one."""
+        forkserver.set_forkserver_preload(PRELOADED)
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        variables = {**self._threads, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            with _ignored([*_TO_END, *_NOTICE]):
+                forkserver.ensure_running()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+
+class _Forked:
+    """A fork of the server."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def stop(self) -> None:
+        self._process.terminate()
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode or 0
+
+
+class _Fresh:
+    """A fresh interpreter."""
+
+    def __init__(
+        self,
+        script: Path,
+        arguments: Sequence[str],
+        log: Path | None,
+        environment: Mapping[str, str],
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_ignored(_NOTICE))
+            output = None if log is None else stack.enter_context(log.open("ab"))
+            self._process = subprocess.Popen(
+                [sys.executable, script, *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # so on Windows
+            )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        self._process.send_signal(STOP)
+
+    def wait(self) -> int:
+        return self._process.wait()
+
+
+def _run(
+    script: Path,
+    arguments: Sequence[str],
+    log: Path | None,
+    environment: Mapping[str, str],
+    is_deaf: bool,
+) -> None:
+    """What a fork does: it becomes the process that the user's command would be.
+
+    Args:
+        is_deaf: whether a closed terminal is no reason to end.
+    """
+    os.setsid()
+    for number in _TO_END:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if is_deaf:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if log is not None:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 1)
+        os.dup2(1, 2)
+    sys.argv = [str(script), *arguments]
+    atexit._clear()  # what the server does at its end
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing does not
+
+
+@contextlib.contextmanager
+def _ignored(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Processes that are started inside ignore these signals, and this one does so meanwhile."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,202 @@
+"""Processes of cells: forked from one that has loaded everything, and yet as a user's own."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark import workers
+from benchmark.workers import Worker, Workers
+from utils.files import ROOT
+
+PRELOADED = list(workers.PRELOADED)
+pytestmark = pytest.mark.skipif(not workers.CAN_FORK, reason="this system has no safe fork")
+
+# Tells what it sees of its process, then ends as its argument says.
+SCRIPT = """
+import atexit, json, os, signal, sys, time
+atexit.register(print, "at exit")
+print(json.dumps({
+    "name": __name__, "argv": sys.argv, "environment": dict(os.environ), "stdin": sys.stdin.read(),
+    "session": os.getsid(0) == os.getpid(), "is_warm": "benchmark.workers" in sys.modules,
+    "hang_up": signal.getsignal(signal.SIGHUP) == signal.SIG_IGN,
+    "interrupt": signal.getsignal(signal.SIGINT) == signal.default_int_handler,
+    "terminate": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+    "notice": signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN,
+}), flush=True)
+end = sys.argv[1]
+if end == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if end == "waits":
+    time.sleep(60)
+print("a message", file=sys.stderr)
+sys.exit(int(end))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "PRELOADED", ["benchmark.workers"])
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def begun(log: Path) -> dict[str, Any]:
+    """What the script says first."""
+    end = time.monotonic() + 60
+    while not (log.exists() and "\n" in log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return dict(json.loads(log.read_text().splitlines()[0]))
+
+
+def ended(worker: Worker) -> int:
+    code = worker.wait()
+    assert worker.poll() == code
+    return code
+
+
+@pytest.mark.parametrize("is_warm", [True, False], ids=["forked", "fresh"])
+def test_a_worker_is_a_process_as_a_user_starts_it(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_warm: bool
+) -> None:
+    monkeypatch.setenv("MINE", "1")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    log = tmp_path / "log.txt"
+    log.write_text("")
+    worker = Workers(3, is_warm).start(script, ["7", "x y"], log, CUDA_VISIBLE_DEVICES="5")
+    assert ended(worker) == 7
+    first, *rest = log.read_text().splitlines()
+    told = json.loads(first)
+    assert told["name"] == "__main__"
+    assert told["argv"] == [str(script), "7", "x y"]
+    assert told["environment"] == {
+        **os.environ,
+        "OMP_NUM_THREADS": "3",
+        "CUDA_VISIBLE_DEVICES": "5",
+    }
+    assert told["stdin"] == ""
+    assert told["is_warm"] is is_warm
+    assert (told["session"], told["interrupt"], told["terminate"]) == (True, True, True)
+    assert (told["hang_up"], told["notice"]) == (False, True)
+    assert rest == ["a message", "at exit"]
+
+
+@pytest.mark.parametrize("is_warm", [True, False], ids=["forked", "fresh"])
+def test_a_closed_terminal_ends_no_worker_of_nohup(
+    script: Path, tmp_path: Path, is_warm: bool
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        worker = Workers(1, is_warm).start(script, ["0"], tmp_path / "log.txt")
+        assert ended(worker) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert begun(tmp_path / "log.txt")["hang_up"]
+
+
+@pytest.mark.parametrize("is_warm", [True, False], ids=["forked", "fresh"])
+def test_a_worker_that_crashes_or_is_stopped_says_so(
+    script: Path, tmp_path: Path, is_warm: bool
+) -> None:
+    start = Workers(1, is_warm).start
+    assert ended(start(script, ["killed"], tmp_path / "log1.txt")) == -signal.SIGKILL
+    waiting = start(script, ["waits"], tmp_path / "log2.txt")
+    begun(tmp_path / "log2.txt")
+    assert waiting.poll() is None
+    waiting.stop()
+    assert ended(waiting) == -signal.SIGTERM
+    waiting.stop()  # once more is allowed
+    assert ended(start(script, ["0"], tmp_path / "log3.txt")) == 0
+
+
+def test_signals_to_all_processes_of_a_terminal_leave_the_server_alone(
+    script: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C, a closed terminal and SLURM signal all; the cell is asked by us alone."""
+    worker = Workers(1).start(script, ["waits"], tmp_path / "log.txt")
+    begun(tmp_path / "log.txt")
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+        os.kill(server, number)
+    time.sleep(0.2)
+    assert worker.poll() is None
+    worker.stop()
+    assert ended(worker) == -signal.SIGTERM
+    assert forkserver._forkserver._forkserver_pid == server  # type: ignore[attr-defined]
+
+
+def test_this_process_keeps_its_signals_and_variables(script: Path, tmp_path: Path) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    signals = [signal.getsignal(number) for number in numbers]
+    variables = dict(os.environ)
+    for is_warm in (True, False):
+        assert ended(Workers(2, is_warm).start(script, ["0"], tmp_path / "log.txt")) == 0
+        assert [signal.getsignal(number) for number in numbers] == signals
+        assert dict(os.environ) == variables
+
+
+# As run.py starts its first cell: with all that is loaded before.
+SERVER = """
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from benchmark.workers import Workers
+for script, *arguments in eval(sys.argv[2]):
+    worker = Workers(2).start(Path(sys.argv[1]) / script, arguments, None)
+    assert worker.wait() == 0
+server = forkserver._forkserver._forkserver_pid
+print(Path(f"/proc/{server}/status").read_text())
+"""
+
+
+@pytest.mark.slow
+def test_forks_compute_the_same_bits_and_the_server_has_one_thread(tmp_path: Path) -> None:
+    """An attack and a defense, forked and started by hand, with two threads."""
+
+    def commands(name: str) -> list[list[str]]:
+        return [
+            [
+                *("attack/lf.py", "--dataset", "random", "--model", "tiny", "--epochs", "2"),
+                *("--save_folder_name", name, "--record_path", str(tmp_path)),
+            ],
+            [
+                *("defense/sau.py", "--result_file", name, "--record_path", str(tmp_path)),
+                *("--n_rounds", "2"),
+            ],
+        ]
+
+    for command in commands("fresh"):
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
+    call = [sys.executable, "-c", SERVER, str(ROOT), repr(commands("forked"))]
+    answer = subprocess.run(call, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "Threads:\t1\n" in answer.stdout
+    for result in (".", "defense/sau"):
+        facts = [
+            json.loads((tmp_path / name / result / "summary.json").read_text())
+            for name in ("fresh", "forked")
+        ]
+        for name in ("files", "config_sha256", "threads", "inputs"):
+            assert facts[0][name] == facts[1][name], name
+
+
+@pytest.mark.parametrize("name", PRELOADED)
+def test_what_is_loaded_before_is_there(name: str) -> None:
+    """A name that is not there would be passed over in silence."""
+    assert importlib.util.find_spec(name)
