@@ -33,7 +33,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -45,11 +45,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import CleanData, Rounds, checked, run
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float
+from utils.errors import UserError
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.device import rows_of
 from utils.process.seeds import generator
 from utils.training.findings import Picture
 from utils.training.loop import Loop
+from utils.training.selection import Best, hold_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,16 @@ class Config(CleanData, Rounds):
     adam_beta_2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")]
     amsgrad: Annotated[bool, Field(description="AMSGrad variant of Adam")]
     train_mode: Annotated[bool, Field(description="BatchNorm in train mode in the outer step")]
+    stop: Annotated[
+        Literal["rounds", "auto"],
+        Field(description="after n_rounds, or once held-out images say so; auto is not published"),
+    ]
+    val_ratio: Annotated[
+        float, Field(gt=0, lt=1, description="held-out images / clean subset (stop auto)")
+    ]
+    patience: Annotated[
+        int, Field(ge=1, description="rounds without a better one to the end (stop auto)")
+    ]
 
     advice = "lower --lr, or give more images (--ratio)"
 
@@ -190,6 +202,47 @@ def unlearning_loss(
     return {"clean": clean, "adversarial": adversarial, "shared": shared, "total": total}
 
 
+def held_out_signals(
+    model: nn.Module,
+    reference: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: Config,
+) -> dict[str, float]:
+    """What SAU measures on images that it does not learn from (ours, not published).
+
+    Args:
+        model, reference: h and h_bd, as in `shared_perturbation`; in eval mode.
+        images: (N, C, H, W), float in [0, 1] or uint8; N >= 1.
+        labels: (N,) int64.
+
+    Returns:
+        `acc`, the accuracy of h on the images; `share`, the part of them for which a shared
+        adversarial example was found; means of the losses `clean` (L_cl) and `shared` (L_sar); and
+        `total`, the outer objective.
+    """
+    device = next(model.parameters()).device
+    start = generator(config.random_seed, "held-out perturbation")
+    sums = dict.fromkeys(("acc", "share", "clean", "shared", "total"), 0.0)
+    for batch, targets in zip(
+        images.split(config.batch_size), labels.split(config.batch_size), strict=True
+    ):
+        x, y = as_float(batch, device), targets.to(device)
+        delta = shared_perturbation(model, reference, x, y, config, generator=start)
+        with torch.no_grad():
+            logits, ref_logits = model(x), reference(x)
+            adv_logits, ref_adv = model(x + delta), reference(x + delta)
+            losses = unlearning_loss(logits, adv_logits, ref_logits, ref_adv, y, config)
+        predictions, label = logits.argmax(1), adv_logits.argmax(1)
+        is_shared = (label == ref_adv.argmax(1)) & (label != predictions)
+        is_shared &= label != ref_logits.argmax(1)
+        sums["acc"] += float((predictions == y).sum())
+        sums["share"] += float(is_shared.sum())
+        for name in ("clean", "shared", "total"):
+            sums[name] += len(x) * float(losses[name])
+    return {name: value / len(images) for name, value in sums.items()}
+
+
 @checked
 def purify(
     model: nn.Module,
@@ -208,7 +261,7 @@ def purify(
         loop: lets a pipeline watch the rounds.
 
     Returns:
-        The model after the last round, in eval mode.
+        The model after the last round, or with `stop` auto after the best one, in eval mode.
 
     Raises:
         UserError: if a loss is not finite.
@@ -218,6 +271,14 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
+    best, held_out = None, (images[:0], labels[:0])
+    if config.stop == "auto":
+        best = Best(model, config.patience)
+        fit, held = hold_out(labels, config.val_ratio, config.random_seed)
+        if not len(fit) or not len(held):
+            raise UserError("--stop: auto needs two images of a class; give more images (--ratio)")
+        held_out = images[held], labels[held]
+        images, labels = images[fit], labels[fit]
     device = next(model.parameters()).device
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     model = copy.deepcopy(model).eval()
@@ -239,9 +300,9 @@ def purify(
     start = generator(config.random_seed, "perturbation")
 
     loop.findings.pictures["perturbations"] = lambda: examples(reference, images, labels, config)
-    for _ in loop.rounds(
-        config.n_rounds, model=model, optimizer=optimizer, order=order, start=start
-    ):
+    changing: dict[str, Any] = {"optimizer": optimizer, "order": order, "start": start}
+    changing |= {"best": best.state} if best else {}
+    for number in loop.rounds(config.n_rounds, model=model, **changing):
         for index in loop.batches(len(images), config.batch_size, order, least=1):
             x, y = as_float(images[index], device), labels[index].to(device)
             ref_clean = ref_logits[index.to(device)]
@@ -259,6 +320,15 @@ def purify(
                 loop.backward(losses["total"])
                 optimizer.step()
                 loop.log(len(index), **losses)
+        if best:
+            signals = held_out_signals(*attacked, *held_out, config)
+            loop.findings.tables.setdefault("held_out", []).append({"round": number, **signals})
+            if best.keep(model, signals["total"], number):
+                loop.stop()
+    if best and best.round:
+        best.put_into(model)
+        text = f"the model is that of round {best.round}, the best one on held-out images"
+        loop.findings.say(text, best_round=best.round, held_out_images=len(held_out[1]))
     return model
 
 

@@ -82,13 +82,11 @@ def shortened(name: str, model: nn.Module, **changes: Any) -> DefenseConfig:
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name and changes by id: each defense once, or once for each way in which it selects."""
-
-    def ways(name: str) -> list[str | None]:
-        return ["val", "fixed"] if "selection" in fields(module(name).Config) else [None]
-
-    return {
-        f"{name}-{way}" if way else name: (name, {"selection": way} if way else {})
-        for name in defense.names()
-        for way in ways(name)
-    }
+    """Name and changes by id: each defense once, or once for each way in which it chooses."""
+    ways = {"selection": ("val", "fixed"), "stop": ("rounds", "auto")}
+    ids: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name in defense.names():
+        flags = [flag for flag in ways if flag in fields(module(name).Config)]
+        ids |= {f"{name}-{way}": (name, {flag: way}) for flag in flags for way in ways[flag]}
+        ids |= {} if flags else {name: (name, {})}
+    return ids

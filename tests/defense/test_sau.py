@@ -11,6 +11,7 @@ from torch import nn
 from defense.sau import (
     Config,
     examples,
+    held_out_signals,
     jensen_shannon,
     purify,
     shared_perturbation,
@@ -23,6 +24,7 @@ from utils.errors import UserError
 from utils.process.device import rows_of
 from utils.process.seeds import generator
 from utils.training.loop import Loop
+from utils.training.selection import hold_out
 
 NORMS = {"L_inf": 0.2, "L1": 12.0, "L2": 1.2, "Reg": 0.2}
 STARTS = ("zero", "random", "max", "min")
@@ -317,6 +319,63 @@ def test_purify_takes_uint8_images_and_repeats_itself() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     as_floats = purify(model, images.float() / 255, labels, config).state_dict()
     assert all(torch.allclose(first[name], as_floats[name], atol=1e-6) for name in first)
+
+
+def test_signals_by_hand() -> None:
+    """A linear model of two classes on single pixels, which is its own reference.
+
+    Logits are (x, 0.5). Pixels 0.9, 0.8 and 0.2 are labelled 0, 1 and 1: two are right. With bound
+    and start 0.35 and no step, delta is 0.35 everywhere: 0.55 is the only pixel that changes class.
+    """
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([[1.0], [0.0]]))
+        network[1].bias.copy_(torch.tensor([0.0, 0.5]))
+    images = torch.tensor([0.9, 0.8, 0.2]).view(3, 1, 1, 1)
+    labels = torch.tensor([0, 1, 1])
+    config = Config.load(trigger_norm=0.35, adv_steps=0, batch_size=2, lmd_3=3.0)
+    signals = held_out_signals(network, network, images, labels, config)
+    assert signals["acc"] == pytest.approx(2 / 3)
+    assert signals["share"] == pytest.approx(1 / 3)
+    logits = [(0.9, 0.5, 0), (0.8, 0.5, 1), (0.2, 0.5, 1)]
+    clean = [math.log(math.exp(a) + math.exp(b)) - (a, b)[label] for a, b, label in logits]
+    assert signals["clean"] == pytest.approx(sum(clean) / 3, abs=1e-6)
+    p = math.exp(0.55) / (math.exp(0.55) + math.exp(0.5))
+    assert signals["shared"] == pytest.approx(-math.log(1 - p + 1e-6) / 3, abs=1e-6)
+    assert signals["total"] == pytest.approx(signals["clean"] + 3 * signals["shared"], abs=1e-6)
+
+
+def test_stop_auto_gives_the_model_of_the_best_round() -> None:
+    """It learns from all but the held-out images, as SAU does without them, and ends early."""
+    model = small_network(2, batch_norm=True)
+    images, labels = problem(2, count=24)
+    flags = {"lr": 5e-3, "batch_size": 8, "pgd_init": "random"}
+    loop = Loop()
+    auto = Config.load(**flags, stop="auto", val_ratio=0.25, patience=2, n_rounds=30)
+    result = purify(model, images, labels, auto, loop).state_dict()
+    rows = loop.findings.tables["held_out"]
+    best = min(rows, key=lambda row: row["total"])
+    assert loop.findings.facts["best_round"] == best["round"] == len(rows) - 2 < 28
+    fit, held = hold_out(labels, 0.25, seed=0)
+    assert loop.findings.facts["held_out_images"] == len(held) > 0
+    plain = Config.load(**flags, n_rounds=best["round"])
+    expected = purify(model, images[fit], labels[fit], plain)
+    assert all(torch.equal(result[name], value) for name, value in expected.state_dict().items())
+    signals = held_out_signals(expected, model.eval(), images[held], labels[held], auto)
+    assert signals == {name: best[name] for name in signals}
+
+
+def test_stop_auto_without_a_round_changes_nothing() -> None:
+    model = small_network(2, batch_norm=True)
+    config = Config.load(stop="auto", n_rounds=0)
+    result = purify(model, *problem(2), config).state_dict()
+    assert all(torch.equal(result[name], value) for name, value in model.state_dict().items())
+
+
+def test_stop_auto_needs_an_image_to_hold_out() -> None:
+    images, _ = problem(0, count=3)
+    with pytest.raises(UserError, match="--stop: auto needs two images of a class"):
+        purify(small_network(0, True), images, torch.tensor([0, 1, 2]), Config.load(stop="auto"))
 
 
 @pytest.mark.parametrize("multiple", [3, 8, 100])

@@ -3,10 +3,12 @@
 No function here takes a test set.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from utils.process.seeds import generator
 
@@ -50,6 +52,50 @@ def drawn_by_class(labels: torch.Tensor, share: float, rng: torch.Generator) -> 
         count = max(round(share * len(members)), int(len(members) > 1))
         chosen.append(members[torch.randperm(len(members), generator=rng)[:count]])
     return torch.cat(chosen).sort().values
+
+
+class Best:
+    """The model of the round with the smallest value of a measure.
+
+    Args:
+        model: as it is before the first round; `keep` is called with the same one.
+        patience: rounds without a smaller value after which it is over, >= 1.
+
+    Attributes:
+        state: tensors by name, for a checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, patience: int) -> None:
+        self._patience = patience
+        self.state = {f"weights.{k}": v.clone() for k, v in model.state_dict().items()}
+        self.state["value"] = torch.tensor(math.inf, dtype=torch.float64)
+        self.state["round"] = torch.tensor(0)
+
+    @property
+    def round(self) -> int:
+        """The best round so far, from 1; 0 before the first one."""
+        return int(self.state["round"])
+
+    def keep(self, model: nn.Module, value: float, number: int) -> bool:
+        """Keeps a round's model if it is the best one so far.
+
+        Args:
+            value: of the measure; NaN is no good value.
+            number: of the round, from 1.
+
+        Returns:
+            Whether it is over.
+        """
+        if value < self.state["value"]:
+            self.state["value"].fill_(value)
+            self.state["round"].fill_(number)
+            for name, tensor in model.state_dict().items():
+                self.state[f"weights.{name}"].copy_(tensor)
+        return number - self.round >= self._patience
+
+    def put_into(self, model: nn.Module) -> None:
+        """Makes a model the best one."""
+        model.load_state_dict({k: self.state[f"weights.{k}"] for k in model.state_dict()})
 
 
 def acceptable(accuracies: Sequence[float], before: float, acc_ratio: float) -> int:

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from defense import base
 from utils.process.seeds import generator
-from utils.training.selection import acceptable, drawn_by_class, hold_out, outliers, tried
+from utils.training.selection import Best, acceptable, drawn_by_class, hold_out, outliers, tried
 
 # Classes 0, 1, 2, 3 with ten, five, two and one image, mixed.
 LABELS = torch.tensor([0, 1, 0, 2, 0, 1, 0, 0, 3, 1, 0, 0, 1, 2, 0, 1, 0, 0])
@@ -204,3 +205,36 @@ def test_of_two_scores_either_is_less_than_a_deviation_away() -> None:
     assert outliers(scores, 0.7).tolist() == [False, True, False]
     assert outliers(scores, 0.71).tolist() == [False, False, False]
     assert outliers(scores[1:], 0.0).tolist() == [False, False]
+
+
+def test_the_best_model_is_kept_until_it_is_over() -> None:
+    """Equal is not better, NaN neither; two rounds without a better one end it."""
+    model = nn.BatchNorm1d(1)
+    best = Best(model, patience=2)
+    assert best.round == 0
+    values = [3.0, math.nan, 1.0, 1.0, 2.0]
+    ends = []
+    for number, value in enumerate(values, start=1):
+        with torch.no_grad():
+            model.weight.fill_(number)
+            model.running_mean.fill_(10 * number)
+        ends.append(best.keep(model, value, number))
+    assert ends == [False, False, False, False, True]
+    assert best.round == 3
+    other = nn.BatchNorm1d(1)
+    best.put_into(other)
+    assert (other.weight.item(), other.running_mean.item()) == (3, 30)
+    assert (model.weight.item(), model.running_mean.item()) == (5, 50)
+
+
+def test_the_best_model_goes_on_from_its_state() -> None:
+    model = nn.Linear(1, 1)
+    best = Best(model, patience=3)
+    best.keep(model, 1.0, 1)
+    copied = Best(nn.Linear(1, 1), patience=3)
+    for name, tensor in copied.state.items():
+        tensor.copy_(best.state[name])
+    assert copied.round == 1
+    assert not copied.keep(nn.Linear(1, 1), 1.5, 2)
+    copied.put_into(other := nn.Linear(1, 1))
+    assert torch.equal(other.weight, model.weight)
