@@ -942,6 +942,7 @@ def test_results_are_few_files_and_show_all_their_figures() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path) -> None:
     """Gallery, curves, figures in both formats; what is missing is left out without a word."""
     assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, badnet.name)) == 0
