@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sau.models
 import torch
 
 import attack
 import defense
-import sau.models
 import utils.data.images
 from models.tiny import TinyNet
 from tests.test_end_to_end import cache, run_script, workplace
@@ -146,6 +146,7 @@ def test_the_python_examples_run(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sau.models.CONSTRUCTORS, "preactresnet18", TinyNet)
+    monkeypatch.setattr("torchvision.models.resnet18", TinyNet)
     monkeypatch.chdir(workplace)
     run = shortened(["--save_folder_name", "badnet_demo", "--overwrite"], workplace)
     assert run_script(ROOT / "attack/badnet.py", *run) == 0

@@ -193,11 +193,15 @@ def outcome(
     return result
 
 
-def on_bright(name: str, changes: Mapping[str, Any], **how: Any) -> Outcome:
-    """The outcome for the fitted network and those of its training images that a defense sees."""
+def on_bright(name: str, changes: Mapping[str, Any], count: int = 37, **how: Any) -> Outcome:
+    """The outcome for the fitted network and those of its training images that a defense sees.
+
+    Args:
+        count: how many of the images there are.
+    """
     data, model = bright_data(), fitted()
     config = shortened(name, model, **changes)
-    seen = data.train.at(torch.arange(0 if config.sees == "nothing" else len(data.train)))
+    seen = data.train.at(torch.arange(0 if config.sees == "nothing" else count))
     return outcome(name, model, seen.images, seen.labels, config, **how)
 
 
@@ -313,9 +317,10 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
 ) -> None:
     """Cut after the first batch of each phase, and around the end of its first round.
 
-    Only a defense without any step of an optimizer may do without batches.
+    Only a defense without any step of an optimizer may do without batches. A round has two of them,
+    16 images and 4.
     """
-    whole = on_bright(name, changes)
+    whole = on_bright(name, changes, count=20)
     snapshots: dict[tuple[str, int, int], Path] = {}
     steps: list[None] = []
 
@@ -329,7 +334,7 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
 
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(None))
     try:
-        watched = on_bright(name, changes, after_batch=keep)
+        watched = on_bright(name, changes, count=20, after_batch=keep)
     finally:
         hook.remove()
     watched.findings["facts"].pop("mark", None)
@@ -340,7 +345,7 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
     for (phase, number, batch), path in snapshots.items():
         disturb()
         snapshot = load_tensors(path)
-        resumed = on_bright(name, changes, after_batch=lambda *_: None, resume=snapshot)
+        resumed = on_bright(name, changes, count=20, after_batch=lambda *_: None, resume=snapshot)
         rest = replace(whole, rounds=whole.rounds[begun.index((phase, number)) :])
         cut = f"cut in phase {phase!r}, round {number}, after batch {batch}"
         assert resumed.findings["facts"].pop("mark", None), cut
