@@ -121,8 +121,10 @@ def mask_loss(
 
 
 def _noisy(model: nn.Module, images: torch.Tensor, masks: Tensors, noise: Tensors) -> torch.Tensor:
-    scales = {name: masks[name] + noise[name][0] for name in masks}
-    shifts = {name: 1 + noise[name][1] for name in masks}
+    scales, shifts = {}, {}
+    for name, mask in masks.items():
+        of_scale, of_shift = noise[name]
+        scales[name], shifts[name] = mask + of_scale, 1 + of_shift
     logits: torch.Tensor = functional_call(model, scaled(model, scales, shifts), (images,))
     return logits
 

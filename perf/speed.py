@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns that count, >= 1")
     parser.add_argument("--images", type=int, default=128, help="clean images of a round of SAU")
     parser.add_argument("--epoch_images", type=int, default=1024, help="images of an epoch")
-    parser.add_argument("--batch_size", type=int, default=128, help="images a step")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per step")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
     for name in ("repeats", "images", "epoch_images", "batch_size"):

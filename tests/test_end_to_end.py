@@ -138,7 +138,7 @@ def test_every_attack_leaves_a_complete_record_that_sau_purifies(
     for rate in ("acc", "asr", "ra"):
         assert summary[rate] == summary[f"{rate}_hits"] / summary[f"{rate}_total"]
     assert summary["acc_total"] == 18
-    assert summary["asr_total"] == 12  # the target's six test images are left out
+    assert summary["asr_total"] == 12  # the target's six test images are skipped
     assert summary["attack"] == attack
     metrics = pd.read_csv(record / "metrics.csv")
     assert metrics["epoch"].tolist() == [1, 2]

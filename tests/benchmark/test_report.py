@@ -276,7 +276,7 @@ def test_a_mean_over_seeds_that_some_attacks_lack_has_no_deviation(two_attacks: 
 
 
 def test_clean_models_alone_are_a_table_too(tmp_path: Path) -> None:
-    """Two recipes are two rows and no attacks; of one recipe and seed one is left out, and said."""
+    """Two recipes are two rows and no attacks; of one recipe and seed one is skipped."""
     for name, config in (
         ("prototype-0", "b" * 64),
         ("prototype-1", "e" * 64),
@@ -299,7 +299,7 @@ def test_a_long_warning_is_cut_and_costs_nothing(two_attacks: Path) -> None:
 
 
 def test_another_recipe_of_the_same_seed_is_a_row_of_its_own(two_attacks: Path) -> None:
-    """The names of a grid's variants; a repeat of the same recipe is left out and named."""
+    """The names of a grid's variants; a repeat of the same recipe is skipped and named."""
     facts = json.loads((two_attacks / "sig-0/summary.json").read_text())
     for seed in (0, 1, 2):  # more seeds than sig itself
         strong = {"config_sha256": "e" * 64, "seed": seed}
@@ -422,7 +422,7 @@ def test_a_broken_summary_is_named_in_one_line_and_the_rest_goes_on(
     assert "\n" not in problem
 
 
-def test_what_cannot_be_trusted_is_left_out_and_said(two_attacks: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trusted_is_skipped_and_said(two_attacks: Path, tmp_path: Path) -> None:
     """A second record of one seed, a result of a model that is gone, links."""
     attack(two_attacks, "sig-7", 0.5, 0.5, seed=0)
     defense(two_attacks / "sig-0", "stale", 0.9, 0.1, 0.8, attack_sha256="f" * 64)
@@ -465,8 +465,8 @@ def test_an_empty_folder_or_a_wrong_flag_is_one_line_and_exit_code_2(
         (["--under", two_attacks, "--to", tmp_path / "file"], "cannot be made"),
         (["--under", two_attacks], "--to: a value is needed"),
         (["--rebuild", tmp_path / "none.md"], "cannot be read"),
-        (["--rebuild", tmp_path / "none.md", "--keep"], "goes with no other flag"),
-        (["--rebuild", tmp_path / "none.md", "--formats", "md"], "goes with no other flag"),
+        (["--rebuild", tmp_path / "none.md", "--keep"], "takes no other flag"),
+        (["--rebuild", tmp_path / "none.md", "--formats", "md"], "takes no other flag"),
         (
             ["--under", two_attacks, "--to", tmp_path / "to", "--formats", "md,pdf"],
             "--formats: pdf is not allowed; give some of md,tex,csv,png,svg,html",
@@ -579,10 +579,10 @@ def test_pictures_are_inlined_up_to_a_size(tmp_path: Path) -> None:
     assert (shown.width, shown.height) == (300, 200)
     reasons = {}
     for name in ("linked", "junk", "huge"):
-        left_out = pictures.from_file(tmp_path / f"{name}.png", name)
-        assert left_out is not None
-        assert left_out.address == ""
-        reasons[name] = left_out.reason
+        skipped = pictures.from_file(tmp_path / f"{name}.png", name)
+        assert skipped is not None
+        assert skipped.address == ""
+        reasons[name] = skipped.reason
     assert "is a link" in reasons["linked"]
     assert "cannot be read" in reasons["junk"]
     assert "too many pixels" in reasons["huge"]
@@ -957,7 +957,7 @@ def test_results_are_few_files_and_show_all_their_figures() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path) -> None:
-    """Gallery, curves, figures in both formats; what is missing is left out without a word."""
+    """Gallery, curves, figures in both formats; what is missing is skipped without a word."""
     assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, badnet.name)) == 0
     to = tmp_path / "to"
     assert report("--record_path", workplace / "record", "--to", to) == 0

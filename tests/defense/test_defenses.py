@@ -63,6 +63,9 @@ IDENTITIES: dict[str, dict[str, Any]] = {
     "mad_threshold": {"mad_threshold": 1e9},
 }
 
+# Those whose pictures of their own kinds are drawn; pictures of other runs take no time.
+DRAWN = ("bti_dbf", "nc", "sau")
+
 # Values with which a defense is plain fine-tuning, by its name.
 EQUALS_FT: dict[str, dict[str, Any]] = {"ft_sam": {"rho": 0.0, "label_smoothing": 0.0}}
 
@@ -193,16 +196,22 @@ def outcome(
     return result
 
 
-def on_bright(name: str, changes: Mapping[str, Any], count: int = 37, **how: Any) -> Outcome:
-    """The outcome for the fitted network and those of its training images that a defense sees.
-
-    Args:
-        count: how many of the images there are.
-    """
+def on_bright(name: str, changes: Mapping[str, Any], **how: Any) -> Outcome:
+    """The outcome for the fitted network and those of its training images that a defense sees."""
     data, model = bright_data(), fitted()
     config = shortened(name, model, **changes)
-    seen = data.train.at(torch.arange(0 if config.sees == "nothing" else count))
+    seen = data.train.at(torch.arange(0 if config.sees == "nothing" else len(data.train)))
     return outcome(name, model, seen.images, seen.labels, config, **how)
+
+
+@functools.cache
+def _whole(name: str, changes: tuple[tuple[str, Any], ...]) -> Outcome:
+    return on_bright(name, dict(changes))
+
+
+def whole_run(name: str, changes: Mapping[str, Any]) -> Outcome:
+    """What `on_bright` gives if nothing stops it; computed once."""
+    return _whole(name, tuple(changes.items()))
 
 
 def disturb() -> None:
@@ -282,7 +291,7 @@ def test_the_model_and_the_images_stay_as_they_were(name: str, changes: dict[str
 def test_the_model_changes_here(name: str, changes: dict[str, Any]) -> None:
     """Else what is equal in these tests would also be what stands still."""
     images = bright_data().test.images / 255
-    assert not torch.equal(fitted()(images), on_bright(name, changes).model(images))
+    assert not torch.equal(fitted()(images), whole_run(name, changes).model(images))
 
 
 # --- same seed, same images, same bits -----------------------------------------------------------
@@ -317,10 +326,9 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
 ) -> None:
     """Cut after the first batch of each phase, and around the end of its first round.
 
-    Only a defense without any step of an optimizer may do without batches. A round has two of them,
-    16 images and 4.
+    Only a defense without any step of an optimizer may do without batches.
     """
-    whole = on_bright(name, changes, count=20)
+    whole = whole_run(name, changes)
     snapshots: dict[tuple[str, int, int], Path] = {}
     steps: list[None] = []
 
@@ -334,7 +342,7 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
 
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(None))
     try:
-        watched = on_bright(name, changes, count=20, after_batch=keep)
+        watched = on_bright(name, changes, after_batch=keep)
     finally:
         hook.remove()
     watched.findings["facts"].pop("mark", None)
@@ -345,7 +353,7 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
     for (phase, number, batch), path in snapshots.items():
         disturb()
         snapshot = load_tensors(path)
-        resumed = on_bright(name, changes, count=20, after_batch=lambda *_: None, resume=snapshot)
+        resumed = on_bright(name, changes, after_batch=lambda *_: None, resume=snapshot)
         rest = replace(whole, rounds=whole.rounds[begun.index((phase, number)) :])
         cut = f"cut in phase {phase!r}, round {number}, after batch {batch}"
         assert resumed.findings["facts"].pop("mark", None), cut
@@ -680,8 +688,12 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures become ones that take no time."""
+    without_pictures(monkeypatch)
+
+
+def without_pictures(patch: pytest.MonkeyPatch) -> None:
     for drawing in ("curves", "image_grid"):
-        monkeypatch.setattr(plot, drawing, lambda *_: Picture())
+        patch.setattr(plot, drawing, lambda *_: Picture())
 
 
 @pytest.fixture(scope="module")
@@ -734,6 +746,8 @@ def purified(request: pytest.FixtureRequest, attacked: Path) -> Purified:
     name = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.CONSTRUCTORS, "preactresnet18", Small)
+        if name not in DRAWN:
+            without_pictures(patch)
         attack = load_attack(attacked)
         flags = script_flags(attack, name, attack.build())
         assert run_script(ROOT / f"defense/{name}.py", *flags) == 0
