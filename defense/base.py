@@ -142,6 +142,20 @@ class HeldOut(CleanData):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Masked(HeldOut):
+    """Pruning by masks that the method learns; `--help` lists its fields with the method's own."""
+
+    pruning_max: Annotated[float, Field(ge=0, le=1, description="highest level to try (val)")]
+    pruning_step: Annotated[float, Field(gt=0, le=1, description="between two levels (val)")]
+    pruning_number: Annotated[
+        float, Field(ge=0, le=1, description="masks up to it are pruned (fixed)")
+    ]
+    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
+
+    advice = "lower --acc_ratio (val) or --pruning_number (fixed)"
+
+
+@dataclass(frozen=True, kw_only=True)
 class PoisonedData(DefenseConfig):
     """The part of the training set that the defense sees."""
 

@@ -642,7 +642,7 @@ GROUPS = {
 def test_help_shows_the_flags_that_act_by_what_they_are_for(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that its `Config` has from no base come first, as the defense's own."""
+    """Those that its `Config` has from no base come first, and with them the levels of masks."""
     config = module(name).Config
     assert run_script(ROOT / f"defense/{name}.py", "--help") == 0
     text = capsys.readouterr().out
@@ -651,7 +651,8 @@ def test_help_shows_the_flags_that_act_by_what_they_are_for(
         block.splitlines()[0]: re.findall(r"^  --(\w+)", block, flags=re.M) for block in blocks
     }
     bases = {flag for base in config.__bases__ for flag in fields(base)}
-    method = [flag for flag in fields(config) if flag not in bases]
+    of_masks = set(fields(base.Masked)) - set(fields(base.HeldOut))
+    method = [flag for flag in fields(config) if flag not in bases - of_masks]
     assert shown.pop("This defense", []) == method
     expected = {
         title: [flag for flag in flags if flag in bases or flag in USER_FILES]
