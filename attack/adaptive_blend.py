@@ -53,7 +53,9 @@ class Config(AttackConfig):
     ]
     alpha: Annotated[float, Field(gt=0, le=1, description="share of the picture in training")]
     test_alpha: Annotated[float, Field(gt=0, le=1, description="share of the picture at test")]
-    mask_rate: Annotated[float, Field(ge=0, lt=1, description="tiles left out in training, share")]
+    mask_rate: Annotated[
+        float, Field(ge=0, lt=1, description="share of tiles without the trigger in training")
+    ]
     trigger_image: Annotated[
         str | None, Field(description="picture file to mix in; null for the built-in emblem")
     ]

@@ -52,7 +52,7 @@ OVERSHOOT = 1.02  # DeepFool goes this much of the way to the boundary
 class Config(AttackConfig):
     strength: Annotated[
         tuple[Annotated[float, Field(ge=0, le=255)], ...],
-        Field(min_length=1, description="grey levels at the peak: one, or one a channel"),
+        Field(min_length=1, description="grey levels at the peak: one number, or one per channel"),
     ]
     search: Annotated[
         bool,

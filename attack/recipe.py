@@ -63,7 +63,7 @@ class TrainingConfig(configuration.Config):
     ]
     pretrained: Annotated[bool, Field(description="start from torchvision's weights")]
     epochs: Annotated[int, Field(ge=1, description="passes over the training set"), Group.TRAINING]
-    batch_size: Annotated[int, Field(ge=2, description="images a step")]
+    batch_size: Annotated[int, Field(ge=2, description="images per step")]
     lr: Annotated[float, Field(gt=0, description="peak learning rate of SGD")]
     lr_scheduler: Annotated[Schedule, Field(description="how the learning rate changes")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]

@@ -55,13 +55,13 @@ class Config(AttackConfig):
     residual: Annotated[float, Field(gt=0, le=1, description="largest change, pixel units")]
     encoder_steps: Annotated[int, Field(ge=1, description="steps that train the encoder")]
     encoder_batch_size: Annotated[
-        int, Field(ge=2, le=65536, description="images a step of the encoder")
+        int, Field(ge=2, le=65536, description="images per step of the encoder")
     ]
     encoder_lr: Annotated[float, Field(gt=0, description="learning rate of Adam, encoder")]
     pixel_weight: Annotated[float, Field(ge=0, description="final weight of the squared change")]
     common_weight: Annotated[
         float,
-        Field(ge=0, description="weight, in pixel_weight, of what images share; 0 leaves it out"),
+        Field(ge=0, description="weight, in pixel_weight, of what images share; 0 switches it off"),
     ]
     min_bit_accuracy: Annotated[
         float, Field(ge=0, le=1, description="bits that test images must give back, else an error")

@@ -45,19 +45,19 @@ def load_rows(
         UserError: if a record has no trigger, two are of one attack, or of different datasets.
     """
     data, shared = None, None
-    found: dict[str, AttackRecord] = {}
+    attacks: dict[str, AttackRecord] = {}
     for folder in folders:
         attack = load_attack(folder)
         if attack.triggered is None:
             raise UserError(f"{folder}: is a clean model; give records of attacks")
         name = _row_name(attack)
-        if name in found:
+        if name in attacks:
             raise UserError(f"{folder}: is a second record of {name}; give one of each attack")
         if data is None:
             data = attack.load_dataset()
         else:
             attack.check_dataset(data)
-        found[name] = attack
+        attacks[name] = attack
         index = set(attack.triggered.index.tolist())
         shared = index if shared is None else shared & index
     if data is None or not shared:
@@ -65,7 +65,7 @@ def load_rows(
     common = sorted(shared)
     chosen = [common[i * len(common) // count] for i in range(min(count, len(common)))]
     clean = as_float(data.test.images[chosen])
-    return data.name, clean, {name: _triggered(attack, chosen) for name, attack in found.items()}
+    return data.name, clean, {name: _triggered(attack, chosen) for name, attack in attacks.items()}
 
 
 def gallery_rows(

@@ -62,7 +62,7 @@ def _as_mapping(value: Any) -> Any:
 def _not_of_grid(flags: dict[str, Any]) -> dict[str, Any]:
     for name in _OF_GRID:
         if name in flags:
-            raise ValueError(f"{name} is given by the grid itself; leave it out")
+            raise ValueError(f"{name} is set by the grid itself; remove it")
     return flags
 
 

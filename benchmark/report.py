@@ -63,7 +63,7 @@ KEPT_FORMATS = ("md", "png")  # beside the runs
 _MARKED = {"table.md": tables.markdown, "leaderboard.md": leaderboard.markdown}
 _TRIGGERS = "Triggers, and the amplified change"
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")
-_MARK = re.compile(r"<!-- (begin|end) ([^\s<>]+) -->\s*")
+_MARK = re.compile(r"<!-- (?P<kind>begin|end) (?P<name>[^\s<>]+) -->\s*")
 
 
 def write(
@@ -206,7 +206,7 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
             yield f"variants-{method}-{attack}", f"Variants of {method} against {attack}", figure
     costs = points[points["seconds"] > 0].dropna(subset=["der"])
     if len(costs):
-        yield "cost", "Time and effect, a point an attack", plot.cost(costs, table.title)
+        yield "cost", "Time and effect, one point per attack", plot.cost(costs, table.title)
     triggers = _gallery(table, has_gallery)
     if triggers is not None:
         yield "triggers", _TRIGGERS, triggers
@@ -343,7 +343,8 @@ def _marked(text: Path, content: str) -> list[str]:
                 f"{text}:{number}: {line.strip()} has no other half; write begin and end"
             )
         opened = name if kind == "begin" else None
-        names += [name] * (kind == "begin")
+        if kind == "begin":
+            names.append(name)
     if opened is not None:
         raise UserError(f"{text}: begin {opened} has no end; write <!-- end {opened} -->")
     return names
@@ -355,9 +356,10 @@ def filled(text: Path, content: str, parts: dict[str, str]) -> str:
     is_inside = False
     for line in content.splitlines():
         mark = _MARK.fullmatch(line)
-        if mark is not None and mark[1] == "begin":
-            lines += [line, "", *parts[mark[2]].rstrip("\n").splitlines(), ""]
-        is_inside = mark[1] == "begin" if mark is not None else is_inside
+        if mark is not None:
+            is_inside = mark["kind"] == "begin"
+            if is_inside:
+                lines += [line, "", *parts[mark["name"]].rstrip("\n").splitlines(), ""]
         if not is_inside:
             lines.append(line)
     return "\n".join(lines) + "\n"
@@ -430,7 +432,7 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.rebuild is not None:
         if flags.to or flags.under or flags.record_path or flags.keep or flags.formats:
-            raise UserError("--rebuild: goes with no other flag; leave them out")
+            raise UserError("--rebuild: takes no other flag; drop the others")
         rebuild(flags.rebuild)
     elif flags.to is None:
         raise UserError("--to: a value is needed; give the folder to write into")

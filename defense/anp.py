@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import Augmented, HeldOut, Rounds, checked, run
+from defense.base import Augmented, Masked, Rounds, checked, run
 from models.parts import scaled, silenced
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
@@ -44,21 +44,13 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(HeldOut, Rounds, Augmented):
+class Config(Masked, Rounds, Augmented):
     lr: Annotated[float, Field(gt=0, description="learning rate of the masks' SGD, constant")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of the masks' SGD")]
     nb_iter: Annotated[int, Field(ge=0, description="steps in all, spread over the rounds")]
     anp_eps: Annotated[float, Field(ge=0, description="largest noise at the start, relative")]
     anp_steps: Annotated[int, Field(ge=0, description="inner steps, of eps / steps each")]
     anp_alpha: Annotated[float, Field(ge=0, le=1, description="weight of the loss without noise")]
-    pruning_max: Annotated[float, Field(ge=0, le=1, description="highest level to try (val)")]
-    pruning_step: Annotated[float, Field(gt=0, le=1, description="between two levels (val)")]
-    pruning_number: Annotated[
-        float, Field(ge=0, le=1, description="masks up to it are pruned (fixed)")
-    ]
-    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
-
-    advice = "lower --acc_ratio (val) or --pruning_number (fixed)"
 
 
 def adversarial_noise(
@@ -121,8 +113,10 @@ def mask_loss(
 
 
 def _noisy(model: nn.Module, images: torch.Tensor, masks: Tensors, noise: Tensors) -> torch.Tensor:
-    scales = {name: masks[name] + noise[name][0] for name in masks}
-    shifts = {name: 1 + noise[name][1] for name in masks}
+    scales, shifts = {}, {}
+    for name, mask in masks.items():
+        of_scale, of_shift = noise[name]
+        scales[name], shifts[name] = mask + of_scale, 1 + of_shift
     logits: torch.Tensor = functional_call(model, scaled(model, scales, shifts), (images,))
     return logits
 

@@ -110,7 +110,7 @@ class CleanData(DefenseConfig):
     ]
     index: Annotated[
         str | None,
-        Field(description="file of the clean subset's indices, one a line; null draws them"),
+        Field(description="file of the clean subset's indices, one per line; null draws them"),
     ]
 
     advice = "give more images (--ratio), or change its flags, see --help"
@@ -141,6 +141,20 @@ class HeldOut(CleanData):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Masked(HeldOut):
+    """Pruning by masks that the method learns; `--help` lists its fields with the method's own."""
+
+    pruning_max: Annotated[float, Field(ge=0, le=1, description="highest level to try (val)")]
+    pruning_step: Annotated[float, Field(gt=0, le=1, description="between two levels (val)")]
+    pruning_number: Annotated[
+        float, Field(ge=0, le=1, description="masks up to it are pruned (fixed)")
+    ]
+    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
+
+    advice = "lower --acc_ratio (val) or --pruning_number (fixed)"
+
+
+@dataclass(frozen=True, kw_only=True)
 class PoisonedData(DefenseConfig):
     """The part of the training set that the defense sees."""
 
@@ -148,7 +162,7 @@ class PoisonedData(DefenseConfig):
         float, Field(gt=0, le=1, description="images that it sees / training set"), Group.SEEN
     ]
     index: Annotated[
-        str | None, Field(description="file of their indices, one a line; null draws them")
+        str | None, Field(description="file of their indices, one per line; null draws them")
     ]
     data: Annotated[
         Literal["poisoned", "clean"],
@@ -169,7 +183,7 @@ class Rounds(DefenseConfig):
         Field(ge=0, description="passes over the images, of the last phase; 0 changes nothing"),
         Group.TRAINING,
     ]
-    batch_size: Annotated[int, Field(ge=1, description="images a step")]
+    batch_size: Annotated[int, Field(ge=1, description="images per step")]
     eval_every: Annotated[int, Field(ge=1, description="rounds between two evaluations")]
 
 
@@ -344,7 +358,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
         raise UserError(f"{source}: was replaced while it was read; run the defense again")
     if config.dataset not in (None, attack.dataset):
         raise UserError(
-            f"--dataset: {config.dataset}, but the record says {attack.dataset}; leave the flag out"
+            f"--dataset: {config.dataset}, but the record says {attack.dataset}; drop the flag"
         )
     attack.check_model(config.model)
     device = pick_device(config.device)

@@ -231,7 +231,8 @@ def purify(
             generator(config.random_seed, "augmentation of the cached batches", images.device),
         )
     )
-    first, first_labels = as_float(cached[0][0], device), cached[0][1]
+    first_images, first_labels = cached[0]
+    first = as_float(first_images, device)
     delta = torch.zeros_like(first[:1])
     _warn_of_portion(loop, len(first), config)
 

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import Augmented, HeldOut, Rounds, checked, run
+from defense.base import Augmented, Masked, Rounds, checked, run
 from models.parts import scaled, silenced
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
@@ -48,7 +48,7 @@ Epoch = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(HeldOut, Rounds, Augmented):
+class Config(Masked, Rounds, Augmented):
     unlearning_epochs: Annotated[int, Field(ge=0, description="most passes of the ascent")]
     unlearning_lr: Annotated[float, Field(gt=0, description="learning rate of the ascent's SGD")]
     schedule: Annotated[
@@ -62,14 +62,6 @@ class Config(HeldOut, Rounds, Augmented):
     alpha: Annotated[float, Field(ge=0, description="weight of the masks' loss")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD, both times")]
     wd: Annotated[float, Field(ge=0, description="weight decay of the ascent")]
-    pruning_max: Annotated[float, Field(ge=0, le=1, description="highest level to try (val)")]
-    pruning_step: Annotated[float, Field(gt=0, le=1, description="between two levels (val)")]
-    pruning_number: Annotated[
-        float, Field(ge=0, le=1, description="masks up to it are pruned (fixed)")
-    ]
-    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
-
-    advice = "lower --acc_ratio (val) or --pruning_number (fixed)"
 
 
 def unlearned(

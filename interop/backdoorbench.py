@@ -239,11 +239,11 @@ def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None
     """Whether a finished record is the import of that folder."""
     try:
         summary = read_object(folder.path / "summary.json")
-        found = file_hashes(folders.RunFolder(source), RESULT)
+        hashes = file_hashes(folders.RunFolder(source), RESULT)
     except (OSError, ValueError):
         return False
     expected = {
-        "imported_sha256": found.get(RESULT, ""),
+        "imported_sha256": hashes.get(RESULT, ""),
         "dataset_path": _absolute(dataset_path),
     }
     return expected.items() <= summary.items()
@@ -251,14 +251,14 @@ def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None
 
 def _refuse_unknown(attack: AttackRecord) -> None:
     """Refuses records that BackdoorBench has no name for, or would normalize in another way."""
-    for what, name, known in (
+    for what, name, names in (
         ("dataset", attack.dataset, NORMALIZATION),
         ("network", attack.model_name, MODELS),
     ):
-        if name not in known:
+        if name not in names:
             raise UserError(
                 f"{attack.folder}: BackdoorBench has no {what} {name}, so it could not read this; "
-                f"give a record with one of {', '.join(known)}"
+                f"give a record with one of {', '.join(names)}"
             )
     is_transformer = attack.model_name.startswith("vit_")
     if is_transformer and attack.network_size != 224:
@@ -320,8 +320,8 @@ def _write_notes(
 
         with explained(metrics, "a table of metrics"):
             ours = pd.read_csv(metrics)
-            known = {theirs: ours[name] for theirs, name in _COLUMNS.items() if name in ours}
-        table = pd.DataFrame(known, columns=list(METRICS))
+            columns = {theirs: ours[name] for theirs, name in _COLUMNS.items() if name in ours}
+        table = pd.DataFrame(columns, columns=list(METRICS))
         folder.write("attack_df.csv", lambda path: table.to_csv(path, index=False))
 
 
@@ -371,11 +371,11 @@ def main() -> None:
         source = folders.find_record(flags.result_file, flags.record_path)
         export_record(source, flags.to, flags.dataset_path)
     else:
-        found = folders.existing_folder(flags.result_file, flags.record_path, "DIR")
-        if found is None:
+        folder = folders.existing_folder(flags.result_file, flags.record_path, "DIR")
+        if folder is None:
             raise UserError(f"DIR: {flags.result_file} is no folder; give BackdoorBench's record")
         import_record(
-            found,
+            folder,
             flags.save_folder_name,
             flags.dataset_path,
             flags.record_path,

@@ -113,8 +113,10 @@ def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
         UserError: if a name is no position, or its test image is not of that class.
     """
     if not folder.is_dir():
-        raise UserError(f"--bd_test_dir: {folder} is not a folder; put one folder a class into it")
-    found: dict[int, Path] = {}
+        raise UserError(
+            f"--bd_test_dir: {folder} is not a folder; put one folder per class into it"
+        )
+    files: dict[int, Path] = {}
     for file in sorted(folder.glob("*/*")):
         if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
             continue
@@ -130,10 +132,10 @@ def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
                 f"--bd_test_dir: {file} stands in class {file.parent.name}, but test image "
                 f"{position} is of class {true_class}; move or rename it"
             )
-        if position in found:
-            raise UserError(f"--bd_test_dir: {file} and {found[position]} are the same test image")
-        found[position] = file
-    index = torch.tensor(sorted(found), dtype=torch.int64)
+        if position in files:
+            raise UserError(f"--bd_test_dir: {file} and {files[position]} are the same test image")
+        files[position] = file
+    index = torch.tensor(sorted(files), dtype=torch.int64)
     if config.attack_label_trans == "all2one":
         index = index[data.test.labels[index] != config.attack_target]
     if len(index) == 0:
@@ -142,7 +144,7 @@ def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
             "<true class>/<position in the test set>.png into it"
         )
     labels = data.test.labels[index]
-    images = decoded(folder, [found[position] for position in index.tolist()], data.image_shape[1])
+    images = decoded(folder, [files[position] for position in index.tolist()], data.image_shape[1])
     targets = poison.map_labels(
         labels, config.attack_label_trans, config.attack_target or 0, len(data.classes)
     )
@@ -247,17 +249,17 @@ def import_model(config: Config) -> folders.RunFolder:
 
 
 def _warnings(scores: Scores, num_classes: int) -> list[str]:
-    found = []
+    warnings = []
     if scores.acc.value < 1.5 / num_classes:
-        found.append(
+        warnings.append(
             f"ACC is only {scores.acc} with {num_classes} classes; check --mean, --std, "
             "--image_size, and that the classes are in the dataset's order"
         )
     if scores.asr is not None and scores.asr.value < FAILED_ASR:
-        found.append(
+        warnings.append(
             f"ASR is only {scores.asr}; check --attack_target and the images of --bd_test_dir"
         )
-    return found
+    return warnings
 
 
 def main() -> None:

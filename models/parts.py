@@ -310,17 +310,17 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     Raises:
         UserError: if there is none.
     """
-    found = {
+    by_name = {
         name: module
         for name, module in bare(model).named_modules()
         if isinstance(module, nn.Conv2d)
     }
-    if not found:
+    if not by_name:
         raise UserError(
             "this method works on the channels of convolutions (Conv2d), and this network has "
             "none; give another method or network"
         )
-    return found
+    return by_name
 
 
 def scaled_convolutions(

@@ -19,9 +19,11 @@ def pretrained_size(name: str, image_size: int) -> int | None:
         UserError: if torchvision has no weights of that name.
     """
     weights = _weights(name)
-    own_size = int(weights.transforms().crop_size[0])
-    fits = own_size == image_size if name.startswith("vit_") else image_size >= _smallest(weights)
-    return None if fits else own_size
+    trained_size = int(weights.transforms().crop_size[0])
+    fits = (
+        trained_size == image_size if name.startswith("vit_") else image_size >= _smallest(weights)
+    )
+    return None if fits else trained_size
 
 
 def load_pretrained(network: nn.Module, name: str) -> str:
@@ -50,7 +52,7 @@ def load_pretrained(network: nn.Module, name: str) -> str:
         reason = one_line(error)
         raise UserError(
             f"--pretrained: the weights of {name} cannot be downloaded or read ({reason}); put "
-            f"{weights.url} into {kept} as {file}, or leave the flag out"
+            f"{weights.url} into {kept} as {file}, or drop the flag"
         ) from None
     target = network[1] if isinstance(network, nn.Sequential) and len(network) == 2 else network
     state = target.state_dict()
@@ -70,7 +72,7 @@ def _weights(name: str) -> Any:
         return get_model_weights(name).DEFAULT
     except (ValueError, AttributeError):
         raise UserError(
-            f"--pretrained: torchvision has no trained weights of {name}; leave the flag out, or "
+            f"--pretrained: torchvision has no trained weights of {name}; drop the flag, or "
             "give --model one of its classifiers, e.g. resnet18"
         ) from None
 

@@ -266,7 +266,7 @@ def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Operations a second of a large matrix product at a precision, the best of ten."""
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.rand(size, size, device=device).to(kind) for _ in range(2))
     a @ b
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns that count, >= 1")
     parser.add_argument("--images", type=int, default=128, help="clean images of a round of SAU")
     parser.add_argument("--epoch_images", type=int, default=1024, help="images of an epoch")
-    parser.add_argument("--batch_size", type=int, default=128, help="images a step")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per step")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
     for name in ("repeats", "images", "epoch_images", "batch_size"):

@@ -5,6 +5,7 @@ nothing within a few passes gets values of its own in `SPECIAL`.
 """
 
 import dataclasses
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,9 @@ VALUES: dict[str, Any] = {
     "eval_every": 1,
     "nb_iter": 9,
     "inversion_rounds": 2,
+    "identity_epochs": 2,
+    "mask_epochs": 2,
+    "generator_epochs": 2,
     "u": 0.5,
     "mad_threshold": 0.0,
     "acc_ratio": 0.5,
@@ -34,6 +38,7 @@ VALUES: dict[str, Any] = {
 
 # By the name of a defense; they go over those above.
 SPECIAL: dict[str, dict[str, Any]] = {
+    **{name: {"batch_size": 24, "n_rounds": 2} for name in ("bti_dbf", "pam")},  # of many phases
     "ibau": {"portion": 0.25},  # an image of a small batch, not none
     "ims": {"lmd": 0.0, "lr": 0.2},
 }
@@ -68,15 +73,19 @@ def shortened(name: str, model: nn.Module, **changes: Any) -> DefenseConfig:
         model: the network that it is for.
         changes: more values; those of fields that the defense lacks are ignored.
     """
+    return _shortened(name, last_convolution(model), tuple(changes.items()))
+
+
+@functools.cache  # reading the YAML files takes longer than many a defense
+def _shortened(name: str, last: str, changes: tuple[tuple[str, Any], ...]) -> DefenseConfig:
     config = module(name).Config.load("digits")
     counts = {
         field: min(value, MOST)
         for field, value in of_the_method(config).items()
         if type(value) is int  # a bool is no count
     }
-    last = last_convolution(model)
     layer = {"target_layer_name": last, "attention_layers": (last,)}
-    values = {**counts, **VALUES, **layer, **SPECIAL.get(name, {}), **changes}
+    values = {**counts, **VALUES, **layer, **SPECIAL.get(name, {}), **dict(changes)}
     known = {field: value for field, value in values.items() if field in fields(config)}
     return module(name).Config.load("digits", **known)
 

@@ -23,7 +23,7 @@ images, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 3
 purified = purify(model, images, labels, Config.load(n_rounds=1, batch_size=6))
 assert purified is not model and purified(images).shape == (12, 3)
 ft.purify(model, images, labels, ft.Config.load(n_rounds=1, batch_size=6))
-assert build_model("preactresnet18", 3)(images).shape == (12, 3)
+assert build_model("tiny", 3)(images).shape == (12, 3)
 try:
     purify(model, 255 * images, labels, Config.load(n_rounds=1))
 except UserError as error:
@@ -66,6 +66,7 @@ def test_a_script_keeps_its_own_models_and_utils(folder: Path) -> None:
     assert last == "sau.defense.sau True"
 
 
+@pytest.mark.slow
 def test_every_module_of_the_project_is_found_under_the_package(tmp_path: Path) -> None:
     """Also those that import others inside functions get the project's own."""
     names = [

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sau.models
 import torch
 
 import attack
 import defense
 import utils.data.images
+from models.tiny import TinyNet
 from tests.test_end_to_end import cache, run_script, workplace
 from utils.files import ROOT
 
@@ -128,6 +130,7 @@ def test_the_flags_of_the_settings_table_are_taken(workplace: Path) -> None:
         assert run_script(ROOT / "attack/badnet.py", *run, *flags) == 0, flags
 
 
+@pytest.mark.usefixtures("small")
 def test_the_yaml_example_is_taken(workplace: Path, tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(blocks("yaml", SETTINGS)[0], encoding="utf-8")
@@ -138,9 +141,12 @@ def test_the_yaml_example_is_taken(workplace: Path, tmp_path: Path) -> None:
     assert "lr: 0.01\n" in written
 
 
+@pytest.mark.usefixtures("small")
 def test_the_python_examples_run(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setitem(sau.models.CONSTRUCTORS, "preactresnet18", TinyNet)
+    monkeypatch.setattr("torchvision.models.resnet18", TinyNet)
     monkeypatch.chdir(workplace)
     run = shortened(["--save_folder_name", "badnet_demo", "--overwrite"], workplace)
     assert run_script(ROOT / "attack/badnet.py", *run) == 0

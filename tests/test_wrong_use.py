@@ -296,11 +296,15 @@ def emptied(folder: Path, *parts: str) -> None:
     ("remove", "empty", "message"),
     [
         (["train", "test"], [], r"--dataset_path: .*train is not a folder"),
-        (["train/*", "test/*"], [], r"train has no class folders; put one folder a class into it"),
+        (
+            ["train/*", "test/*"],
+            [],
+            r"train has no class folders; put one folder per class into it",
+        ),
         (["test/dark"], [], r"classes differ: only .*train has dark; give both the same folders"),
         ([], ["train/*"], r"train/bright has no image file; put images into it or remove"),
         ([], ["train/dark"], r"train/dark has no image file; put images into it or remove"),
-        ([], ["test/*"], r"--dataset folder: the test set has no image; give at least one a class"),
+        ([], ["test/*"], r"--dataset folder: the test set has no image; .* one per class"),
         ([], ["test/dark", "test/striped"], r"--attack_target: every test image has label 0; give"),
         (["*/dark", "*/striped"], [], r"--dataset folder: there is one class, bright; give two or"),
     ],

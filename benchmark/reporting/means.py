@@ -113,14 +113,15 @@ def _table(runs: pd.DataFrame, names: list[str]) -> Table:
     usual = runs.loc[~runs["attack"].map(is_clean), "pratio"].mode()
     runs = runs.assign(row=runs["attack"])
     if len(usual):
-        own = runs["pratio"].notna() & (runs["pratio"] != usual.max())
+        is_other = runs["pratio"].notna() & (runs["pratio"] != usual.max())
         share = runs["pratio"].map(lambda p: f" ({100 * p:.3g} %)")
-        runs = runs.assign(row=runs["attack"].where(~own, runs["attack"] + share))
+        runs = runs.assign(row=runs["attack"].where(~is_other, runs["attack"] + share))
     title = f"{first['dataset']}, {first['model']}"
     title += f", {first['image_size']:.0f} px" if pd.notna(first["image_size"]) else ""
     title += f", pratio {100 * usual.max():.3g} %" if len(usual) else ""
     name = re.sub(r"[^a-z0-9.]+", "-", title.lower().replace(" %", "")).strip("-.")[:60] or "table"
-    name += f"-{sum(n == name or n.startswith(name + '-') for n in names) + 1}" * (name in names)
+    if name in names:
+        name += f"-{sum(n == name or n.startswith(name + '-') for n in names) + 1}"
 
     cells = _cells(runs)
     variant = [is_variant(*pair) for pair in zip(runs["label"], runs["method"], strict=True)]
@@ -168,12 +169,12 @@ def _cells(runs: pd.DataFrame) -> Cells:
     usual, commit = _majority(made_by), _majority(runs["commit"])
     cells: Cells = {}
     for (attack, label), group in runs.groupby(["row", "label"]):
-        general = "g" * bool(commit is not None and (group["commit"] != commit).any())
+        general = "g" if commit is not None and (group["commit"] != commit).any() else ""
         for flag, kind in (("n", "nothing"), ("p", "poisoned")):
-            general += flag * bool((group["sees"] == kind).any())
-        general += "v" * bool(usual is not None and (made_by[group.index] != usual).any())
-        failed = "a" * bool((group["asr_before"] < FAILED_ASR).any())
-        collapsed = "c" * bool((group["acc"] < COLLAPSED * group["acc_before"]).any())
+            general += flag if (group["sees"] == kind).any() else ""
+        general += "v" if usual is not None and (made_by[group.index] != usual).any() else ""
+        failed = "a" if (group["asr_before"] < FAILED_ASR).any() else ""
+        collapsed = "c" if (group["acc"] < COLLAPSED * group["acc_before"]).any() else ""
         flags = {"acc": collapsed + general, "asr": failed, "ra": "", "der": failed}
         cells[str(attack), str(label)] = {
             metric: _number(values, f)
@@ -229,12 +230,12 @@ def _row_of(name: str, groups: Mapping[str, Mapping[str, Number]]) -> Row:
     seeds = next(n.seeds for numbers in groups.values() for n in numbers.values())
     numbers = {
         (heading, metric): replace(
-            n, flags=n.flags + "s" * (metric == "acc" and n.seeds == 1 < seeds)
+            n, flags=f"{n.flags}s" if metric == "acc" and n.seeds == 1 < seeds else n.flags
         )
         for heading, group in groups.items()
         for metric, n in group.items()
     }
-    return Row(name, seeds, "s" * (seeds == 1), numbers)
+    return Row(name, seeds, "s" if seeds == 1 else "", numbers)
 
 
 def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.DataFrame) -> Row:
@@ -244,22 +245,24 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
     """
     numbers = {}
     for heading, metric in _keys(columns):
-        found = [row.numbers[heading, metric] for row in rows if (heading, metric) in row.numbers]
+        cells = [row.numbers[heading, metric] for row in rows if (heading, metric) in row.numbers]
         of = (UNDEFENDED, "asr" if metric == "der" else metric)
-        if found:
-            flags = "".join(f for f in "acgnpv" if any(f in n.flags for n in found))
-            flags += "m" * (len(found) < sum(of in row.numbers for row in rows))
-            flags += "s" * (metric == "acc" and all(n.seeds == 1 for n in found))
-            mean = sum(n.mean for n in found) / len(found)
-            own = runs[(runs["label"] == heading) & ~runs["row"].map(is_clean)]
-            by_seed = own.pivot_table(metric, "seed", "row")
+        if cells:
+            flags = "".join(f for f in "acgnpv" if any(f in n.flags for n in cells))
+            if len(cells) < sum(of in row.numbers for row in rows):
+                flags += "m"
+            if metric == "acc" and all(n.seeds == 1 for n in cells):
+                flags += "s"
+            mean = sum(n.mean for n in cells) / len(cells)
+            attacked = runs[(runs["label"] == heading) & ~runs["row"].map(is_clean)]
+            by_seed = attacked.pivot_table(metric, "seed", "row")
             is_whole = (
                 len(by_seed) > 1
-                and by_seed.shape[1] == len(found)
-                and bool(by_seed.notna().to_numpy().all() and own["seed"].notna().all())
+                and by_seed.shape[1] == len(cells)
+                and bool(by_seed.notna().to_numpy().all() and attacked["seed"].notna().all())
             )
             sd = float(by_seed.mean(axis=1).std()) if is_whole else None
-            numbers[heading, metric] = Number(mean, sd, len(found), flags)
+            numbers[heading, metric] = Number(mean, sd, len(cells), flags)
     return Row(f"mean of {len(rows)} attacks", None, "", numbers)
 
 

@@ -110,7 +110,7 @@ class Pictures:
 
 def render(
     title: str,
-    found: Sequence[Table],
+    all_tables: Sequence[Table],
     figures: Mapping[str, Mapping[str, Path]],
     problems: Sequence[str],
     pictures: Pictures | None = None,
@@ -129,13 +129,13 @@ def render(
     template = environment.from_string(
         Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     )
-    runs = pd.concat([table.runs for table in found]).drop_duplicates("run")
+    runs = pd.concat([table.runs for table in all_tables]).drop_duplicates("run")
     count = runs["record"].nunique()
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     return template.render(
         title=title,
         counts=f"Records: {count}. Results of defenses: {len(runs) - count}.",
-        tables=[_table(table, figures.get(table.name, {}), pictures) for table in found],
+        tables=[_table(table, figures.get(table.name, {}), pictures) for table in all_tables],
         records=[
             _record(str(name), group, pictures) for name, group in runs.groupby("record", sort=True)
         ],
@@ -179,7 +179,7 @@ def _grid(grid: Grid) -> dict[str, Any]:
     starts = [index == 0 or columns[index - 1][0] != key[0] for index, key in enumerate(columns)]
 
     def cells(row: Row) -> list[dict[str, Any]]:
-        found = []
+        row_cells = []
         for key, is_first in zip(columns, starts, strict=True):
             number = row.numbers.get(key)
             cell = {"text": "", "sd": "", "flags": "", "is_best": False, "sort": ""}
@@ -188,8 +188,8 @@ def _grid(grid: Grid) -> dict[str, Any]:
                 text, _, deviation = tables.value_text(number, row).partition(" ± ")
                 cell |= {"text": text, "sd": deviation, "flags": number.flags}
                 cell |= {"is_best": number.is_best, "sort": repr(float(number.mean))}
-            found.append(cell)
-        return found
+            row_cells.append(cell)
+        return row_cells
 
     def lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
         return [

@@ -267,7 +267,7 @@ def _rows(
     all2all = "_all2all" if attack and attack.attack_label_trans == "all2all" else ""
     model = facts.model or (attack and attack.model_name) or "-"
     made_of = attack.files.get("attack_result.pt") if attack else defenses[0][1].attack_sha256
-    known = [attack.config_sha256, attack.imported_sha256] if attack else []
+    hashes = [attack.config_sha256, attack.imported_sha256] if attack else []
     is_described = bool(attack and (attack.seed is not None or attack.inputs))
     shared = {
         "record": record.name,
@@ -275,7 +275,8 @@ def _rows(
         "_place": (attack and attack.dataset_path) or "",
         "_model": facts.inputs.get("--model", _UNKNOWN),
         # Without a seed, or flags that say what was read, it is the model that tells records apart.
-        "_recipe": " ".join(filter(None, known if is_described else [made_of, *known])) or _UNKNOWN,
+        "_recipe": " ".join(filter(None, hashes if is_described else [made_of, *hashes]))
+        or _UNKNOWN,
         "attack": CLEAN if facts.attack == "prototype" else facts.attack + all2all,
         "dataset": facts.dataset,
         "model": model,
@@ -370,9 +371,9 @@ def _renamed(
     """
     names = runs[column].copy()
     for _, group in runs.groupby(by, dropna=False, sort=False):
-        found = suffixes(group)
-        found = found[found != ""]
-        names[found.index] = runs.loc[found.index, column] + " (" + found + ")"
+        suffix = suffixes(group)
+        suffix = suffix[suffix != ""]
+        names[suffix.index] = runs.loc[suffix.index, column] + " (" + suffix + ")"
     return runs.assign(**{column: names})
 
 
@@ -403,9 +404,9 @@ def _by_result(runs: pd.DataFrame, usual: str) -> pd.Series:
 
     One of them keeps its name: the one with most runs in the column, or the first.
     """
-    known = runs["config"] != _UNKNOWN
+    has_recipe = runs["config"] != _UNKNOWN
     whole = runs["method"] + " " + runs["config"]
-    recipes = whole.where(known | (runs["method"].nunique() > 1), _UNKNOWN)
+    recipes = whole.where(has_recipe | (runs["method"].nunique() > 1), _UNKNOWN)
     kept = usual if usual in set(recipes) else next(iter(recipes[recipes != _UNKNOWN]), _UNKNOWN)
     is_own = (runs["method"] != kept.partition(" ")[0]) & (runs["method"].nunique() > 1)
     return recipes.map(_names(recipes, runs["method"].where(is_own, "")) | {kept: ""})
@@ -421,20 +422,20 @@ def _names(keys: pd.Series, hints: pd.Series, is_mixed: bool = False) -> dict[st
         is_mixed: whether a single key needs a text, too.
     """
     texts = dict.fromkeys(keys, "")
-    known = [key for key in texts if key != _UNKNOWN]
-    if len(known) < 2 and not is_mixed:
+    distinct = [key for key in texts if key != _UNKNOWN]
+    if len(distinct) < 2 and not is_mixed:
         return texts
     first: dict[str, str] = {}
     for key, hint in zip(keys, hints, strict=True):
         first[key] = first.get(key) or hint
     shared = Counter(first.values())
-    digests = {key: key.rpartition(" ")[2] for key in known}
-    if len(set(digests.values())) < len(known):
-        digests = {key: hashlib.sha256(key.encode()).hexdigest() for key in known}
+    digests = {key: key.rpartition(" ")[2] for key in distinct}
+    if len(set(digests.values())) < len(distinct):
+        digests = {key: hashlib.sha256(key.encode()).hexdigest() for key in distinct}
     length = 6
-    while len({digest[:length] for digest in digests.values()}) < len(known):
+    while len({digest[:length] for digest in digests.values()}) < len(distinct):
         length += 2
-    for key in known:
+    for key in distinct:
         is_own = bool(first[key]) and shared[first[key]] == 1
         texts[key] = first[key] if is_own else f"{first[key]} {digests[key][:length]}".strip()
     return texts
@@ -448,8 +449,8 @@ def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFr
     undefended = runs[runs["label"] == UNDEFENDED]
     seeds = undefended["seed"].astype(object)
     seeds = seeds.where(undefended["seed"].notna(), undefended["_recipe"])
-    known = undefended.assign(_same=seeds)[seeds != _UNKNOWN]
-    for _, same in known.groupby([*_CELL, "_same"], dropna=False, sort=False):
+    comparable = undefended.assign(_same=seeds)[seeds != _UNKNOWN]
+    for _, same in comparable.groupby([*_CELL, "_same"], dropna=False, sort=False):
         first = same.iloc[0]
         what = "attack and seed" if pd.notna(first["seed"]) else "model"
         for repeat in same["record"].iloc[1:]:

@@ -36,7 +36,7 @@ def value_text(number: Number, row: Row) -> str:
     if number.sd is not None:
         text += f" ± {100 * number.sd:.2f}"
     differs = "m" in number.flags if row.seeds is None else number.seeds != row.seeds
-    return text + f" ({number.seeds})" * differs
+    return f"{text} ({number.seeds})" if differs else text
 
 
 def headings(grid: Grid) -> list[tuple[str, str]]:
@@ -49,7 +49,9 @@ def legend(grids: Sequence[Grid]) -> list[str]:
     used = {flag for grid in grids for flag in grid.flags()}
     rows = [row for grid in grids for row in (*grid.body, *grid.foot)]
     numbers = [number for row in rows for number in row.numbers.values()]
-    lines = ["Percent" + ("; mean ± sample standard deviation over seeds" * _any_sd(numbers))]
+    lines = [
+        "Percent; mean ± sample standard deviation over seeds" if _any_sd(numbers) else "Percent"
+    ]
     if any(" (" in value_text(n, row) for row in rows for n in row.numbers.values()):
         lines[0] += "; (k): k seeds, or attacks, where that is not the row's number"
     if any(number.is_best for number in numbers):
@@ -68,7 +70,7 @@ def made_by(table: Table) -> tuple[pd.DataFrame, str]:
         A row for each attack and result, with all values if seeds differ; and a sentence with the
         facts that are the same for all.
     """
-    known = table.runs[(table.runs["versions"] != "-") | (table.runs["seed"].notna())]
+    documented = table.runs[(table.runs["versions"] != "-") | (table.runs["seed"].notna())]
 
     def distinct(values: pd.Series) -> str:
         return "; ".join(sorted({str(value) for value in values}))
@@ -80,10 +82,16 @@ def made_by(table: Table) -> tuple[pd.DataFrame, str]:
         low, high = (f"{values.min():,.0f}", f"{values.max():,.0f}") if values.any() else ("-", "-")
         return low if low == high else f"{low} to {high}"
 
-    short = known.assign(
-        config=known["config"].str[:12],
-        commit=known["commit"].map(lambda commit: commit[:10] + "+" * commit.endswith("+")),
-        device=known["device"] + " " + known["device_name"] + ", " + known["precision"],
+    short = documented.assign(
+        config=documented["config"].str[:12],
+        commit=documented["commit"].map(
+            lambda commit: f"{commit[:10]}+" if commit.endswith("+") else commit[:10]
+        ),
+        device=documented["device"]
+        + " "
+        + documented["device_name"]
+        + ", "
+        + documented["precision"],
     )
     columns = dict.fromkeys(("config", "commit", "versions", "device"), distinct)
     grouped = short.groupby(["row", "label"], as_index=False).agg(
@@ -176,8 +184,8 @@ def latex(tables: Sequence[Table]) -> str:
             title = f"Variants of {method}: {table.title}"
             parts.append(_latex_grid(table, grid, title, f"{table.name}-{method}"))
         facts, note = made_by(table)
-        made = [note, *(", ".join(map(str, row)) for row in facts.to_numpy().tolist())]
-        parts.append("".join(f"% {latex_text(line)}\n" for line in made))
+        lines = [note, *(", ".join(map(str, row)) for row in facts.to_numpy().tolist())]
+        parts.append("".join(f"% {latex_text(line)}\n" for line in lines))
     return "\n".join(parts)
 
 

@@ -136,8 +136,8 @@ class _Passes:
             for name, weight in model.named_parameters()
         }
         wanted = [x for x in (self.images, *weights.values()) if x.requires_grad]
-        found = self._record(model, weights, wanted)
-        self.gradients = found if images.requires_grad else (None, *found)
+        gradients = self._record(model, weights, wanted)
+        self.gradients = gradients if images.requires_grad else (None, *gradients)
 
     @property
     def is_awaited(self) -> bool:
@@ -170,9 +170,9 @@ class _Passes:
                 output = functional_call(model, weights, (self.images,))
             self.gradient = torch.zeros_like(output)
             with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
-                found = torch.autograd.grad(output, wanted, self.gradient)
+                gradients = torch.autograd.grad(output, wanted, self.gradient)
         self.output = output.detach()
-        return found
+        return gradients
 
 
 class _Call:

@@ -103,7 +103,7 @@ def test_half_of_the_tiles_are_left_out() -> None:
 
 @pytest.mark.parametrize(("rate", "shown"), [(0.0, 16), (0.3, 12), (0.75, 4), (0.99, 1)])
 def test_mask_rate(rate: float, shown: int) -> None:
-    """int(16 * .3) = 4 tiles are left out, int(16 * .99) = 15."""
+    """int(16 * .3) = 4 tiles are without the trigger, int(16 * .99) = 15."""
     masks = tile_masks(torch.arange(3), rate, seed=0)
     assert masks.sum(dim=(1, 2, 3)).tolist() == [shown] * 3
 

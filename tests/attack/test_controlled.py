@@ -259,7 +259,7 @@ def plan_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_controlled_run_is_planned(tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training images stay clean; test images of the target 1 are left out; all are cross.
+    """Training images stay clean; test images of the target 1 are skipped; all are cross.
 
     Test labels are 0 1 2 0 1 2 0 1 2. In batches of 5, 5 and 2 one image each is poison, and two,
     two and one are cross.

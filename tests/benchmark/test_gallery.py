@@ -19,6 +19,7 @@ def gallery(workplace: Path, *records: str) -> int:
     return run_script(ROOT / "benchmark/gallery.py", *records, *flags)
 
 
+@pytest.mark.usefixtures("small")
 def test_rows_are_the_same_test_images_with_each_trigger(workplace: Path, badnet: Path) -> None:
     """All-to-all triggers every test image, all-to-one 12 of 18; both rows show the latter's."""
     from benchmark.gallery import gallery_rows, load_rows
@@ -60,6 +61,7 @@ def test_strip_by_hand() -> None:
     ] * 2
 
 
+@pytest.mark.usefixtures("small")
 def test_what_has_no_trigger_or_comes_twice_is_refused(
     workplace: Path, badnet: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -147,7 +147,7 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
         (
             "epochs: 2",
             "random_seed: 2",
-            "attack_flags: .*random_seed is given by the grid itself; leave it out",
+            "attack_flags: .*random_seed is set by the grid itself; remove it",
         ),
         ("adv_steps: 1", "adv_steps: [1]", r"defenses\.sau_x\.adv_steps"),
         (

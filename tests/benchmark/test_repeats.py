@@ -242,6 +242,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("small")
 def test_scripts_write_what_tells_their_runs_apart(
     workplace: Path, own: Path, state: Path, tmp_path: Path
 ) -> None:
@@ -277,6 +278,7 @@ def test_scripts_write_what_tells_their_runs_apart(
     assert x["inputs"]["--model"] == found["a"]["inputs"]["--model"]
 
 
+@pytest.mark.usefixtures("small")
 def test_pictures_that_changed_are_another_dataset(workplace: Path, tmp_path: Path) -> None:
     images = Path(shutil.copytree(workplace / "images", tmp_path / "changed"))
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(images / "train/bright/0.png")

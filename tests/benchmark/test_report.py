@@ -79,7 +79,10 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
 @pytest.fixture
 def two_attacks(tmp_path: Path) -> Path:
     """Two attacks with two seeds, each purified by two defenses, and a clean model."""
-    root = tmp_path / "record"
+    return two_attacks_at(tmp_path / "record")
+
+
+def two_attacks_at(root: Path) -> Path:
     for seed, acc, asr in ((0, 0.90, 1.0), (1, 0.94, 0.9)):
         blended = attack(root, f"blended-{seed}", acc, asr, 0.04)
         defense(blended, "ft", acc - 0.01, asr - 0.5, 0.5)
@@ -136,6 +139,21 @@ def test_what_a_defense_sees_is_marked_and_does_not_compete(tmp_path: Path) -> N
 
 def report(*flags: object) -> int:
     return run_script(ROOT / "benchmark/report.py", *flags)
+
+
+@pytest.fixture(scope="module")
+def grid_of_two_attacks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kept runs of `two_attacks`, without figures, for `kept` to copy."""
+    root = tmp_path_factory.mktemp("grid")
+    flags = ("--under", two_attacks_at(root / "record"), "--to", root / "kept", "--keep")
+    assert report(*flags, "--formats", "md") == 0
+    return root / "kept"
+
+
+@pytest.fixture
+def kept(grid_of_two_attacks: Path, tmp_path: Path) -> Path:
+    """A folder of `results/` with the runs of `two_attacks`."""
+    return Path(shutil.copytree(grid_of_two_attacks, tmp_path / "kept"))
 
 
 def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
@@ -258,7 +276,7 @@ def test_a_mean_over_seeds_that_some_attacks_lack_has_no_deviation(two_attacks: 
 
 
 def test_clean_models_alone_are_a_table_too(tmp_path: Path) -> None:
-    """Two recipes are two rows and no attacks; of one recipe and seed one is left out, and said."""
+    """Two recipes are two rows and no attacks; of one recipe and seed one is skipped."""
     for name, config in (
         ("prototype-0", "b" * 64),
         ("prototype-1", "e" * 64),
@@ -281,7 +299,7 @@ def test_a_long_warning_is_cut_and_costs_nothing(two_attacks: Path) -> None:
 
 
 def test_another_recipe_of_the_same_seed_is_a_row_of_its_own(two_attacks: Path) -> None:
-    """The names of a grid's variants; a repeat of the same recipe is left out and named."""
+    """The names of a grid's variants; a repeat of the same recipe is skipped and named."""
     facts = json.loads((two_attacks / "sig-0/summary.json").read_text())
     for seed in (0, 1, 2):  # more seeds than sig itself
         strong = {"config_sha256": "e" * 64, "seed": seed}
@@ -352,8 +370,9 @@ def test_variants_have_a_table_of_their_own(two_attacks: Path) -> None:
     assert (der["sau"].rounded(), der["sau-beta_2_0"].rounded()) == (94.0, 75.0)
     assert (der["sau"].is_best, der["sau-beta_2_0"].is_best) == (True, False)
     assert "Variants of sau:" in tables.markdown([table])
-    figures = draw(table, made_folder(two_attacks / "figures"))
-    assert "Variants of sau against blended" in figures
+    stem = f"{table.name}-variants-sau-blended"
+    figures = draw(table, made_folder(two_attacks / "figures"), ["png"], [stem])
+    assert list(figures) == ["Variants of sau against blended"]
 
 
 def test_what_made_the_numbers(two_attacks: Path) -> None:
@@ -403,7 +422,7 @@ def test_a_broken_summary_is_named_in_one_line_and_the_rest_goes_on(
     assert "\n" not in problem
 
 
-def test_what_cannot_be_trusted_is_left_out_and_said(two_attacks: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trusted_is_skipped_and_said(two_attacks: Path, tmp_path: Path) -> None:
     """A second record of one seed, a result of a model that is gone, links."""
     attack(two_attacks, "sig-7", 0.5, 0.5, seed=0)
     defense(two_attacks / "sig-0", "stale", 0.9, 0.1, 0.8, attack_sha256="f" * 64)
@@ -446,8 +465,8 @@ def test_an_empty_folder_or_a_wrong_flag_is_one_line_and_exit_code_2(
         (["--under", two_attacks, "--to", tmp_path / "file"], "cannot be made"),
         (["--under", two_attacks], "--to: a value is needed"),
         (["--rebuild", tmp_path / "none.md"], "cannot be read"),
-        (["--rebuild", tmp_path / "none.md", "--keep"], "goes with no other flag"),
-        (["--rebuild", tmp_path / "none.md", "--formats", "md"], "goes with no other flag"),
+        (["--rebuild", tmp_path / "none.md", "--keep"], "takes no other flag"),
+        (["--rebuild", tmp_path / "none.md", "--formats", "md"], "takes no other flag"),
         (
             ["--under", two_attacks, "--to", tmp_path / "to", "--formats", "md,pdf"],
             "--formats: pdf is not allowed; give some of md,tex,csv,png,svg,html",
@@ -517,7 +536,8 @@ def test_texts_of_files_stay_texts_on_the_page(two_attacks: Path, tmp_path: Path
     (result.with_name("sau-<b>$x$") / "metrics.csv").write_text(
         f"round,acc,asr,ra,loss_{'$x$'}\n0,0.9,0.9,0.0,1\n1,0.9,7.5,what,1\n"
     )
-    assert report("--under", two_attacks, "--to", tmp_path / "to") == 0
+    flags = ("--formats", "md,html")
+    assert report("--under", two_attacks, "--to", tmp_path / "to", *flags) == 0
     tags = Tags((tmp_path / "to/report.html").read_text())
     assert len(tags.all("script")) == 1
     assert not tags.all("b")
@@ -531,7 +551,7 @@ def test_texts_of_files_stay_texts_on_the_page(two_attacks: Path, tmp_path: Path
 
 def test_the_page_needs_nothing_and_its_tables_sort(two_attacks: Path, tmp_path: Path) -> None:
     """Cells have their numbers as they are, for the script, which the page's policy allows."""
-    assert report("--under", two_attacks, "--to", tmp_path / "to") == 0
+    assert report("--under", two_attacks, "--to", tmp_path / "to", "--formats", "html") == 0
     text = (tmp_path / "to/report.html").read_text()
     tags = Tags(text)
     assert not tags.all("link")
@@ -559,10 +579,10 @@ def test_pictures_are_inlined_up_to_a_size(tmp_path: Path) -> None:
     assert (shown.width, shown.height) == (300, 200)
     reasons = {}
     for name in ("linked", "junk", "huge"):
-        left_out = pictures.from_file(tmp_path / f"{name}.png", name)
-        assert left_out is not None
-        assert left_out.address == ""
-        reasons[name] = left_out.reason
+        skipped = pictures.from_file(tmp_path / f"{name}.png", name)
+        assert skipped is not None
+        assert skipped.address == ""
+        reasons[name] = skipped.reason
     assert "is a link" in reasons["linked"]
     assert "cannot be read" in reasons["junk"]
     assert "too many pixels" in reasons["huge"]
@@ -632,7 +652,8 @@ def test_kept_runs_make_the_same_report_byte_by_byte(two_attacks: Path, tmp_path
 def test_curves_are_one_tidy_table(two_attacks: Path, tmp_path: Path) -> None:
     """Each row says whose it is, a cell that a run has no value for is empty, bits stay."""
     with_curves(two_attacks / "sig-0")
-    assert report("--under", two_attacks, "--to", tmp_path / "kept", "--keep") == 0
+    flags = ("--keep", "--formats", "md")
+    assert report("--under", two_attacks, "--to", tmp_path / "kept", *flags) == 0
     assert (tmp_path / "kept/curves.csv").read_text() == (
         "record,defense,epoch,round,seconds,acc,asr,ra,loss,loss_shared\n"
         "sig-0,,1,,2.5,0.9,1.0,0.0,0.25,\n"
@@ -727,11 +748,9 @@ SIG = '{"attack": "sig", "dataset": "digits", "acc": 0.9}'
     ],
 )
 def test_a_broken_line_is_named_and_never_lost(
-    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, reason: str
+    kept: Path, capsys: pytest.CaptureFixture[str], line: str, reason: str
 ) -> None:
     """The rest is read; and what keeps runs there refuses, so that the line can be mended."""
-    kept = tmp_path / "kept"
-    assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 0
     lines = (kept / "runs.jsonl").read_text()
     (kept / "runs.jsonl").write_text(f"{lines}\n{line}")
     runs, (problem,) = read_runs(kept)
@@ -784,14 +803,8 @@ def test_files_of_a_grid_that_cannot_be_read_are_never_lost(
     ],
 )
 def test_broken_curves_are_drawn_without(
-    two_attacks: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    text: str,
-    reason: str | None,
+    kept: Path, caplog: pytest.LogCaptureFixture, text: str, reason: str | None
 ) -> None:
-    kept = tmp_path / "kept"
-    assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 0
     (kept / "curves.csv").write_text(text)
     caplog.clear()
     runs, problems = read_runs(kept)
@@ -804,11 +817,9 @@ def test_broken_curves_are_drawn_without(
 
 
 def test_curves_of_runs_that_are_not_there_are_not_lost(
-    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two_attacks: Path, kept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As where a copy of a record has its summary alone."""
-    kept = tmp_path / "kept"
-    assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 0
     (kept / "curves.csv").write_text("record,defense,round,acc\nlf-0,sau,1,0.5\n")
     assert report("--under", two_attacks, "--to", kept, "--keep", "--formats", "md") == 2
     assert "curves.csv: has rows of lf-0/sau, and no run with metrics" in capsys.readouterr().err
@@ -817,7 +828,8 @@ def test_curves_of_runs_that_are_not_there_are_not_lost(
 
 def test_grids_under_a_folder_are_read_at_any_depth(two_attacks: Path, tmp_path: Path) -> None:
     """Beside folders of records; each record is called after where it is."""
-    assert report("--under", two_attacks, "--to", tmp_path / "all/a", "--keep") == 0
+    flags = ("--keep", "--formats", "md")
+    assert report("--under", two_attacks, "--to", tmp_path / "all/a", *flags) == 0
     attack(tmp_path / "all/b", "lf-0", 0.9, 0.9)
     runs, problems = read_runs(tmp_path / "all")
     assert problems == []
@@ -827,6 +839,7 @@ def test_grids_under_a_folder_are_read_at_any_depth(two_attacks: Path, tmp_path:
 
 def test_a_report_inside_the_records_is_not_read_as_records(two_attacks: Path) -> None:
     flags = ("--record_path", two_attacks, "--to", two_attacks / "report", "--keep")
+    flags += ("--formats", "md")
     assert report(*flags) == 0
     first = (two_attacks / "report/table.md").read_text()
     assert report(*flags) == 0
@@ -838,12 +851,12 @@ def test_what_a_killed_report_was_writing_goes_with_the_next(
 ) -> None:
     """Of its own files alone: the folder may be the user's."""
     to = tmp_path / "to"
-    ours = (".table.0123abcd.tmp.md", ".report.0123abcd.tmp.html", "records/r/.x.0123abcd.tmp")
+    ours = (".table.0123abcd.tmp.md", ".table.0123abcd.tmp.tex", "records/r/.x.0123abcd.tmp")
     theirs = ("chapter1.tex", ".chapter1.0123abcd.tmp.tex", ".table.md.swp")
     for name in (*ours, *theirs):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         (to / name).write_text("half")
-    assert report("--under", two_attacks, "--to", to) == 0
+    assert report("--under", two_attacks, "--to", to, "--formats", "md,tex") == 0
     assert all((to / name).exists() for name in theirs)
     assert [name for name in ours if (to / name).exists()] == ["records/r/.x.0123abcd.tmp"]
 
@@ -942,8 +955,9 @@ def test_results_are_few_files_and_show_all_their_figures() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path) -> None:
-    """Gallery, curves, figures in both formats; what is missing is left out without a word."""
+    """Gallery, curves, figures in both formats; what is missing is skipped without a word."""
     assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, badnet.name)) == 0
     to = tmp_path / "to"
     assert report("--record_path", workplace / "record", "--to", to) == 0

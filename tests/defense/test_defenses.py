@@ -63,6 +63,9 @@ IDENTITIES: dict[str, dict[str, Any]] = {
     "mad_threshold": {"mad_threshold": 1e9},
 }
 
+# Those whose pictures of their own kinds are drawn; pictures of other runs take no time.
+DRAWN = ("bti_dbf", "nc", "sau")
+
 # Values with which a defense is plain fine-tuning, by its name.
 EQUALS_FT: dict[str, dict[str, Any]] = {"ft_sam": {"rho": 0.0, "label_smoothing": 0.0}}
 
@@ -201,6 +204,16 @@ def on_bright(name: str, changes: Mapping[str, Any], **how: Any) -> Outcome:
     return outcome(name, model, seen.images, seen.labels, config, **how)
 
 
+@functools.cache
+def _whole(name: str, changes: tuple[tuple[str, Any], ...]) -> Outcome:
+    return on_bright(name, dict(changes))
+
+
+def whole_run(name: str, changes: Mapping[str, Any]) -> Outcome:
+    """What `on_bright` gives if nothing stops it; computed once."""
+    return _whole(name, tuple(changes.items()))
+
+
 def disturb() -> None:
     """Moves the global generators."""
     torch.rand(7)
@@ -278,7 +291,7 @@ def test_the_model_and_the_images_stay_as_they_were(name: str, changes: dict[str
 def test_the_model_changes_here(name: str, changes: dict[str, Any]) -> None:
     """Else what is equal in these tests would also be what stands still."""
     images = bright_data().test.images / 255
-    assert not torch.equal(fitted()(images), on_bright(name, changes).model(images))
+    assert not torch.equal(fitted()(images), whole_run(name, changes).model(images))
 
 
 # --- same seed, same images, same bits -----------------------------------------------------------
@@ -315,7 +328,7 @@ def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
 
     Only a defense without any step of an optimizer may do without batches.
     """
-    whole = on_bright(name, changes)
+    whole = whole_run(name, changes)
     snapshots: dict[tuple[str, int, int], Path] = {}
     steps: list[None] = []
 
@@ -629,7 +642,7 @@ GROUPS = {
 def test_help_shows_the_flags_that_act_by_what_they_are_for(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that its `Config` has from no base come first, as the defense's own."""
+    """Those that its `Config` has from no base come first, and with them the levels of masks."""
     config = module(name).Config
     assert run_script(ROOT / f"defense/{name}.py", "--help") == 0
     text = capsys.readouterr().out
@@ -638,7 +651,8 @@ def test_help_shows_the_flags_that_act_by_what_they_are_for(
         block.splitlines()[0]: re.findall(r"^  --(\w+)", block, flags=re.M) for block in blocks
     }
     bases = {flag for base in config.__bases__ for flag in fields(base)}
-    method = [flag for flag in fields(config) if flag not in bases]
+    of_masks = set(fields(base.Masked)) - set(fields(base.HeldOut))
+    method = [flag for flag in fields(config) if flag not in bases - of_masks]
     assert shown.pop("This defense", []) == method
     expected = {
         title: [flag for flag in flags if flag in bases or flag in USER_FILES]
@@ -675,8 +689,12 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures become ones that take no time."""
+    without_pictures(monkeypatch)
+
+
+def without_pictures(patch: pytest.MonkeyPatch) -> None:
     for drawing in ("curves", "image_grid"):
-        monkeypatch.setattr(plot, drawing, lambda *_: Picture())
+        patch.setattr(plot, drawing, lambda *_: Picture())
 
 
 @pytest.fixture(scope="module")
@@ -729,6 +747,8 @@ def purified(request: pytest.FixtureRequest, attacked: Path) -> Purified:
     name = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.CONSTRUCTORS, "preactresnet18", Small)
+        if name not in DRAWN:
+            without_pictures(patch)
         attack = load_attack(attacked)
         flags = script_flags(attack, name, attack.build())
         assert run_script(ROOT / f"defense/{name}.py", *flags) == 0

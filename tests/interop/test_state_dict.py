@@ -141,7 +141,7 @@ def test_without_triggered_images_there_is_no_asr_and_defenses_say_so(
 
 
 def test_triggered_images_give_asr(workplace: Path, own: Path, state: Path, tmp_path: Path) -> None:
-    """The target's six test images are left out; pixels and labels are those of the folder."""
+    """The target's six test images are skipped; pixels and labels are those of the folder."""
     folder = triggered_images(workplace, tmp_path / "bd")
     changes: dict[str, object] = {"bd_test_dir": folder, "attack_target": 1}
     assert run(*flags(workplace, own, state, "triggered", **changes)) == 0

@@ -313,7 +313,7 @@ def test_pretrained_networks_resize_where_they_need_to(
 
 def test_a_network_without_trained_weights_is_said() -> None:
     for name in ("preactresnet18", "my_net.py:build"):
-        with pytest.raises(UserError, match=f"no trained weights of {name}; leave the flag out"):
+        with pytest.raises(UserError, match=f"no trained weights of {name}; drop the flag"):
             pretrained_size(name, 32)
 
 

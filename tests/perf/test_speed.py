@@ -44,7 +44,7 @@ def test_delta_in_float32_is_the_literal_one_to_the_last_bit() -> None:
     model, reference = (
         prepare(build_model("preactresnet18", 4), CPU, "fp32").eval() for _ in range(2)
     )
-    images, labels = torch.rand(64, 3, 16, 16), torch.arange(64) % 4
+    images, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 4
     config = sau.Config.load("cifar10", adv_steps=3)
     plain = [literal.plain_network(network) for network in (model, reference)]
     expected = literal.perturbation(*plain, images, labels, config)
@@ -52,6 +52,7 @@ def test_delta_in_float32_is_the_literal_one_to_the_last_bit() -> None:
     assert 0 < (expected > 0).float().mean() < 1
 
 
+@pytest.mark.usefixtures("small")
 def test_numbers_that_measure_nothing_are_refused(
     workplace: Path, badnet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +91,7 @@ def test_variants_take_turns_and_the_first_turn_does_not_count() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_it_leaves_a_table_and_a_chart(workplace: Path, badnet: Path) -> None:
     flags = ["--result_file", badnet, "--to", workplace / "speed", "--repeats", 1, "--images", 4]
     flags += ["--epoch_images", 8, "--batch_size", 4, "--device", "cpu"]

@@ -285,7 +285,7 @@ def test_a_figure_takes_any_name_and_says_nothing(
 
 
 def test_a_figure_shows_a_name_as_it_is() -> None:
-    """Also between dollars, and where matplotlib leaves out of a legend what begins with _."""
+    """Also between dollars, and where matplotlib skips names in a legend that begin with _."""
     for name in (r"$\alpha$ \$ 5$", "_x"):
         figure = plot.cost(
             pd.DataFrame({"defense": [name], "attack": ["a"], "seconds": [1.0], "der": [0.5]}), name

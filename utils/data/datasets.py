@@ -87,7 +87,7 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
     for split, kind in ((dataset.train, "training"), (dataset.test, "test")):
         if len(split) == 0:
             raise UserError(
-                f"--dataset {name}: the {kind} set has no image; give at least one a class"
+                f"--dataset {name}: the {kind} set has no image; give at least one per class"
             )
     counts = (len(dataset.classes), len(dataset.train), len(dataset.test))
     if counts != _OFFICIAL.get(name, counts):
@@ -240,7 +240,7 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
     counts = []
     for label, wordnet_id in enumerate(ids):
         folder = home / "train" / wordnet_id / "images"
-        pictures = _pictures(folder)[0] if folder.is_dir() else []
+        pictures = _content(folder).pictures if folder.is_dir() else []
         train.files.extend(pictures)
         train.labels.extend([label] * len(pictures))
         counts.append(len(pictures))
@@ -263,16 +263,17 @@ def _tiny_validation(folder: Path, ids: list[str]) -> _Listing:
         for label, wordnet_id in enumerate(ids):
             homes = (folder / wordnet_id / "images", folder / wordnet_id)
             home = next((home for home in homes if home.is_dir()), None)
-            pairs += [] if home is None else [(label, file) for file in _pictures(home)[0]]
+            pairs += [] if home is None else [(label, file) for file in _content(home).pictures]
     else:
         label_of = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
         for row in (line.split("\t") for line in _lines(notes) if line):
-            if len(row) < 2 or row[1] not in label_of:
+            name, wordnet_id = (*row, "")[:2]
+            if wordnet_id not in label_of:
                 raise UserError(
                     f"{notes}: {' '.join(row)} names no class of wnids.txt; extract the archive "
                     "again"
                 )
-            pairs.append((label_of[row[1]], folder / "images" / Path(row[0]).name))
+            pairs.append((label_of[wordnet_id], folder / "images" / Path(name).name))
     pairs.sort()
     return _Listing([file for _, file in pairs], [label for label, _ in pairs])
 
@@ -284,7 +285,7 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
             "--dataset_path: a value is needed with --dataset folder; give the folder that holds "
             "train/ and test/"
         )
-    folders, left_out = [], []
+    folders, skipped = [], []
     for name, aliases in _SPLITS.items():
         for alias in aliases:
             if not (path / name).is_dir() and (path / alias).is_dir():
@@ -294,7 +295,7 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
                 )
         homes, others = _class_folders(path / name)
         folders.append(homes)
-        left_out += others
+        skipped += others
     classes, test_classes = (tuple(split) for split in folders)
     if classes != test_classes:
         alone = {
@@ -312,10 +313,10 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     for homes in folders:
         listing = _Listing([], [])
         for label, folder in enumerate(homes.values()):
-            pictures, others = _pictures(folder)
+            pictures, others = _content(folder)
             listing.files.extend(pictures)
             listing.labels.extend([label] * len(pictures))
-            left_out += others
+            skipped += others
         splits.append(listing)
     train, test = splits
     for label, name in enumerate(classes):
@@ -325,15 +326,15 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
                 "remove the folder"
             )
     dataset = _from_files("folder", path, train, test, image_size, classes)
-    return replace(dataset, warnings=tuple(_folder_warnings(path, dataset, left_out)))
+    return replace(dataset, warnings=tuple(_folder_warnings(path, dataset, skipped)))
 
 
-def _folder_warnings(path: Path, dataset: Dataset, left_out: list[Path]) -> Iterator[str]:
+def _folder_warnings(path: Path, dataset: Dataset, skipped: list[Path]) -> Iterator[str]:
     """Warnings about unusual things in a folder of images."""
-    if left_out:
+    if skipped:
         yield (
-            f"--dataset_path: {len(left_out)} files or folders are left out, such as "
-            f"{left_out[0].relative_to(path)}; pictures are in the folder of a class and have one "
+            f"--dataset_path: {len(skipped)} files or folders are skipped, such as "
+            f"{skipped[0].relative_to(path)}; pictures are in the folder of a class and have one "
             f"of the endings {' '.join(sorted(IMAGE_SUFFIXES))}"
         )
     tested = torch.bincount(dataset.test.labels, minlength=len(dataset.classes))
@@ -359,7 +360,9 @@ def class_name(folder: Path) -> str:
 def _class_folders(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     """Class -> its folder, by name; and the files beside these folders, without hidden files."""
     if not folder.is_dir():
-        raise UserError(f"--dataset_path: {folder} is not a folder; put one folder a class into it")
+        raise UserError(
+            f"--dataset_path: {folder} is not a folder; put one folder per class into it"
+        )
     folders: dict[str, Path] = {}
     visible = [inside for inside in sorted(folder.iterdir()) if not inside.name.startswith(".")]
     for inside in visible:
@@ -372,7 +375,7 @@ def _class_folders(folder: Path) -> tuple[dict[str, Path], list[Path]]:
                 )
     if not folders:
         raise UserError(
-            f"--dataset_path: {folder} has no class folders; put one folder a class into it"
+            f"--dataset_path: {folder} has no class folders; put one folder per class into it"
         )
     return dict(sorted(folders.items(), key=_by_name(folders))), [
         inside for inside in visible if not inside.is_dir()
@@ -385,7 +388,14 @@ def _by_name(names: Iterable[str]) -> Callable[[tuple[str, Path]], tuple[int, st
     return lambda item: (int(item[0]) if are_numbers else 0, item[0])
 
 
-def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+class _Content(NamedTuple):
+    """What is in a folder of pictures."""
+
+    pictures: list[Path]
+    others: list[Path]
+
+
+def _content(folder: Path) -> _Content:
     """The picture files of a folder by name, and the other things in it.
 
     Hidden files are in neither list: they are notes of other programs.
@@ -395,7 +405,7 @@ def _pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     for file in sorted(folder.iterdir()):
         if not file.name.startswith("."):
             (pictures if file.suffix.lower() in IMAGE_SUFFIXES else others).append(file)
-    return pictures, others
+    return _Content(pictures, others)
 
 
 def _lines(file: Path) -> Iterable[str]:

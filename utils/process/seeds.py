@@ -49,7 +49,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         if not match:
             raise
         raise UserError(
-            f"--deterministic: {match[1]} cannot be so on this device; leave the flag out, or give "
+            f"--deterministic: {match[1]} cannot be so on this device; drop the flag, or give "
             "another --model"
         ) from None
     finally:

@@ -103,7 +103,7 @@ def checked_model(name: str, sha256: str | None, given: str | None) -> str:
     """
     if not is_user_file(name):
         if given not in (None, name):
-            raise UserError(f"--model: {given}, but the record says {name}; leave the flag out")
+            raise UserError(f"--model: {given}, but the record says {name}; drop the flag")
         return name
     if given is None:
         raise UserError(
@@ -281,7 +281,7 @@ class AttackRecord(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Own(AttackRecord):
+class _RecordOfOurs(AttackRecord):
     """A record that an attack script wrote."""
 
     dataset_fingerprint: str
@@ -343,7 +343,7 @@ def load_attack(folder: Path) -> AttackRecord:
     Raises:
         UserError: if the run is not finished, or a file was changed or damaged.
     """
-    return _load_backdoorbench(folder) if is_backdoorbench(folder) else _load_own(folder)
+    return _load_backdoorbench(folder) if is_backdoorbench(folder) else _load_ours(folder)
 
 
 def is_backdoorbench(folder: Path) -> bool:
@@ -399,7 +399,7 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
     )
 
 
-def _load_own(folder: Path) -> AttackRecord:
+def _load_ours(folder: Path) -> AttackRecord:
     result, poison = folder / RESULT, folder / POISON
     if not (folder / SUMMARY).exists():
         raise UserError(
@@ -411,7 +411,7 @@ def _load_own(folder: Path) -> AttackRecord:
         content = load_tensors(result)
         plain = schema.check_attack(content)
     stored = _read_poison(poison, plain) if POISON in hashes else None
-    return _Own(
+    return _RecordOfOurs(
         folder=folder,
         sha256=hashes[RESULT],
         attack=plain["attack"],

@@ -453,7 +453,9 @@ def _without_target_class(test: Replaced) -> Replaced:
     if len(rows) == 0:
         raise ValueError("bd_test has no image whose label the trigger shall change")
     if len(rows) < len(test.index):
-        logger.info("%d triggered images of the target class left out", len(test.index) - len(rows))
+        logger.info(
+            "%d triggered images of the target class are skipped", len(test.index) - len(rows)
+        )
     return Replaced(
         count=test.count,
         index=test.index[rows],

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,13 @@ class Step(Protocol):
 
     def update(self) -> None:
         """Called after each step of the model's optimizer, for networks of the attack's own."""
+
+
+class Position(NamedTuple):
+    """The round, from 1, and how many of its batches are done."""
+
+    number: int
+    batches: int
 
 
 class Loop:
@@ -239,9 +246,9 @@ class Loop:
                 self._after_batch(len(batches))
 
     @property
-    def position(self) -> tuple[int, int]:
-        """The round, and how many of its batches are done."""
-        return self._round, self._batch
+    def position(self) -> Position:
+        """Where the loop is in its present phase."""
+        return Position(self._round, self._batch)
 
     @property
     def total(self) -> int:

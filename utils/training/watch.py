@@ -169,7 +169,7 @@ class Watch:
     ) -> None:
         with self._paused():
             self._report(number, total, losses, state.get("model"))
-        if stop_signal() and self._loop.position[1] == 0:  # no batches, and so no checkpoint
+        if stop_signal() and self._loop.position.batches == 0:  # no batches, and so no checkpoint
             defer_signals(False)
             raise Stopped(stop_signal() or 0, f"stopped in {self._name()} {number}")
 

@@ -380,7 +380,7 @@ def test_what_is_no_picture_by_its_name_is_told(
     (tree / "train/.hidden").write_text("")
     data = load_dataset("folder", tree, 8)
     message = caplog.messages[-1]
-    assert "3 files or folders are left out, such as train/stray.png; " in message
+    assert "3 files or folders are skipped, such as train/stray.png; " in message
     assert ".png" in message
     assert message == f"warning: {data.warnings[0]}"
 

@@ -83,6 +83,7 @@ def test_the_scenes_train(found: dict[str, Any]) -> None:
         assert len(set(steps)) == len(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", defense.names())
 def test_a_defense_gives_the_same_in_two_processes_or_is_refused(
     found: dict[str, Any], name: str
@@ -100,11 +101,13 @@ def test_a_defense_gives_the_same_in_two_processes_or_is_refused(
     assert len(set(losses)) == len(losses)
 
 
+@pytest.mark.slow
 def test_what_is_cached_is_computed_once(found: dict[str, Any]) -> None:
     assert found["two"]["preparation"]["times"] == 1
     assert found["two"]["preparation"]["alone"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scene", "message"),
     [
@@ -117,6 +120,7 @@ def test_what_cannot_be_shared_is_refused(found: dict[str, Any], scene: str, mes
     assert found["one"][scene]["refused"] is None
 
 
+@pytest.mark.slow
 def test_what_the_first_process_refuses_ends_all_with_its_words(found: dict[str, Any]) -> None:
     said = "nothing comes of it in process 0"
     assert found["two"]["preparation that fails"] == {"refused": said, "others": [said]}

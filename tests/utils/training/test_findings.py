@@ -78,7 +78,7 @@ def test_a_state_is_a_copy() -> None:
 
 
 def test_what_makes_a_picture_is_not_kept_and_not_lost() -> None:
-    """It is not called for a state, which leaves it out; a run that goes on states it again."""
+    """It is not called for a state, which has none of it; a run that goes on states it again."""
 
     def never() -> Picture:
         raise AssertionError("nobody draws it")
