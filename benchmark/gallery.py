@@ -15,8 +15,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.reporting.sources import file_stem
-from utils import plot
 from utils.config import Parser
 from utils.data.batches import as_float
 from utils.errors import UserError
@@ -72,6 +70,8 @@ def gallery_rows(
     clean: torch.Tensor, triggered: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Rows for `plot.image_grid`: the images, then their amplified differences from the clean."""
+    from utils import plot  # here, because `--help` must not wait for it
+
     rows = {"clean": torch.cat([clean, torch.full_like(clean, 0.5)])}
     for name, images in triggered.items():
         difference, scale = plot.amplified(images - clean)
@@ -81,6 +81,9 @@ def gallery_rows(
 
 def write(records: list[Path], to: Path) -> None:
     """Writes the gallery and the strips into a folder, which is made."""
+    from benchmark.reporting.sources import file_stem
+    from utils import plot
+
     dataset, clean, triggered = load_rows(records)
     folder = folders.RunFolder(to)
     strips = folders.RunFolder(to / "attacks")

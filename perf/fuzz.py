@@ -39,8 +39,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import badnet
-from benchmark import report
 from benchmark.grid import read_grid
+from benchmark.report import FORMATS
+from benchmark.reporting.files import write as write_report
 from defense import ft, sau
 from interop.backdoorbench import export_record
 from models import build_model
@@ -325,7 +326,7 @@ def cases(good: Path) -> dict[str, Case]:
         runs = [folder / "records/x", folder / "records/x/defense/ft"]
         for run in rng.sample(runs, rng.randint(1, 2)):
             spoil_run(run, ("summary.json", "config.yaml", "metrics.csv"), rng)
-        report.write([folder / "records"], folder / "to", rng.random() < 0.5)
+        write_report([folder / "records"], folder / "to", rng.random() < 0.5, FORMATS)
 
     return {
         "record": record,

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmark.report import draw, made_folder
 from benchmark.reporting import page, sources, tables
+from benchmark.reporting.figures import draw
+from benchmark.reporting.files import made_folder
 from benchmark.reporting.means import Number, Table, summarize
 from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
 from tests.test_end_to_end import badnet, cache, defense_flags, run_script, workplace

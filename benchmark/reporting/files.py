@@ -1,0 +1,182 @@
+"""The files of a report: tables, figures and a page, and the marked tables of a text."""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from benchmark.reporting import leaderboard, page, sources, tables
+from benchmark.reporting.figures import draw
+from benchmark.reporting.means import Table, summarize
+from benchmark.reporting.summaries import read_runs
+from utils.errors import UserError, one_line
+from utils.files import read_text
+from utils.process.script import logger
+from utils.records.folders import RunFolder
+
+_MARKED = {"table.md": tables.markdown, "leaderboard.md": leaderboard.markdown}
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")
+_MARK = re.compile(r"<!-- (?P<kind>begin|end) (?P<name>[^\s<>]+) -->\s*")
+
+
+def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[str]) -> None:
+    """Writes a report of the runs under some folders into another one, or one of them.
+
+    Args:
+        is_kept: whether the runs are written, too.
+        formats: some of `report.FORMATS`.
+
+    Raises:
+        UserError: if there is no finished run, one that is kept would be lost, or the folder cannot
+            be written.
+    """
+    all_tables, runs, problems = read(unders, to)
+    if is_kept:
+        sources.check_kept(to, list(runs["run"]))
+    folder = made_folder(to)
+    write_tables(all_tables, runs, folder, formats)
+    if is_kept:
+        sources.keep(runs["run"], folder)
+    drawn = {"png", "svg"} & set(formats) | ({"png"} if "html" in formats else set())
+    pictures: dict[str, dict[str, Path]] = {}
+    if drawn:
+        figures = made_folder(to / "figures")
+        pictures = {table.name: draw(table, figures, drawn) for table in all_tables}
+    logger.info("%d records, %d runs: %s", runs["record"].nunique(), len(runs), to)
+    if "html" in formats:
+        title = f"Backdoors and defenses: {', '.join(sorted(set(runs['dataset'])))}"
+        folder.write_text("report.html", page.render(title, all_tables, pictures, problems))
+        logger.info("page: %s", to / "report.html")
+
+
+def read(unders: Sequence[Path], to: Path) -> tuple[list[Table], pd.DataFrame, list[str]]:
+    """Tables and runs of some folders; a message names everything that is skipped.
+
+    Raises:
+        UserError: if nothing remains.
+    """
+    runs, problems = read_runs(*unders, without=to)
+    for problem in problems:
+        logger.warning("warning: %s", problem)
+    if runs.empty:
+        names = ", ".join(map(str, unders))
+        raise UserError(f"{names}: has no finished record; run an attack, or name another --under")
+    return summarize(runs), runs, problems
+
+
+def write_tables(
+    all_tables: list[Table],
+    runs: pd.DataFrame,
+    folder: RunFolder,
+    formats: Collection[str],
+) -> None:
+    """Writes the tables, in all chosen formats that are for tables."""
+    if "md" in formats:
+        for name, as_markdown in _MARKED.items():
+            folder.write_text(name, as_markdown(all_tables))
+    if "tex" in formats:
+        folder.write_text("table.tex", tables.latex(all_tables))
+    if "csv" in formats:
+        folder.write_text("table.csv", tables.tidy(all_tables))
+        folder.write_text("runs.csv", tables.runs_csv(runs))
+        folder.write_text("backdoorbench.csv", leaderboard.backdoorbench_csv(all_tables))
+
+
+def rebuild(text: Path) -> None:
+    """Makes the tables that a text names again, from the runs beside them, and puts them in.
+
+    The figures of these folders that the text shows are drawn again, too.
+
+    Raises:
+        UserError: if a mark has no other half, or names a folder that is not there.
+    """
+    try:
+        before = read_text(text)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"--rebuild: {text} cannot be read ({reason}); give a text file") from None
+    parts: dict[str, str] = {}
+    folders: dict[Path, list[Table]] = {}
+    for name in _marked(text, before):
+        path = text.parent / name
+        is_below = path.resolve().is_relative_to(text.parent.resolve())
+        if not is_below or path.name not in _MARKED:
+            raise UserError(
+                f"{text}: {name} is no {' or '.join(_MARKED)} beside it; "
+                "name results/<grid>/table.md"
+            )
+        if not path.parent.is_dir():
+            raise UserError(f"{text}: {path.parent} is no folder; write it with --to and --keep")
+        if path.parent not in folders:
+            all_tables, runs, _ = read([path.parent], path.parent)
+            write_tables(all_tables, runs, RunFolder(path.parent), ("md",))
+            figures = path.parent / "figures"
+            _draw_shown(all_tables, figures, _shown(text, before, figures))
+            folders[path.parent] = all_tables
+        parts[name] = _MARKED[path.name](folders[path.parent])
+    RunFolder(text.parent).write_text(text.name, filled(text, before, parts))
+    logger.info("tables of %s: %s", text, ", ".join(parts) or "none")
+
+
+def _shown(text: Path, content: str, figures: Path) -> set[str]:
+    """Names of the PNG files of a folder that a text in Markdown shows, without their suffix."""
+    links = [text.parent / link for link in _PICTURE.findall(content)]
+    return {link.stem for link in links if link.parent == figures}
+
+
+def _draw_shown(all_tables: list[Table], figures: Path, shown: set[str]) -> None:
+    """Draws figures of some tables; a message names figures that are still missing."""
+    if not shown:
+        return
+    folder = made_folder(figures)
+    for table in all_tables:
+        draw(table, folder, ("png",), shown)
+    for stem in sorted(shown):
+        if not (figures / f"{stem}.png").is_file():
+            logger.warning("warning: %s: cannot be drawn from the runs", figures / f"{stem}.png")
+
+
+def _marked(text: Path, content: str) -> list[str]:
+    """The names in marks; each mark must be opened and closed, and none may be inside another."""
+    names: list[str] = []
+    opened: str | None = None
+    for number, line in enumerate(content.splitlines(), start=1):
+        mark = _MARK.fullmatch(line)
+        if mark is None:
+            continue
+        kind, name = mark.groups()
+        if (kind == "begin") != (opened is None) or (kind == "end" and name != opened):
+            raise UserError(
+                f"{text}:{number}: {line.strip()} has no other half; write begin and end"
+            )
+        opened = name if kind == "begin" else None
+        if kind == "begin":
+            names.append(name)
+    if opened is not None:
+        raise UserError(f"{text}: begin {opened} has no end; write <!-- end {opened} -->")
+    return names
+
+
+def filled(text: Path, content: str, parts: dict[str, str]) -> str:
+    """A text with new content between its marks."""
+    lines: list[str] = []
+    is_inside = False
+    for line in content.splitlines():
+        mark = _MARK.fullmatch(line)
+        if mark is not None:
+            is_inside = mark["kind"] == "begin"
+            if is_inside:
+                lines += [line, "", *parts[mark["name"]].rstrip("\n").splitlines(), ""]
+        if not is_inside:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def made_folder(path: Path) -> RunFolder:
+    """A folder to write into, which is made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to: {path} cannot be made ({error.strerror}); give a folder") from None
+    return RunFolder(path)
