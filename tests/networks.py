@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+# Flags of fine-tuning on `problem`: three rounds of three batches (5, 5 and 2 images).
+TUNING = {"n_rounds": 3, "batch_size": 5, "lr": 0.05, "wd": 0.01, "crop_padding": 1}
+
 
 class ConvNet(nn.Module):
     """conv1, bn1, relu, conv2, bn2, relu, mean over the pixels, linear.

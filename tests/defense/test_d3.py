@@ -11,13 +11,11 @@ from torch.nn import functional as F
 
 from defense.d3 import Config, Start, distance_loss, purify, pushed_weights, start_of
 from models import Classifier
-from tests.networks import ConvNet, conv_net, copied, differing, problem
+from tests.networks import TUNING, ConvNet, conv_net, copied, differing, problem
 from utils.data.batches import augment
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.sgd import rescale
-
-TUNING = {"n_rounds": 3, "batch_size": 5, "lr": 0.05, "wd": 0.01, "crop_padding": 1}
 
 
 def config(**changes: Any) -> Config:

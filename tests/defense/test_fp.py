@@ -11,12 +11,10 @@ from defense import ft
 from defense.fp import Config, head_features, pruning_order, purify
 from models import Classifier, Resize
 from models.preactresnet import PreActResNet
-from tests.networks import ConvNet, conv_net, copied, differing, problem
+from tests.networks import TUNING, ConvNet, conv_net, copied, differing, problem
 from utils.errors import UserError
 from utils.training.loop import Loop
 from utils.training.selection import hold_out
-
-TUNING = {"n_rounds": 3, "batch_size": 5, "lr": 0.05, "wd": 0.01, "crop_padding": 1}
 
 
 def config(**changes: Any) -> Config:

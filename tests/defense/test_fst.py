@@ -11,12 +11,10 @@ from torch.nn import functional as F
 
 from defense import ft
 from defense.fst import Config, purify, shift_loss
-from tests.networks import ConvNet, conv_net, copied, differing, problem
+from tests.networks import TUNING, ConvNet, conv_net, copied, differing, problem
 from utils.data.batches import augment
 from utils.errors import UserError
 from utils.process.seeds import generator
-
-TUNING = {"n_rounds": 3, "batch_size": 5, "lr": 0.05, "wd": 0.01, "crop_padding": 1}
 
 
 def config(**changes: Any) -> Config:

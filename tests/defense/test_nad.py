@@ -13,13 +13,12 @@ from defense import ft
 from defense.nad import Config, attention_distance, attention_map, purify, stages
 from models import Classifier, Resize
 from models.preactresnet import PreActResNet
-from tests.networks import conv_net, copied, differing, problem
+from tests.networks import TUNING, conv_net, copied, differing, problem
 from utils.data.batches import augment
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.loop import Loop
 
-TUNING = {"n_rounds": 3, "batch_size": 5, "lr": 0.05, "wd": 0.01, "crop_padding": 1}
 LAYERS = ("conv1", "bn2")
 
 

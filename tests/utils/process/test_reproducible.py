@@ -103,8 +103,8 @@ def test_what_cannot_be_deterministic_is_told() -> None:
     with pytest.raises(UserError) as caught, deterministic(True):
         raise RuntimeError(message)
     assert str(caught.value) == (
-        "--deterministic: adaptive_avg_pool2d_backward_cuda cannot be so on this device; leave the "
-        "flag out, or give another --model"
+        "--deterministic: adaptive_avg_pool2d_backward_cuda cannot be so on this device; drop the "
+        "flag, or give another --model"
     )
     with pytest.raises(RuntimeError, match="out of memory"), deterministic(True):
         raise RuntimeError("out of memory")
