@@ -323,7 +323,8 @@ def purify(
         if best:
             signals = held_out_signals(*attacked, *held_out, config)
             loop.findings.tables.setdefault("held_out", []).append({"round": number, **signals})
-            if best.keep(model, signals["total"], number):
+            wrong = 1 - signals["acc"] + signals["share"]
+            if best.keep(model, wrong, signals["total"], number):
                 loop.stop()
     if best and best.round:
         best.put_into(model)

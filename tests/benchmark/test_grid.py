@@ -94,8 +94,9 @@ def test_the_narrow_network_is_the_wide_one_with_a_quarter_of_its_channels(size:
     assert narrow_network(10, size)(torch.rand(2, 3, size, size)).shape == (2, 10)
 
 
-def test_the_digits_grid_has_every_attack_and_every_defense(tmp_path: Path) -> None:
-    grid = read_grid(ROOT / "benchmark/grids/digits.yaml")
+@pytest.mark.parametrize("name", ["digits", "leaderboard"])
+def test_a_grid_has_every_attack_and_every_defense(name: str, tmp_path: Path) -> None:
+    grid = read_grid(ROOT / f"benchmark/grids/{name}.yaml")
     scripts = {cell.script for cell in cells_of(grid, tmp_path)}
     assert scripts == {
         *(f"attack/{name}.py" for name in [*attack.names(), "prototype"]),

@@ -55,11 +55,11 @@ def drawn_by_class(labels: torch.Tensor, share: float, rng: torch.Generator) -> 
 
 
 class Best:
-    """The model of the round with the smallest value of a measure.
+    """The model of the round with the smallest value of a measure; of equal ones, a second decides.
 
     Args:
         model: as it is before the first round; `keep` is called with the same one.
-        patience: rounds without a smaller value after which it is over, >= 1.
+        patience: rounds without a smaller first value after which it is over, >= 1.
 
     Attributes:
         state: tensors by name, for a checkpoint.
@@ -68,30 +68,34 @@ class Best:
     def __init__(self, model: nn.Module, patience: int) -> None:
         self._patience = patience
         self.state = {f"weights.{k}": v.clone() for k, v in model.state_dict().items()}
-        self.state["value"] = torch.tensor(math.inf, dtype=torch.float64)
-        self.state["round"] = torch.tensor(0)
+        self.state["values"] = torch.full((2,), math.inf, dtype=torch.float64)
+        self.state["round"], self.state["since"] = torch.tensor(0), torch.tensor(0)
 
     @property
     def round(self) -> int:
         """The best round so far, from 1; 0 before the first one."""
         return int(self.state["round"])
 
-    def keep(self, model: nn.Module, value: float, number: int) -> bool:
+    def keep(self, model: nn.Module, value: float, second: float, number: int) -> bool:
         """Keeps a round's model if it is the best one so far.
 
         Args:
             value: of the measure; NaN is no good value.
+            second: of the second measure.
             number: of the round, from 1.
 
         Returns:
             Whether it is over.
         """
-        if value < self.state["value"]:
-            self.state["value"].fill_(value)
+        before = self.state["values"].tolist()
+        if value < before[0]:
+            self.state["since"].fill_(number)
+        if [value, second] < before:
+            self.state["values"].copy_(torch.tensor([value, second]))
             self.state["round"].fill_(number)
             for name, tensor in model.state_dict().items():
                 self.state[f"weights.{name}"].copy_(tensor)
-        return number - self.round >= self._patience
+        return number - int(self.state["since"]) >= self._patience
 
     def put_into(self, model: nn.Module) -> None:
         """Makes a model the best one."""

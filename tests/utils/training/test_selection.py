@@ -208,33 +208,33 @@ def test_of_two_scores_either_is_less_than_a_deviation_away() -> None:
 
 
 def test_the_best_model_is_kept_until_it_is_over() -> None:
-    """Equal is not better, NaN neither; two rounds without a better one end it."""
+    """Of equal values the second decides; NaN is none; two rounds without a smaller one end it."""
     model = nn.BatchNorm1d(1)
     best = Best(model, patience=2)
     assert best.round == 0
-    values = [3.0, math.nan, 1.0, 1.0, 2.0]
+    values = [(3.0, 9.0), (math.nan, 0.0), (1.0, 5.0), (1.0, 4.0), (2.0, 0.0)]
     ends = []
-    for number, value in enumerate(values, start=1):
+    for number, (value, second) in enumerate(values, start=1):
         with torch.no_grad():
             model.weight.fill_(number)
             model.running_mean.fill_(10 * number)
-        ends.append(best.keep(model, value, number))
+        ends.append(best.keep(model, value, second, number))
     assert ends == [False, False, False, False, True]
-    assert best.round == 3
+    assert best.round == 4
     other = nn.BatchNorm1d(1)
     best.put_into(other)
-    assert (other.weight.item(), other.running_mean.item()) == (3, 30)
+    assert (other.weight.item(), other.running_mean.item()) == (4, 40)
     assert (model.weight.item(), model.running_mean.item()) == (5, 50)
 
 
 def test_the_best_model_goes_on_from_its_state() -> None:
     model = nn.Linear(1, 1)
     best = Best(model, patience=3)
-    best.keep(model, 1.0, 1)
+    best.keep(model, 1.0, 0.0, 1)
     copied = Best(nn.Linear(1, 1), patience=3)
     for name, tensor in copied.state.items():
         tensor.copy_(best.state[name])
     assert copied.round == 1
-    assert not copied.keep(nn.Linear(1, 1), 1.5, 2)
+    assert not copied.keep(nn.Linear(1, 1), 1.5, 0.0, 2)
     copied.put_into(other := nn.Linear(1, 1))
     assert torch.equal(other.weight, model.weight)
