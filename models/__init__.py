@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.preactresnet import preactresnet18
+from models.preactresnet import preactresnet18, preactresnet18_half
 from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
 from models.userfile import build_user_model, is_user_file, model_identity
@@ -33,6 +33,7 @@ __all__ = [
 # torchvision's.
 CONSTRUCTORS: dict[str, Callable[[int], nn.Module]] = {
     "preactresnet18": preactresnet18,
+    "preactresnet18_half": preactresnet18_half,
     "tiny": TinyNet,
 }
 

@@ -25,7 +25,7 @@ from models import (
     prepare,
     pretrained_size,
 )
-from models.preactresnet import PreActBlock, PreActResNet, preactresnet18
+from models.preactresnet import PreActBlock, PreActResNet, preactresnet18, preactresnet18_half
 from utils.errors import UserError
 
 State = dict[str, torch.Tensor]
@@ -68,6 +68,15 @@ def test_preactresnet18_has_the_published_size() -> None:
     assert len(ten.state_dict()) == 102
     assert sum(weight.numel() for weight in ten.parameters()) == 11_171_146
     assert sum(weight.numel() for weight in hundred.parameters()) == 11_217_316
+
+
+def test_half_of_the_channels_is_a_quarter_of_the_weights() -> None:
+    """Every size of a weight is a half but for 3 colours, kernels' sides and the 10 classes."""
+    half, whole = preactresnet18_half(10).state_dict(), preactresnet18(10).state_dict()
+    assert sum(weight.numel() for weight in preactresnet18_half(10).parameters()) == 2_796_202
+    assert list(half) == list(whole)
+    for name, value in half.items():
+        assert list(value.shape) == [n // 2 if n >= 64 else n for n in whole[name].shape], name
 
 
 def test_preactresnet18_keeps_the_order_of_the_exchanged_state() -> None:
@@ -224,7 +233,14 @@ def test_an_unknown_name_lists_the_valid_ones() -> None:
 def test_model_names_are_ours_and_torchvisions() -> None:
     names = model_names()
     assert names == sorted(set(names))
-    assert {"preactresnet18", "tiny", "vgg16", "densenet121", "vit_b_16"} <= set(names)
+    assert {
+        "preactresnet18",
+        "preactresnet18_half",
+        "tiny",
+        "vgg16",
+        "densenet121",
+        "vit_b_16",
+    } <= set(names)
     assert not any(name.startswith(("fcn", "fasterrcnn", "raft", "quantized")) for name in names)
 
 
