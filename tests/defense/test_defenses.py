@@ -66,6 +66,9 @@ IDENTITIES: dict[str, dict[str, Any]] = {
 # Those whose pictures of their own kinds are drawn; pictures of other runs take no time.
 DRAWN = ("bti_dbf", "nc", "sau")
 
+# Defenses whose cuts take half a minute.
+MANY_PHASES = ("bti_dbf", "pam")
+
 # Values with which a defense is plain fine-tuning, by its name.
 EQUALS_FT: dict[str, dict[str, Any]] = {"ft_sam": {"rho": 0.0, "label_smoothing": 0.0}}
 
@@ -320,7 +323,13 @@ def test_bytes_and_floats_are_the_same_images(name: str, changes: dict[str, Any]
         assert torch.allclose(value.double(), other[key].double(), rtol=0, atol=1e-6), key
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        pytest.param(*case, id=key, marks=[pytest.mark.slow] if case[0] in MANY_PHASES else [])
+        for key, case in cases().items()
+    ],
+)
 def test_a_run_cut_in_each_phase_goes_on_bit_for_bit(
     tmp_path: Path, name: str, changes: dict[str, Any]
 ) -> None:
