@@ -216,7 +216,9 @@ class Subject:
         labels = self.data.train.labels
         index = drawn_by_class(labels, ratio, generator(seed, "clean subset"))
         if len(index) == 0:
-            raise UserError(f"--ratio: {ratio:g} of {len(labels)} training images is none; raise it")
+            raise UserError(
+                f"--ratio: {ratio:g} of {len(labels)} training images is none; raise it"
+            )
         return index
 
     def clean_images(self, ratio: float, seed: int) -> Labelled:
@@ -264,6 +266,13 @@ class Results(Findings):
     def conclude(self, sentence: str) -> None:
         """Adds a sentence to the conclusion."""
         self.conclusion.append(sentence)
+
+    def drawn(self, names: Sequence[str], most: int = 8) -> list[str]:
+        """The models that a figure has room for; a warning names the others."""
+        if len(names) > most:
+            others = listed(names[most:])
+            self.warn(f"the figure has room for {most} models; not in it: {others}")
+        return list(names[:most])
 
     def lack_of_control(self, clean: object, consequence: str) -> None:
         """Says what the conclusion lacks if there is no clean model."""
@@ -473,9 +482,7 @@ def open_subject(config: RecordConfig) -> Subject:
         purified=purified,
         clean=None
         if clean is None
-        else prepare(
-            clean.build(config.model if clean.model_sha256 else None), device, precision
-        ),
+        else prepare(clean.build(config.model if clean.model_sha256 else None), device, precision),
         clean_sha256=None if clean is None else clean.sha256,
         warnings=tuple(warnings),
     )
@@ -534,8 +541,8 @@ def results_of(
             hashes = summary["attack_sha256"], summary["files"]["defense_result.pt"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{home / name}: has no readable summary.json, so it is no result of a defense; run "
-                "the defense again, or name others with --defenses"
+                f"{home / name}: has no readable summary.json, so it is no result of a defense; "
+                "run the defense again, or name others with --defenses"
             ) from None
         if hashes[0] != attack.sha256:
             raise UserError(

@@ -18,7 +18,7 @@ on the clean subset at each t (`--bn reestimate`); then also the scores at 0 and
 Nothing is trained. Defenses that change the architecture are skipped.
 """
 
-import copy
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def crossing(ts: Sequence[float], rates: Sequence[float], level: float = HALF) -
     before = [(t, rate) for t, rate in zip(ts, rates, strict=True) if t <= 1]
     if before[-1][1] >= level:
         return None
-    for (t, rate), (later, lower) in reversed(list(zip(before, before[1:], strict=False))):
+    for (t, rate), (later, lower) in reversed(list(itertools.pairwise(before))):
         if rate >= level > lower:
             return t + (later - t) * (rate - level) / (rate - lower)
     return None
@@ -127,9 +127,7 @@ def barrier(ts: Sequence[float], rates: Sequence[float]) -> float:
     """How far a rate falls, from t = 0 to 1, below the straight line between its two ends; >= 0."""
     first, last = rates[ts.index(0.0)], rates[ts.index(1.0)]
     return max(
-        first + t * (last - first) - rate
-        for t, rate in zip(ts, rates, strict=True)
-        if 0 <= t <= 1
+        first + t * (last - first) - rate for t, rate in zip(ts, rates, strict=True) if 0 <= t <= 1
     )
 
 
@@ -165,9 +163,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                     reestimate(model, images)
                 return subject.score(model).counts()
 
-        points = [
-            results.step(f"{purified.name}, t = {t:g}", lambda t=t: scores_at(t)) for t in ts
-        ]
+        points = [results.step(f"{purified.name}, t = {t:g}", lambda t=t: scores_at(t)) for t in ts]
         rows += [
             {"defense": purified.name, "t": t, "bn": config.bn, **point}
             for t, point in zip(ts, points, strict=True)

@@ -6,7 +6,8 @@ Re-Activation Attack.* NeurIPS 2024, arXiv 2405.16134.
 One delta for all images, |delta| <= 0.05, is searched with the purified model's gradients on
 triggered training images:
 
-    min over delta   CE(h(x'), t) + mean of -log(1.0001 - p_h(x')[other]),   x' = clip(x + trigger + delta)
+    x' = clip(x + trigger + delta)
+    min over delta   CE(h(x'), t) + mean of -log(1.0001 - p_h(x')[other])
 
 where `other` is the top class, or the second one if the top class is t. Then ASR is measured on
 triggered test images with this delta.
@@ -134,7 +135,9 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     control = results.headline.get(CLEAN)
     for name, numbers in results.headline.items():
         if name != CLEAN:
-            text = f"{name}: ASR {percent(numbers['asr'])} -> {percent(numbers['asr_reactivated'])} "
+            text = (
+                f"{name}: ASR {percent(numbers['asr'])} -> {percent(numbers['asr_reactivated'])} "
+            )
             text += f"with the perturbation, which sends {percent(numbers['clean_as_target'])} of "
             text += "clean images to the target"
             if control is not None:

@@ -89,8 +89,7 @@ def mixture(clean: Mixture, poisoned: Mixture, count: int) -> Mixture:
                 "fewer, or raise --ratio"
             )
     parts = (
-        torch.cat([other[:count], own[count:]])
-        for own, other in zip(clean, poisoned, strict=True)
+        torch.cat([other[:count], own[count:]]) for own, other in zip(clean, poisoned, strict=True)
     )
     return Mixture(*parts)
 

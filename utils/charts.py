@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from utils.plot import LONGEST_TITLE, Figure, entitle, look_of, printable, without_frame
 
@@ -80,10 +80,14 @@ def curves_of(
             axis.axvline(mark, color="#bbbbbb", lw=0.8, zorder=0)
         if spaced:
             axis.set_xticks(places, [f"{value:g}" for value in table.index])
+        elif pd.api.types.is_integer_dtype(table.index):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.set_title(printable(heading), fontsize=10)
         if log:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_formatter(NullFormatter())
         elif ylim is not None:
             axis.set_ylim(*ylim)
         without_frame(axis)
@@ -103,9 +107,7 @@ def grouped_bars(values: pd.DataFrame, label: str, title: str, longest: float = 
         longest: length of the axis.
     """
     count = len(values.columns)
-    figure = Figure(
-        figsize=(7.5, 1.3 + (0.16 + 0.22 * count) * len(values)), layout="constrained"
-    )
+    figure = Figure(figsize=(7.5, 1.3 + (0.16 + 0.22 * count) * len(values)), layout="constrained")
     axis = figure.subplots()
     height = 0.84 / count
     for number, column in enumerate(values):
@@ -288,9 +290,7 @@ def inspection(
         numbers = np.asarray(values, dtype=float)
         drawn = panel.bar(range(len(numbers)), numbers, color="#0072B2", width=0.75)
         if np.isfinite(numbers).any():
-            drawn[int(np.nanargmax(numbers))].set(
-                color="#D55E00", hatch="///", edgecolor="white"
-            )
+            drawn[int(np.nanargmax(numbers))].set(color="#D55E00", hatch="///", edgecolor="white")
         panel.set_title(printable(heading, 60), fontsize=9)
         if len(names) <= _FEW:
             are_long = max(map(len, names)) > 3
