@@ -20,9 +20,8 @@ If A and A' name different classes, there is no clear signal. Expect misses: att
 targets (all-to-all), clean-label attacks, and weak WaNet. docs/analysis.md has the power of each
 signal. Models that defenses have purified stand beside: their signals must be flat.
 
-C follows the idea of TAC-QP (arXiv 2511.08944), and D that of MM-BD (Wang, Xiang, Miller, Kesidis.
-*MM-BD: Post-Training Detection of Backdoor Attacks with Arbitrary Backdoor Pattern Types Using a
-Maximum Margin Statistic.* IEEE S&P 2024, arXiv 2205.06900).
+C follows the idea of TAC-QP (arXiv 2511.08944), and D that of MM-BD (Wang, Xiang, Miller, Kesidis,
+IEEE S&P 2024, arXiv 2205.06900).
 """
 
 import csv

@@ -290,7 +290,9 @@ def inspection(
         numbers = np.asarray(values, dtype=float)
         drawn = panel.bar(range(len(numbers)), numbers, color="#0072B2", width=0.75)
         if np.isfinite(numbers).any():
-            drawn[int(np.nanargmax(numbers))].set(color="#D55E00", hatch="///", edgecolor="white")
+            drawn[int(np.nanargmax(numbers))].set(
+                facecolor="#D55E00", hatch="///", edgecolor="white"
+            )
         panel.set_title(printable(heading, 60), fontsize=9)
         if len(names) <= _FEW:
             are_long = max(map(len, names)) > 3

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from utils.process import distributed
+
 Tally = dict[str, torch.Tensor]
 
 
@@ -19,8 +21,8 @@ class LabelShare:
         share: for each class, of the images of other classes (by label and by clean prediction),
             how many became adversarial images of the class; in [0, 1], NaN without such images.
         top: the class with the largest share.
-        entropy: of the classes that images were sent to, over that of equal shares, in [0, 1]; NaN
-            if no image was sent to another class.
+        entropy: of the classes that images were sent to, over that of equal shares, in [0, 1]; 1 if
+            no image was sent to another class.
         z: how far the largest share is over the median; see `robust_z`.
     """
 
@@ -67,11 +69,12 @@ def add(
 
 
 def label_share(tally: Tally) -> LabelShare:
-    """What a tally says."""
-    sent, others = tally["sent"].double(), tally["others"].double()
+    """What a tally says; several processes get that of all their images."""
+    sent, others = (distributed.total(tally[name]).double() for name in ("sent", "others"))
     share = sent / others  # 0 / 0 is NaN
-    parts = sent / sent.sum()
-    entropy = -torch.special.xlogy(parts, parts).sum() / math.log(max(2, len(sent)))
+    count = max(2, len(sent))
+    parts = sent / sent.sum() if sent.any() else torch.full((count,), 1 / count)
+    entropy = -torch.special.xlogy(parts, parts).sum() / math.log(count)
     return LabelShare(
         share=tuple(share.tolist()),
         top=int(share.nan_to_num(nan=-1.0).argmax()),
