@@ -71,7 +71,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """Maps of a few test images for each model, for the label that the model itself gives.
 
     Tables: `gradcam` (model, image, position, label, x, y: the centre of the map's weight as
-    shares of width and height).
+    shares of width and height). Headline: the mean of these on triggered images.
     """
     triggered = subject.triggered
     clean, changed = examples(triggered, subject.data, config.images)
@@ -100,6 +100,13 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                 title = f"{model_name}\n{kind}"
                 maps[title] = cam
                 captions[title] = [subject.data.named(label) for label in labels.tolist()]
+        on_trigger = [r for r in rows if (r["model"], r["image"]) == (model_name, "triggered")]
+        x, y = (sum(row[axis] for row in on_trigger) / len(on_trigger) for axis in ("x", "y"))
+        results.headline[model_name] = {"x": x, "y": y}
+        results.conclude(
+            f"{model_name}: on triggered images the map's centre is at {100 * x:.0f} % of the "
+            f"width and {100 * y:.0f} % of the height"
+        )
     results.tables["gradcam"] = rows
     results.figures["gradcam"] = lambda: draw(clean, changed, maps, captions)
 

@@ -25,6 +25,7 @@ IEEE S&P 2024, arXiv 2205.06900).
 """
 
 import csv
+import functools
 import math
 import sys
 import time
@@ -270,13 +271,13 @@ def largest_margin(model: nn.Module, target: int, shape: Sequence[int], config: 
             logits = model(images)
             others = logits.index_fill(1, torch.tensor([target], device=device), -torch.inf)
             margins = logits[:, target] - others.max(1).values
-            best = max(best, float(margins.max()))
+            best = max(best, float(margins.detach().max()))
             optimizer.zero_grad()
             (-margins.sum()).backward()
             optimizer.step()
             with torch.no_grad():
                 images.clamp_(0, 1)
-            mean = float(margins.mean())
+            mean = float(margins.detach().mean())
             if abs(mean - before) < 1e-5 * abs(mean):
                 break
             before = mean
@@ -366,6 +367,7 @@ def signals_of(
     images, labels = as_float(probes.images, device), probes.labels.to(device)
     shape = probes.images.shape[1:]
 
+    @functools.cache
     def adversarial(name: str) -> torch.Tensor:
         draws = generator(config.random_seed, "start")
         if name == LARGE:
@@ -590,7 +592,7 @@ def clean_recipe(subject: Subject, config: Config, number: int) -> TrainingConfi
     if subject.attack is not None and (subject.attack.folder / "config.yaml").exists():
         recorded = read_yaml(subject.attack.folder / "config.yaml")
     places = ("save_folder_name", "overwrite", "resume")
-    names = {field.name for field in fields(TrainingConfig)} - set(places)
+    names = {field.name for field in fields(TrainingConfig)} - {*places, "dataset"}
     values = {name: value for name, value in recorded.items() if name in names}
     model = config.model if subject.model_sha256 else subject.model_name
     values |= {

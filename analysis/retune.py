@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.base import CLEAN, AnalysisConfig, Controlled, Results, Subject, percent, run
 from utils.config import Group
 from utils.data.batches import as_float, augment
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.process.seeds import generator
 from utils.training.guard import seeded
 from utils.training.loop import batch_sizes
@@ -77,17 +77,7 @@ class Mixture(NamedTuple):
 
 
 def mixture(clean: Mixture, poisoned: Mixture, count: int) -> Mixture:
-    """The clean draw with its first `count` images replaced by the first poisoned ones.
-
-    Raises:
-        UserError: if there are not so many images.
-    """
-    for what, images in (("clean", clean.labels), ("poisoned", poisoned.labels)):
-        if count > len(images):
-            raise UserError(
-                f"--poisoned_images: {count} is more than the {len(images)} {what} images; give "
-                "fewer, or raise --ratio"
-            )
+    """The clean draw with its first `count` images replaced by the first poisoned ones."""
     parts = (
         torch.cat([other[:count], own[count:]]) for own, other in zip(clean, poisoned, strict=True)
     )
@@ -135,14 +125,14 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         subject.clean,
         "whether the backdoor returns sooner than a clean model learns it is not known",
     )
+    counts = usable_counts(config, min(len(clean.labels), len(poisoned.labels)), results)
     exact = exactly_purified(subject, config, clean, poisoned, true_labels, results)
     if exact is not None:
         models[EXACT] = lambda: exact
     rows = []
     for name, load in models.items():
         model = load()
-        counts: list[int | None] = [None, *dict.fromkeys(config.poisoned_images)]
-        for count in counts:
+        for count in (None, *counts):
 
             def scores(model: nn.Module = model, count: int | None = count) -> dict[str, Any]:
                 if count is not None:
@@ -157,6 +147,25 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         results.headline[name] = headline([row for row in rows if row["model"] == name])
     conclude(results)
     results.figures["retune"] = lambda: draw(rows)
+
+
+def usable_counts(config: Config, most: int, results: Results) -> list[int]:
+    """The numbers of poisoned images for which there are enough; a warning names the others.
+
+    Raises:
+        UserError: if there is none.
+    """
+    counts = list(dict.fromkeys(config.poisoned_images))
+    usable = [count for count in counts if count <= most]
+    if not usable:
+        raise UserError(
+            f"--poisoned_images: {listed(counts)}: there are only {most} images; give fewer, or "
+            "raise --ratio"
+        )
+    if len(usable) < len(counts):
+        others = listed([count for count in counts if count > most])
+        results.warn(f"not tried with {others} poisoned images: there are only {most} images")
+    return usable
 
 
 def images_of(subject: Subject, config: Config) -> tuple[Mixture, Mixture, torch.Tensor]:

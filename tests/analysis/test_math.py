@@ -19,6 +19,7 @@ from analysis import (
     stealth,
     weights,
 )
+from analysis.base import Results
 from defense import sau
 from models import build_model
 from utils.errors import UserError
@@ -95,8 +96,15 @@ def test_the_first_images_of_a_draw_are_replaced() -> None:
     assert both.labels.tolist() == [2, 2, 1, 1]
     assert both.images[:, 0, 0, 0].tolist() == [2, 2, 1, 1]
     assert both.is_poisoned.tolist() == [True, True, False, False]
-    with pytest.raises(UserError, match="4 is more than the 3 poisoned images"):
-        retune.mixture(mixed(1, 4, False), mixed(2, 3, True), 4)
+
+
+def test_numbers_of_poisoned_images_that_are_too_large_are_skipped_with_a_line() -> None:
+    results = Results()
+    config = retune.Config.load(poisoned_images=(0, 3, 4, 3))
+    assert retune.usable_counts(config, 3, results) == [0, 3]
+    assert results.warnings == ["not tried with 4 poisoned images: there are only 3 images"]
+    with pytest.raises(UserError, match="--poisoned_images: 9: there are only 3 images"):
+        retune.usable_counts(retune.Config.load(poisoned_images=(9,)), 3, results)
 
 
 def test_a_model_is_tuned_in_a_copy_and_the_same_each_time() -> None:
@@ -149,7 +157,7 @@ def test_the_perturbation_stays_in_its_bound_and_lowers_the_loss() -> None:
         assert delta.shape == (1, 3, 8, 8)
         assert 0.04 < delta.abs().max() <= 0.05
         logits = model(reactivate.with_delta(images, delta))
-        losses.append(float(reactivate.reactivation_loss(logits, targets)))
+        losses.append(reactivate.reactivation_loss(logits, targets).item())
     assert losses[1] < losses[0]
 
 
@@ -182,7 +190,7 @@ def test_bec_is_relative_to_the_least_similar_model() -> None:
 
 
 def test_the_convolutions_inside_the_blocks() -> None:
-    """PreAct-ResNet18 has two in each of eight blocks; its first one and shortcuts are not among."""
+    """PreAct-ResNet18 has two in each of eight blocks; its first one and shortcuts do not count."""
     names = similarity.compared_layers(build_model("preactresnet18", 10))
     assert len(names) == 16
     assert names[0] == "layer1.0.conv1"
@@ -376,7 +384,8 @@ def test_distances_of_weights() -> None:
 
 
 def test_the_nearest_class_in_features() -> None:
-    queries, points = torch.tensor([[0.0, 1.0], [5.0, 5.0]]), torch.tensor([[0.0, 0.0], [4.0, 4.0]])
+    queries = torch.tensor([[0.0, 1.0], [5.0, 5.0]])
+    points = torch.tensor([[0.0, 0.0], [4.0, 4.0]])
     assert features.nearest_classes(queries, points, torch.tensor([7, 3])).tolist() == [7, 3]
 
 
