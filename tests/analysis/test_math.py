@@ -267,7 +267,7 @@ def test_the_p_value_of_the_largest_margin() -> None:
 
 
 def test_the_largest_margin_is_that_of_the_brightest_image() -> None:
-    """Logits (mean, -mean): the margin of class 0 is 2 for the white image, that of class 1 is 0."""
+    """Logits (mean, -mean): the margin of class 0 is 2 for a white image; that of class 1 is 0."""
 
     class Brightness(nn.Module):
         def __init__(self) -> None:
@@ -340,7 +340,7 @@ def test_confusion_counts_true_classes_in_rows() -> None:
 
 
 def test_grad_cam_of_a_linear_network() -> None:
-    """Logit 1 is the mean of red: its channel has weight 1 / 4, so the map is red itself, scaled."""
+    """Logit 1 is the mean of red: its channel has weight 1 / 4, so the map is red, scaled."""
     model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model[0].weight.data = torch.eye(3)[[1, 0, 2]].view(3, 3, 1, 1)  # channel 1 is red
     image = torch.zeros(1, 3, 2, 2)
