@@ -128,9 +128,9 @@ def test_without_a_clean_model_the_conclusion_says_what_it_lacks(records: Path) 
 def test_an_inspection_is_compared_with_clean_models(records: Path) -> None:
     """One that is named, and two that are trained, and are there the next time."""
     few = ["--probes", 60, "--noise_steps", 2, "--noise_images", 2, "--defenses", "ft"]
-    flags = [*few, "--clean_records", "clean", "--train_clean", 2, "--save_folder_name", "null"]
+    flags = [*few, "--clean_records", "clean", "--train_clean", 2, "--save_folder_name", "compared"]
     assert run(records, "inspection", *flags) == 0
-    signals = rows(records, "null", "signals")
+    signals = rows(records, "compared", "signals")
     kinds = {row["model"]: row["kind"] for row in signals}
     assert list(kinds.values()) == ["record", "purified", "clean", "clean", "clean"]
     trained = [name for name in kinds if re.fullmatch(r"clean-[0-9a-f]{8}-s100[01]", name)]
