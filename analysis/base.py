@@ -243,7 +243,7 @@ class Results(Findings):
     """
 
     figures: dict[str, Callable[[], "Figure"]] = field(default_factory=dict)
-    headline: dict[str, dict[str, float | int | str | None]] = field(default_factory=dict)
+    headline: dict[str, dict[str, Any]] = field(default_factory=dict)
     conclusion: list[str] = field(default_factory=list)
     done: dict[str, str] = field(default_factory=dict)
     keep: Callable[[dict[str, str]], None] = field(default=lambda done: None)

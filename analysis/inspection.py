@@ -188,6 +188,28 @@ def fooled(
     return delta
 
 
+def steps_of(config: Config) -> dict[str, Callable[..., torch.Tensor]]:
+    """`fooled` with the values of signal A and of A'."""
+    return {
+        LARGE: functools.partial(
+            fooled,
+            norm=config.norm_type,
+            bound=config.bound,
+            start=config.start,
+            step_size=config.step_size,
+            steps=config.steps,
+        ),
+        SMALL: functools.partial(
+            fooled,
+            norm="L_inf",
+            bound=config.small_bound,
+            start="zero",
+            step_size=config.small_step_size,
+            steps=config.small_steps,
+        ),
+    }
+
+
 def smallest_move(constraints: torch.Tensor, margins: torch.Tensor) -> float:
     """The norm of the smallest s with constraints s >= margins.
 
@@ -370,14 +392,8 @@ def signals_of(
     @functools.cache
     def adversarial(name: str) -> torch.Tensor:
         draws = generator(config.random_seed, "start")
-        if name == LARGE:
-            ball = {"norm": config.norm_type, "bound": config.bound, "start": config.start}
-            pace = {"step_size": config.step_size, "steps": config.steps}
-        else:
-            ball = {"norm": "L_inf", "bound": config.small_bound, "start": "zero"}
-            pace = {"step_size": config.small_step_size, "steps": config.small_steps}
         parts = zip(images.split(128), labels.split(128), strict=True)
-        return torch.cat([fooled(model, x, y, **ball, **pace, generator=draws) for x, y in parts])
+        return torch.cat([steps_of(config)[name](model, x, y, generator=draws) for x, y in parts])
 
     def labels_of(pictures: torch.Tensor) -> torch.Tensor:
         with evaluating(model), torch.no_grad():
@@ -644,17 +660,9 @@ def draw(
 
     chosen = slice(0, 8)
     images = as_float(probes.images[chosen], subject.device)
-    delta = fooled(
-        subject.model,
-        images,
-        probes.labels[chosen].to(subject.device),
-        norm=config.norm_type,
-        bound=config.bound,
-        start=config.start,
-        step_size=config.step_size,
-        steps=config.steps,
-        generator=generator(config.random_seed, "examples"),
-    )
+    true = probes.labels[chosen].to(subject.device)
+    draws = generator(config.random_seed, "examples")
+    delta = steps_of(config)[LARGE](subject.model, images, true, generator=draws)
     with evaluating(subject.model), torch.no_grad():
         labels = [subject.model(x).argmax(1).tolist() for x in (images, images + delta)]
     named = subject.data.named

@@ -18,6 +18,7 @@ on the clean subset at each t (`--bn reestimate`); then also the scores at 0 and
 Nothing is trained. Defenses that change the architecture are skipped.
 """
 
+import functools
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -163,7 +164,9 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                     reestimate(model, images)
                 return subject.score(model).counts()
 
-        points = [results.step(f"{purified.name}, t = {t:g}", lambda t=t: scores_at(t)) for t in ts]
+        points = [
+            results.step(f"{purified.name}, t = {t:g}", functools.partial(scores_at, t)) for t in ts
+        ]
         rows += [
             {"defense": purified.name, "t": t, "bn": config.bn, **point}
             for t, point in zip(ts, points, strict=True)
@@ -171,7 +174,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         if images is None:
             _compare(results, purified.name, points[ts.index(1.0)], purified.summary["after"])
         accuracies = [point["acc"] for point in points]
-        numbers: dict[str, float | int | str | None] = {"acc_barrier": barrier(ts, accuracies)}
+        numbers: dict[str, Any] = {"acc_barrier": barrier(ts, accuracies)}
         if "asr" in points[0]:
             rates = [point["asr"] for point in points]
             numbers = {"t_half": crossing(ts, rates), **numbers}

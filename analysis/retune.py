@@ -217,7 +217,7 @@ def exactly_purified(
     return tuned(subject.model, Mixture(*both), config)
 
 
-def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int | str | None]:
+def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """ASR before, and ASR and ACC after retuning with five images, or the number nearest to it."""
     after = [row for row in rows if row["poisoned_images"] is not None]
     row = min(after, key=lambda row: abs(row["poisoned_images"] - HEADLINE))

@@ -18,7 +18,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -106,14 +106,14 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         clean = as_float(data.test.images[triggered.index[rows]])
         changed = as_float(triggered.images[rows])
         measures = {"psnr": psnr(clean, changed), "ssim": ssim(clean, changed)}
-        for name, values in (measures | changes(clean, changed)).items():
-            parts.setdefault(name, []).append(values)
+        for name, numbers in (measures | changes(clean, changed)).items():
+            parts.setdefault(name, []).append(numbers)
     values = {name: torch.cat(chunks) for name, chunks in parts.items()}
     equal = int(values["psnr"].isinf().sum())
     if equal:
         results.warn(f"{equal} of {len(triggered.index)} triggered images equal their clean ones")
     values["psnr"] = values["psnr"][values["psnr"].isfinite()]
-    table = [
+    table: list[dict[str, Any]] = [
         {
             "measure": name,
             "mean": float(numbers.mean()),

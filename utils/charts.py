@@ -6,13 +6,13 @@ lightness.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
@@ -60,7 +60,11 @@ def curves_of(
         places = range(len(table)) if spaced else table.index
         for name in table:
             if name in controls:
-                hue, marker, style = _CONTROL, "x", _STYLES[1 + list(controls).index(name) % 3]
+                hue, marker, style = (
+                    _CONTROL,
+                    "x",
+                    _STYLES[1 + list(map(str, controls)).index(str(name)) % 3],
+                )
             else:
                 place = rivals.index(str(name))
                 hue, marker = look_of(place)
@@ -211,14 +215,15 @@ def points(panels: Mapping[str, pd.DataFrame], classes: Sequence[str], title: st
     hues = colormaps["turbo"](np.linspace(0.05, 0.95, max(1, len(shown))))
     for axis, (heading, table) in zip(axes, panels.items(), strict=False):
         clean, triggered = table[~table["is_triggered"]], table[table["is_triggered"]]
-        for label, rows in clean.groupby("label"):
-            axis.plot(rows["x"], rows["y"], ".", color=hues[shown.index(int(label))], ms=4)
+        for label in sorted(set(clean["label"].astype(int).tolist())):
+            rows = clean[clean["label"] == label]
+            axis.plot(rows["x"], rows["y"], ".", color=hues[shown.index(label)], ms=4)
             if len(shown) <= _FEW:  # in grey, the name in the middle tells the classes apart
                 middle = rows[["x", "y"]].median()
                 axis.text(
                     middle["x"],
                     middle["y"],
-                    printable(classes[int(label)], 12),
+                    printable(classes[label], 12),
                     ha="center",
                     va="center",
                     fontsize=8,
@@ -274,7 +279,7 @@ def inspection(
     """
     lines = -(-len(bars) // 2)
     figure = Figure(figsize=(11, 2.6 + 1.75 * lines + 1.1 * len(examples)), layout="constrained")
-    parts: Sequence[SubFigure] = figure.subfigures(
+    parts: Any = figure.subfigures(
         2, 1, height_ratios=(0.9 + 1.75 * lines, 0.6 + 1.1 * len(examples))
     )
     left, right = parts[0].subfigures(1, 2, width_ratios=(1, 1.35))

@@ -132,7 +132,9 @@ def image_grid(
     # One axis in inches for all images, because an axis for each takes seconds.
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axis.set_axis_off()
-    axis.text(width / 2, 0.2, printable(title, LONGEST_TITLE), fontsize=10, ha="center", va="center")
+    axis.text(
+        width / 2, 0.2, printable(title, LONGEST_TITLE), fontsize=10, ha="center", va="center"
+    )
     top = 0.42
     for name, images in rows.items():
         axis.text(
