@@ -294,8 +294,8 @@ print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[3].spl
 
 def test_scripts_start_without_what_only_draws_and_reads() -> None:
     """`--help` and a wrong flag are answered without libraries that take longer than they do."""
-    rooms = ("attack.", "defense.", "interop.")
-    scripts = ("benchmark.run", "benchmark.report", "benchmark.gallery")
+    rooms = ("attack.", "defense.", "analysis.", "interop.")
+    scripts = ("benchmark.run", "benchmark.report", "benchmark.gallery", "benchmark.power")
     modules = [name for name in modules_under(ROOT) if name.startswith(rooms) or name in scripts]
     call = [sys.executable, "-c", LOADED, str(ROOT), " ".join(modules), " ".join(HEAVY)]
     answer = subprocess.run(call, capture_output=True, text=True, check=True)
