@@ -28,6 +28,7 @@ from utils import config as configuration
 from utils.config import Group
 from utils.data.batches import as_float
 from utils.data.labelled import Dataset, Labelled, Triggered
+from utils.data.poison import PoisonedSet
 from utils.errors import UserError, listed, shown
 from utils.files import as_path, read_object
 from utils.metrics import Scores
@@ -206,6 +207,32 @@ class Subject:
             )
             return None
         return model
+
+    def poisoned_images(self, results: "Results") -> PoisonedSet:
+        """The stored training images that shall teach the backdoor, with the attacker's labels.
+
+        If the attack controls training, a warning says that the model has not seen them: such
+        attacks are those that store images with a trigger that must not work.
+
+        Raises:
+            UserError: if the record has none.
+        """
+        attack = self.attack
+        if attack is None or attack.poison_index is None or len(attack.poison_index) == 0:
+            where = "the model" if attack is None else attack.folder
+            raise UserError(
+                f"{where}: has no poisoned training images, which this analysis needs; give the "
+                "record of an attack of this program"
+            )
+        if attack.cross_images(self.data) is not None:
+            results.warn(
+                "the attack controls training: the stored poisoned images are made by its rule; "
+                "the model has not seen them"
+            )
+        stored = attack.poisoned_set(self.data)
+        is_poison = torch.isin(stored.index, attack.poison_index)
+        parts = (stored.index, stored.images, stored.labels, stored.kinds)
+        return PoisonedSet(stored.clean, *(part[is_poison] for part in parts))
 
     def clean_draw(self, ratio: float, seed: int) -> torch.Tensor:
         """Positions of clean training images: of each class the same share, at random.

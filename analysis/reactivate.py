@@ -37,7 +37,6 @@ from analysis.base import CLEAN, AnalysisConfig, Controlled, Results, Subject, p
 from models.modes import evaluating, frozen
 from utils.config import Group
 from utils.data.batches import as_float
-from utils.errors import UserError
 from utils.metrics import Rate
 from utils.perturb import project
 from utils.process.seeds import generator
@@ -155,17 +154,9 @@ def triggered_training_images(
     Raises:
         UserError: if the record has none.
     """
-    assert subject.attack is not None
-    poison_index = subject.attack.poison_index
-    if poison_index is None or len(poison_index) == 0:
-        raise UserError(
-            f"{subject.attack.folder}: has no poisoned training images, which this analysis needs; "
-            "give the record of an attack of this program"
-        )
-    stored = subject.attack.poisoned_set(subject.data)
-    rows = torch.nonzero(torch.isin(stored.index, poison_index)).flatten()
+    stored = subject.poisoned_images(results)
     draws = generator(config.random_seed, "triggered images")
-    rows = rows[torch.randperm(len(rows), generator=draws)[: config.images]]
+    rows = torch.randperm(len(stored.index), generator=draws)[: config.images]
     if torch.equal(stored.labels[rows], stored.clean.labels[stored.index[rows]]):
         results.warn(
             "the stored poisoned images are of the target class (clean-label attack): a "

@@ -117,7 +117,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     Tables: `retune` (model, poisoned_images: empty before, rates with counts). Headline:
     `asr_retuned` (5 images), `asr` before, `acc_retuned`.
     """
-    clean, poisoned, true_labels = images_of(subject, config)
+    clean, poisoned, true_labels = images_of(subject, config, results)
     models: dict[str, Any] = {p.name: p.load for p in subject.purified}
     if subject.clean is not None:
         models[CLEAN] = lambda: subject.clean
@@ -168,25 +168,20 @@ def usable_counts(config: Config, most: int, results: Results) -> list[int]:
     return usable
 
 
-def images_of(subject: Subject, config: Config) -> tuple[Mixture, Mixture, torch.Tensor]:
+def images_of(
+    subject: Subject, config: Config, results: Results
+) -> tuple[Mixture, Mixture, torch.Tensor]:
     """The clean draw in a random order, the poisoned images likewise, and their true labels.
 
     Raises:
         UserError: if the record has no poisoned training images.
     """
-    assert subject.attack is not None
-    if subject.attack.poison_index is None or len(subject.attack.poison_index) == 0:
-        raise UserError(
-            f"{subject.attack.folder}: has no poisoned training images, which retuning needs; give "
-            "the record of an attack of this program"
-        )
+    stored = subject.poisoned_images(results)
     order = generator(config.random_seed, "retuning")
     index = subject.clean_draw(config.ratio, config.random_seed)
     index = index[torch.randperm(len(index), generator=order)]
     drawn = subject.data.train.at(index)
-    stored = subject.attack.poisoned_set(subject.data)
-    rows = torch.nonzero(torch.isin(stored.index, subject.attack.poison_index)).flatten()
-    rows = rows[torch.randperm(len(rows), generator=order)]
+    rows = torch.randperm(len(stored.index), generator=order)
     return (
         Mixture(drawn.images, drawn.labels, torch.zeros(len(index), dtype=torch.bool)),
         Mixture(stored.images[rows], stored.labels[rows], torch.ones(len(rows), dtype=torch.bool)),
