@@ -6,7 +6,7 @@ Similarity.* IEEE TIP 2004.
 Triggered test images are compared with the clean ones that they come from.
 
     PSNR   10 log10(1 / mean squared difference), in dB, of pixels in [0, 1]; infinite if equal
-    SSIM   Gaussian windows of 11 pixels (sigma 1.5), in each channel; K1 = 0.01, K2 = 0.03
+    SSIM   Gaussian windows of 11 pixels (sigma 1.5), borders mirrored; K1 = 0.01, K2 = 0.03
     L_inf, L2, L0   largest change, Euclidean norm, share of the pixels that change in any channel
 
     python analysis/stealth.py --result_file badnet_demo
@@ -52,21 +52,23 @@ def psnr(clean: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(clean: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each image: the mean over channels and whole windows.
+    """Structural similarity of each image: the mean over channels and all places.
 
-    Smaller images have smaller windows. Variances are those of the Gaussian weights, as in the
-    paper.
+    The images are mirrored at their borders. Common implementations skip windows that reach over a
+    border instead; then a trigger in the corner of a small image would not count. Variances are
+    those of the Gaussian weights, as in the paper.
 
     Shape:
-        (N, C, H, W), (N, C, H, W) float in [0, 1] -> (N,) float in [-1, 1]; 1 for equal images.
+        (N, C, H, W), (N, C, H, W) float in [0, 1], H and W at least 6 -> (N,) float in [-1, 1]; 1
+        for equal images.
     """
-    side = min(11, *clean.shape[2:])
-    places = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
+    places = torch.arange(-5, 6, dtype=torch.float64)
     weights = torch.exp(-places.square() / (2 * 1.5**2))
     window = torch.outer(weights, weights) / weights.sum() ** 2
 
     def mean(images: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(images.flatten(0, 1).unsqueeze(1), window.view(1, 1, side, side))
+        padded = F.pad(images.flatten(0, 1).unsqueeze(1), (5, 5, 5, 5), mode="reflect")
+        return F.conv2d(padded, window.view(1, 1, 11, 11))
 
     x, y = clean.double(), changed.double()
     mean_x, mean_y = mean(x), mean(y)

@@ -59,8 +59,9 @@ def channel_distances(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor
 def look(subject: Subject, config: Config, results: Results) -> None:
     """The distance of each layer for each defense.
 
-    Tables: `weights` (defense, layer, distance), `channels` (defense, layer, channel, distance: the
-    farthest ones of convolutions and linear layers). Headline: `distance` over all weights, and
+    Tables: `weights` (defense, layer, is_matrix: convolution or linear, distance), `channels`
+    (defense, layer, channel, distance: the farthest ones of convolutions and linear layers).
+    Headline: `distance` over all weights, and
     `farthest_layer`.
     """
     before = layers_of(subject.model)
@@ -73,7 +74,12 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         after = layers_of(model)
         distances = {name: distance(before[name], after[name]) for name in before}
         rows += [
-            {"defense": purified.name, "layer": name, "distance": value}
+            {
+                "defense": purified.name,
+                "layer": name,
+                "is_matrix": before[name][0].dim() > 1,
+                "distance": value,
+            }
             for name, value in distances.items()
         ]
         moved = [
@@ -97,18 +103,19 @@ def look(subject: Subject, config: Config, results: Results) -> None:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """weights.png: the distance by layer, a curve for each defense."""
+    """weights.png: the distance of convolutions and linear layers, a curve for each defense."""
     import pandas as pd
 
     from utils import charts
 
     table = pd.DataFrame(rows)
+    table = table[table["is_matrix"]] if table["is_matrix"].any() else table
     places = {name: number for number, name in enumerate(dict.fromkeys(table["layer"]), start=1)}
     wide = table.assign(place=table["layer"].map(places), percent=100 * table["distance"])
     wide = wide.pivot(index="place", columns="defense", values="percent")
     return charts.curves_of(
         {"": wide.where(wide > 0)},
-        f"layer, in the order of the network ({len(places)})",
+        f"convolution or linear layer, in the order of the network ({len(places)})",
         "How far each layer moved",
         ylabel="percent of its norm",
         log=True,

@@ -374,6 +374,14 @@ def test_ssim_of_equal_and_of_constant_images() -> None:
     assert stealth.ssim(images[..., :8, :8], images[..., :8, :8]).tolist() == pytest.approx([1, 1])
 
 
+def test_a_trigger_in_the_corner_of_a_small_image_lowers_ssim() -> None:
+    """Windows inside of the image would hardly see it."""
+    clean = torch.zeros(1, 3, 16, 16)
+    changed = clean.clone()
+    changed[:, :, -2:, -2:] = 1
+    assert stealth.ssim(clean, changed).item() < 0.9
+
+
 def test_distances_of_weights() -> None:
     """From (3, 4) to (3, 9): 5 of 5. Channels: (3,) stays, (4,) moves by 5."""
     before, after = torch.tensor([[3.0], [4.0]]), torch.tensor([[3.0], [9.0]])

@@ -142,7 +142,7 @@ def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
     assert "Attacks: blended, sig. Backdoored models: 4." in text
     assert "The attacks are few" in text
     gained = replace(ft, acc_lost=replace(ft.acc_lost, mean=-1e-7))
-    assert leaderboard.cells(gained)[5].text == "0.00"
+    assert leaderboard.cells(gained, board)[5].text == "0.00"
     assert "Rank: by mean DER. In brackets: its 95 % interval" in text
 
 
