@@ -200,7 +200,7 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
             made with other flags.
     """
     cells = list(_cells(grid, root))
-    cells += _analyses(grid, cells)
+    cells += list(_analyses(grid, cells))
     taken = {
         name
         for result, flags in grid.defenses.items()

@@ -74,6 +74,7 @@ def test_the_path_with_statistics_that_are_measured(records: Path) -> None:
     assert {row["bn"] for row in table} == {"reestimate"}
 
 
+@pytest.mark.slow
 def test_all_of_them_by_one_command(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every kind writes its picture, its tables and a summary, and no weight of a model changes."""
     before = (records / "bd/attack_result.pt").read_bytes()
@@ -109,6 +110,7 @@ def test_all_of_them_by_one_command(records: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.count("nothing is left to do") == len(analysis.names())
 
 
+@pytest.mark.slow
 def test_of_a_clean_model_only_the_inspection_is_left(records: Path) -> None:
     assert run(records, "all", record="clean") == 0
     assert [path.name for path in (records / "clean/analysis").glob("*/summary.json")] == [
@@ -125,6 +127,7 @@ def test_without_a_clean_model_the_conclusion_says_what_it_lacks(records: Path) 
     assert set(result(records, "alone")["headline"]) == {"ft"}
 
 
+@pytest.mark.slow
 def test_an_inspection_is_compared_with_clean_models(records: Path) -> None:
     """One that is named, and two that are trained, and are there the next time."""
     few = ["--probes", 60, "--noise_steps", 2, "--noise_images", 2, "--defenses", "ft"]
