@@ -430,6 +430,8 @@ def write(
         others = listed([p.name for p in subject.purified]) or "none"
         logger.info("%s of %s; defenses: %s", name, title, others)
         logger.info("%s, %s, %s", subject.model_name, subject.device, subject.precision)
+        if results.done:
+            logger.info("%d steps were done before", len(results.done))
         for warning in subject.warnings:
             results.warn(warning)
         look(subject, config, results)
