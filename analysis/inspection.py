@@ -433,7 +433,7 @@ def signals_of(
         margins = [largest_margin(model, label, shape, config) for label in range(classes)]
         p = p_value(margins)
         top = margins.index(max(margins))
-        return asdict(Signal(margins, -math.log10(max(p, 1e-300)), top, {"p": p}))
+        return asdict(Signal(margins, abs(math.log10(max(p, 1e-300))), top, {"p": p}))
 
     computed = {
         LARGE: lambda: share(LARGE),
@@ -471,6 +471,8 @@ def conclusion(
         named: the name of a class.
     """
     large, small = signals[LARGE]["top"], signals[SMALL]["top"]
+    if not all(signals[name]["statistic"] > 0 for name in (LARGE, SMALL)):
+        return "no clear signal: no image was sent to another class, or only by large steps"
     if large != small:
         return (
             f"no clear signal: large steps point to class {named(large)}, small ones to class "

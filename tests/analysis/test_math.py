@@ -323,6 +323,7 @@ def test_a_conclusion_is_never_a_verdict_without_clean_models() -> None:
 
     assert said(signals(3, 7, 1.0), 0.1).startswith("no clear signal: large steps point to class 3")
     assert "this says nothing" in said(signals(3, 3, 1.0))
+    assert said(signals(3, 3, 0.0), -1.0).startswith("no clear signal: no image was sent")
     assert said(signals(3, 3, 0.5), 0.1, 0.6).startswith("no clear signal")
     text = said(signals(3, 3, 0.7), 0.1, 0.6)
     assert text.startswith("class 3 stands out in A, A', more than in each of 2 clean models")
