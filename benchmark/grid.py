@@ -8,12 +8,19 @@
     defenses:
       ft:
       sau_short: {script: sau, n_rounds: 2}
+    analyses:
+      retune:
     seeds: [0, 1, 2]
 
 The entries under a name are flags of its script; without `script`, the name is that of the script.
 `attack_flags` are for all attacks, and `defense_flags` for all defenses that have these flags.
 `pratios: [0.1, 0.05]` is one more axis; an attack with its own `pratio` ignores it. A defense that
 looks at the poisoned training set is not run on a clean model, because that has no such set.
+
+An analysis of a record runs when all of the record's defenses are done. Clean models of the grid
+(`prototype`) with the same dataset and network are its controls, if it has some and its flags name
+none: that of the same seed, or all of them. Of a clean model, only analyses run that need no
+trigger.
 """
 
 import dataclasses
@@ -21,7 +28,7 @@ import importlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +43,7 @@ from pydantic import (
     model_validator,
 )
 
+from analysis import names as analyses
 from attack import names as attacks
 from defense import names as defenses
 from models import is_user_file
@@ -103,6 +111,7 @@ class Grid(_Part):
     attacks: Axis
     pratios: list[float] = []
     defenses: Annotated[dict[Name, Flags], BeforeValidator(_as_mapping)] = {}
+    analyses: Annotated[dict[Name, Flags], BeforeValidator(_as_mapping)] = {}
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     attack_flags: Flags = {}
     defense_flags: Flags = {}
@@ -111,14 +120,15 @@ class Grid(_Part):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a script: an attack, or a defense on an attack's record.
+    """One run of a script: an attack, or a defense or an analysis of an attack's record.
 
     Args:
         name: `<record>`, or `<record>/<result>`.
         script: `attack/badnet.py`, below the checkout.
         flags: name -> value.
         folder: where the run writes.
-        attack: for a defense, the cell whose record it reads.
+        attack: for a defense or an analysis, the cell whose record it reads.
+        others: for an analysis, more cells whose results it reads.
     """
 
     name: str
@@ -126,6 +136,12 @@ class Cell:
     flags: Mapping[str, Any]
     folder: Path
     attack: "Cell | None" = None
+    others: tuple["Cell", ...] = ()
+
+    @property
+    def needed(self) -> tuple["Cell", ...]:
+        """The cells that have to be done before it."""
+        return self.others if self.attack is None else (self.attack, *self.others)
 
     def arguments(self) -> list[str]:
         """The script's arguments; the same for a fresh run and for the continuation of one."""
@@ -184,6 +200,7 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
             made with other flags.
     """
     cells = list(_cells(grid, root))
+    cells += list(_analyses(grid, cells))
     taken = {
         name
         for result, flags in grid.defenses.items()
@@ -252,6 +269,49 @@ def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
             yield Cell(f"{record}/{result}", f"defense/{script}.py", flags, folder, attacked)
 
 
+def _analyses(grid: Grid, cells: Sequence[Cell]) -> Iterator[Cell]:
+    """Every analysis of the records that some cells make; last, because they need the others."""
+    attacked = [cell for cell in cells if cell.attack is None]
+    for cell, (result, given) in itertools.product(attacked, grid.analyses.items()):
+        flags: dict[str, Any] = dict(given)
+        script = str(flags.pop("script", result))
+        config = _config_class("analysis", script)
+        results = [other for other in cells if other.attack is cell]
+        is_clean = cell.script == "attack/prototype.py"
+        if config is not None and (
+            (is_clean and getattr(config, "needs_trigger", False))
+            or (not results and getattr(config, "needs_defenses", False))
+        ):
+            continue
+        clean = [
+            other
+            for other in attacked
+            if other is not cell
+            and other.script == "attack/prototype.py"
+            and all(other.flags[axis] == cell.flags[axis] for axis in ("dataset", "model"))
+        ]
+        same = [other for other in clean if other.flags["random_seed"] == cell.flags["random_seed"]]
+        taken = _fields("analysis", script)
+        controls: list[Cell] = []
+        if "clean_records" in taken and "clean_records" not in flags and clean:
+            controls, flags["clean_records"] = clean, [other.name for other in clean]
+        elif "clean_record" in taken and "clean_record" not in flags and same:
+            controls, flags["clean_record"] = same[:1], same[0].name
+        model = str(cell.flags["model"])
+        flags |= {"model": model} if ":" in model else {}
+        flags |= {
+            "defenses": [other.name.rpartition("/")[2] for other in results],
+            "record_path": cell.flags["record_path"],
+            "random_seed": cell.flags["random_seed"],
+            "result_file": cell.name,
+            "save_folder_name": result,
+        }
+        folder = cell.folder / "analysis" / result
+        name = f"{cell.name}/analysis/{result}"
+        others = (*results, *controls)
+        yield Cell(name, f"analysis/{script}.py", flags, folder, cell, others)
+
+
 def _problems(cell: Cell) -> list[str]:
     """The errors that the cell's script would report about its flags."""
     folder, name = cell.script.removesuffix(".py").split("/")
@@ -268,7 +328,8 @@ def _problems(cell: Cell) -> list[str]:
 
 
 def _scripts(folder: str) -> list[str]:
-    return defenses() if folder == "defense" else sorted([*attacks(), "prototype"])
+    names = {"defense": defenses, "analysis": analyses}
+    return names[folder]() if folder in names else sorted([*attacks(), "prototype"])
 
 
 def _config_class(folder: str, name: str) -> type[Config] | None:
@@ -364,4 +425,6 @@ def _told(value: Any) -> str:
 
 
 def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

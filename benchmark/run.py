@@ -186,16 +186,18 @@ def run_local(
             for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
                 waiting.remove(cell)
                 board.set(cell, "done")
-            for cell in [cell for cell in waiting if cell.attack is not None]:
-                if board.states[cell.attack.name] in ("failed", "skipped"):  # type: ignore[union-attr]
+            for cell in list(waiting):
+                lost = [c for c in cell.needed if board.states[c.name] in ("failed", "skipped")]
+                if lost:
                     waiting.remove(cell)
-                    board.set(cell, "skipped", "its attack failed")
+                    what = "attack" if lost[0] is cell.attack else lost[0].name
+                    board.set(cell, "skipped", f"its {what} failed")
             for slot in set(range(jobs)) - set(running):
                 left = until - time.monotonic()
                 ready = [
                     cell
                     for cell in waiting
-                    if (cell.attack is None or cell.attack.is_done)
+                    if all(needed.is_done for needed in cell.needed)
                     and (board.usual(cell) or 0) < left
                 ]
                 while ready and is_elsewhere(ready[0]):
@@ -250,6 +252,9 @@ def main() -> None:
     root = (flags.record_path or ROOT / "record" / flags.grid.stem).resolve()
     cells = cells_of(grid, root)
     queue = slurm.Queue(root, grid.slurm) if flags.executor == "slurm" else None
+    if queue is not None and grid.analyses:
+        logger.info("analyses are no SLURM jobs; later, run the same grid without --executor slurm")
+        cells = [cell for cell in cells if not cell.script.startswith("analysis/")]
     if flags.status:
         states = states_of(cells, root, queue)
         for cell in cells:
@@ -296,7 +301,7 @@ def states_of(cells: Sequence[Cell], root: Path, queue: "slurm.Queue | None") ->
             state = queue.state_of(cell, queued)
         elif queue is None and is_elsewhere(cell):
             state = "running"
-        elif cell.attack is not None and states[cell.attack.name] == "failed":
+        elif any(states[needed.name] in ("failed", "skipped") for needed in cell.needed):
             state = "skipped"
         elif has_failed(cell, root) if queue is None else queue.has_lost(cell):
             state = "failed"

@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
+import analysis
 import attack
 import defense
 from utils.files import ROOT
@@ -34,6 +35,7 @@ _NOTICE = [s for s in signal.Signals if s.name == "SIGUSR2"]
 PRELOADED = [
     *(f"attack.{name}" for name in [*attack.names(), "prototype"]),
     *(f"defense.{name}" for name in defense.names()),
+    *(f"analysis.{name}" for name in analysis.names()),
     *("benchmark.workers", "utils.plot", "torchvision"),
     *("sklearn.datasets", "sklearn.model_selection"),
 ]

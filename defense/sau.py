@@ -49,7 +49,8 @@ from utils.errors import UserError
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.device import rows_of
 from utils.process.seeds import generator
-from utils.training.findings import Picture
+from utils.training.findings import Findings, Picture
+from utils.training.labelshare import Tally, add, label_share, new_tally
 from utils.training.loop import Loop
 from utils.training.selection import Best, hold_out
 
@@ -300,8 +301,9 @@ def purify(
     start = generator(config.random_seed, "perturbation")
 
     loop.findings.pictures["perturbations"] = lambda: examples(reference, images, labels, config)
+    sent = new_tally(ref_logits.shape[1])
     changing: dict[str, Any] = {"optimizer": optimizer, "order": order, "start": start}
-    changing |= {"best": best.state} if best else {}
+    changing |= {"sent": sent, **({"best": best.state} if best else {})}
     for number in loop.rounds(config.n_rounds, model=model, **changing):
         for index in loop.batches(len(images), config.batch_size, order, least=1):
             x, y = as_float(images[index], device), labels[index].to(device)
@@ -311,6 +313,8 @@ def purify(
             )
             with torch.no_grad():
                 ref_adv = reference(x + delta)
+            if number == 1:
+                add(sent, y, ref_clean.argmax(1), ref_adv.argmax(1))
             for _ in range(config.outer_steps):
                 model.train(config.train_mode)
                 logits, adv_logits = learner(torch.cat([x, x + delta])).chunk(2)
@@ -320,6 +324,8 @@ def purify(
                 loop.backward(losses["total"])
                 optimizer.step()
                 loop.log(len(index), **losses)
+        if number == 1:
+            report(loop.findings, sent)
         if best:
             signals = held_out_signals(*attacked, *held_out, config)
             loop.findings.tables.setdefault("held_out", []).append({"round": number, **signals})
@@ -331,6 +337,20 @@ def purify(
         text = f"the model is that of round {best.round}, the best one on held-out images"
         loop.findings.say(text, best_round=best.round, held_out_images=len(held_out[1]))
     return model
+
+
+def report(findings: Findings, sent: Tally) -> None:
+    """States where the adversarial images of the first round went: to the target, in many attacks.
+
+    The same happens in some clean models; see `analysis/inspection.py`.
+    """
+    share = label_share(sent)
+    largest = share.share[share.top]
+    findings.say(
+        f"adversarial images of the model before go to class {share.top} most: "
+        f"{100 * largest:.1f} % of those of other classes",
+        label_share={"top": share.top, "share": largest, "entropy": share.entropy},
+    )
 
 
 def examples(

@@ -12,16 +12,16 @@ import pytest
 
 from utils.files import ROOT
 
-PACKAGES = ("utils", "models", "attack", "defense", "interop", "benchmark", "perf")
+PACKAGES = ("utils", "models", "attack", "defense", "analysis", "interop", "benchmark", "perf")
 
 # From the top down; a module is in the first row that has a pattern for it. Imports go to the rows
 # below, and within a row without circles; but methods never import each other.
 ROWS = (
     ("benchmark.*", "perf.*"),
-    ("attack.?*", "defense.?*"),
+    ("attack.?*", "defense.?*", "analysis.?*"),
     (
         *("attack.prototype", "attack.recipe", "attack.setting", "attack.poisoning"),
-        *("attack.controlled", "defense.base", "interop.*"),
+        *("attack.controlled", "defense.base", "analysis.base", "interop.*"),
     ),
     ("utils.training.*",),
     ("utils.records.*",),
@@ -118,7 +118,7 @@ def test_every_script_finds_the_checkout_from_any_working_directory() -> None:
         if not name.endswith("__main__")
         and 'if __name__ == "__main__":' in (text := path.read_text(encoding="utf-8"))
     }
-    assert {"attack.prototype", "defense.sau", "benchmark.run"} <= set(scripts)
+    assert {"attack.prototype", "defense.sau", "analysis.all", "benchmark.run"} <= set(scripts)
     for name, text in scripts.items():
         assert line in text, name
 
@@ -162,6 +162,9 @@ def test_every_script_finds_the_checkout_from_any_working_directory() -> None:
         ("defense/ft.py", "from attack import lc", "defense.ft imports attack.lc, which is not"),
         ("defense/base.py", "from attack import lc", "defense.base imports attack.lc, which is n"),
         ("attack/lc.py", "import benchmark.run", "attack.lc imports benchmark.run, which is not"),
+        ("analysis/path.py", "import defense.ft", "analysis.path imports defense.ft, which is not"),
+        ("analysis/all.py", "import analysis.path", "analysis.all imports analysis.path, which is"),
+        ("analysis/base.py", "import analysis.path", "analysis.base imports analysis.path, which"),
         ("models/vgg.py", "import utils.process.seeds", "models.vgg imports utils.process.seeds"),
         ("utils/data/poison.py", "import utils.gone", "utils.data.poison imports utils.gone, whic"),
     ],
@@ -198,12 +201,14 @@ def plant(root: Path) -> None:
     """Empty files, one or two for each row."""
     names = ("utils/data/poison", "utils/records/folders", "utils/process/seeds", "utils/errors")
     methods = ("attack/lc", "attack/wanet", "attack/recipe", "defense/ft", "benchmark/run")
+    methods += ("analysis/path", "analysis/all")
     rooms = ("training", "records", "data", "process")
     for name in (*names, *methods, *(f"{package}/__init__" for package in PACKAGES)):
         write(root, f"{name}.py", "")
     for room in rooms:
         write(root, f"utils/{room}/__init__.py", "")
     write(root, "defense/base.py", "")
+    write(root, "analysis/base.py", "")
 
 
 def write(root: Path, name: str, text: str) -> None:
@@ -289,8 +294,8 @@ print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[3].spl
 
 def test_scripts_start_without_what_only_draws_and_reads() -> None:
     """`--help` and a wrong flag are answered without libraries that take longer than they do."""
-    rooms = ("attack.", "defense.", "interop.")
-    scripts = ("benchmark.run", "benchmark.report", "benchmark.gallery")
+    rooms = ("attack.", "defense.", "analysis.", "interop.")
+    scripts = ("benchmark.run", "benchmark.report", "benchmark.gallery", "benchmark.power")
     modules = [name for name in modules_under(ROOT) if name.startswith(rooms) or name in scripts]
     call = [sys.executable, "-c", LOADED, str(ROOT), " ".join(modules), " ".join(HEAVY)]
     answer = subprocess.run(call, capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ import pytest
 import sau.models
 import torch
 
+import analysis
 import attack
 import defense
 import utils.data.images
@@ -102,6 +103,9 @@ def test_the_commands_run_in_the_order_of_the_pages(
             folders = ["--under", workplace / "record", "--to", workplace / "report"]
             assert run_script(ROOT / script, *folders) == 0
             assert "badnet" in (workplace / "report/table.md").read_text()
+        elif script.startswith("analysis/"):
+            where = ["--record_path", workplace / "record", "--precision", "fp32"]
+            assert run_script(ROOT / script, *flags, *where) == 0, command
         else:
             assert run_script(ROOT / script, *shortened(flags, workplace)) == 0, command
 
@@ -179,5 +183,7 @@ def test_the_scripts_of_the_methods_tables_are_all_there_are() -> None:
     rows = re.findall(r"`python (attack/(\w+)\.py)(?: --save_folder_name (\w+)_demo)?`", README)
     assert all(record in (name, "") for _, name, record in rows)
     listed = {path for path, _, _ in rows}
+    analyses = set(re.findall(r"^\| `analysis/(\w+)\.py`", README, flags=re.M))
+    assert analyses == set(analysis.names())
     assert listed | set(re.findall(r"^\| `(defense/\w+\.py)`", README, flags=re.M)) == scripts
     assert utils.data.images.ROOT  # the cache of these tests is the workplace's

@@ -31,7 +31,7 @@ __all__ = ["cache", "workplace"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures("small")
 
-SCRIPTS = sorted(set(CONFIGS) - {"defense/base"})
+SCRIPTS = sorted(set(CONFIGS) - {"defense/base", "analysis/base"})
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_each_flag_may_have_its_bound(script: str) -> None:
         name: [(value,) * 3 if element(annotation)[1] else value for _, value in limits(annotation)]
         for name, annotation in _hints(CONFIGS[script]).items()
     }
-    assert sum(map(len, inside.values())) > 3
+    assert sum(map(len, inside.values())) > 1
     for number in range(2):  # lower bounds, then upper ones
         values = {name: each[number] for name, each in inside.items() if number < len(each)}
         config = CONFIGS[script].load(**values)

@@ -1,6 +1,6 @@
 """Every figure. Functions return matplotlib figures or images; nothing here touches the disk.
 
-Names of classes, attacks, and the like may come from a stranger: each text passes `_text`.
+Names of classes, attacks, and the like may come from a stranger: each text passes `printable`.
 """
 
 import textwrap
@@ -37,7 +37,7 @@ _BARS = {
 # One for each of many things: hues that colour-blind readers tell apart, markers for grey.
 _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h")
-_NAME, _TITLE = 32, 240  # characters of a line that fit
+_NAME, LONGEST_TITLE = 32, 240  # characters of a line that fit
 _CELL, _SIDE = 1.15, 1.1  # of an image in a grid, with and without the space around it, in inches
 _WIDEST = 20  # characters under an image
 
@@ -99,7 +99,7 @@ def curves(metrics: Sequence[Mapping[str, float]], step: str, title: str) -> Fig
     scores.set(xlabel=step, ylabel="percent", ylim=(-3, 103))
     for name, style in zip(losses, _LOSS_STYLES * len(losses), strict=False):
         rows = table[[step, name]].dropna()
-        label = _text(name.removeprefix("loss_") or name)
+        label = printable(name.removeprefix("loss_") or name)
         loss_axis.plot(rows[step], rows[name], style, label=label)
     loss_axis.set(xlabel=step, ylabel="mean loss", ylim=(0, None))
     for axis in (scores, loss_axis):
@@ -108,7 +108,7 @@ def curves(metrics: Sequence[Mapping[str, float]], step: str, title: str) -> Fig
         if axis.lines:
             axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_text(title, _TITLE))
+    figure.suptitle(printable(title, LONGEST_TITLE))
     return figure
 
 
@@ -132,11 +132,13 @@ def image_grid(
     # One axis in inches for all images, because an axis for each takes seconds.
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axis.set_axis_off()
-    axis.text(width / 2, 0.2, _text(title, _TITLE), fontsize=10, ha="center", va="center")
+    axis.text(
+        width / 2, 0.2, printable(title, LONGEST_TITLE), fontsize=10, ha="center", va="center"
+    )
     top = 0.42
     for name, images in rows.items():
         axis.text(
-            0.4, top + _SIDE / 2, _text(name), fontsize=9, rotation=90, ha="center", va="center"
+            0.4, top + _SIDE / 2, printable(name), fontsize=9, rotation=90, ha="center", va="center"
         )
         for column in range(count):
             left = 0.65 + _CELL * column
@@ -155,7 +157,7 @@ def image_grid(
 def _captions(texts: Sequence[str]) -> list[str]:
     """What stands under images; "before | after" takes two lines where it is wide."""
     is_wide = any(len(text) > _WIDEST for text in texts)
-    return [_text(text.replace(" | ", " |\n", 1) if is_wide else text) for text in texts]
+    return [printable(text.replace(" | ", " |\n", 1) if is_wide else text) for text in texts]
 
 
 def bars(values: Mapping[str, float], label: str, title: str) -> Figure:
@@ -170,11 +172,11 @@ def bars(values: Mapping[str, float], label: str, title: str) -> Figure:
     places = range(len(values))
     drawn = axis.barh(places, list(values.values()), color="#0072B2", height=0.65)
     axis.bar_label(drawn, fmt="%.2f", padding=3)
-    axis.set_yticks(places, [_text(name) for name in values])
+    axis.set_yticks(places, [printable(name) for name in values])
     axis.invert_yaxis()
-    axis.set(xlabel=_text(label), xlim=(0, 1.12 * max(values.values())))
+    axis.set(xlabel=printable(label), xlim=(0, 1.12 * max(values.values())))
     axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(_text(title, _TITLE), fontsize=8)
+    figure.suptitle(printable(title, LONGEST_TITLE), fontsize=8)
     return figure
 
 
@@ -220,7 +222,7 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
     for axis, (name, rows) in zip(axes, panels, strict=False):
         defense = str(name)
         for row in rows.to_dict("records"):
-            hue, marker = _look(attacks.index(row["attack"]))
+            hue, marker = look_of(attacks.index(row["attack"]))
             start = (100 * row["asr_before"], 100 * row["acc_before"])
             end = (100 * row["asr"], 100 * row["acc"])
             arrow = {"arrowstyle": "->", "color": hue, "lw": 1.1, "alpha": 0.7, "shrinkB": 5}
@@ -229,9 +231,9 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
             axis.plot(*end, marker, color=hue, mec="white", ms=9, mew=0.6, clip_on=False, zorder=3)
         axis.set(xlabel="ASR, percent", ylabel="ACC, percent", xlim=(-3, 103))
         of = ", one seed" if seeds[defense] == 1 else f", up to {seeds[defense]} seeds"
-        axis.set_title(_text(defense) + of, fontsize=10)
+        axis.set_title(printable(defense) + of, fontsize=10)
         axis.label_outer()
-        _plain(axis)
+        without_frame(axis)
     drawn = 100 * points[["acc", "acc_before"]].stack()
     axes[0].set_ylim(max(-3, drawn.min() - 5), min(102, drawn.max() + 5))
     handles = [
@@ -239,11 +241,11 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
         for label, fill in (("before", "white"), ("after", "#777777"))
     ]
     for place, attack in enumerate(attacks):
-        hue, marker = _look(place)
-        line = Line2D([], [], color=hue, marker=marker, ls="", ms=7, label=_text(attack))
+        hue, marker = look_of(place)
+        line = Line2D([], [], color=hue, marker=marker, ls="", ms=7, label=printable(attack))
         handles.append(line)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-    _entitle(figure, title)
+    entitle(figure, title)
     return figure
 
 
@@ -256,7 +258,7 @@ def heat_map(values: pd.DataFrame, title: str) -> Figure:
         values: rates in [0, 1], NaN where there is none: a row for each line of the figure.
     """
     lines, columns = values.shape
-    names, headings = ([_text(str(name)) for name in axis] for axis in values.axes)
+    names, headings = ([printable(str(name)) for name in axis] for axis in values.axes)
     below = 0.09 * max(map(len, headings))  # inches of the widest letters, at 45 degrees
     beside = max(below, 0.125 * max(map(len, names)))
     size = (1.2 + beside + 0.62 * columns, 1.0 + below + 0.34 * lines)
@@ -282,7 +284,7 @@ def heat_map(values: pd.DataFrame, title: str) -> Figure:
     axis.grid(which="minor", color="#ffffff", linewidth=1)
     axis.tick_params(which="minor", length=0)
     figure.colorbar(picture, ax=axis, label="percent")
-    _entitle(figure, title)
+    entitle(figure, title)
     return figure
 
 
@@ -321,16 +323,16 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
                 label=label,
             )
         axis.set(ylim=(-3, 103))
-        axis.set_title(_text(name), fontsize=9)
+        axis.set_title(printable(name), fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        _plain(axis)
+        without_frame(axis)
     for axis in axes[max(0, len(panels) - count) : len(panels)]:
         axis.set_xlabel("round")
     figure.supylabel("percent", fontsize=9)
     figure.legend(
         handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False
     )
-    _entitle(figure, title)
+    entitle(figure, title)
     return figure
 
 
@@ -344,7 +346,7 @@ def variants(values: pd.DataFrame, deviations: pd.DataFrame, method: str, title:
     """
     figure = Figure(figsize=(10, 1.0 + 0.34 * len(values)), layout="constrained")
     panels = figure.subplots(1, len(values.columns), squeeze=False, sharey=True)[0]
-    names = [_text(str(name)) for name in values.index]
+    names = [printable(str(name)) for name in values.index]
     for axis, metric in zip(panels, values.columns, strict=True):
         label, colour = _BARS[metric]
         lengths, spread = 100 * values[metric].fillna(0), 100 * deviations[metric].fillna(0)
@@ -361,7 +363,7 @@ def variants(values: pd.DataFrame, deviations: pd.DataFrame, method: str, title:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    _entitle(figure, f"{title}: percent, bars of one standard deviation")
+    entitle(figure, f"{title}: percent, bars of one standard deviation")
     return figure
 
 
@@ -374,7 +376,7 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axis = figure.subplots()
     for place, (defense, rows) in enumerate(points.groupby("defense")):
-        hue, marker = _look(place)
+        hue, marker = look_of(place)
         axis.plot(
             rows["seconds"],
             100 * rows["der"],
@@ -383,7 +385,7 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
             mec="white",
             mew=0.6,
             ms=8,
-            label=_text(str(defense)),
+            label=printable(str(defense)),
         )
     axis.set(
         xlabel="seconds of a run by the clock, other work on the machine included",
@@ -399,29 +401,31 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
     axis.set_xlim(least, most)
     lowest = 100 * points["der"].min()
     axis.set_ylim(max(-3, lowest - 5), 102)
-    _plain(axis)
+    without_frame(axis)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    _entitle(figure, title)
+    entitle(figure, title)
     return figure
 
 
-def _entitle(figure: Figure, title: str) -> None:
+def entitle(figure: Figure, title: str) -> None:
     """A title at the left, in as many lines as it needs."""
-    lines = textwrap.wrap(shown(title, _TITLE), int(11 * figure.get_figwidth()))
-    text = "\n".join(_text(line, _TITLE) for line in lines)
+    lines = textwrap.wrap(shown(title, LONGEST_TITLE), int(11 * figure.get_figwidth()))
+    text = "\n".join(printable(line, LONGEST_TITLE) for line in lines)
     figure.suptitle(text, fontsize=10, x=0.02, ha="left")
 
 
-def _look(place: int) -> tuple[str, str]:
+def look_of(place: int) -> tuple[str, str]:
+    """Hue and marker of one of many things, by its number."""
     return _HUES[place % len(_HUES)], _MARKERS[place % len(_MARKERS)]
 
 
-def _plain(axis: Axes) -> None:
+def without_frame(axis: Axes) -> None:
+    """A faint grid, and no lines at the top and at the right."""
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _text(text: str, limit: int = _NAME) -> str:
+def printable(text: str, limit: int = _NAME) -> str:
     """A text in one line, or in two if it has two, that matplotlib draws without changes.
 
     Otherwise matplotlib reads a formula between dollar signs, and a legend skips texts that begin

@@ -6,13 +6,14 @@ on every one of them, from the same backdoored models.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from benchmark.reporting import tables
 from benchmark.reporting.means import FLAGS, Number, Table
+from benchmark.reporting.sources import HEADLINES
 from benchmark.reporting.summaries import is_clean
 
 RESAMPLES = 2000
@@ -34,6 +35,12 @@ _COLUMNS_MEAN = (
     "Percent; mean ± sample standard deviation of the seeds' means. Worst ASR: of the attack that "
     "the defense does worst against. ACC lost: before minus after, negative where it is gained. "
     "Purify seconds: by the clock, of the purification alone."
+)
+_ANALYSES_MEAN = (
+    "Of analyses (docs/analysis.md). ASR re-learned: after a short fine-tuning with five poisoned "
+    "images. t at ASR 50 %: on the straight line from the backdoored weights (0) to the purified "
+    "ones (1); near 1 is near the edge. ASR re-activated: with one small perturbation. S: how much "
+    "of the backdoor's features is left. Clean model: the same for a model without a backdoor."
 )
 _RANK_MEANS = (
     f"Rank: by mean DER. In brackets: its {100 * CONFIDENCE:.0f} % interval over {RESAMPLES:,} "
@@ -70,6 +77,7 @@ class Entry:
         purify_seconds: None where no run says it.
         sees: "clean", "poisoned" or "nothing".
         flags: keys of `means.FLAGS`.
+        analyses: means of the numbers of `sources.HEADLINES` over the runs that have them.
     """
 
     defense: str
@@ -85,6 +93,7 @@ class Entry:
     purify_seconds: float | None
     sees: str
     flags: str
+    analyses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,14 @@ def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> 
         purify_seconds=None if pd.isna(seconds) else float(seconds),
         sees=", ".join(sorted(set(runs["sees"]))),
         flags=flags,
+        analyses=_analyses(runs),
     )
+
+
+def _analyses(runs: pd.DataFrame) -> dict[str, float]:
+    """Means over the attacks' means of what analyses measured, where they measured something."""
+    means = {name: _mean(runs, name) for name in HEADLINES if name in runs}
+    return {name: float(mean.mean) for name, mean in means.items() if mean is not None}
 
 
 def _flags(table: Table, label: str, runs: pd.DataFrame) -> str:
@@ -258,7 +274,16 @@ def _notes(table: Table, runs: pd.DataFrame, skipped: int) -> list[str]:
     return notes
 
 
-def cells(entry: Entry) -> list[Cell]:
+def columns(board: Leaderboard) -> dict[str, bool]:
+    """Heading of each column -> whether it is sorted as a text; analyses where there are some."""
+    return {**COLUMNS, **{HEADLINES[name][0]: False for name in _measured(board)}}
+
+
+def _measured(board: Leaderboard) -> list[str]:
+    return [name for name in HEADLINES if any(name in entry.analyses for entry in board.entries)]
+
+
+def cells(entry: Entry, board: Leaderboard) -> list[Cell]:
     """What stands in the columns after the defense's name."""
     place = "" if entry.rank is None else str(entry.rank.place)
     interval = "" if entry.rank is None else str(entry.rank).removeprefix(place).strip()
@@ -274,7 +299,15 @@ def cells(entry: Entry) -> list[Cell]:
         _number_cell(entry.clean_acc_lost),
         Cell("") if seconds is None else Cell(_seconds(seconds), "", repr(seconds)),
         Cell(entry.sees, "", entry.sees),
+        *(_analysis_cell(name, entry.analyses.get(name)) for name in _measured(board)),
     ]
+
+
+def _analysis_cell(name: str, value: float | None) -> Cell:
+    if value is None:
+        return Cell("")
+    _, is_share = HEADLINES[name]
+    return Cell(f"{100 * value:.2f}" if is_share else f"{value:.2f}", "", repr(value))
 
 
 def _number_cell(number: Number | None) -> Cell:
@@ -296,6 +329,8 @@ def legend(boards: Sequence[Leaderboard]) -> list[str]:
     """What columns and flags of some leaderboards mean, a line each."""
     entries = [entry for board in boards for entry in board.entries]
     lines = [_COLUMNS_MEAN]
+    if any(entry.analyses for entry in entries):
+        lines.append(_ANALYSES_MEAN)
     if any(entry.rank is not None for entry in entries):
         lines.append(_RANK_MEANS)
     used = {flag for entry in entries for flag in entry.flags}
@@ -317,12 +352,13 @@ def markdown(all_tables: Sequence[Table]) -> str:
 
 
 def _rows(board: Leaderboard) -> str:
-    lines = [tables.pipes(list(COLUMNS))]
-    lines.append(tables.pipes(["---" if is_text else "---:" for is_text in COLUMNS.values()]))
+    headings = columns(board)
+    lines = [tables.pipes(list(headings))]
+    lines.append(tables.pipes(["---" if is_text else "---:" for is_text in headings.values()]))
     for entry in board.entries:
         name = tables.markdown_text(entry.defense)
         name = (f"**{name}**" if entry.is_first else name) + tables.raised(entry.flags)
-        texts = [tables.markdown_text(f"{c.text} {c.detail}".strip()) for c in cells(entry)]
+        texts = [tables.markdown_text(f"{c.text} {c.detail}".strip()) for c in cells(entry, board)]
         lines.append(tables.pipes([name, *texts]))
     return "\n".join(lines)
 

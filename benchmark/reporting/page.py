@@ -169,8 +169,8 @@ def _table(table: Table, figures: Mapping[str, Path], pictures: Pictures) -> dic
 def _board(board: leaderboard.Leaderboard) -> dict[str, Any]:
     return {
         "notes": board.notes,
-        "columns": list(leaderboard.COLUMNS.items()),
-        "rows": [(entry, leaderboard.cells(entry)) for entry in board.entries],
+        "columns": list(leaderboard.columns(board).items()),
+        "rows": [(entry, leaderboard.cells(entry, board)) for entry in board.entries],
     }
 
 
@@ -235,6 +235,12 @@ def _run(run: pd.Series, pictures: Pictures) -> dict[str, Any]:
     shown = []
     if stored.folder is not None:
         shown = [pictures.from_file(stored.folder / n, text) for n, text in _PICTURES.items()]
+        if stored.defense is None:
+            shown += [
+                pictures.from_file(path, f"analysis: {path.stem}")
+                for folder in sources.analysis_folders(stored.folder)
+                for path in sorted(folder.glob("*.png"))
+            ]
     if stored.metrics is not None and not (shown and shown[0]):
         shown[:1] = [pictures.from_metrics(stored.metrics, stored.unit, "curves")]
     return {

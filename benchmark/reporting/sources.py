@@ -1,11 +1,15 @@
 """Where a report's runs are: folders of records, or the few files of a grid in `results/`.
 
+Results of analyses (`analysis/` in a record) are no runs: their headline numbers are facts of the
+defenses that they are of.
+
 A grid keeps its runs in two files. `runs.jsonl` has a JSON object on each line:
 
     {"record": "badnet-s0", "summary": {...}, "config": {...}}
     {"record": "badnet-s0", "defense": "sau", "summary": {...}, "config": {...}}
 
-`defense` is the name of the result's folder; the attack itself has no such key. `summary` and
+`defense` is the name of the result's folder; the attack itself has no such key. A defense whose
+record was analysed also has `analyses`, its headline numbers. `summary` and
 `config` are the content of the run's `summary.json` and `config.yaml`, without the machine's paths.
 `curves.csv` has the rows of every `metrics.csv` after the columns `record` and `defense`.
 
@@ -29,13 +33,23 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from utils.config import read_yaml
 from utils.errors import UserError, one_line, shown
-from utils.files import read_bytes, read_text
+from utils.files import read_bytes, read_object, read_text
 from utils.process.script import logger
 from utils.records.folders import RunFolder
 
 RUNS, CURVES = "runs.jsonl", "curves.csv"
 RATES = ("acc", "asr", "ra", "cross_acc")
 LARGEST = 1 << 20  # bytes of a summary.json
+# Of analyses: heading of a column of leaderboards, and whether it is a share, printed as percent.
+HEADLINES = {
+    "asr_retuned": ("ASR re-learned", True),
+    "asr_retuned_clean": ("clean model re-learned", True),
+    "t_half": ("t at ASR 50 %", False),
+    "asr_reactivated": ("ASR re-activated", True),
+    "asr_reactivated_clean": ("clean model re-activated", True),
+    "similarity": ("S", False),
+    "similarity_clean": ("clean model S", False),
+}
 _LARGEST_METRICS = 4 << 20  # bytes of a metrics.csv
 _LARGEST_GRID = 64 << 20  # bytes of a runs.jsonl, and of a curves.csv
 _WIDEST = 10_000  # characters of the first line of a table
@@ -89,6 +103,11 @@ class StoredRun:
         raise FileNotFoundError(self.where)
 
     @cached_property
+    def analyses(self) -> dict[str, float]:
+        """Headline numbers of analyses, by name; see `HEADLINES`."""
+        return {}
+
+    @cached_property
     def metrics(self) -> pd.DataFrame | None:
         """Its rows by epoch or round, see `read_metrics`; None if there is nothing to draw."""
         return None
@@ -120,6 +139,12 @@ class RunInFolder(StoredRun):
         return json.loads(read_text(path, LARGEST))
 
     @cached_property
+    def analyses(self) -> dict[str, float]:
+        return (
+            {} if self.defense is None else read_analyses(self.path.parent.parent, self.path.name)
+        )
+
+    @cached_property
     def metrics(self) -> pd.DataFrame | None:
         return read_metrics(self.path, self.unit)
 
@@ -146,6 +171,7 @@ class _Line(BaseModel):
     defense: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
     summary: dict[str, Any]
     config: dict[str, Any] | None = None
+    analyses: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +183,10 @@ class RunInGrid(StoredRun):
 
     def read_summary(self) -> Any:
         return self.line.summary
+
+    @cached_property
+    def analyses(self) -> dict[str, float]:
+        return checked_headline(self.line.analyses)
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
@@ -206,7 +236,7 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
         folders[:] = [n for n in folders if n[0] != "." and here.joinpath(n).resolve() != excluded]
         if RUNS in files:
             grids.append(here)
-        if "summary.json" not in files:
+        if "summary.json" not in files or here.parent.name == "analysis":
             continue
         if here.parent.name == "defense":
             records.setdefault(here.parent.parent, []).append(here)
@@ -225,6 +255,45 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
         runs += lines
         problems += wrong
     return runs, problems
+
+
+def analysis_folders(record: Path) -> list[Path]:
+    """The folders of a record's analyses, by name; none that is a link, or behind one."""
+    home = record / "analysis"
+    if home.is_symlink() or not home.is_dir():
+        return []
+    return sorted(path for path in home.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def read_analyses(record: Path, defense: str) -> dict[str, float]:
+    """The headline numbers of a defense, of all analyses of its record that are finished.
+
+    A number of a clean model, the control, has the ending `_clean`.
+    """
+    numbers: dict[str, Any] = {}
+    for folder in analysis_folders(record):
+        path = folder / "summary.json"
+        if not is_plain(path, LARGEST):
+            continue
+        try:
+            headline = read_object(path, LARGEST).get("headline")
+        except (OSError, ValueError):
+            continue
+        if isinstance(headline, dict):
+            for name, ending in ((defense, ""), ("clean model", "_clean")):
+                of_model = headline.get(name)
+                if isinstance(of_model, dict):
+                    numbers |= {f"{key}{ending}": value for key, value in of_model.items()}
+    return checked_headline(numbers)
+
+
+def checked_headline(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Those of some numbers that reports show."""
+    return {
+        name: float(numbers[name])
+        for name in HEADLINES
+        if isinstance(numbers.get(name), int | float) and -10 <= numbers[name] <= 10
+    }
 
 
 def _below(folder: Path, under: Path) -> str:
@@ -445,6 +514,7 @@ def keep(runs: Iterable[StoredRun], folder: RunFolder) -> None:
         except FileNotFoundError:
             continue
         facts = {"record": run.record, "defense": run.defense, "summary": summary}
+        facts |= {"analyses": run.analyses} if run.analyses else {}
         present = {n: v for n, v in {**facts, "config": run.config}.items() if v is not None}
         lines.append(json.dumps(present, ensure_ascii=False) + "\n")
         if run.metrics is not None:

@@ -17,7 +17,13 @@ import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic import ValidationError as NotAsDescribed
 
-from benchmark.reporting.sources import StoredRun, find, first_fault, without_places
+from benchmark.reporting.sources import (
+    HEADLINES,
+    StoredRun,
+    find,
+    first_fault,
+    without_places,
+)
 from utils.errors import UserError, one_line, shown
 
 UNDEFENDED = "no defense"
@@ -319,6 +325,7 @@ def _row(
         "asr_total": scores.asr_total,
         "seconds": facts.seconds if facts else None,
         "purify_seconds": facts.purify_seconds if isinstance(facts, _Defense) else None,
+        **{name: run.analyses.get(name) for name in HEADLINES},
         "config": (facts.config_sha256 if facts else None) or "-",
         "commit": (facts.commit if facts else None) or "-",
         "versions": versions or "-",
@@ -332,7 +339,7 @@ def _row(
 def _numeric(runs: pd.DataFrame) -> pd.DataFrame:
     """The same runs, with columns of numbers."""
     numbers = ["pratio", "image_size", "train_images", "test_images", "seed", *METRICS, "seconds"]
-    numbers += ["purify_seconds"]
+    numbers += ["purify_seconds", *HEADLINES]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
     return runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
 

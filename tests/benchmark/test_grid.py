@@ -76,6 +76,45 @@ def test_arguments_are_what_a_user_would_type(tmp_path: Path) -> None:
     ]
 
 
+def test_analyses_come_last_with_clean_models_as_controls(tmp_path: Path) -> None:
+    """Of two attacked and two clean models; path needs no trigger, but a defense."""
+    text = TEXT.replace("pratios: [0.1, 0.05]\n", "").replace(
+        "seeds", "analyses: {path, retune, mine: {script: inspection}}\nseeds"
+    )
+    text = text.replace("{path, retune, mine: {", "{path: {t_steps: 5}, retune: , mine: {")
+    cells = grid_of(text, tmp_path)
+    names = [cell.name for cell in cells]
+    first = names.index("digits-preactresnet18-badnet-s0/analysis/path")
+    assert all("/analysis/" in name for name in names[first:])
+    assert not any("/analysis/" in name for name in names[:first])
+    assert sum("/analysis/path" in name for name in names) == 6
+    assert sum("/analysis/retune" in name for name in names) == 4  # none of the clean models
+    by_name = dict(zip(names, cells, strict=True))
+    retune = by_name["digits-preactresnet18-badnet-s3/analysis/retune"]
+    assert retune.script == "analysis/retune.py"
+    assert retune.flags["clean_record"] == "digits-preactresnet18-prototype-s3"
+    record = "digits-preactresnet18-badnet-s3"
+    assert {cell.name for cell in retune.needed} == {
+        *(record, f"{record}/ft", f"{record}/sau_x"),
+        "digits-preactresnet18-prototype-s3",
+    }
+    mine = by_name["digits-preactresnet18-prototype-s0/analysis/mine"]
+    assert mine.flags["clean_records"] == ["digits-preactresnet18-prototype-s3"]
+    assert mine.folder == tmp_path / "records/digits-preactresnet18-prototype-s0/analysis/mine"
+    arguments = by_name["digits-preactresnet18-fixed-s0/analysis/path"].arguments()
+    assert arguments[:4] == ["--t_steps", "5", "--defenses", "ft,sau_x"]
+
+
+def test_an_analysis_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    text = TEXT.replace("seeds", "analyses: {paths: , retune: {k: 3}}\nseeds")
+    with pytest.raises(UserError) as caught:
+        grid_of(text, tmp_path)
+    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+        "analysis/paths.py: there is no such script",
+        "analysis/retune.py: k: unknown name",
+    ]
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_the_shipped_grids_name_flags_that_exist(path: Path, tmp_path: Path) -> None:
     assert cells_of(read_grid(path), tmp_path)
@@ -245,6 +284,21 @@ def test_a_failure_costs_its_defenses_alone_and_done_cells_are_skipped(stubs: Pa
     with run.Board(cells) as board:
         run.run_local(cells, stubs, 2, board)
     assert (stubs / "order.txt").read_text().split()[len(ran) :] == ["bad1"]  # tried again
+
+
+def test_an_analysis_waits_for_all_that_it_reads(stubs: Path) -> None:
+    """It is skipped if one of these has failed."""
+    cells = stub_cells(stubs, "a1", "a2", "bad3")
+    first, _, second, _, bad, _ = cells
+    for number, others in enumerate([(cells[1], second), (cells[1], bad)]):
+        flags = {"record_path": str(stubs), "result_file": "a1", "save_folder_name": f"x{number}"}
+        folder = stubs / "a1/defense" / f"x{number}"
+        cells.append(Cell(f"a1/x{number}", "defense/d.py", flags, folder, first, others))
+    with run.Board(cells) as board:
+        run.run_local(list(reversed(cells)), stubs, 2, board)
+    assert (board.states["a1/x0"], board.states["a1/x1"]) == ("done", "skipped")
+    order = (stubs / "order.txt").read_text().split()
+    assert order.index("x0") > order.index("a2")
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmark.reporting import leaderboard
+from benchmark.reporting import leaderboard, sources
 from benchmark.reporting.leaderboard import Leaderboard, Rank, leaderboards, rank
+from benchmark.reporting.summaries import read_runs
 from tests.benchmark.test_report import (
     HOSTILE,
     Tags,
@@ -29,6 +30,7 @@ from tests.benchmark.test_report import (
     two_attacks,
 )
 from utils import plot
+from utils.records.folders import RunFolder
 
 __all__ = ["two_attacks"]  # fixtures
 
@@ -40,6 +42,53 @@ def the_board(root: Path) -> Leaderboard:
 
 def ranks_of(board: Leaderboard) -> dict[str, str]:
     return {entry.defense: str(entry.rank or "") for entry in board.entries}
+
+
+def analysed(record: Path, kind: str, **headline: Any) -> None:
+    folder = record / "analysis" / kind
+    folder.mkdir(parents=True)
+    facts = {"analysis": kind, "attack": "sig", "dataset": "cifar10", "headline": headline}
+    (folder / "summary.json").write_text(json.dumps(facts))
+
+
+def test_headlines_of_analyses_are_columns_where_there_are_some(two_attacks: Path) -> None:
+    """SAU: blended 0.2 and 0.4, SIG 0.9 once: the mean over attacks is (0.3 + 0.9) / 2 = 0.6."""
+    plain = leaderboard.markdown([the_table(two_attacks)])
+    assert "re-learned" not in plain
+    for name, asr in (("blended-0", 0.2), ("blended-1", 0.4), ("sig-0", 0.9)):
+        clean = {"clean model": {"asr_retuned": 0.1}}
+        analysed(two_attacks / name, "retune", sau={"asr_retuned": asr}, **clean)
+    analysed(two_attacks / "sig-1", "path", sau={"t_half": None}, ft={"t_half": 0.875})
+    analysed(two_attacks / "sig-1", "features", sau={"nearest_is_true": 0.5})
+    text = leaderboard.markdown([the_table(two_attacks)])
+    head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
+    last = ["ASR re-learned", "clean model re-learned", "t at ASR 50 %"]
+    assert [cell.strip() for cell in head.split("|")][-4:-1] == last
+    cells = {line.split("|")[1].strip(" *"): line.split("|")[-4:-1] for line in lines}
+    by_defense = {name.partition("<")[0]: cell for name, cell in cells.items()}
+    assert [cell.strip() for cell in by_defense["sau"]] == ["60.00", "10.00", ""]
+    assert [cell.strip() for cell in by_defense["ft"]] == ["", "10.00", "0.88"]
+    assert "Of analyses" in text
+
+
+def test_headlines_are_kept_with_the_runs(two_attacks: Path, tmp_path: Path) -> None:
+    """What is no number of a report, or from behind a link, is not."""
+    headline = {"asr_retuned": 0.2, "t_half": 1e9, "other": 3}
+    analysed(two_attacks / "sig-0", "retune", sau=headline)
+    elsewhere = tmp_path / "elsewhere"
+    analysed(elsewhere, "similarity", sau={"similarity": 0.5})
+    (two_attacks / "sig-0/analysis/similarity").symlink_to(elsewhere / "analysis/similarity")
+    runs, problems = read_runs(two_attacks)
+    assert problems == []
+    kept = RunFolder(tmp_path / "kept")
+    kept.path.mkdir()
+    sources.keep(runs["run"], kept)
+    lines = [json.loads(line) for line in (kept.path / "runs.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if "analyses" in line]
+    assert (line["record"], line["defense"]) == ("sig-0", "sau")
+    assert line["analyses"] == {"asr_retuned": 0.2}
+    again, _ = read_runs(kept.path)
+    assert again["asr_retuned"].max() == 0.2
 
 
 def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
@@ -93,7 +142,7 @@ def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
     assert "Attacks: blended, sig. Backdoored models: 4." in text
     assert "The attacks are few" in text
     gained = replace(ft, acc_lost=replace(ft.acc_lost, mean=-1e-7))
-    assert leaderboard.cells(gained)[5].text == "0.00"
+    assert leaderboard.cells(gained, board)[5].text == "0.00"
     assert "Rank: by mean DER. In brackets: its 95 % interval" in text
 
 

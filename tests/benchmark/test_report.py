@@ -568,6 +568,17 @@ def test_the_page_needs_nothing_and_its_tables_sort(two_attacks: Path, tmp_path:
     assert len(tags.all("details")) == 1 + 5  # what made the numbers, and five records
 
 
+def test_the_page_shows_the_pictures_of_a_record_s_analyses(two_attacks: Path) -> None:
+    """Those behind a link are not shown."""
+    home = two_attacks / "sig-0/analysis/path"
+    home.mkdir(parents=True)
+    Image.new("L", (8, 8)).save(home / "path.png")
+    (two_attacks / "sig-0/analysis/linked").symlink_to(home)
+    runs, _ = read_runs(two_attacks)
+    text = page.render("title", summarize(runs), {}, [])
+    assert text.count("analysis: path") == 1
+
+
 def test_pictures_are_inlined_up_to_a_size(tmp_path: Path) -> None:
     picture = tmp_path / "curves.png"
     Image.effect_noise((600, 400), 90).save(picture)

@@ -23,6 +23,7 @@ from tests import oracle
 from utils.errors import UserError
 from utils.process.device import rows_of
 from utils.process.seeds import generator
+from utils.training.labelshare import add, label_share, new_tally
 from utils.training.loop import Loop
 from utils.training.selection import hold_out
 
@@ -521,6 +522,27 @@ def test_examples_are_drawn_beside_up_to_eight_images(count: int, chosen: list[i
         "shared adversarial examples of the model before; label before | after"
     )
     assert picture.is_compared
+
+
+def test_where_adversarial_images_went_is_stated_after_the_first_round() -> None:
+    """With all images in one batch, they are those of the model with itself."""
+    _, reference = models(1, batch_norm=True)
+    images, labels = problem(1, count=24)
+    config = Config.load(n_rounds=2, batch_size=24, lr=0.01)
+    loop = Loop()
+    purify(reference, images, labels, config, loop)
+    delta = shared_perturbation(reference.eval(), reference, images, labels, config)
+    tally = new_tally(4)
+    with torch.no_grad():
+        sent = [reference(x).argmax(1) for x in (images, images + delta)]
+    add(tally, labels, *sent)
+    expected = label_share(tally)
+    assert max(expected.share) > 0
+    assert loop.findings.facts["label_share"] == {
+        "top": expected.top,
+        "share": max(expected.share),
+        "entropy": expected.entropy,
+    }
 
 
 def test_examples_are_of_the_model_as_it_was_given() -> None:

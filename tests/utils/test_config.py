@@ -644,10 +644,10 @@ def test_suggestion_is_the_nearest_name_or_nothing() -> None:
 def shipped_configs() -> dict[str, type[Config]]:
     """Script, as "attack/badnet", to the configuration that it reads from the command line."""
     scripts: dict[str, type[Config]] = {"attack/prototype": TrainingConfig}
-    for folder in ("attack", "defense", "interop"):
+    for folder in ("attack", "defense", "analysis", "interop"):
         for path in sorted((ROOT / folder).glob("*.py")):
             module = importlib.import_module(f"{folder}.{path.stem}")
-            for name in ("Config", "DefenseConfig"):
+            for name in ("Config", "DefenseConfig", "AnalysisConfig"):
                 owner = getattr(module, name, None)
                 if isinstance(owner, type) and owner.__module__ == module.__name__:
                     scripts[f"{folder}/{path.stem}"] = owner

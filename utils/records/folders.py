@@ -460,6 +460,16 @@ def defense_folder(record: Path, name: str) -> RunFolder:
     return RunFolder(record / "defense" / _checked_name(name))
 
 
+def analysis_folder(record: Path, name: str) -> RunFolder:
+    """The folder of an analysis's result, inside the record that it looks at.
+
+    Raises:
+        UserError: if the name could leave that folder, or the folder is elsewhere.
+    """
+    _refuse_link(record / "analysis")
+    return RunFolder(record / "analysis" / _checked_name(name))
+
+
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise UserError(f"{path}: is a link; give another name, or remove it")

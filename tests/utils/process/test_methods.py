@@ -4,14 +4,16 @@ from types import ModuleType
 
 import pytest
 
+import analysis.__main__
 import attack.__main__
 import defense.__main__
 from tests.test_end_to_end import run_script
 from utils.files import ROOT
 from utils.process.methods import Method, as_markdown, as_text, describe
 
-PACKAGES = {"attack": attack, "defense": defense}
-LISTS = {"attack": attack.__main__, "defense": defense.__main__}
+PACKAGES = {"attack": attack, "defense": defense, "analysis": analysis}
+LISTS = {name: package.__main__ for name, package in PACKAGES.items()}
+WITHOUT_PAPER = ("ft", "confusion", "inspection", "weights")
 every_list = pytest.mark.parametrize("package", LISTS)
 
 
@@ -94,14 +96,13 @@ def test_markdown_has_a_row_for_each_method_and_empty_cells() -> None:
 
 @every_list
 def test_every_method_is_listed_by_year_with_a_paper_and_what_it_sees(package: str) -> None:
-    """FT alone has no paper."""
     methods = LISTS[package].methods()
     assert sorted(method.name for method in methods) == PACKAGES[package].names()
     assert [method.year for method in methods] == sorted(method.year for method in methods)
     for method in methods:
         assert method.sees
         assert method.idea
-        assert bool(method.paper) == (method.name != "ft")
+        assert bool(method.paper) == (method.name not in WITHOUT_PAPER)
 
 
 def test_what_a_defense_sees_is_what_its_configuration_says() -> None:
@@ -120,6 +121,16 @@ def test_what_an_attacker_changes_is_the_threat_model() -> None:
     assert sees["sig"] == "data poisoning, clean label"
     assert sees["wanet"] == "control of training, dirty label"
     assert attack.__main__.threat_model(ModuleType("x", "No such sentence.")) == ""
+
+
+def test_what_an_analysis_needs_is_what_its_configuration_says() -> None:
+    needs = {method.name: method.sees for method in analysis.__main__.methods()}
+    assert (needs["path"], needs["stealth"], needs["retune"], needs["inspection"]) == (
+        "results of defenses",
+        "triggered images",
+        "triggered images, a clean model as control",
+        "nothing more",
+    )
 
 
 @every_list

@@ -1,0 +1,11 @@
+"""Analyses, one file per analysis."""
+
+from pathlib import Path
+
+_PIPELINES = ("__init__", "__main__", "base", "all")
+
+
+def names() -> list[str]:
+    """The names of all analyses."""
+    stems = (path.stem for path in Path(__file__).parent.glob("*.py"))
+    return sorted(name for name in stems if name not in _PIPELINES)

@@ -1,0 +1,44 @@
+"""Lists the analyses: name, paper, what the record must have, idea.
+
+    python -m analysis
+    python -m analysis --markdown     the table of README.md
+
+The list is made from the first lines of each file's docstring, and from its `Config`.
+"""
+
+from types import ModuleType
+
+import analysis
+from analysis.base import Controlled
+from utils.process.methods import Method, as_markdown, as_text, cited, methods_of, run_list
+
+
+def needs(module: ModuleType) -> str:
+    """What a record must have, in words; a clean model is a control that may be missing."""
+    parts = ["triggered images"] * module.Config.needs_trigger
+    parts += ["results of defenses"] * module.Config.needs_defenses
+    parts += ["a clean model as control"] * issubclass(module.Config, Controlled)
+    return ", ".join(parts) or "nothing more"
+
+
+def methods() -> list[Method]:
+    """All analyses, by year and then by name."""
+    return methods_of(analysis, needs)
+
+
+def table() -> str:
+    """The table of README.md."""
+    return as_markdown(
+        methods(),
+        ("analysis", "paper", "the record needs", "idea"),
+        lambda method: (
+            f"`analysis/{method.name}.py`",
+            cited(method),
+            method.sees,
+            method.idea,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    run_list("analysis", str(__doc__), lambda: as_text(methods(), "the record needs"), table)

@@ -1,0 +1,115 @@
+"""All: every analysis of a record by one command; dataset and models are loaded once.
+
+    python analysis/all.py --result_file badnet_demo --clean_record clean_demo
+
+Each analysis runs with its own values of `config/analysis/`; to change one, run it by itself. What
+a record cannot have is skipped with a line: a clean model has no trigger, for example. With
+`--resume`, analyses that are finished stay as they are.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import analysis
+from analysis.base import (
+    Controlled,
+    Kind,
+    Subject,
+    analyse,
+    dataset_of_record,
+    kinds,
+    open_subject,
+)
+from utils.errors import NothingToDo, UserError, listed
+from utils.process.script import logger, run_script
+from utils.records import folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Controlled):
+    kinds: Annotated[
+        tuple[str, ...],
+        Field(description="names of analyses; none: all that python -m analysis lists"),
+    ]
+
+
+def chosen(config: Config) -> list[Kind]:
+    """The analyses that the flags name.
+
+    Raises:
+        UserError: for a name that is none.
+    """
+    wrong = [name for name in config.kinds if name not in analysis.names()]
+    if wrong:
+        raise UserError(
+            f"--kinds: {listed(wrong)}: no analysis; give {', '.join(analysis.names())}"
+        )
+    return [kind for kind in kinds() if kind.name in config.kinds or not config.kinds]
+
+
+def fits(kind: Kind, subject: Subject) -> str:
+    """Why an analysis makes no sense for a record; "" if it does."""
+    has_trigger = subject.attack is not None and subject.attack.triggered is not None
+    if kind.config.needs_trigger and not has_trigger:
+        return "the record has no triggered images"
+    if kind.config.needs_defenses and not subject.purified:
+        return "the record has no result of a defense"
+    return ""
+
+
+def look_at_all(config: Config) -> None:
+    """Runs the analyses; what is wrong with one of them does not keep the others from running.
+
+    Raises:
+        UserError: before anything is computed, if an earlier result may not be replaced; at the
+            end, with the problems of those that failed.
+    """
+    wanted = chosen(config)
+    subject = open_subject(config)
+    assert subject.attack is not None
+    waiting = []
+    for kind in wanted:
+        reason = fits(kind, subject)
+        if reason:
+            logger.info("%s: skipped, since %s", kind.name, reason)
+            continue
+        try:
+            folder = folders.analysis_folder(subject.attack.folder, kind.name)
+            folder.claim(config.overwrite, config.resume)
+            waiting.append(kind)
+        except NothingToDo as done:
+            logger.info("%s", done)
+    problems: list[str] = []
+    for number, kind in enumerate(waiting, start=1):
+        names = {field.name for field in dataclasses.fields(kind.config)}
+        values = {name: value for name, value in vars(config).items() if name in names}
+        begun = folders.analysis_folder(subject.attack.folder, kind.name).path / "checkpoint.pt"
+        values["resume"] = config.resume and begun.exists()
+        started = time.monotonic()
+        logger.info("%d of %d: %s", number, len(waiting), kind.name)
+        try:
+            values.pop("dataset")
+            of_kind = kind.config.load(subject.data.name, **values)
+            analyse(of_kind, kind.name, kind.look, subject)
+        except UserError as error:
+            problems += [f"{kind.name}: {problem}" for problem in error.problems]
+        logger.info("%s: %.1f s in all", kind.name, time.monotonic() - started)
+    if problems:
+        raise UserError(*problems)
+
+
+def main() -> None:
+    """Looks at a record in every way."""
+    look_at_all(Config.from_command_line(sys.argv[1:], str(__doc__), dataset_of_record))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,265 @@
+"""Similarity: how much of the backdoor's features is left inside the purified model.
+
+Zhu, Liang, Wu. *Breaking the False Sense of Security in Backdoor Defense through
+Re-Activation Attack.* NeurIPS 2024, arXiv 2405.16134.
+
+In each 3x3 convolution inside the residual blocks, take the channels of the backdoored model whose
+output the trigger changes most (mean absolute change, the top 10 %). Linear CKA compares their
+activations on triggered images in the backdoored model and in another one; S is the mean over
+layers:
+
+    CKA(X, Y) = ||X'Y||^2 / (||X'X|| ||Y'Y||)    columns centred, Frobenius norms
+    BEC       = (S - S_min) / (1 - S_min)        S_min over the models that are compared here
+
+    python analysis/similarity.py --result_file badnet_demo --clean_record clean_demo
+
+CKA of a model with itself is 1, and does not change if features are rotated or scaled. BEC depends
+on which models are compared, so S stands beside it, and S of a clean model: what two models share
+that saw the same data, without any backdoor. A network without blocks is compared in all its
+convolutions. Defenses that change the architecture are skipped.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from analysis.base import CLEAN, AnalysisConfig, Controlled, Results, Subject, run
+from models import Classifier
+from models.modes import evaluating
+from models.parts import convolutions, recording
+from utils.data.batches import as_float
+
+if TYPE_CHECKING:
+    from utils.plot import Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AnalysisConfig, Controlled):
+    images: Annotated[int, Field(ge=2, description="triggered test images, at most")]
+    shares: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(min_length=1, description="channels of a layer that count; the first is reported"),
+    ]
+    batch_size: Annotated[int, Field(ge=1, description="images a pass")]
+
+    needs_trigger = True
+
+
+def compared_layers(model: nn.Module) -> list[str]:
+    """The 3x3 convolutions inside blocks, without shortcuts; all convolutions if there are none.
+
+    Inside a block is what has a part of the network above it: `layer1.0.conv1`, not `conv1`.
+
+    Raises:
+        UserError: if the network has no convolution.
+    """
+    layers = convolutions(model)
+    inside = [
+        name
+        for name, layer in layers.items()
+        if layer.kernel_size == (3, 3)
+        and "." in name
+        and not any(word in name for word in ("shortcut", "downsample"))
+    ]
+    return inside or list(layers)
+
+
+def gram(features: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix of features whose columns are centred: float (N, D) -> float64 (N, N)."""
+    centred = features.double() - features.double().mean(0)
+    return centred @ centred.T
+
+
+def cka(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Linear CKA from two Gram matrices of the same images; NaN if one is 0.
+
+    ||X'Y||^2 is the sum of the products of the entries of XX' and YY'.
+
+    Args:
+        first, second: float (N, N), from `gram`.
+
+    Returns:
+        In [0, 1].
+    """
+    return float((first * second).sum() / (first.norm() * second.norm()))
+
+
+def top_channels(change: torch.Tensor, share: float) -> torch.Tensor:
+    """The channels that change most: float (C,) -> int64 (max(1, round(share C)),), ascending."""
+    count = max(1, round(share * len(change)))
+    return change.topk(count).indices.sort().values
+
+
+def backdoor_existence(similarity: Mapping[str, float]) -> dict[str, float | None]:
+    """BEC of each model: 0 for the one that is least like the backdoored model, which has 1.
+
+    Args:
+        similarity: S by model, without the backdoored one.
+
+    Returns:
+        None for each if all are 1.
+    """
+    least = min(similarity.values(), default=1.0)
+    if least >= 1:
+        return dict.fromkeys(similarity)
+    return {name: (value - least) / (1 - least) for name, value in similarity.items()}
+
+
+@torch.no_grad()
+def changes(
+    model: nn.Module, layers: Sequence[str], clean: torch.Tensor, triggered: torch.Tensor, size: int
+) -> dict[str, torch.Tensor]:
+    """Mean absolute change of each channel's output from clean images to triggered ones.
+
+    Args:
+        clean, triggered: uint8 (N, C, H, W), the same images.
+        size: images a pass.
+
+    Returns:
+        Float64 (channels,) by layer, on the CPU.
+    """
+    device = next(model.parameters()).device
+    sums: dict[str, torch.Tensor] = {}
+    with evaluating(model), recording(model, layers) as outputs:
+        for pair in zip(clean.split(size), triggered.split(size), strict=True):
+            kept = []
+            for images in pair:
+                model(as_float(images, device))
+                kept.append({name: outputs[name].float() for name in layers})
+            for name in layers:
+                change = (kept[1][name] - kept[0][name]).abs().mean(dim=(2, 3)).sum(0)
+                sums[name] = sums.get(name, 0) + change.double().cpu()
+    return {name: total / len(clean) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def grams(
+    model: nn.Module,
+    channels: Mapping[str, Sequence[torch.Tensor]],
+    images: torch.Tensor,
+    size: int,
+) -> dict[str, list[torch.Tensor]]:
+    """Gram matrices of activations on chosen channels.
+
+    Args:
+        channels: by layer, several choices of channels.
+        images: uint8 (N, C, H, W).
+        size: images a pass.
+
+    Returns:
+        By layer, one for each choice: float64 (N, N), on the CPU.
+    """
+    device = next(model.parameters()).device
+    parts: dict[str, list[list[torch.Tensor]]] = {
+        name: [[] for _ in chosen] for name, chosen in channels.items()
+    }
+    with evaluating(model), recording(model, channels) as outputs:
+        for batch in images.split(size):
+            model(as_float(batch, device))
+            for name, choices in channels.items():
+                for kept, chosen in zip(parts[name], choices, strict=True):
+                    kept.append(outputs[name][:, chosen.to(device)].float().flatten(1).cpu())
+    return {name: [gram(torch.cat(kept)) for kept in many] for name, many in parts.items()}
+
+
+def look(subject: Subject, config: Config, results: Results) -> None:
+    """S and BEC of each defense, and S of a clean model.
+
+    Tables: `similarity` (model, share, layer, cka). Headline: `similarity` (S), `bec`.
+    """
+    triggered, layers = subject.triggered, compared_layers(subject.model)
+    chosen = torch.linspace(0, len(triggered.index) - 1, min(config.images, len(triggered.index)))
+    rows = chosen.long().unique()
+    images, clean = triggered.images[rows], subject.data.test.images[triggered.index[rows]]
+    change = changes(subject.model, layers, clean, images, config.batch_size)
+    channels = {
+        name: [top_channels(change[name], share) for share in config.shares] for name in layers
+    }
+    reference = grams(subject.model, channels, images, config.batch_size)
+    models: dict[str, Classifier] = {}
+    for purified in subject.purified:
+        model = subject.same_network(results, purified)
+        if model is not None:
+            models[purified.name] = model
+    if subject.clean is not None and comparable(subject.clean, subject.model):
+        models[CLEAN] = subject.clean
+    results.lack_of_control(
+        models.get(CLEAN),
+        "how similar two models are that share no backdoor is not known",
+    )
+    table: list[dict[str, Any]] = []
+    for name, model in models.items():
+        other = grams(model, channels, images, config.batch_size)
+        table += [
+            {
+                "model": name,
+                "share": share,
+                "layer": layer,
+                "cka": cka(reference[layer][number], other[layer][number]),
+            }
+            for number, share in enumerate(config.shares)
+            for layer in layers
+        ]
+    results.tables["similarity"] = table
+    means = {share: mean_by_model(table, share) for share in config.shares}
+    bec = backdoor_existence(means[config.shares[0]])
+    for name, value in means[config.shares[0]].items():
+        results.headline[name] = {"similarity": value, "bec": bec[name]}
+    results.facts["similarity_by_share"] = {f"{s:g}": value for s, value in means.items()}
+    control = results.headline.get(CLEAN, {}).get("similarity")
+    for name, numbers in results.headline.items():
+        if name != CLEAN:
+            text = f"{name}: S = {numbers['similarity']:.3f}"
+            text += "" if control is None else f"; a clean model: {control:.3f}"
+            results.conclude(text)
+    if table:
+        results.figures["similarity"] = lambda: draw(table, config.shares[0])
+
+
+def comparable(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two networks have the same weights by name and shape."""
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (first, second)]
+    return shapes[0] == shapes[1]
+
+
+def mean_by_model(table: Sequence[Mapping[str, Any]], share: float) -> dict[str, float]:
+    """S: the mean of CKA over the layers, by model; layers without a number are skipped."""
+    values: dict[str, list[float]] = {}
+    for row in table:
+        if row["share"] == share and row["cka"] == row["cka"]:
+            values.setdefault(row["model"], []).append(row["cka"])
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+def draw(table: Sequence[Mapping[str, Any]], share: float) -> "Figure":
+    """similarity.png: CKA by layer, a curve for each model."""
+    import pandas as pd
+
+    from utils import charts
+
+    rows = pd.DataFrame(table)
+    rows = rows[rows["share"] == share]
+    places = {name: number for number, name in enumerate(dict.fromkeys(rows["layer"]), start=1)}
+    wide = rows.assign(place=rows["layer"].map(places))
+    wide = wide.pivot(index="place", columns="model", values="cka")
+    return charts.curves_of(
+        {"": wide[list(dict.fromkeys(rows["model"]))]},
+        f"convolution, in the order of the network ({len(places)})",
+        f"Linear CKA with the backdoored model, on the {100 * share:g} % of channels that the "
+        "trigger changes most",
+        ylabel="CKA",
+        controls=(CLEAN,),
+        ylim=(-0.03, 1.03),
+    )
+
+
+if __name__ == "__main__":
+    run(Config, look)

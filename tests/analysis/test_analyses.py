@@ -1,0 +1,299 @@
+"""Every analysis through its script: what it writes, what it refuses, and how it goes on."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import analysis
+from analysis import base
+from tests.test_end_to_end import run_script
+from utils.files import ROOT
+from utils.records.folders import RunFolder
+
+
+def run(records: Path, kind: str, *flags: object, record: str = "bd") -> int:
+    """Exit code of an analysis's script."""
+    fixed = ["--result_file", record, "--record_path", records]
+    return run_script(ROOT / f"analysis/{kind}.py", *fixed, *flags)
+
+
+def result(records: Path, kind: str, record: str = "bd") -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads(
+        (records / record / "analysis" / kind / "summary.json").read_text()
+    )
+    return summary
+
+
+def signals_of(records: Path, kind: str, record: str = "bd") -> dict[str, Any]:
+    signals: dict[str, Any] = result(records, kind, record)["findings"]["signals"]
+    return signals
+
+
+def rows(records: Path, kind: str, table: str, record: str = "bd") -> list[dict[str, str]]:
+    path = records / record / "analysis" / kind / f"{table}.csv"
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def summary(records: Path, name: str) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((records / "bd/defense" / name / "summary.json").read_text())
+    return read
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line.removeprefix("error: ")
+
+
+def test_the_ends_of_the_path_have_the_counts_of_the_summaries(records: Path) -> None:
+    """npd changes the architecture, so it is skipped with a line."""
+    assert run(records, "path", "--save_folder_name", "ends") == 0
+    table = rows(records, "ends", "path")
+    for name in ("ft", "sau"):
+        points = {row["t"]: row for row in table if row["defense"] == name}
+        assert len(points) == 16
+        for t, when in (("0.0", "before"), ("1.0", "after")):
+            stored = summary(records, name)[when]
+            counts = {key: value for key, value in stored.items() if key.endswith(("_hits", "l"))}
+            assert len(counts) == 6
+            assert {key: int(points[t][key]) for key in counts} == counts
+    assert {row["defense"] for row in table} == {"ft", "sau"}
+    (warning,) = result(records, "ends")["warnings"]
+    assert warning.startswith("npd: skipped, since this defense has changed the architecture")
+
+
+def test_the_path_with_statistics_that_are_measured(records: Path) -> None:
+    flags = ["--bn", "reestimate", "--defenses", "ft", "--t_steps", 2]
+    assert run(records, "path", "--save_folder_name", "measured", *flags) == 0
+    table = rows(records, "measured", "path")
+    assert [row["t"] for row in table] == ["0.0", "0.5", "1.0", "1.5"]
+    assert {row["bn"] for row in table} == {"reestimate"}
+
+
+@pytest.mark.slow
+def test_all_of_them_by_one_command(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind writes its picture, its tables and a summary, and no weight of a model changes."""
+    before = (records / "bd/attack_result.pt").read_bytes()
+    assert run(records, "all", "--clean_record", "clean") == 0
+    for kind in analysis.names():
+        folder = records / "bd/analysis" / kind
+        files = {path.name for path in folder.iterdir()}
+        assert {f"{kind}.png", "summary.json", "config.yaml", "log.txt", "run.json"} <= files, kind
+        assert any(name.endswith(".csv") for name in files), kind
+        written = result(records, kind)
+        assert (written["analysis"], written["attack"]) == (kind, "badnet")
+        assert written["headline"], kind
+        assert written["conclusion"], kind
+    assert (records / "bd/attack_result.pt").read_bytes() == before
+
+    retuned = result(records, "retune")["headline"]
+    assert set(retuned) == {"ft", "sau", "npd", "clean model", "exact purification"}
+    for name in ("ft", "sau", "npd"):
+        assert retuned[name]["asr"] == summary(records, name)["after"]["asr"]
+    reactivated = result(records, "reactivate")
+    assert "clean model" in reactivated["headline"]
+    assert not any("clean_record" in warning for warning in reactivated["warnings"])
+    assert set(result(records, "similarity")["headline"]) == {"ft", "sau", "clean model"}
+    confusion = rows(records, "confusion", "confusion")
+    counted = sum(int(row["count"]) for row in confusion if row["model"] == "sau")
+    assert counted == 100 + 90  # test images, and triggered ones
+    assert set(signals_of(records, "inspection")) == {"before", "ft", "sau", "npd"}
+
+    capsys.readouterr()
+    assert run(records, "all", "--clean_record", "clean") == 2  # nothing is replaced
+    assert "give --overwrite" in refusal(capsys)
+    assert run(records, "all", "--clean_record", "clean", "--resume") == 0
+    assert capsys.readouterr().err.count("nothing is left to do") == len(analysis.names())
+
+
+@pytest.mark.slow
+def test_of_a_clean_model_only_the_inspection_is_left(records: Path) -> None:
+    assert run(records, "all", record="clean") == 0
+    assert [path.name for path in (records / "clean/analysis").glob("*/summary.json")] == [
+        "summary.json"
+    ]
+    assert set(signals_of(records, "inspection", "clean")) == {"before"}
+
+
+def test_without_a_clean_model_the_conclusion_says_what_it_lacks(records: Path) -> None:
+    flags = ["--defenses", "ft", "--outer_steps", 1]
+    assert run(records, "reactivate", "--save_folder_name", "alone", *flags) == 0
+    (warning,) = result(records, "alone")["warnings"]
+    assert warning.startswith("no --clean_record: whether such a perturbation also fools a model")
+    assert set(result(records, "alone")["headline"]) == {"ft"}
+
+
+@pytest.mark.slow
+def test_an_inspection_is_compared_with_clean_models(records: Path) -> None:
+    """One that is named, and two that are trained, and are there the next time."""
+    few = ["--probes", 60, "--noise_steps", 2, "--noise_images", 2, "--defenses", "ft"]
+    flags = [*few, "--clean_records", "clean", "--train_clean", 2, "--save_folder_name", "compared"]
+    assert run(records, "inspection", *flags) == 0
+    signals = rows(records, "compared", "signals")
+    kinds = {row["model"]: row["kind"] for row in signals}
+    assert list(kinds.values()) == ["record", "purified", "clean", "clean", "clean"]
+    trained = [name for name in kinds if re.fullmatch(r"clean-[0-9a-f]{8}-s100[01]", name)]
+    assert len(trained) == 2
+    (own,) = [row for row in signals if row["model"] == "before" and row["signal"] == "A"]
+    others = [float(r["statistic"]) for r in signals if r["kind"] == "clean" and r["signal"] == "A"]
+    at_least = sum(value >= float(own["statistic"]) for value in others)
+    assert float(own["p"]) == (1 + at_least) / 4
+    epochs = (records / trained[0] / "config.yaml").read_text()
+    assert "epochs: 12\n" in epochs  # the recipe of the record, not the shipped one
+
+    when = [(records / name / "summary.json").stat().st_mtime_ns for name in trained]
+    assert run(records, "inspection", *flags, "--overwrite") == 0
+    assert [(records / name / "summary.json").stat().st_mtime_ns for name in trained] == when
+
+
+def test_an_inspection_needs_no_record(records: Path, tmp_path: Path) -> None:
+    """It says of the same weights what it says of the record."""
+    state = torch.load(records / "bd/attack_result.pt", weights_only=True)["model"]
+    torch.save(state, tmp_path / "mine.pt")
+    few = ["--probes", 60, "--noise_steps", 2, "--noise_images", 2]
+    flags = ["--state_dict", tmp_path / "mine.pt", "--model", "tiny", "--dataset", "random"]
+    flags += ["--record_path", records, "--save_folder_name", "mine"]
+    assert run_script(ROOT / "analysis/inspection.py", *flags, *few) == 0
+    assert run(records, "inspection", *few, "--save_folder_name", "same") == 0
+    written = result(records, "inspection", "mine")
+    assert written["attack"] is None
+    own = signals_of(records, "inspection", "mine")["before"]
+    assert own == signals_of(records, "same")["before"]
+
+
+def test_neural_cleanse_is_read_where_it_was_run(records: Path) -> None:
+    few = ["--probes", 60, "--noise_steps", 2, "--noise_images", 2, "--defenses", "ft"]
+    home = records / "bd/defense/nc"
+    home.mkdir()
+    norms = "".join(f"{label},{9 - label},0\n" for label in range(10))
+    (home / "norms.csv").write_text(f"class,mask_norm,index\n{norms}")
+    flags = [*few, "--neural_cleanse", "true", "--save_folder_name", "cleanse"]
+    try:
+        assert run(records, "inspection", *flags, "--clean_records", "clean") == 0
+    finally:
+        (home / "norms.csv").unlink()
+        home.rmdir()
+    written = result(records, "cleanse")
+    assert signals_of(records, "cleanse")["before"]["E"]["top"] == 9
+    assert written["warnings"] == [
+        "clean: no signal E; run defense/nc.py --result_file clean first"
+    ]
+
+
+def test_an_interrupted_analysis_goes_on_after_its_last_step(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the fifth step begins; the first four are not computed again."""
+    flags = ["--save_folder_name", "cut", "--defenses", "ft", "--t_steps", 4]
+    assert run(records, "path", *flags) == 0
+    whole = rows(records, "cut", "path")
+    assert run(records, "path", *flags, "--overwrite") == 0  # with itself: the same bits
+    assert rows(records, "cut", "path") == whole
+
+    steps: list[str] = []
+    step = base.Results.step
+
+    def dying(self: base.Results, name: str, compute: Any) -> Any:
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(name)
+        return step(self, name, compute)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base.Results, "step", dying)
+        assert run(records, "path", *flags, "--overwrite") == 130
+    assert not (records / "bd/analysis/cut/summary.json").exists()
+
+    computed: list[str] = []
+
+    def watched(self: base.Results, name: str, compute: Any) -> Any:
+        return step(self, name, lambda: (computed.append(name), compute())[1])
+
+    monkeypatch.setattr(base.Results, "step", watched)
+    assert run(records, "path", *flags, "--resume") == 0
+    assert len(computed) == 7 - 4
+    assert rows(records, "cut", "path") == whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("path", ["--defenses", "ft,anp"], r"--defenses: anp: no finished result in .*ft, npd, sa"),
+        ("path", ["--dataset", "digits"], r"--dataset: digits, but the record says random; leave"),
+        ("path", ["--save_folder_name", "../x"], r"--save_folder_name: ../x is not a name"),
+        (
+            "retune",
+            ["--clean_record", "nobody"],
+            r"--clean_record: nobody is no record; train a cl",
+        ),
+        ("retune", ["--clean_record", "bd"], r"--clean_record: bd is the record of an attack \(ba"),
+        ("retune", ["--poisoned_images", "300"], r"--poisoned_images: 300: there are only 20 ima"),
+        ("gradcam", ["--layer", "conv7"], r"--layer: conv7 is no layer of this network"),
+        ("inspection", ["--clean_records", "bd"], r"--clean_records: bd is the record of an attac"),
+        ("inspection", ["--state_dict", "x.pt"], r"--dataset: a value is needed with --state_dict"),
+        ("all", ["--kinds", "path,paths"], r"--kinds: paths: no analysis; give confusion, featu"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    records: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    flags: list[object],
+    message: str,
+) -> None:
+    if not {"--save_folder_name", "--kinds"} & set(flags):
+        flags = [*flags, "--save_folder_name", "refused"]
+    assert run(records, kind, *flags) == 2
+    assert re.match(message, refusal(capsys))
+    assert not (records / "bd/analysis/refused/summary.json").exists()
+
+
+def test_what_a_record_lacks_is_said(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(records, "retune", record="clean") == 2
+    assert "has no triggered images" in refusal(capsys)
+    assert run(records, "weights", record="clean") == 2
+    assert "has no finished result of a defense" in refusal(capsys)
+
+
+def test_a_result_of_another_attack_is_refused(
+    records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = records / "bd/defense/ft/summary.json"
+    text = path.read_text()
+    path.write_text(text.replace(json.loads(text)["attack_sha256"], "0" * 64))
+    try:
+        assert run(records, "weights", "--save_folder_name", "other") == 2
+    finally:
+        path.write_text(text)
+    assert "is of another attack than the record that is there" in refusal(capsys)
+
+
+def test_an_attack_that_is_replaced_takes_its_analyses_with_it(tmp_path: Path) -> None:
+    small = ["--dataset", "random", "--model", "tiny", "--record_path", tmp_path, "--epochs", 1]
+    attack = [ROOT / "attack/badnet.py", *small, "--save_folder_name", "bd"]
+    assert run_script(*attack) == 0
+    assert run(tmp_path, "confusion") == 0
+    assert run_script(*attack, "--overwrite") == 0
+    assert not (tmp_path / "bd/analysis").exists()
+
+
+def test_a_user_s_file_in_the_folder_is_never_touched(
+    records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(records, "stealth", "--save_folder_name", "notes") == 0
+    note = records / "bd/analysis/notes/mine.txt"
+    note.write_text("mine")
+    assert run(records, "stealth", "--save_folder_name", "notes", "--overwrite") == 2
+    assert "it holds mine.txt" in refusal(capsys)
+    assert note.read_text() == "mine"
+
+
+def test_a_checkpoint_of_something_else_is_refused(records: Path) -> None:
+    folder = RunFolder(records / "bd/analysis/strange")
+    with pytest.raises(base.UserError, match="the checkpoint is not of this run"):
+        base._done_before({"loop": {"done": {"a": 3}}})
+    assert not folder.path.exists()

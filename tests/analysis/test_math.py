@@ -1,0 +1,406 @@
+"""The math of analyses, on values that are derived by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from analysis import (
+    confusion,
+    features,
+    gradcam,
+    inspection,
+    path,
+    reactivate,
+    retune,
+    similarity,
+    stealth,
+    weights,
+)
+from analysis.base import Results
+from defense import sau
+from models import build_model
+from utils.errors import UserError
+
+# --- path ---------------------------------------------------------------------------------------
+
+
+def test_the_ends_of_a_path_are_the_two_models_bit_for_bit() -> None:
+    """1e8 + 1 (1 - 1e8) is 0 in float32, not 1."""
+    start = {"w": torch.tensor([1e8, 0.1]), "n": torch.tensor(3)}
+    end = {"w": torch.tensor([1.0, 0.3]), "n": torch.tensor(5)}
+    assert path.interpolated(start, end, 0.0)["w"].tolist() == start["w"].tolist()
+    assert path.interpolated(start, end, 1.0)["w"].tolist() == end["w"].tolist()
+    assert [int(path.interpolated(start, end, t)["n"]) for t in (0.0, 0.9, 1.0, 1.5)] == [
+        3,
+        3,
+        5,
+        5,
+    ]
+
+
+def test_beyond_the_end_variances_are_not_negative() -> None:
+    """1 + 1.5 (0.2 - 1) = -0.2."""
+    start, end = {"bn.running_var": torch.ones(1)}, {"bn.running_var": torch.full((1,), 0.2)}
+    assert path.interpolated(start, end, 0.5)["bn.running_var"].item() == pytest.approx(0.6)
+    assert path.interpolated(start, end, 1.5)["bn.running_var"].item() == 0
+
+
+def test_crossing_is_linear_between_two_points() -> None:
+    """From 0.8 at 0.5 to 0.2 at 1: 0.5 is half of the way."""
+    assert path.crossing([0, 0.5, 1, 1.5], [1, 0.8, 0.2, 0.9]) == pytest.approx(0.75)
+    assert path.crossing([0, 0.5, 1], [1, 0.8, 0.5]) is None  # the backdoor is still there
+    assert path.crossing([0, 0.5, 1], [0.4, 0.3, 0.1]) is None  # there was none
+    assert path.crossing([0, 0.5, 1], [1.0, 0.5, 0.0]) == 0.5
+
+
+def test_barrier_is_the_deepest_point_under_the_straight_line() -> None:
+    """At t = 0.5 the line is at 0.8, and the rate at 0.3."""
+    assert path.barrier([0.0, 0.5, 1.0, 1.5], [1.0, 0.3, 0.6, 0.0]) == pytest.approx(0.5)
+    assert path.barrier([0.0, 0.5, 1.0], [0.5, 0.9, 0.5]) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 49])
+def test_the_places_of_a_path_have_0_and_1(steps: int) -> None:
+    ts = path.places(1.5, steps)
+    assert ts[0] == 0
+    assert 1.0 in ts
+    assert ts[-1] <= 1.5 < ts[-1] + 1 / steps + 1e-9
+
+
+def test_statistics_are_measured_as_means_of_batches() -> None:
+    """Batches of 0, 0 and 2, 4: means 0 and 3, so 1.5; variances (of a sample) 0 and 2, so 1."""
+    model = nn.Sequential(nn.BatchNorm2d(1)).eval()
+    images = torch.tensor([0.0, 0.0, 2.0, 4.0]).view(4, 1, 1, 1)
+    path.reestimate(model, images, batch_size=2)
+    norm = model[0]
+    assert (norm.running_mean.item(), norm.running_var.item()) == (1.5, 1.0)
+    assert (norm.momentum, norm.training) == (0.1, False)
+
+
+# --- retune -------------------------------------------------------------------------------------
+
+
+def mixed(value: int, count: int, is_poisoned: bool) -> retune.Mixture:
+    return retune.Mixture(
+        torch.full((count, 3, 8, 8), value, dtype=torch.uint8),
+        torch.full((count,), value),
+        torch.full((count,), is_poisoned),
+    )
+
+
+def test_the_first_images_of_a_draw_are_replaced() -> None:
+    both = retune.mixture(mixed(1, 4, False), mixed(2, 3, True), 2)
+    assert both.labels.tolist() == [2, 2, 1, 1]
+    assert both.images[:, 0, 0, 0].tolist() == [2, 2, 1, 1]
+    assert both.is_poisoned.tolist() == [True, True, False, False]
+
+
+def test_numbers_of_poisoned_images_that_are_too_large_are_skipped_with_a_line() -> None:
+    results = Results()
+    config = retune.Config.load(poisoned_images=(0, 3, 4, 3))
+    assert retune.usable_counts(config, 3, results) == [0, 3]
+    assert results.warnings == ["not tried with 4 poisoned images: there are only 3 images"]
+    with pytest.raises(UserError, match="--poisoned_images: 9: there are only 3 images"):
+        retune.usable_counts(retune.Config.load(poisoned_images=(9,)), 3, results)
+
+
+def test_a_model_is_tuned_in_a_copy_and_the_same_each_time() -> None:
+    torch.manual_seed(0)
+    model = build_model("tiny", 3)
+    before = copy.deepcopy(model.state_dict())
+    config = retune.Config.load("random")
+    data = mixed(1, 6, False)
+    first, second = (retune.tuned(model, data, config).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not torch.equal(first["network.linear.weight"], before["network.linear.weight"])
+
+
+def test_the_headline_of_retuning_is_that_of_five_images_or_the_nearest_number() -> None:
+    rows = [
+        {"poisoned_images": None, "asr": 0.1, "acc": 0.9},
+        {"poisoned_images": 0, "asr": 0.2, "acc": 0.8},
+        {"poisoned_images": 6, "asr": 0.7, "acc": 0.6},
+        {"poisoned_images": 20, "asr": 1.0, "acc": 0.5},
+    ]
+    assert retune.headline(rows) == {
+        "asr_retuned": 0.7,
+        "asr": 0.1,
+        "acc_retuned": 0.6,
+        "poisoned_images": 6,
+    }
+
+
+# --- reactivate ---------------------------------------------------------------------------------
+
+
+def test_the_loss_of_reactivation() -> None:
+    """p = (0.7, 0.2, 0.1), t = 1: -log 0.2 - log(1.0001 - 0.7). With t = 0 the other is 0.2."""
+    logits = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    expected = -math.log(0.2) - math.log(1.0001 - 0.7)
+    assert float(reactivate.reactivation_loss(logits, torch.tensor([1]))) == pytest.approx(expected)
+    expected = -math.log(0.7) - math.log(1.0001 - 0.2)
+    assert float(reactivate.reactivation_loss(logits, torch.tensor([0]))) == pytest.approx(expected)
+
+
+def test_the_perturbation_stays_in_its_bound_and_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    model = build_model("tiny", 3).eval()
+    images, targets = torch.rand(10, 3, 8, 8), torch.zeros(10, dtype=torch.int64)
+    losses = []
+    for steps in (0, 30):
+        config = reactivate.Config.load(outer_steps=steps, step_size=5.0)
+        delta = reactivate.search(model, images, targets, config)
+        assert delta.shape == (1, 3, 8, 8)
+        assert 0.04 < delta.abs().max() <= 0.05
+        logits = model(reactivate.with_delta(images, delta))
+        losses.append(reactivate.reactivation_loss(logits, targets).item())
+    assert losses[1] < losses[0]
+
+
+def test_a_perturbed_image_is_clipped() -> None:
+    image = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
+    delta = torch.tensor([-0.1, 0.1]).view(1, 1, 1, 2)
+    assert reactivate.with_delta(image, delta).flatten().tolist() == [0.0, 1.0]
+
+
+# --- similarity ---------------------------------------------------------------------------------
+
+
+def test_cka_is_1_with_itself_and_does_not_change_under_rotation_and_scale() -> None:
+    torch.manual_seed(0)
+    features_, other = torch.randn(20, 6), torch.randn(20, 6)
+    rotation = torch.linalg.qr(torch.randn(6, 6)).Q
+    first, moved = similarity.gram(features_), similarity.gram(3 * features_ @ rotation + 5)
+    assert similarity.cka(first, first) == pytest.approx(1)
+    assert similarity.cka(first, moved) == pytest.approx(1)
+    x, y = (values.double() - values.double().mean(0) for values in (features_, other))
+    expected = (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+    assert similarity.cka(first, similarity.gram(other)) == pytest.approx(float(expected))
+
+
+def test_bec_is_relative_to_the_least_similar_model() -> None:
+    """(0.8 - 0.6) / (1 - 0.6) = 0.5."""
+    bec = similarity.backdoor_existence({"a": 0.8, "b": 0.6})
+    assert bec == {"a": pytest.approx(0.5), "b": 0}
+    assert similarity.backdoor_existence({"a": 1.0}) == {"a": None}
+
+
+def test_the_convolutions_inside_the_blocks() -> None:
+    """PreAct-ResNet18 has two in each of eight blocks; its first one and shortcuts do not count."""
+    names = similarity.compared_layers(build_model("preactresnet18", 10))
+    assert len(names) == 16
+    assert names[0] == "layer1.0.conv1"
+    assert similarity.compared_layers(build_model("tiny", 10)) == ["conv"]
+
+
+def test_channels_that_the_trigger_changes() -> None:
+    """A convolution that copies red and blue: red rises by 51 / 255 in one of two pixels."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False))
+    model[0].weight.data = torch.tensor([[1.0, 0, 0], [0, 0, 1]]).view(2, 3, 1, 1)
+    clean = torch.zeros(3, 3, 1, 2, dtype=torch.uint8)
+    triggered = clean.clone()
+    triggered[:, 0, 0, 0] = 51
+    change = similarity.changes(model, ["0"], clean, triggered, size=2)["0"]
+    assert change.tolist() == pytest.approx([0.1, 0])
+    assert similarity.top_channels(change, 0.5).tolist() == [0]
+    assert similarity.top_channels(torch.tensor([1.0, 3, 2]), 0.67).tolist() == [1, 2]
+    assert similarity.top_channels(torch.tensor([1.0, 3, 2]), 0.1).tolist() == [1]
+
+
+# --- inspection ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["L_inf", "L2"])
+def test_signal_a_is_what_sau_does_with_a_model_that_is_its_own_reference(norm: str) -> None:
+    torch.manual_seed(3)
+    model = build_model("tiny", 4).double()
+    for weight in model.parameters():
+        weight.data *= 4
+    images, labels = torch.rand(20, 3, 8, 8).double(), torch.arange(20) % 4
+    config = sau.Config.load(norm_type=norm, trigger_norm=0.3, adv_lr=0.1)
+    expected = sau.shared_perturbation(model, model, images, labels, config)
+    delta = inspection.fooled(
+        model,
+        images,
+        labels,
+        norm=config.norm_type,
+        bound=0.3,
+        start="max",
+        step_size=0.1,
+        steps=config.adv_steps,
+    )
+    assert torch.equal(delta, expected)
+    assert not torch.equal(delta, torch.full_like(delta, 0.3))
+
+
+def test_the_smallest_move() -> None:
+    """s1 >= 3 and s2 >= 4: (3, 4). s1 >= 3 alone: (3, 0). 2 s1 >= 3: 1.5. Nothing to do: 0."""
+    both, one = torch.eye(2), torch.tensor([[1.0, 0.0]])
+    assert inspection.smallest_move(both, torch.tensor([3.0, 4.0])) == pytest.approx(5)
+    assert inspection.smallest_move(both, torch.tensor([3.0, -4.0])) == pytest.approx(3)
+    assert inspection.smallest_move(2 * one, torch.tensor([3.0])) == pytest.approx(1.5)
+    assert inspection.smallest_move(both, torch.tensor([0.0, -1.0])) == 0
+    contradiction = torch.tensor([[1.0], [-1.0]])
+    assert inspection.smallest_move(contradiction, torch.tensor([1.0, 1.0])) == math.inf
+
+
+def test_the_head_s_norm_is_small_for_a_class_that_is_easy_to_reach() -> None:
+    """Two classes, w_0 - w_1 = (2, 0), one image of each class at the origin, b = (0, 1).
+
+    The image of class 1 has to gain 1 to become 0: s = (0.5, 0). That of class 0 is 1 already.
+    """
+    weight, bias = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0.0, 1.0])
+    norms = inspection.head_norms(torch.zeros(2, 2), torch.tensor([0, 1]), weight, bias, 1.0)
+    assert norms == pytest.approx([0.5, 0])
+
+
+def test_the_p_value_of_the_largest_margin() -> None:
+    """Others 1 and 3: mean 2, variance 2, so shape 2, scale 1, and F(x) = 1 - (1 + x) exp(-x)."""
+    below = 1 - 5 * math.exp(-4)
+    assert inspection.p_value([1.0, 4.0, 3.0]) == pytest.approx(1 - below**3)
+    assert inspection.p_value([-1.0, 1.0, 5.0]) == 1.0
+    assert inspection.p_value([2.0, 2.0, 5.0]) == 1.0
+
+
+def test_the_largest_margin_is_that_of_the_brightest_image() -> None:
+    """Logits (mean, -mean): the margin of class 0 is 2 for a white image; that of class 1 is 0."""
+
+    class Brightness(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            mean = images.mean(dim=(1, 2, 3)).unsqueeze(1)
+            return torch.cat([mean, -mean], dim=1)
+
+    config = inspection.Config.load(noise_lr=2.0, noise_steps=100)
+    margins = [inspection.largest_margin(Brightness(), k, (1, 2, 2), config) for k in (0, 1)]
+    assert margins == pytest.approx([2, 0], abs=1e-4)
+
+
+def test_a_perturbation_that_works_on_other_images_is_transferred() -> None:
+    """Images are 0 or 1 by brightness; all perturbations of dark ones make any image bright.
+
+    Of 24 images, the first 12 are dark. Bright ones are not fooled. Dark image j gets the
+    perturbation of j + 1, which is a fooling one for the first eleven.
+    """
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    model[1].weight.data, model[1].bias.data = (
+        torch.tensor([[-1.0], [1]]),
+        torch.tensor([0.5, -0.5]),
+    )
+    images = torch.cat([torch.zeros(12), torch.ones(12)]).view(-1, 1, 1, 1)
+    delta = 1 - images
+    predictions, adversarial = images.flatten().long(), torch.ones(24, dtype=torch.int64)
+    shares = inspection.transferred(model, images, predictions, adversarial, delta, rounds=1)
+    assert math.isnan(shares[0])
+    assert shares[1] == 1
+
+
+def test_what_is_outstanding() -> None:
+    """Norms 1, 4, 5, 6: median 4.5, deviations 3.5, 0.5, 0.5, 1.5, so MAD 1."""
+    signal = inspection.outstanding([4.0, 1.0, 5.0, 6.0])
+    assert signal.top == 1
+    assert signal.by_class == pytest.approx([4.5 / 4, 4.5, 0.9, 0.75])
+    assert signal.statistic == pytest.approx(3.5 / 1.4826)
+
+
+def signals(large: int, small: int, statistic: float) -> dict[str, dict[str, float]]:
+    return {
+        "A": {"top": large, "statistic": statistic},
+        "A'": {"top": small, "statistic": statistic},
+    }
+
+
+def test_a_conclusion_is_never_a_verdict_without_clean_models() -> None:
+    def said(own: dict[str, dict[str, float]], *null: float) -> str:
+        return inspection.conclusion(own, [signals(0, 0, value) for value in null], str)
+
+    assert said(signals(3, 7, 1.0), 0.1).startswith("no clear signal: large steps point to class 3")
+    assert "this says nothing" in said(signals(3, 3, 1.0))
+    assert said(signals(3, 3, 0.0), -1.0).startswith("no clear signal: no image was sent")
+    assert said(signals(3, 3, 0.5), 0.1, 0.6).startswith("no clear signal")
+    text = said(signals(3, 3, 0.7), 0.1, 0.6)
+    assert text.startswith("class 3 stands out in A, A', more than in each of 2 clean models")
+    assert "which are few" in text
+    assert text.endswith("no proof")
+    assert "few" not in said(signals(3, 3, 0.7), *(0.1,) * 6)
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def test_confusion_counts_true_classes_in_rows() -> None:
+    matrix = confusion.confusion(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1]), 2)
+    assert matrix.tolist() == [[0, 2], [0, 1]]
+
+
+def test_grad_cam_of_a_linear_network() -> None:
+    """Logit 1 is the mean of red: its channel has weight 1 / 4, so the map is red, scaled."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model[0].weight.data = torch.eye(3)[[1, 0, 2]].view(3, 3, 1, 1)  # channel 1 is red
+    image = torch.zeros(1, 3, 2, 2)
+    image[0, 0, 0], image[0, 1, 1, 1] = torch.tensor([0.4, 0.8]), 1.0
+    cam = gradcam.class_activation(model, image, torch.tensor([1]), "0")
+    assert torch.allclose(cam, torch.tensor([[[0.5, 1.0], [0.0, 0.0]]]))
+    nothing = gradcam.class_activation(model, image, torch.tensor([2]), "0")
+    assert nothing.abs().max() == 0
+    assert gradcam.centre_of(cam[0]) == {"x": pytest.approx(7 / 12), "y": pytest.approx(0.25)}
+
+
+def test_psnr_and_changes() -> None:
+    """One value of 12 changes by 0.5: the mean square is 1 / 48. One of four pixels changes."""
+    clean = torch.zeros(2, 3, 2, 2)
+    changed = clean.clone()
+    changed[0, 1, 0, 0] = 0.5
+    assert stealth.psnr(clean, changed).tolist() == [pytest.approx(10 * math.log10(48)), math.inf]
+    values = {name: value.tolist() for name, value in stealth.changes(clean, changed).items()}
+    assert values == {"l_inf": [0.5, 0], "l2": [0.5, 0], "l0": [0.25, 0]}
+
+
+def test_ssim_of_equal_and_of_constant_images() -> None:
+    """Constant images have no variance: (2 a b + c1) / (a^2 + b^2 + c1)."""
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 16, 16)
+    assert stealth.ssim(images, images).tolist() == pytest.approx([1, 1])
+    dark, bright = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), 0.6)
+    expected = (2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4)
+    assert stealth.ssim(dark, bright).item() == pytest.approx(expected, rel=1e-5)
+    assert stealth.ssim(images, 1 - images).max() < 0
+    assert stealth.ssim(images[..., :8, :8], images[..., :8, :8]).tolist() == pytest.approx([1, 1])
+
+
+def test_a_trigger_in_the_corner_of_a_small_image_lowers_ssim() -> None:
+    """Windows inside of the image would hardly see it."""
+    clean = torch.zeros(1, 3, 16, 16)
+    changed = clean.clone()
+    changed[:, :, -2:, -2:] = 1
+    assert stealth.ssim(clean, changed).item() < 0.9
+
+
+def test_distances_of_weights() -> None:
+    """From (3, 4) to (3, 9): 5 of 5. Channels: (3,) stays, (4,) moves by 5."""
+    before, after = torch.tensor([[3.0], [4.0]]), torch.tensor([[3.0], [9.0]])
+    assert weights.distance([before], [after]) == 1
+    assert weights.distance([before, torch.zeros(1)], [before, torch.zeros(1)]) == 0
+    assert weights.channel_distances(before, after).tolist() == [0, 1.25]
+    assert list(weights.layers_of(build_model("tiny", 3))) == ["conv", "bn", "linear"]
+
+
+def test_the_nearest_class_in_features() -> None:
+    queries = torch.tensor([[0.0, 1.0], [5.0, 5.0]])
+    points = torch.tensor([[0.0, 0.0], [4.0, 4.0]])
+    assert features.nearest_classes(queries, points, torch.tensor([7, 3])).tolist() == [7, 3]
+
+
+def test_penultimate_features_are_what_the_head_gets() -> None:
+    torch.manual_seed(0)
+    model = build_model("tiny", 3).eval()
+    images = torch.rand(5, 3, 8, 8)
+    before_head = features.penultimate(model, images, size=2)
+    assert torch.allclose(model.network.linear(before_head), model(images), atol=1e-6)

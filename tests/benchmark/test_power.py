@@ -1,0 +1,60 @@
+"""How well signals tell attacks from clean models, by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.power import auroc
+from tests.test_end_to_end import run_script
+from utils.files import ROOT
+
+POWER = ROOT / "benchmark/power.py"
+
+
+def test_the_area_is_the_share_of_ordered_pairs() -> None:
+    """Of six pairs, 3 > 1, 3 > 2 and 2 > 1 are ordered; 2 = 2 and 1 = 1 are ties; 1 < 2."""
+    assert auroc([3, 2, 1], [1, 2]) == pytest.approx((3 + 2 * 0.5) / 6)
+    assert auroc([], [1]) is None
+
+
+def inspection(root: Path, name: str, attack: str, value: float, top: int, **more: Any) -> None:
+    folder = root / name / "analysis/inspection"
+    folder.mkdir(parents=True)
+    signals = {"before": {"A": {"statistic": value, "top": top}}}
+    facts = {"analysis": "inspection", "attack": attack, "dataset": "digits", "model": "tiny"}
+    facts |= {"findings": {"signals": signals}, "attack_target": 0, "attack_label_trans": None}
+    (folder / "summary.json").write_text(json.dumps(facts | more))
+
+
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """BadNets' two values are over one and over both of the clean ones: 3 of 4 pairs."""
+    one = {"attack_label_trans": "all2one"}
+    inspection(tmp_path, "a", "badnet", 0.9, 0, **one)
+    inspection(tmp_path, "b", "badnet", 0.5, 3, **one)
+    inspection(tmp_path, "c", "badnet", 0.1, 3, attack_label_trans="all2all")
+    inspection(tmp_path, "d", "prototype", 0.4, 0, attack_target=None)
+    inspection(tmp_path, "e", "prototype", 0.6, 0, attack_target=None)
+    (tmp_path / "f/analysis/inspection").mkdir(parents=True)
+    (tmp_path / "f/analysis/inspection/summary.json").write_text("[]")
+    out = tmp_path / "power.csv"
+    assert run_script(POWER, "--under", tmp_path, "--csv", out) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "| dataset | attack | models | A AUROC, top |",
+        "|---|---|---|---|",
+        "| digits | badnet | 2 against 2 | 0.75, 1/2 |",
+        "| digits | badnet_all2all | 1 against 2 | 0.00, - |",
+    ]
+    assert "f/analysis/inspection/summary.json: is no summary" in said.err
+    assert out.read_text().splitlines()[1] == "digits,tiny,badnet,A,0.75,1,2,2,2"
+
+
+def test_without_inspections_there_is_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(POWER, "--under", tmp_path) == 2
+    assert "holds no inspection" in capsys.readouterr().err
+    assert run_script(POWER, "--under", tmp_path / "no") == 2
+    assert "is no folder" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""Figures of analyses: what is drawn, and that no name or number breaks one."""
+
+import io
+import math
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_hex
+
+from utils import charts
+from utils.plot import Figure
+
+NAMES = ("plain", "_hidden $x$", "long " * 20)  # also such as matplotlib would change
+
+
+def drawn(figure: Figure) -> int:
+    """The number of bytes of a small picture of it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=30)
+    return len(picture.getvalue())
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_every_model_has_a_curve_and_controls_are_grey() -> None:
+    table = pd.DataFrame({name: [10.0, math.nan, 30.0] for name in NAMES}, index=[0, 5, 20])
+    figure = charts.curves_of({"ASR": table}, "k", "title", controls=(NAMES[2],), spaced=True)
+    (axis,) = figure.axes
+    assert len(axis.lines) == len(texts(figure)) == 3
+    assert [to_hex(line.get_color()) for line in axis.lines][2] == "#777777"
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "5", "20"]
+    assert list(axis.lines[0].get_xdata()) == [0, 1, 2]
+    assert drawn(figure) > 1000
+
+
+def test_each_bar_has_its_value_and_none_is_drawn_for_nothing() -> None:
+    table = pd.DataFrame({"a": [12.34, 50.0], "b": [math.nan, 100.0]}, index=list(NAMES[:2]))
+    figure = charts.grouped_bars(table, "percent", "title")
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.texts] == ["12.3", "50.0", "100.0"]
+    assert drawn(figure) > 1000
+
+
+def test_a_matrix_has_percent_of_its_rows() -> None:
+    """1 and 3 of 4; a row of nothing is empty. With many classes there are no numbers."""
+    counts = torch.tensor([[1, 3], [0, 0]])
+    figure = charts.matrices({"x": counts}, ["a", "b"], "title", xlabel="x", ylabel="y")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["25", "75"]
+    many = torch.eye(43, dtype=torch.int64)
+    classes = [str(label) for label in range(43)]
+    figure = charts.matrices({"x": many}, classes, "title", xlabel="x", ylabel="y")
+    assert not figure.axes[0].texts
+    assert drawn(figure) > 1000
+
+
+def test_points_of_clean_images_have_their_class_in_the_middle() -> None:
+    rows = [(0, 0, 0, False), (2, 0, 0, False), (4, 0, 0, False), (9, 9, 1, False), (1, 1, 1, True)]
+    table = pd.DataFrame(rows, columns=["x", "y", "label", "is_triggered"])
+    figure = charts.points({"before": table}, NAMES, "title")
+    first, second = figure.axes[0].texts
+    assert (first.get_text(), first.get_position()) == ("plain", (2, 0))
+    assert second.get_text().startswith(" _hidden")
+    assert list(figure.axes[0].lines[-1].get_xdata()) == [1]
+    assert drawn(figure) > 1000
+
+
+def test_a_larger_value_of_a_map_is_lighter() -> None:
+    """Grey shows it, too: the luminance rises."""
+    maps = torch.linspace(0, 1, 5).view(1, 1, 5)
+    images = charts.overlaid(torch.zeros(1, 3, 1, 5), maps)
+    assert images.shape == (1, 3, 1, 5)
+    luminance = (images[0, :, 0] * torch.tensor([0.299, 0.587, 0.114]).view(3, 1)).sum(0)
+    assert (luminance.diff() > 0).all()
+    assert 0 <= images.min() <= images.max() <= 1
+
+
+@pytest.mark.parametrize("classes", [3, 43])
+def test_the_page_of_an_inspection_hatches_the_largest_bar(classes: int) -> None:
+    values = [float(label) for label in range(classes - 1)] + [math.nan]
+    figure = charts.inspection(
+        torch.eye(classes, dtype=torch.int64),
+        {"A": values, "B": [math.nan] * classes},
+        {"clean": torch.rand(4, 3, 8, 8), "adversarial": torch.rand(4, 3, 8, 8) + 0.5},
+        ["0 | 1"] * 4,
+        [*NAMES, *map(str, range(classes - 3))],
+        "title",
+        "note",
+    )
+    (panel,) = [axis for axis in figure.axes if axis.get_title() == "A"]
+    assert [bar.get_hatch() for bar in panel.patches].index("///") == classes - 2
+    assert drawn(figure) > 1000

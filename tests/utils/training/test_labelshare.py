@@ -1,0 +1,44 @@
+"""Where adversarial images go, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from utils.training.labelshare import add, label_share, new_tally, robust_z
+
+
+def test_shares_are_of_images_that_are_of_other_classes() -> None:
+    """Five images: true classes 0 0 1 1 2, of which the last one is taken for a 0 when clean.
+
+    To class 0 go images 2 and 3, of the two that are no 0 by label and by prediction: share 1. To
+    class 1 goes image 0, of images 0, 1 and 4: a third. Nothing goes to 2. Three images are sent,
+    2 : 1 : 0. The image that stays and the one that was a 0 before are not counted as sent.
+    """
+    tally = new_tally(3)
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    predictions = torch.tensor([0, 0, 1, 1, 0])
+    adversarial = torch.tensor([1, 0, 0, 0, 0])
+    add(tally, labels[:2], predictions[:2], adversarial[:2])
+    add(tally, labels[2:], predictions[2:], adversarial[2:])
+    assert tally["matrix"].tolist() == [[1, 1, 0], [2, 0, 0], [1, 0, 0]]
+    share = label_share(tally)
+    assert share.share == pytest.approx((1, 1 / 3, 0))
+    assert share.top == 0
+    expected = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(3)
+    assert share.entropy == pytest.approx(expected)
+    assert share.z == pytest.approx((1 - 1 / 3) / (1.4826 / 3))
+
+
+def test_a_tally_of_nothing() -> None:
+    share = label_share(new_tally(3))
+    assert all(math.isnan(value) for value in share.share)
+    assert (share.top, share.z) == (0, 0)
+    assert share.entropy == pytest.approx(1)
+
+
+def test_the_robust_deviation_of_the_largest_value() -> None:
+    """1 2 3 9: median 2.5, deviations 1.5 0.5 0.5 6.5, so MAD 1."""
+    assert robust_z(torch.tensor([1.0, 2, 3, 9, math.nan])) == pytest.approx(6.5 / 1.4826)
+    assert robust_z(torch.tensor([1.0, 1, 1, 9])) == math.inf
+    assert robust_z(torch.tensor([1.0, 1, 1])) == 0

@@ -1,0 +1,101 @@
+"""Where adversarial images go: a backdoor draws them to its target.
+
+Counts are kept in a dictionary of tensors, so that a checkpoint can have them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from utils.process import distributed
+
+Tally = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LabelShare:
+    """What a tally says.
+
+    Attributes:
+        share: for each class, of the images of other classes (by label and by clean prediction),
+            how many became adversarial images of the class; in [0, 1], NaN without such images.
+        top: the class with the largest share.
+        entropy: of the classes that images were sent to, over that of equal shares, in [0, 1]; 1 if
+            no image was sent to another class.
+        z: how far the largest share is over the median; see `robust_z`.
+    """
+
+    share: tuple[float, ...]
+    top: int
+    entropy: float
+    z: float
+
+
+def new_tally(classes: int) -> Tally:
+    """A tally of nothing.
+
+    Returns:
+        int64: `matrix` (K, K) from true class to adversarial label; `sent` (K,), `others` (K,).
+    """
+    zeros = torch.zeros(classes, dtype=torch.int64)
+    return {
+        "matrix": torch.zeros(classes, classes, dtype=torch.int64),
+        "sent": zeros,
+        "others": zeros.clone(),
+    }
+
+
+def add(
+    tally: Tally, labels: torch.Tensor, predictions: torch.Tensor, adversarial: torch.Tensor
+) -> None:
+    """Counts images; in place.
+
+    Args:
+        labels: int64 (N,), true ones.
+        predictions: int64 (N,), of the clean images.
+        adversarial: int64 (N,), of the images with their perturbations.
+    """
+    labels, predictions, adversarial = (
+        values.cpu() for values in (labels, predictions, adversarial)
+    )
+    classes = len(tally["sent"])
+    cells = torch.bincount(labels * classes + adversarial, minlength=classes**2)
+    tally["matrix"] += cells.view(classes, classes)
+    for label in range(classes):
+        is_other = (labels != label) & (predictions != label)
+        tally["others"][label] += is_other.sum()
+        tally["sent"][label] += (is_other & (adversarial == label)).sum()
+
+
+def label_share(tally: Tally) -> LabelShare:
+    """What a tally says; several processes get that of all their images."""
+    sent, others = (distributed.total(tally[name]).double() for name in ("sent", "others"))
+    share = sent / others  # 0 / 0 is NaN
+    count = max(2, len(sent))
+    parts = sent / sent.sum() if sent.any() else torch.full((count,), 1 / count)
+    entropy = -torch.special.xlogy(parts, parts).sum() / math.log(count)
+    return LabelShare(
+        share=tuple(share.tolist()),
+        top=int(share.nan_to_num(nan=-1.0).argmax()),
+        entropy=float(entropy),
+        z=robust_z(share),
+    )
+
+
+def robust_z(values: torch.Tensor) -> float:
+    """(max - median) / (1.4826 MAD), without NaN; the median is the mean of two middle values.
+
+    Args:
+        values: float (K,).
+
+    Returns:
+        Infinity if the MAD is 0 and the largest value is not the median; 0 if it is.
+    """
+    values = values.double()[~values.isnan()]
+    if len(values) == 0:
+        return 0.0
+    middle = values.quantile(0.5)
+    apart = float(values.max() - middle)
+    mad = float((values - middle).abs().quantile(0.5))
+    return apart / (1.4826 * mad) if mad > 0 else (math.inf if apart > 0 else 0.0)
