@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-_PIPELINES = ("__init__", "__main__", "base", "all")
+_PIPELINES = ("__init__", "__main__", "base", "all", "inspection")
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Inspection: looks for a backdoor in a model without knowing its trigger.
+"""Inspect: looks for a backdoor in a model without knowing its trigger.
 
 No signal here is a verdict. A model is suspicious only in comparison with clean models of the same
 recipe: name their records with `--clean_records`, or let `--train_clean 6` train them.
@@ -12,8 +12,8 @@ recipe: name their records with `--clean_records`, or let `--train_clean 6` trai
 | D  | the largest margin of a class over noise images that maximise it, without any data |
 | E  | Neural Cleanse's index, of a result of `defense/nc.py` (`--neural_cleanse true`) |
 
-    python analysis/inspection.py --result_file badnet_demo --clean_records clean_1,clean_2,clean_3
-    python analysis/inspection.py --state_dict my_model.pt --model resnet18 --dataset cifar10 \\
+    python analysis/inspect.py --result_file badnet_demo --clean_records clean_1,clean_2,clean_3
+    python analysis/inspect.py --state_dict my_model.pt --model resnet18 --dataset cifar10 \\
         --save_folder_name theirs --train_clean 6
 
 If A and A' name different classes, there is no clear signal. Expect misses: attacks with several
@@ -64,7 +64,6 @@ from utils.errors import UserError, suggestion
 from utils.files import as_path
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.device import pick_device, pick_precision
-from utils.process.script import run_script
 from utils.process.seeds import generator
 from utils.records import folders
 from utils.records.weights import fill, read_state_dict
@@ -89,6 +88,8 @@ ENOUGH_CLEAN = 6  # clean models, below which a comparison says little
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AnalysisConfig):
+    yaml_folder = "inspect"
+
     state_dict: Annotated[
         str | None,
         Field(description="checkpoint of a model without a record; needs --model and --dataset"),
@@ -567,7 +568,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     said = conclusion(signals[BEFORE], null, data.named)
     results.conclude(said)
     page = (signals[BEFORE], probes, said, len(null))
-    results.figures["inspection"] = lambda: draw(subject, config, *page)
+    results.figures["inspect"] = lambda: draw(subject, config, *page)
 
 
 def clean_models(subject: Subject, config: Config) -> dict[str, Callable[[], nn.Module]]:
@@ -657,7 +658,7 @@ def draw(
     said: str,
     clean: int,
 ) -> "Figure":
-    """inspection.png: the matrix of A, bars by class, and adversarial images."""
+    """inspect.png: the matrix of A, bars by class, and adversarial images."""
     from utils import charts
 
     chosen = slice(0, 8)
@@ -719,9 +720,9 @@ def inspect_weights(config: Config) -> folders.RunFolder:
     if config.save_folder_name is None:
         raise UserError("--save_folder_name: a value is needed with --state_dict")
     home = folders.attack_folder(config.save_folder_name, as_path(config.record_path)).path
-    folder = folders.analysis_folder(home, "inspection")
+    folder = folders.analysis_folder(home, "inspect")
     folder.claim(config.overwrite, config.resume)
-    return write(config, "inspection", look, subject_of_weights(config), folder, started)
+    return write(config, "inspect", look, subject_of_weights(config), folder, started)
 
 
 def main() -> None:
@@ -734,8 +735,4 @@ def main() -> None:
     if config.state_dict is not None:
         inspect_weights(config)
     else:
-        analyse(config, "inspection", look)
-
-
-if __name__ == "__main__":
-    run_script(main)
+        analyse(config, "inspect", look)

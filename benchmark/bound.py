@@ -42,6 +42,7 @@ from utils.config import Parser
 from utils.data.batches import as_float
 from utils.errors import UserError
 from utils.files import as_path
+from utils.perturb import Start
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger, run_script
 from utils.process.seeds import generator
@@ -49,7 +50,7 @@ from utils.records import folders
 from utils.records.attack import AttackRecord, load_attack
 from utils.training.loop import Loop
 
-STARTS = ("max", "zero", "min", "random")
+STARTS: tuple[Start, ...] = ("max", "zero", "min", "random")
 RISKS = {"bd": "R_bd", "share": "R_share", "sub": "R_sub", "adv": "R_adv"}
 _ROUNDING = 1e-4  # pixels, of triggers that were rounded to bytes and back
 

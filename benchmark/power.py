@@ -1,4 +1,4 @@
-"""How well the signals of `analysis/inspection.py` tell attacks from clean models.
+"""How well the signals of `analysis/inspect.py` tell attacks from clean models.
 
     python benchmark/power.py --under record/hidden
     python benchmark/power.py --under record/hidden record/digits --csv power.csv
@@ -135,13 +135,13 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
         for path in sorted(folder.glob("**/analysis/*/summary.json")):
             try:
                 content: Mapping[str, Any] = read_object(path)
-                if content.get("analysis") == "inspection" and content.get("attack"):
+                if content.get("analysis") == "inspect" and content.get("attack"):
                     inspections.append(Inspection.model_validate(content))
             except (OSError, ValueError, ValidationError):
                 logger.warning("warning: %s: is no summary of an inspection; skipped", path)
     if not inspections:
         raise UserError(
-            f"--under: {folders[0]} holds no inspection; run analysis/inspection.py on its records"
+            f"--under: {folders[0]} holds no inspection; run analysis/inspect.py on its records"
         )
     return inspections
 

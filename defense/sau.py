@@ -342,7 +342,7 @@ def purify(
 def report(findings: Findings, sent: Tally) -> None:
     """States where the adversarial images of the first round went: to the target, in many attacks.
 
-    The same happens in some clean models; see `analysis/inspection.py`.
+    The same happens in some clean models; see `analysis/inspect.py`.
     """
     share = label_share(sent)
     largest = share.share[share.top]

@@ -101,7 +101,7 @@ def test_all_of_them_by_one_command(records: Path, capsys: pytest.CaptureFixture
     confusion = rows(records, "confusion", "confusion")
     counted = sum(int(row["count"]) for row in confusion if row["model"] == "sau")
     assert counted == 100 + 90  # test images, and triggered ones
-    assert set(signals_of(records, "inspection")) == {"before", "ft", "sau", "npd"}
+    assert set(signals_of(records, "inspect")) == {"before", "ft", "sau", "npd"}
 
     capsys.readouterr()
     assert run(records, "all", "--clean_record", "clean") == 2  # nothing is replaced
@@ -116,7 +116,7 @@ def test_of_a_clean_model_only_the_inspection_is_left(records: Path) -> None:
     assert [path.name for path in (records / "clean/analysis").glob("*/summary.json")] == [
         "summary.json"
     ]
-    assert set(signals_of(records, "inspection", "clean")) == {"before"}
+    assert set(signals_of(records, "inspect", "clean")) == {"before"}
 
 
 def test_without_a_clean_model_the_conclusion_says_what_it_lacks(records: Path) -> None:
@@ -132,7 +132,7 @@ def test_an_inspection_is_compared_with_clean_models(records: Path) -> None:
     """One that is named, and two that are trained, and are there the next time."""
     few = ["--probes", 60, "--noise_steps", 2, "--noise_images", 2, "--defenses", "ft"]
     flags = [*few, "--clean_records", "clean", "--train_clean", 2, "--save_folder_name", "compared"]
-    assert run(records, "inspection", *flags) == 0
+    assert run(records, "inspect", *flags) == 0
     signals = rows(records, "compared", "signals")
     kinds = {row["model"]: row["kind"] for row in signals}
     assert list(kinds.values()) == ["record", "purified", "clean", "clean", "clean"]
@@ -146,7 +146,7 @@ def test_an_inspection_is_compared_with_clean_models(records: Path) -> None:
     assert "epochs: 12\n" in epochs  # the recipe of the record, not the shipped one
 
     when = [(records / name / "summary.json").stat().st_mtime_ns for name in trained]
-    assert run(records, "inspection", *flags, "--overwrite") == 0
+    assert run(records, "inspect", *flags, "--overwrite") == 0
     assert [(records / name / "summary.json").stat().st_mtime_ns for name in trained] == when
 
 
@@ -157,11 +157,11 @@ def test_an_inspection_needs_no_record(records: Path, tmp_path: Path) -> None:
     few = ["--probes", 60, "--noise_steps", 2, "--noise_images", 2]
     flags = ["--state_dict", tmp_path / "mine.pt", "--model", "tiny", "--dataset", "random"]
     flags += ["--record_path", records, "--save_folder_name", "mine"]
-    assert run_script(ROOT / "analysis/inspection.py", *flags, *few) == 0
-    assert run(records, "inspection", *few, "--save_folder_name", "same") == 0
-    written = result(records, "inspection", "mine")
+    assert run_script(ROOT / "analysis/inspect.py", *flags, *few) == 0
+    assert run(records, "inspect", *few, "--save_folder_name", "same") == 0
+    written = result(records, "inspect", "mine")
     assert written["attack"] is None
-    own = signals_of(records, "inspection", "mine")["before"]
+    own = signals_of(records, "inspect", "mine")["before"]
     assert own == signals_of(records, "same")["before"]
 
 
@@ -173,7 +173,7 @@ def test_neural_cleanse_is_read_where_it_was_run(records: Path) -> None:
     (home / "norms.csv").write_text(f"class,mask_norm,index\n{norms}")
     flags = [*few, "--neural_cleanse", "true", "--save_folder_name", "cleanse"]
     try:
-        assert run(records, "inspection", *flags, "--clean_records", "clean") == 0
+        assert run(records, "inspect", *flags, "--clean_records", "clean") == 0
     finally:
         (home / "norms.csv").unlink()
         home.rmdir()
@@ -233,8 +233,8 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
         ("retune", ["--clean_record", "bd"], r"--clean_record: bd is the record of an attack \(ba"),
         ("retune", ["--poisoned_images", "300"], r"--poisoned_images: 300: there are only 20 ima"),
         ("gradcam", ["--layer", "conv7"], r"--layer: conv7 is no layer of this network"),
-        ("inspection", ["--clean_records", "bd"], r"--clean_records: bd is the record of an attac"),
-        ("inspection", ["--state_dict", "x.pt"], r"--dataset: a value is needed with --state_dict"),
+        ("inspect", ["--clean_records", "bd"], r"--clean_records: bd is the record of an attac"),
+        ("inspect", ["--state_dict", "x.pt"], r"--dataset: a value is needed with --state_dict"),
         ("all", ["--kinds", "path,paths"], r"--kinds: paths: no analysis; give confusion, featu"),
     ],
 )

@@ -79,7 +79,7 @@ def test_arguments_are_what_a_user_would_type(tmp_path: Path) -> None:
 def test_analyses_come_last_with_clean_models_as_controls(tmp_path: Path) -> None:
     """Of two attacked and two clean models; path needs no trigger, but a defense."""
     text = TEXT.replace("pratios: [0.1, 0.05]\n", "").replace(
-        "seeds", "analyses: {path, retune, mine: {script: inspection}}\nseeds"
+        "seeds", "analyses: {path, retune, mine: {script: inspect}}\nseeds"
     )
     text = text.replace("{path, retune, mine: {", "{path: {t_steps: 5}, retune: , mine: {")
     cells = grid_of(text, tmp_path)

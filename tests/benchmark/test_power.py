@@ -20,10 +20,10 @@ def test_the_area_is_the_share_of_ordered_pairs() -> None:
 
 
 def inspection(root: Path, name: str, attack: str, value: float, top: int, **more: Any) -> None:
-    folder = root / name / "analysis/inspection"
+    folder = root / name / "analysis/inspect"
     folder.mkdir(parents=True)
     signals = {"before": {"A": {"statistic": value, "top": top}}}
-    facts = {"analysis": "inspection", "attack": attack, "dataset": "digits", "model": "tiny"}
+    facts = {"analysis": "inspect", "attack": attack, "dataset": "digits", "model": "tiny"}
     facts |= {"findings": {"signals": signals}, "attack_target": 0, "attack_label_trans": None}
     (folder / "summary.json").write_text(json.dumps(facts | more))
 
@@ -36,8 +36,8 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspection(tmp_path, "c", "badnet", 0.1, 3, attack_label_trans="all2all")
     inspection(tmp_path, "d", "prototype", 0.4, 0, attack_target=None)
     inspection(tmp_path, "e", "prototype", 0.6, 0, attack_target=None)
-    (tmp_path / "f/analysis/inspection").mkdir(parents=True)
-    (tmp_path / "f/analysis/inspection/summary.json").write_text("[]")
+    (tmp_path / "f/analysis/inspect").mkdir(parents=True)
+    (tmp_path / "f/analysis/inspect/summary.json").write_text("[]")
     out = tmp_path / "power.csv"
     assert run_script(POWER, "--under", tmp_path, "--csv", out) == 0
     said = capsys.readouterr()
@@ -47,7 +47,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "| digits | badnet | 2 against 2 | 0.75, 1/2 |",
         "| digits | badnet_all2all | 1 against 2 | 0.00, - |",
     ]
-    assert "f/analysis/inspection/summary.json: is no summary" in said.err
+    assert "f/analysis/inspect/summary.json: is no summary" in said.err
     assert out.read_text().splitlines()[1] == "digits,tiny,badnet,A,0.75,1,2,2,2"
 
 

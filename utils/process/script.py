@@ -62,6 +62,9 @@ def run_script(main: Callable[[], None]) -> None:
         for problem in error.problems:
             logger.error("error: %s", problem)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
@@ -89,9 +92,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         logger.error("interrupted")
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output has gone, e.g. `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
     finally:
         logger.removeHandler(console)
 

@@ -13,7 +13,7 @@ from utils.process.methods import Method, as_markdown, as_text, describe
 
 PACKAGES = {"attack": attack, "defense": defense, "analysis": analysis}
 LISTS = {name: package.__main__ for name, package in PACKAGES.items()}
-WITHOUT_PAPER = ("ft", "confusion", "inspection", "weights")
+WITHOUT_PAPER = ("ft", "confusion", "inspect", "weights")
 every_list = pytest.mark.parametrize("package", LISTS)
 
 
@@ -125,7 +125,7 @@ def test_what_an_attacker_changes_is_the_threat_model() -> None:
 
 def test_what_an_analysis_needs_is_what_its_configuration_says() -> None:
     needs = {method.name: method.sees for method in analysis.__main__.methods()}
-    assert (needs["path"], needs["stealth"], needs["retune"], needs["inspection"]) == (
+    assert (needs["path"], needs["stealth"], needs["retune"], needs["inspect"]) == (
         "results of defenses",
         "triggered images",
         "triggered images, a clean model as control",

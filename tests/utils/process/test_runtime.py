@@ -5,6 +5,8 @@ import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +17,7 @@ from torch import nn
 
 from models.modes import evaluating, frozen
 from utils.errors import UserError, first_line
+from utils.files import ROOT
 from utils.process.device import (
     Precision,
     environment,
@@ -339,3 +342,26 @@ def test_the_first_line_of_an_exception() -> None:
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(ValueError("x" * 300)) == "x" * 200
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    """As `--help | head -1`."""
+    text = (
+        "import sys\n"
+        "from utils.process.script import run_script\n"
+        "def main():\n"
+        "    for _ in range(100_000):\n"
+        "        print('a line')\n"
+        "run_script(main)\n"
+    )
+    call = [sys.executable, "-c", text]
+    with subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == b""
