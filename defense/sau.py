@@ -45,7 +45,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import CleanData, Rounds, checked, run
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float
-from utils.errors import UserError
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.device import rows_of
 from utils.process.seeds import generator
@@ -274,12 +273,13 @@ def purify(
     loop = loop or Loop()
     best, held_out = None, (images[:0], labels[:0])
     if config.stop == "auto":
-        best = Best(model, config.patience)
         fit, held = hold_out(labels, config.val_ratio, config.random_seed)
-        if not len(fit) or not len(held):
-            raise UserError("--stop: auto needs two images of a class; give more images (--ratio)")
-        held_out = images[held], labels[held]
-        images, labels = images[fit], labels[fit]
+        if len(fit) and len(held):
+            best = Best(model, config.patience)
+            held_out = images[held], labels[held]
+            images, labels = images[fit], labels[fit]
+        else:
+            loop.findings.warn("no image can be held out, so all rounds are run; give more images")
     device = next(model.parameters()).device
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     model = copy.deepcopy(model).eval()

@@ -375,10 +375,15 @@ def test_stop_auto_without_a_round_changes_nothing() -> None:
     assert all(torch.equal(result[name], value) for name, value in model.state_dict().items())
 
 
-def test_stop_auto_needs_an_image_to_hold_out() -> None:
-    images, _ = problem(0, count=3)
-    with pytest.raises(UserError, match="--stop: auto needs two images of a class"):
-        purify(small_network(0, True), images, torch.tensor([0, 1, 2]), Config.load(stop="auto"))
+def test_without_an_image_to_hold_out_all_rounds_are_run() -> None:
+    images, labels, loop = problem(0, count=3)[0], torch.tensor([0, 1, 2]), Loop()
+    auto = Config.load(stop="auto", n_rounds=2)
+    result = purify(small_network(0, True), images, labels, auto, loop).state_dict()
+    assert loop.findings.warnings == [
+        "no image can be held out, so all rounds are run; give more images"
+    ]
+    plain = purify(small_network(0, True), images, labels, Config.load(n_rounds=2)).state_dict()
+    assert all(torch.equal(result[name], value) for name, value in plain.items())
 
 
 @pytest.mark.parametrize("multiple", [3, 8, 100])
