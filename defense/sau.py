@@ -24,9 +24,9 @@ perturbation:
 
 The details are those of the published code: fooled means that the prediction differs from the one
 on the clean image, x + d is not clipped, the sign step is used with every norm, and the learning
-rate is constant. At the paper's protocol (one seed, CIFAR-10 as JPEG), BadNets' ASR fell from 93.63
-to 1.30 % while ACC fell from 87.72 to 85.81 %. RESULTS.md has all other results, and says where SAU
-fails.
+rate is constant. `--stop auto` is ours: it decides on held-out clean images when to stop. At the
+paper's protocol (one seed, CIFAR-10 as JPEG), BadNets' ASR fell from 93.63 to 1.30 % while ACC fell
+from 87.72 to 85.81 %. RESULTS.md has all other results, and says where SAU fails.
 """
 
 import copy
