@@ -14,7 +14,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from utils.plot import LONGEST_TITLE, Figure, entitle, look_of, printable, without_frame
 
@@ -90,7 +90,8 @@ def curves_of(
         axis.set_title(printable(heading), fontsize=10)
         if log:
             axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
         elif ylim is not None:
             axis.set_ylim(*ylim)
