@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import models
 from benchmark.reporting import page, sources, tables
 from benchmark.reporting.figures import draw
 from benchmark.reporting.files import made_folder
 from benchmark.reporting.means import Number, Table, summarize
 from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
-from tests.test_end_to_end import badnet, cache, defense_flags, run_script, workplace
+from models.tiny import TinyNet
+from tests.test_end_to_end import badnet, cache, defense_flags, run_script, trained, workplace
 from utils import plot
 from utils.files import ROOT
 
@@ -967,12 +969,16 @@ def test_results_are_few_files_and_show_all_their_figures() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("small")
-def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path) -> None:
+def test_a_real_record_has_it_all(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gallery, curves, figures in both formats; what is missing is skipped without a word."""
-    assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, badnet.name)) == 0
-    to = tmp_path / "to"
-    assert report("--record_path", workplace / "record", "--to", to) == 0
+    monkeypatch.setitem(models.CONSTRUCTORS, "preactresnet18", TinyNet)  # with real pictures
+    record = trained(workplace, "pictured", monkeypatch)
+    assert run_script(ROOT / "defense/ft.py", *defense_flags(workplace, record.name)) == 0
+    records, to = tmp_path / "records", tmp_path / "to"
+    shutil.copytree(record, records / "x")
+    assert report("--under", records, "--to", to) == 0
     stems = {path.stem.rpartition("pratio-25-")[2] for path in (to / "figures").glob("*.png")}
     assert stems == {"before-after", "curves-ft", "cost", "triggers", "heat-asr", "heat-ra"}
     for path in (to / "figures").glob("*.png"):
@@ -983,8 +989,8 @@ def test_a_real_record_has_it_all(workplace: Path, badnet: Path, tmp_path: Path)
     assert {"curves", "trigger", "labels before and after"} < set(alternatives)
 
     bare = tmp_path / "bare"
-    for path in (workplace / "record").rglob("summary.json"):
-        target = bare / path.relative_to(workplace / "record")
+    for path in records.rglob("summary.json"):
+        target = bare / path.relative_to(records)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     assert report("--under", bare, "--to", tmp_path / "again") == 0
