@@ -122,7 +122,7 @@ def test_the_flags_of_the_settings_table_are_taken(workplace: Path) -> None:
     for number, flags in enumerate(groups):
         if flags[0] == "--device":
             continue  # not on every machine
-        if flags[0] in ("--ratio", "--norm_type"):
+        if flags[0] in ("--ratio", "--norm_type", "--stop"):
             run = shortened(["--result_file", "flags0"], workplace)
             assert run_script(ROOT / "defense/sau.py", *run, "--overwrite", *flags) in (0, 2)
             continue
