@@ -31,7 +31,7 @@ __all__ = ["cache", "workplace"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures("small")
 
-SCRIPTS = sorted(set(CONFIGS) - {"defense/base", "analysis/base", "analysis/inspection"})
+SCRIPTS = sorted(set(CONFIGS) - {"defense/base", "analysis/base"})
 
 
 @pytest.fixture(scope="module")

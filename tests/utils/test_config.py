@@ -650,7 +650,7 @@ def shipped_configs() -> dict[str, type[Config]]:
             for name in ("Config", "DefenseConfig", "AnalysisConfig"):
                 owner = getattr(module, name, None)
                 if isinstance(owner, type) and owner.__module__ == module.__name__:
-                    scripts[f"{folder}/{path.stem}"] = owner
+                    scripts[f"{folder}/{vars(owner).get('yaml_folder', path.stem)}"] = owner
     return scripts
 
 
