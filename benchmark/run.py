@@ -62,7 +62,7 @@ class Board:
         self._seconds: dict[str, list[float]] = {}  # of ended cells, by kind
         for cell in cells:
             if (seconds := cell.seconds) is not None:
-                self._seconds.setdefault(cell.kind, []).append(seconds)
+                self._seconds.setdefault(self._kind[cell.name], []).append(seconds)
 
     def __enter__(self) -> "Board":
         self._progress.__enter__()
@@ -87,7 +87,7 @@ class Board:
             self._since[cell.name] = time.monotonic()
         elif state == "done" and cell.name in self._since:
             took = time.monotonic() - self._since[cell.name]
-            self._seconds.setdefault(cell.kind, []).append(took)
+            self._seconds.setdefault(self._kind[cell.name], []).append(took)
         if state in slurm.ENDED:
             self._progress.advance()
         logger.info("%-8s %s%s", state, cell.name, f"  ({note})" if note else "")
@@ -97,7 +97,7 @@ class Board:
 
     def usual(self, cell: Cell) -> float | None:
         """Seconds that cells of the same kind took, on average; None if none has ended."""
-        took = self._seconds.get(cell.kind)
+        took = self._seconds.get(self._kind[cell.name])
         return sum(took) / len(took) if took else None
 
     def eta(self) -> str:
@@ -183,29 +183,30 @@ def run_local(
                     mark_of(cell, root).touch()
                     note = f"exit code {code}, {log_of(cell, root)}"
                     board.set(cell, "failed", note)
-            for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
-                waiting.remove(cell)
-                board.set(cell, "done")
-            for cell in list(waiting):
-                lost = [c for c in cell.needed if board.states[c.name] in ("failed", "skipped")]
-                if lost:
+            if len(running) < jobs:  # else nothing can be started
+                for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
                     waiting.remove(cell)
-                    what = "attack" if lost[0] is cell.attack else lost[0].name
-                    board.set(cell, "skipped", f"its {what} failed")
-            for slot in set(range(jobs)) - set(running):
-                left = until - time.monotonic()
-                ready = [
-                    cell
-                    for cell in waiting
-                    if all(needed.is_done for needed in cell.needed)
-                    and (board.usual(cell) or 0) < left
-                ]
-                while ready and is_elsewhere(ready[0]):
-                    board.set(ready.pop(0), "elsewhere", "another process runs it")
-                if ready:
-                    waiting.remove(ready[0])
-                    running[slot] = _Running(_start(workers, ready[0], root, slot), ready[0])
-                    board.set(ready[0], "running")
+                    board.set(cell, "done")
+                for cell in list(waiting):
+                    lost = [c for c in cell.needed if board.states[c.name] in ("failed", "skipped")]
+                    if lost:
+                        waiting.remove(cell)
+                        what = "attack" if lost[0] is cell.attack else lost[0].name
+                        board.set(cell, "skipped", f"its {what} failed")
+                for slot in set(range(jobs)) - set(running):
+                    left = until - time.monotonic()
+                    ready = [
+                        cell
+                        for cell in waiting
+                        if all(needed.is_done for needed in cell.needed)
+                        and (budget == math.inf or (board.usual(cell) or 0) < left)
+                    ]
+                    while ready and is_elsewhere(ready[0]):
+                        board.set(ready.pop(0), "elsewhere", "another process runs it")
+                    if ready:
+                        waiting.remove(ready[0])
+                        running[slot] = _Running(_start(workers, ready[0], root, slot), ready[0])
+                        board.set(ready[0], "running")
             if time.monotonic() >= until or (budget < math.inf and not running):
                 break
             time.sleep(0.05)
