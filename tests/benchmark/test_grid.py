@@ -236,7 +236,7 @@ with open(root / "order.txt", "a") as order:
 (folder / "config.yaml").write_text("")
 if "bad" in folder.name:
     sys.exit("no luck")
-time.sleep(float(open(root / "seconds.txt").read()))
+time.sleep(float((root / "seconds.txt").read_text()))  # an open file would swallow the signal
 (folder / "summary.json").write_text("{}")
 """
 
