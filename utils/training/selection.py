@@ -91,7 +91,7 @@ class Best:
         if value < before[0]:
             self.state["since"].fill_(number)
         if [value, second] < before:
-            self.state["values"].copy_(torch.tensor([value, second]))
+            self.state["values"].copy_(torch.tensor([value, second], dtype=torch.float64))
             self.state["round"].fill_(number)
             for name, tensor in model.state_dict().items():
                 self.state[f"weights.{name}"].copy_(tensor)

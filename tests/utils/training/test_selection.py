@@ -212,7 +212,7 @@ def test_the_best_model_is_kept_until_it_is_over() -> None:
     model = nn.BatchNorm1d(1)
     best = Best(model, patience=2)
     assert best.round == 0
-    values = [(3.0, 9.0), (math.nan, 0.0), (1.0, 5.0), (1.0, 4.0), (2.0, 0.0)]
+    values = [(0.3, 9.0), (math.nan, 0.0), (0.1, 5.0), (0.1, 4.0), (0.2, 0.0)]
     ends = []
     for number, (value, second) in enumerate(values, start=1):
         with torch.no_grad():
