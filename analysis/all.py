@@ -24,13 +24,13 @@ from analysis.base import (
     Kind,
     Subject,
     analyse,
-    dataset_of_record,
     kinds,
     open_subject,
 )
 from utils.errors import NothingToDo, UserError, listed
 from utils.process.script import logger, run_script
 from utils.records import folders
+from utils.records.attack import dataset_of_record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from utils.process.device import Precision, pick_device, pick_precision, run_con
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, generator, seed_everything
 from utils.records import folders
-from utils.records.attack import AttackRecord, load_attack, recorded_dataset
+from utils.records.attack import AttackRecord, dataset_of_record, load_attack, named_record
 from utils.records.checkpoint import Origin
 from utils.records.defense import load_defense
 from utils.training import ending
@@ -350,13 +350,6 @@ def run(config_class: type[C], look: Look[C]) -> None:
     run_script(main)
 
 
-def dataset_of_record(values: Mapping[str, Any]) -> str | None:
-    """The dataset whose YAML files apply; None without a record, because `--help` needs none."""
-    if not values.get("result_file"):
-        return None
-    return recorded_dataset(_record(values["result_file"], values.get("record_path")))
-
-
 def analyse(
     config: C, name: str, look: Look[C], subject: Subject | None = None
 ) -> folders.RunFolder:
@@ -373,7 +366,7 @@ def analyse(
         UserError: if the record, the data and the configuration do not fit together.
     """
     started = time.monotonic()
-    source = _record(config.result_file, config.record_path)
+    source = named_record(config.result_file, config.record_path)
     folder = folders.analysis_folder(source, config.save_folder_name or name)
     folder.claim(config.overwrite, config.resume, record=folders.RunFolder(source))
     if subject is None:
@@ -480,7 +473,7 @@ def open_subject(config: RecordConfig) -> Subject:
     Raises:
         UserError: if it does not fit together.
     """
-    attack = load_attack(_record(config.result_file, config.record_path))
+    attack = load_attack(named_record(config.result_file, config.record_path))
     if config.dataset not in (None, attack.dataset):
         raise UserError(
             f"--dataset: {config.dataset}, but the record says {attack.dataset}; leave the flag out"
@@ -597,12 +590,6 @@ def examples(triggered: Triggered, data: Dataset, count: int = 8) -> tuple[torch
 def percent(value: float | None) -> str:
     """A rate as it is printed: '12.34 %'; '-' if there is none."""
     return "-" if value is None or value != value else f"{100 * value:.2f} %"
-
-
-def _record(result_file: str | None, record_path: str | None) -> Path:
-    if result_file is None:
-        raise UserError("--result_file: a value is needed; give the name of an attack's record")
-    return folders.find_record(result_file, as_path(record_path))
 
 
 def _done_before(checkpoint: Mapping[str, Any] | None) -> dict[str, str]:

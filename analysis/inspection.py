@@ -47,7 +47,6 @@ from analysis.base import (
     Results,
     Subject,
     analyse,
-    dataset_of_record,
     load_clean,
     write,
 )
@@ -66,6 +65,7 @@ from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders
+from utils.records.attack import dataset_of_record
 from utils.records.weights import fill, read_state_dict
 from utils.training import ending
 from utils.training.labelshare import LabelShare, add, label_share, new_tally, robust_z

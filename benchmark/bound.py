@@ -40,6 +40,7 @@ from models import prepare
 from models.modes import evaluating
 from utils.config import Parser
 from utils.data.batches import as_float
+from utils.data.labelled import Dataset
 from utils.errors import UserError
 from utils.files import as_path
 from utils.perturb import Start
@@ -146,10 +147,11 @@ def _of_batch(
     }
 
 
-def images_of(attack: AttackRecord, most: int, device: torch.device) -> Images:
+def images_of(attack: AttackRecord, data: Dataset, most: int, device: torch.device) -> Images:
     """Evenly spaced triggered test images of a record.
 
     Args:
+        data: the record's dataset.
         most: how many, at most.
 
     Raises:
@@ -160,7 +162,7 @@ def images_of(attack: AttackRecord, most: int, device: torch.device) -> Images:
         raise UserError(f"{attack.folder}: has no triggered images; give the record of an attack")
     count = len(triggered.index)
     chosen = torch.linspace(0, count - 1, min(most, count)).long()
-    test = attack.load_dataset(None).test.at(triggered.index[chosen])
+    test = data.test.at(triggered.index[chosen])
     return Images(
         as_float(test.images, device),
         as_float(triggered.images[chosen], device),
@@ -182,8 +184,9 @@ def measured(
     reference = prepare(
         attack.build(config.model), device, pick_precision(config.precision, device)
     )
-    images = images_of(attack, most, device)
-    given = seen_images(config, attack, attack.load_dataset(config.dataset_path))
+    data = attack.load_dataset(config.dataset_path)
+    images = images_of(attack, data, most, device)
+    given = seen_images(config, attack, data)
     rows: list[dict[str, Any]] = []
 
     def measure(number: int, model: nn.Module) -> None:

@@ -32,7 +32,13 @@ from utils.process.device import Precision, pick_device, pick_precision, run_con
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, generator, seed_everything
 from utils.records import folders
-from utils.records.attack import AttackRecord, load_attack, read_index, recorded_dataset
+from utils.records.attack import (
+    AttackRecord,
+    dataset_of_record,
+    load_attack,
+    named_record,
+    read_index,
+)
 from utils.records.checkpoint import Origin
 from utils.records.defense import save_defense
 from utils.training import ending, selection
@@ -332,7 +338,7 @@ def run(config_class: type[C], purify: Purify[C]) -> None:
 
     def main() -> None:
         config = config_class.from_command_line(
-            sys.argv[1:], module.__doc__ or "", _dataset_of_record
+            sys.argv[1:], module.__doc__ or "", dataset_of_record
         )
         defend(config, Path(str(module.__file__)).stem, purify)
 
@@ -349,7 +355,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
         UserError: if the record, the data and the configuration do not fit together.
     """
     started = time.monotonic()
-    source = _record_folder(config.result_file, config.record_path)
+    source = named_record(config.result_file, config.record_path)
     summary = _summary(source)
     attack = load_attack(source)
     folder = folders.defense_folder(attack.folder, config.save_folder_name or name)
@@ -538,25 +544,12 @@ def comparison(before: Scores, after: Scores, der: float | None) -> str:
     return "\n".join(lines)
 
 
-def _record_folder(result_file: str | None, record_path: str | None) -> Path:
-    if result_file is None:
-        raise UserError("--result_file: a value is needed; give the name of an attack's record")
-    return folders.find_record(result_file, Path(record_path) if record_path else None)
-
-
 def _summary(source: Path) -> bytes | None:
     """The summary of a record; another summary means that the record has other content."""
     try:
         return read_bytes(source / "summary.json")
     except OSError:
         return None
-
-
-def _dataset_of_record(values: Mapping[str, Any]) -> str | None:
-    """The dataset whose YAML files apply; None without a record, because `--help` needs none."""
-    if not values.get("result_file"):
-        return None
-    return recorded_dataset(_record_folder(values["result_file"], values.get("record_path")))
 
 
 def _draw_before_after(

@@ -25,7 +25,7 @@ from utils.errors import NothingToDo, UserError
 from utils.metrics import Rate, Scores, defense_effectiveness_rating
 from utils.process.script import _Stop
 from utils.process.seeds import generator
-from utils.records.attack import model_state
+from utils.records.attack import dataset_of_record, model_state, named_record
 from utils.records.defense import load_defense
 from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
@@ -153,29 +153,29 @@ def test_a_line_says_the_verdict(verdict: tuple[Any, ...], line: str, tiny_data:
 
 def test_a_record_is_needed() -> None:
     with pytest.raises(UserError, match="--result_file: a value is needed"):
-        base._record_folder(None, None)
+        named_record(None, None)
 
 
 def test_a_record_is_looked_for_in_the_checkout_without_a_path() -> None:
     with pytest.raises(UserError, match=r"--result_file: no_such is no record in \S+/record; "):
-        base._record_folder("no_such", None)
+        named_record("no_such", None)
 
 
 def test_a_record_is_looked_for_under_the_record_path(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    assert base._record_folder("x", str(tmp_path)) == tmp_path / "x"
+    assert named_record("x", str(tmp_path)) == tmp_path / "x"
 
 
 def test_without_a_record_no_dataset_s_values_apply() -> None:
-    assert base._dataset_of_record({}) is None
-    assert base._dataset_of_record({"result_file": None}) is None
+    assert dataset_of_record({}) is None
+    assert dataset_of_record({"result_file": None}) is None
 
 
 def test_the_dataset_is_the_record_s(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.yaml").write_text("dataset: digits\n")
     values = {"result_file": "x", "record_path": str(tmp_path)}
-    assert base._dataset_of_record(values) == "digits"
+    assert dataset_of_record(values) == "digits"
 
 
 # before_after.png

@@ -21,7 +21,7 @@ from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError, one_line
 from utils.files import TABLE, file_sha256, read_text
 from utils.records import backdoorbench, schema
-from utils.records.folders import RunFolder
+from utils.records.folders import RunFolder, find_record
 from utils.tensors import explained, load_tensors
 
 RESULT, POISON, SUMMARY = "attack_result.pt", "poison.pt", "summary.json"
@@ -475,6 +475,28 @@ def recorded_dataset(folder: Path) -> str | None:
         return backdoorbench.read_dataset_name(folder)
     path = folder / "config.yaml"
     return read_yaml(path).get("dataset") if path.exists() else None
+
+
+def named_record(result_file: str | None, record_path: str | None) -> Path:
+    """The folder of the record that these flags name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if result_file is None:
+        raise UserError("--result_file: a value is needed; give the name of an attack's record")
+    return find_record(result_file, Path(record_path) if record_path else None)
+
+
+def dataset_of_record(values: Mapping[str, Any]) -> str | None:
+    """The dataset whose YAML files apply; None without a record, because `--help` needs none.
+
+    Args:
+        values: of the flags `result_file` and `record_path`, among others.
+    """
+    if not values.get("result_file"):
+        return None
+    return recorded_dataset(named_record(values["result_file"], values.get("record_path")))
 
 
 def read_index(path: Path, count: int) -> torch.Tensor:
