@@ -140,16 +140,9 @@ def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scripts_under_torchrun(tmp_path: Path) -> None:
     """An attack and SAU in two processes; one of them writes and speaks."""
     common = ("--record_path", str(tmp_path), "--random_seed", "3")
-    attack = torchrun(
-        "attack/badnet.py",
-        "--save_folder_name",
-        "two",
-        "--image_size",
-        "8",
-        "--epochs",
-        "1",
-        *common,
-    )
+    network = ("--model", "preactresnet18_half", "--image_size", "8")
+    flags = ("--save_folder_name", "two", *network, "--epochs", "1", *common)
+    attack = torchrun("attack/badnet.py", *flags)
     assert attack.returncode == 0, attack.stderr
     assert attack.stderr.count("epoch 1/1") == 1
     flags = ("--result_file", "two", "--n_rounds", "1", "--ratio", "0.03", *common)

@@ -114,7 +114,10 @@ def command(script: str, root: Path, *flags: str) -> list[str]:
     return [sys.executable, script, "--record_path", str(root), *flags]
 
 
-ATTACK = ("--save_folder_name", "x", "--image_size", "8", "--epochs", "2", "--batch_size", "128")
+ATTACK = (
+    *("--save_folder_name", "x", "--model", "preactresnet18_half", "--image_size", "8"),
+    *("--epochs", "2", "--batch_size", "128"),
+)
 DEFENSE = ("--result_file", "x", "--n_rounds", "3", "--ratio", "0.05", "--batch_size", "24")
 
 
