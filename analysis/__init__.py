@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-_PIPELINES = ("__init__", "__main__", "base", "all", "inspection")
+_PIPELINES = ("__init__", "__main__", "base", "subject", "all", "inspection", "signals")
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ The list is made from the first lines of each file's docstring, and from its `Co
 from types import ModuleType
 
 import analysis
-from analysis.base import Controlled
+from analysis.subject import Controlled
 from utils.process.methods import Method, as_markdown, as_text, cited, methods_of, run_list
 
 

@@ -19,18 +19,12 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import analysis
-from analysis.base import (
-    Controlled,
-    Kind,
-    Subject,
-    analyse,
-    kinds,
-    open_subject,
-)
+from analysis.base import Kind, analyse, kinds
+from analysis.subject import Controlled, Subject, open_subject
 from utils.errors import NothingToDo, UserError, listed
 from utils.process.script import logger, run_script
 from utils.records import folders
-from utils.records.attack import dataset_of_record
+from utils.records.named import dataset_of_record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import BEFORE, AnalysisConfig, Results, Subject, percent, run
+from analysis.base import BEFORE, AnalysisConfig, Results, percent, run
+from analysis.subject import Subject
 from utils.training.evaluate import predict
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import BEFORE, AnalysisConfig, Results, Subject, percent, run
+from analysis.base import BEFORE, AnalysisConfig, Results, percent, run
+from analysis.subject import Subject
 from models.modes import evaluating
 from models.parts import head, recording
 from utils.data.batches import as_float

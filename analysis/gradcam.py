@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import BEFORE, AnalysisConfig, Results, Subject, examples, run
+from analysis.base import BEFORE, AnalysisConfig, Results, run
+from analysis.subject import Subject, examples
 from models.modes import evaluating
 from models.parts import last_map, layer, recording
 

@@ -32,7 +32,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import AnalysisConfig, Results, Subject, percent, run
+from analysis.base import AnalysisConfig, Results, percent, run
+from analysis.subject import Subject
 from models.modes import evaluating
 from utils.data.batches import as_float
 

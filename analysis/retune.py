@@ -31,7 +31,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import CLEAN, AnalysisConfig, Controlled, Results, Subject, percent, run
+from analysis.base import CLEAN, AnalysisConfig, Results, percent, run
+from analysis.subject import Controlled, Subject
 from utils.config import Group
 from utils.data.batches import as_float, augment
 from utils.errors import UserError, listed

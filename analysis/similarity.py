@@ -31,7 +31,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import CLEAN, AnalysisConfig, Controlled, Results, Subject, run
+from analysis.base import CLEAN, AnalysisConfig, Results, run
+from analysis.subject import Controlled, Subject
 from models import Classifier
 from models.modes import evaluating
 from models.parts import convolutions, recording

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import AnalysisConfig, Results, Subject, examples, run
+from analysis.base import AnalysisConfig, Results, run
+from analysis.subject import Subject, examples
 from utils.data.batches import as_float
 from utils.training import ending
 

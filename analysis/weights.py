@@ -21,7 +21,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import AnalysisConfig, Results, Subject, run
+from analysis.base import AnalysisConfig, Results, run
+from analysis.subject import Subject
 from models.parts import bare
 
 if TYPE_CHECKING:

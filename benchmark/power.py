@@ -1,7 +1,7 @@
 """How well the signals of `analysis/inspect.py` tell attacks from clean models.
 
-    python benchmark/power.py --under record/hidden
-    python benchmark/power.py --under record/hidden record/digits --csv power.csv
+    python benchmark/power.py --under record/leaderboard
+    python benchmark/power.py --under record/leaderboard record/digits --csv power.csv
 
 For each attack and signal: AUROC of the models of the attack against the clean models of the same
 dataset and network (0.5 is chance, 1 is perfect), and how often the most suspicious class is the

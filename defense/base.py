@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import nn
 
 from models import prepare
-from utils import config as configuration
 from utils.config import Group
 from utils.data.batches import as_float, keep_on
 from utils.data.labelled import Dataset, Triggered
@@ -28,19 +27,14 @@ from utils.errors import UserError, shown
 from utils.files import read_bytes
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
 from utils.process import distributed
-from utils.process.device import Precision, pick_device, pick_precision, run_conditions
+from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, generator, seed_everything
 from utils.records import folders
-from utils.records.attack import (
-    AttackRecord,
-    dataset_of_record,
-    load_attack,
-    named_record,
-    read_index,
-)
+from utils.records.attack import AttackRecord, load_attack, read_index
 from utils.records.checkpoint import Origin
 from utils.records.defense import save_defense
+from utils.records.named import OfRecord, dataset_of_record, named_record
 from utils.training import ending, selection
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
@@ -56,47 +50,18 @@ Selection = Literal["fixed", "val"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DefenseConfig(configuration.Config):
+class DefenseConfig(OfRecord):
     """The record, and how the defense runs."""
 
     flags_title = "This defense"
 
-    result_file: Annotated[
+    save_folder_name: Annotated[
         str | None,
-        Field(description="record, ours or BackdoorBench's: its name, or its folder"),
+        Field(description="name of the result's folder; null for the defense's name"),
         Group.RECORD,
     ]
-    record_path: Annotated[
-        str | None, Field(description="folder of all records; null for record/ of the checkout")
-    ]
-    save_folder_name: Annotated[
-        str | None, Field(description="name of the result's folder; null for the defense's name")
-    ]
-    overwrite: Annotated[bool, Field(description="replace this defense's earlier result")]
-    resume: Annotated[bool, Field(description="go on with an interrupted run")]
     checkpoint_every: Annotated[
         float, Field(ge=0, description="seconds between two checkpoints to resume from")
-    ]
-    dataset: Annotated[
-        str | None, Field(description="must be the record's, from which it is read"), Group.DATA
-    ]
-    model: Annotated[
-        str | None,
-        Field(description="must be the record's, from which it is read; needed for your own file"),
-        Group.NETWORK,
-    ]
-    dataset_path: Annotated[
-        str | None,
-        Field(description="where the images are now; null for the record's path"),
-        Group.DATA,
-    ]
-    random_seed: Annotated[
-        int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn"), Group.RUNNING
-    ]
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
-    precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
-    deterministic: Annotated[
-        bool, Field(description="the same bits every time on a GPU too; may be slower")
     ]
 
     advice = "change its flags, see --help"  # what to do where ACC falls by more than 10 points

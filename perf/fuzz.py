@@ -57,8 +57,9 @@ from utils.metrics import Rate, Scores
 from utils.process.device import peak_memory
 from utils.process.script import logger, run_script
 from utils.records import folders, weights
-from utils.records.attack import file_hashes, load_attack, recorded_dataset, save_attack
+from utils.records.attack import file_hashes, load_attack, save_attack
 from utils.records.defense import load_defense, save_defense
+from utils.records.named import recorded_dataset
 from utils.tensors import load_plain
 from utils.training.loop import Loop
 from utils.training.watch import Watch

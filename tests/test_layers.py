@@ -21,7 +21,8 @@ ROWS = (
     ("attack.?*", "defense.?*", "analysis.?*"),
     (
         *("attack.prototype", "attack.recipe", "attack.setting", "attack.poisoning"),
-        *("attack.controlled", "defense.base", "analysis.base", "analysis.inspection"),
+        *("attack.controlled", "defense.base", "analysis.subject", "analysis.base"),
+        *("analysis.signals", "analysis.inspection"),
         "interop.*",
     ),
     ("utils.training.*",),

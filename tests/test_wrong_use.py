@@ -31,7 +31,7 @@ __all__ = ["cache", "workplace"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures("small")
 
-SCRIPTS = sorted(set(CONFIGS) - {"defense/base", "analysis/base"})
+SCRIPTS = sorted(set(CONFIGS) - {"defense/base", "analysis/base", "analysis/subject"})
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from analysis import (
     path,
     reactivate,
     retune,
+    signals,
     similarity,
     stealth,
     weights,
@@ -223,7 +224,7 @@ def test_signal_a_is_what_sau_does_with_a_model_that_is_its_own_reference(norm: 
     images, labels = torch.rand(20, 3, 8, 8).double(), torch.arange(20) % 4
     config = sau.Config.load(norm_type=norm, trigger_norm=0.3, adv_lr=0.1)
     expected = sau.shared_perturbation(model, model, images, labels, config)
-    delta = inspection.fooled(
+    delta = signals.fooled(
         model,
         images,
         labels,
@@ -240,12 +241,12 @@ def test_signal_a_is_what_sau_does_with_a_model_that_is_its_own_reference(norm: 
 def test_the_smallest_move() -> None:
     """s1 >= 3 and s2 >= 4: (3, 4). s1 >= 3 alone: (3, 0). 2 s1 >= 3: 1.5. Nothing to do: 0."""
     both, one = torch.eye(2), torch.tensor([[1.0, 0.0]])
-    assert inspection.smallest_move(both, torch.tensor([3.0, 4.0])) == pytest.approx(5)
-    assert inspection.smallest_move(both, torch.tensor([3.0, -4.0])) == pytest.approx(3)
-    assert inspection.smallest_move(2 * one, torch.tensor([3.0])) == pytest.approx(1.5)
-    assert inspection.smallest_move(both, torch.tensor([0.0, -1.0])) == 0
+    assert signals.smallest_move(both, torch.tensor([3.0, 4.0])) == pytest.approx(5)
+    assert signals.smallest_move(both, torch.tensor([3.0, -4.0])) == pytest.approx(3)
+    assert signals.smallest_move(2 * one, torch.tensor([3.0])) == pytest.approx(1.5)
+    assert signals.smallest_move(both, torch.tensor([0.0, -1.0])) == 0
     contradiction = torch.tensor([[1.0], [-1.0]])
-    assert inspection.smallest_move(contradiction, torch.tensor([1.0, 1.0])) == math.inf
+    assert signals.smallest_move(contradiction, torch.tensor([1.0, 1.0])) == math.inf
 
 
 def test_the_head_s_norm_is_small_for_a_class_that_is_easy_to_reach() -> None:
@@ -254,16 +255,16 @@ def test_the_head_s_norm_is_small_for_a_class_that_is_easy_to_reach() -> None:
     The image of class 1 has to gain 1 to become 0: s = (0.5, 0). That of class 0 is 1 already.
     """
     weight, bias = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0.0, 1.0])
-    norms = inspection.head_norms(torch.zeros(2, 2), torch.tensor([0, 1]), weight, bias, 1.0)
+    norms = signals.head_norms(torch.zeros(2, 2), torch.tensor([0, 1]), weight, bias, 1.0)
     assert norms == pytest.approx([0.5, 0])
 
 
 def test_the_p_value_of_the_largest_margin() -> None:
     """Others 1 and 3: mean 2, variance 2, so shape 2, scale 1, and F(x) = 1 - (1 + x) exp(-x)."""
     below = 1 - 5 * math.exp(-4)
-    assert inspection.p_value([1.0, 4.0, 3.0]) == pytest.approx(1 - below**3)
-    assert inspection.p_value([-1.0, 1.0, 5.0]) == 1.0
-    assert inspection.p_value([2.0, 2.0, 5.0]) == 1.0
+    assert signals.p_value([1.0, 4.0, 3.0]) == pytest.approx(1 - below**3)
+    assert signals.p_value([-1.0, 1.0, 5.0]) == 1.0
+    assert signals.p_value([2.0, 2.0, 5.0]) == 1.0
 
 
 def test_the_largest_margin_is_that_of_the_brightest_image() -> None:
@@ -279,7 +280,7 @@ def test_the_largest_margin_is_that_of_the_brightest_image() -> None:
             return torch.cat([mean, -mean], dim=1)
 
     config = inspection.Config.load(noise_lr=2.0, noise_steps=100)
-    margins = [inspection.largest_margin(Brightness(), k, (1, 2, 2), config) for k in (0, 1)]
+    margins = [signals.largest_margin(Brightness(), k, (1, 2, 2), config) for k in (0, 1)]
     assert margins == pytest.approx([2, 0], abs=1e-4)
 
 
@@ -297,20 +298,20 @@ def test_a_perturbation_that_works_on_other_images_is_transferred() -> None:
     images = torch.cat([torch.zeros(12), torch.ones(12)]).view(-1, 1, 1, 1)
     delta = 1 - images
     predictions, adversarial = images.flatten().long(), torch.ones(24, dtype=torch.int64)
-    shares = inspection.transferred(model, images, predictions, adversarial, delta, rounds=1)
+    shares = signals.transferred(model, images, predictions, adversarial, delta, rounds=1)
     assert math.isnan(shares[0])
     assert shares[1] == 1
 
 
 def test_what_is_outstanding() -> None:
     """Norms 1, 4, 5, 6: median 4.5, deviations 3.5, 0.5, 0.5, 1.5, so MAD 1."""
-    signal = inspection.outstanding([4.0, 1.0, 5.0, 6.0])
+    signal = signals.outstanding([4.0, 1.0, 5.0, 6.0])
     assert signal.top == 1
     assert signal.by_class == pytest.approx([4.5 / 4, 4.5, 0.9, 0.75])
     assert signal.statistic == pytest.approx(3.5 / 1.4826)
 
 
-def signals(large: int, small: int, statistic: float) -> dict[str, dict[str, float]]:
+def told(large: int, small: int, statistic: float) -> dict[str, dict[str, float]]:
     return {
         "A": {"top": large, "statistic": statistic},
         "A'": {"top": small, "statistic": statistic},
@@ -319,17 +320,17 @@ def signals(large: int, small: int, statistic: float) -> dict[str, dict[str, flo
 
 def test_a_conclusion_is_never_a_verdict_without_clean_models() -> None:
     def said(own: dict[str, dict[str, float]], *null: float) -> str:
-        return inspection.conclusion(own, [signals(0, 0, value) for value in null], str)
+        return inspection.conclusion(own, [told(0, 0, value) for value in null], str)
 
-    assert said(signals(3, 7, 1.0), 0.1).startswith("no clear signal: large steps point to class 3")
-    assert "this says nothing" in said(signals(3, 3, 1.0))
-    assert said(signals(3, 3, 0.0), -1.0).startswith("no clear signal: no image was sent")
-    assert said(signals(3, 3, 0.5), 0.1, 0.6).startswith("no clear signal")
-    text = said(signals(3, 3, 0.7), 0.1, 0.6)
+    assert said(told(3, 7, 1.0), 0.1).startswith("no clear signal: large steps point to class 3")
+    assert "this says nothing" in said(told(3, 3, 1.0))
+    assert said(told(3, 3, 0.0), -1.0).startswith("no clear signal: no image was sent")
+    assert said(told(3, 3, 0.5), 0.1, 0.6).startswith("no clear signal")
+    text = said(told(3, 3, 0.7), 0.1, 0.6)
     assert text.startswith("class 3 stands out in A, A', more than in each of 2 clean models")
     assert "which are few" in text
     assert text.endswith("no proof")
-    assert "few" not in said(signals(3, 3, 0.7), *(0.1,) * 6)
+    assert "few" not in said(told(3, 3, 0.7), *(0.1,) * 6)
 
 
 # --- pictures -----------------------------------------------------------------------------------

@@ -44,13 +44,8 @@ from utils.data.poison import (
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.records import folders
-from utils.records.attack import (
-    file_hashes,
-    load_attack,
-    model_state,
-    recorded_dataset,
-    save_attack,
-)
+from utils.records.attack import file_hashes, load_attack, model_state, save_attack
+from utils.records.named import recorded_dataset
 
 __all__ = ["data"]  # a fixture
 SCRIPT = ROOT / "interop/backdoorbench.py"

@@ -647,7 +647,7 @@ def shipped_configs() -> dict[str, type[Config]]:
     for folder in ("attack", "defense", "analysis", "interop"):
         for path in sorted((ROOT / folder).glob("*.py")):
             module = importlib.import_module(f"{folder}.{path.stem}")
-            for name in ("Config", "DefenseConfig", "AnalysisConfig"):
+            for name in ("Config", "DefenseConfig", "RecordConfig", "AnalysisConfig"):
                 owner = getattr(module, name, None)
                 if isinstance(owner, type) and owner.__module__ == module.__name__:
                     scripts[f"{folder}/{vars(owner).get('yaml_folder', path.stem)}"] = owner

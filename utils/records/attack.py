@@ -13,7 +13,6 @@ import torch
 
 from models import Classifier, build_model, check_model, is_user_file, model_identity
 from models.changes import apply_changes
-from utils.config import read_yaml
 from utils.data.archives import nothing_written
 from utils.data.datasets import DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
@@ -21,7 +20,7 @@ from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError, one_line
 from utils.files import TABLE, file_sha256, read_text
 from utils.records import backdoorbench, schema
-from utils.records.folders import RunFolder, find_record
+from utils.records.folders import RunFolder
 from utils.tensors import explained, load_tensors
 
 RESULT, POISON, SUMMARY = "attack_result.pt", "poison.pt", "summary.json"
@@ -467,36 +466,6 @@ def checked_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
                 f"{folder / name}: is not the file that summary.json describes; run it again"
             )
     return hashes
-
-
-def recorded_dataset(folder: Path) -> str | None:
-    """The dataset that a record names, read before everything else; None if it names none."""
-    if is_backdoorbench(folder):
-        return backdoorbench.read_dataset_name(folder)
-    path = folder / "config.yaml"
-    return read_yaml(path).get("dataset") if path.exists() else None
-
-
-def named_record(result_file: str | None, record_path: str | None) -> Path:
-    """The folder of the record that these flags name.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if result_file is None:
-        raise UserError("--result_file: a value is needed; give the name of an attack's record")
-    return find_record(result_file, Path(record_path) if record_path else None)
-
-
-def dataset_of_record(values: Mapping[str, Any]) -> str | None:
-    """The dataset whose YAML files apply; None without a record, because `--help` needs none.
-
-    Args:
-        values: of the flags `result_file` and `record_path`, among others.
-    """
-    if not values.get("result_file"):
-        return None
-    return recorded_dataset(named_record(values["result_file"], values.get("record_path")))
 
 
 def read_index(path: Path, count: int) -> torch.Tensor:

@@ -24,8 +24,9 @@ from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import KINDS
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.records.attack import load_attack, recorded_dataset
+from utils.records.attack import load_attack
 from utils.records.backdoorbench import _finds_its_own, fit_state
+from utils.records.named import recorded_dataset
 
 TRAIN, TEST = 60, 40
 TARGET = 2

@@ -24,15 +24,9 @@ from utils.data.poison import (
     unpoisoned,
 )
 from utils.errors import UserError
-from utils.records.attack import (
-    file_hashes,
-    load_attack,
-    model_state,
-    read_index,
-    recorded_dataset,
-    save_attack,
-)
+from utils.records.attack import file_hashes, load_attack, model_state, read_index, save_attack
 from utils.records.folders import RunFolder
+from utils.records.named import recorded_dataset
 
 FACTS = {
     "attack": "white",

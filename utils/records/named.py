@@ -1,0 +1,81 @@
+"""The record that flags name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from utils import config as configuration
+from utils.config import Group, read_yaml
+from utils.errors import UserError
+from utils.process.device import Precision
+from utils.records import backdoorbench
+from utils.records.attack import is_backdoorbench
+from utils.records.folders import find_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfRecord(configuration.Config):
+    """The record that a script reads, and how the script runs."""
+
+    result_file: Annotated[
+        str | None,
+        Field(description="record, ours or BackdoorBench's: its name, or its folder"),
+        Group.RECORD,
+    ]
+    record_path: Annotated[
+        str | None, Field(description="folder of all records; null for record/ of the checkout")
+    ]
+    overwrite: Annotated[bool, Field(description="replace an earlier result of the same name")]
+    resume: Annotated[bool, Field(description="go on with an interrupted run")]
+    dataset: Annotated[
+        str | None, Field(description="must be the record's, from which it is read"), Group.DATA
+    ]
+    dataset_path: Annotated[
+        str | None, Field(description="where the images are now; null for the record's path")
+    ]
+    model: Annotated[
+        str | None,
+        Field(description="must be the record's, from which it is read; needed for your own file"),
+        Group.NETWORK,
+    ]
+    random_seed: Annotated[
+        int, Field(ge=0, le=2**32 - 1, description="seed of everything drawn"), Group.RUNNING
+    ]
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, ...")]
+    precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
+    deterministic: Annotated[
+        bool, Field(description="the same bits every time on a GPU too; may be slower")
+    ]
+
+
+def recorded_dataset(folder: Path) -> str | None:
+    """The dataset that a record names, read before everything else; None if it names none."""
+    if is_backdoorbench(folder):
+        return backdoorbench.read_dataset_name(folder)
+    path = folder / "config.yaml"
+    return read_yaml(path).get("dataset") if path.exists() else None
+
+
+def named_record(result_file: str | None, record_path: str | None) -> Path:
+    """The folder of the record that these flags name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if result_file is None:
+        raise UserError("--result_file: a value is needed; give the name of an attack's record")
+    return find_record(result_file, Path(record_path) if record_path else None)
+
+
+def dataset_of_record(values: Mapping[str, Any]) -> str | None:
+    """The dataset whose YAML files apply; None without a record, because `--help` needs none.
+
+    Args:
+        values: of the flags `result_file` and `record_path`, among others.
+    """
+    if not values.get("result_file"):
+        return None
+    return recorded_dataset(named_record(values["result_file"], values.get("record_path")))
