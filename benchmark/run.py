@@ -151,6 +151,13 @@ class _Running(NamedTuple):
     cell: Cell
 
 
+def threads_of_a_cell(jobs: int) -> int:
+    """`OMP_NUM_THREADS` if it is set, as in every script; else the usable cores, shared out."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    number = int(given) if given.isdecimal() else usable_cores() // jobs
+    return max(1, number)
+
+
 def run_local(
     cells: Sequence[Cell], root: Path, jobs: int, board: Board, budget: float = math.inf
 ) -> None:
@@ -169,7 +176,7 @@ def run_local(
     waiting = [cell for cell in cells if board.states[cell.name] == "waiting"]
     running: dict[int, _Running] = {}  # by slot
     until = time.monotonic() + budget
-    workers = Workers(max(1, usable_cores() // jobs))
+    workers = Workers(threads_of_a_cell(jobs))
     try:
         while waiting or running:
             for slot, (worker, cell) in list(running.items()):
@@ -234,7 +241,9 @@ def main() -> None:
     """Parses the flags, checks the grid, runs it, and reports the result."""
     parser = Parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file, e.g. benchmark/grids/digits.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once (local), >= 1")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes at once (local), >= 1; share the cores"
+    )
     parser.add_argument("--executor", choices=("local", "slurm"), default="local")
     parser.add_argument("--record_path", type=Path, help="folder of the grid's records")
     parser.add_argument("--status", action="store_true", help="say how far it is, start nothing")

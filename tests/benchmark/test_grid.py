@@ -432,6 +432,24 @@ def test_a_wrong_budget_is_refused(
         run.main()
 
 
+def test_cells_share_the_cores_unless_their_threads_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "usable_cores", lambda: 5)
+    for given, jobs, expected in (
+        (None, 2, 2),
+        (None, 9, 1),
+        ("1", 1, 1),
+        ("3", 5, 3),
+        ("0", 1, 1),
+        ("four", 1, 5),
+    ):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert run.threads_of_a_cell(jobs) == expected
+
+
 @pytest.mark.slow
 def test_the_command_tells_the_state_of_a_grid_and_two_cannot_run_it(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
