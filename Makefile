@@ -27,9 +27,9 @@ mutants: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
-# Tables, and the figures that RESULTS.md shows, from the runs and the curves that results/ has.
+# Tables, and the figures that the pages show, from the runs and the curves that results/ has.
 results: .venv/installed
-	$(BIN)/python benchmark/report.py --rebuild RESULTS.md
+	$(BIN)/python benchmark/report.py --rebuild RESULTS.md README.md README_cn.md
 
 # The stamps make pip run again when the requirements change.
 .venv/installed: requirements.txt

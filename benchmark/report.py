@@ -4,7 +4,7 @@
     python benchmark/report.py --under digits --to results/digits --keep
     python benchmark/report.py --under results/digits mine --to results/digits --keep
     python benchmark/report.py --under results/digits --to report   # all forms of a kept grid
-    python benchmark/report.py --rebuild RESULTS.md
+    python benchmark/report.py --rebuild RESULTS.md README.md
 
 Numbers come only from the runs' summaries: one row per attack, columns for each defense, means and
 sample standard deviations over seeds. `--formats` says what is written:
@@ -26,9 +26,9 @@ tables again: `runs.jsonl`, a line for each run with its summary and its configu
 third command above adds the runs of record/mine to the grid. Without `results/digits` under
 `--under`, it would write nothing and say which runs are missing.
 
-`--rebuild` makes table.md and leaderboard.md again for each folder that a text names in marks like
+`--rebuild` makes table.md and leaderboard.md again for each folder that texts name in marks like
 the ones below, puts the named table between the marks, and draws the figures of these folders that
-the text shows:
+the texts show:
 
     <!-- begin results/digits/table.md -->
     <!-- end results/digits/table.md -->
@@ -103,14 +103,17 @@ def main() -> None:
         "--formats",
         help=f"some of {','.join(FORMATS)}; all, or with --keep {','.join(KEPT_FORMATS)}",
     )
-    parser.add_argument("--rebuild", type=Path, help="text whose marked tables are made again")
+    parser.add_argument(
+        "--rebuild", nargs="+", type=Path, help="texts whose marked tables are made again"
+    )
     flags = parser.parse_args()
     from benchmark.reporting import files  # here, because it takes seconds
 
     if flags.rebuild is not None:
         if flags.to or flags.under or flags.record_path or flags.keep or flags.formats:
             raise UserError("--rebuild: takes no other flag; drop the others")
-        files.rebuild(flags.rebuild)
+        for text in flags.rebuild:
+            files.rebuild(text)
     elif flags.to is None:
         raise UserError("--to: a value is needed; give the folder to write into")
     else:

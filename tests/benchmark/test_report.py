@@ -941,14 +941,20 @@ def test_wrong_marks_change_nothing(
 
 @pytest.mark.slow
 def test_results_of_this_repository_are_up_to_date(tmp_path: Path) -> None:
-    """No number in the tables of RESULTS.md and results/ is typed by hand: they come out again."""
-    if not (ROOT / "RESULTS.md").exists() or not (ROOT / "results").is_dir():
+    """No number in the tables of pages and of results/ is typed by hand: they come out again."""
+    pages = ("RESULTS.md", "README.md", "README_cn.md")
+    if not all((ROOT / name).exists() for name in (*pages, "results")):
         pytest.skip("this checkout shows no results")
-    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8").replace("![", "[")  # draws nothing
-    (tmp_path / "RESULTS.md").write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    assert report("--rebuild", tmp_path / "RESULTS.md") == 0
-    assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == text, "make results"
+    texts = {}
+    for name in pages:
+        text = (ROOT / name).read_text(encoding="utf-8").replace("![", "[")  # draws nothing
+        assert "<!-- begin results/" in text, name
+        texts[tmp_path / name] = text
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert report("--rebuild", *texts) == 0
+    for path, text in texts.items():
+        assert path.read_text(encoding="utf-8") == text, "make results"
     shipped = sorted((ROOT / "results").rglob("*.md"))
     assert shipped
     for path in shipped:
