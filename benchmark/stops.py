@@ -1,0 +1,146 @@
+"""What stopping by held-out images costs and saves: `sau.py --stop auto` beside all rounds.
+
+    python benchmark/run.py benchmark/grids/stop.yaml --jobs 2
+    python benchmark/stops.py --under record/stop --to stop
+
+Of each record under a folder that has two results of SAU, `sau_auto` and `sau`, it says what ACC
+and ASR they reached, in how many rounds, and in which share of the seconds. Its figure has, for
+each record, what SAU measured on the held-out images (their error, plus the share of them that
+still has a shared adversarial example) beside the true ASR on the test images. Nothing was decided
+by that one.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.config import Parser
+from utils.errors import UserError
+from utils.files import read_object
+from utils.process.script import logger, run_script
+from utils.records import folders
+
+AUTO, ALL = "sau_auto", "sau"
+SIGNAL, ASR, ASR_ALL = "held-out error + share", "ASR (auto)", "ASR (all rounds)"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two results of a record.
+
+    Attributes:
+        auto, all_rounds: plain data of their summaries.
+        curves: by round from 1; `SIGNAL`, `ASR` and `ASR_ALL` in [0, 1].
+    """
+
+    name: str
+    auto: dict[str, Any]
+    all_rounds: dict[str, Any]
+    curves: pd.DataFrame
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """A row of the table; rates in [0, 1]."""
+        kept = self.auto["findings"].get("best_round")
+        held_out = self.curves[SIGNAL].dropna()
+        row: dict[str, Any] = {"record": self.name, "kept": kept, "ended": int(held_out.index[-1])}
+        row["rounds"] = int(self.curves.index[-1])
+        for score in ("acc", "asr", "ra"):
+            row[f"{score}_auto"] = self.auto["after"][score]
+            row[score] = self.all_rounds["after"][score]
+        seconds = self.auto["purify_seconds"], self.all_rounds["purify_seconds"]
+        return {**row, "time": seconds[0] / seconds[1]}
+
+
+def read_pair(record: Path) -> Pair | None:
+    """The two results of a record; None if it lacks one.
+
+    Raises:
+        UserError: if a file of a result is not what this program writes.
+    """
+    homes = [record / "defense" / name for name in (AUTO, ALL)]
+    if not all((home / "summary.json").exists() for home in homes):
+        return None
+    try:
+        auto, all_rounds = (read_object(home / "summary.json") for home in homes)
+        watched, full = (
+            pd.read_csv(home / "metrics.csv").set_index("round")["asr"] for home in homes
+        )
+        held_out = pd.read_csv(homes[0] / "held_out.csv").set_index("round")
+        signal = 1 - held_out["acc"] + held_out["share"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{record}: its results cannot be read ({error}); run SAU again") from None
+    curves = pd.DataFrame({SIGNAL: signal, ASR: watched, ASR_ALL: full})
+    return Pair(record.name, auto, all_rounds, curves.loc[1:])
+
+
+def read(under: Path) -> list[Pair]:
+    """The pairs of all records of a folder, by name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not under.is_dir():
+        raise UserError(f"--under: {under} is no folder; give one that holds records")
+    pairs = [read_pair(path) for path in sorted(under.iterdir()) if path.is_dir()]
+    complete = [pair for pair in pairs if pair is not None]
+    if not complete:
+        raise UserError(
+            f"--under: no record of {under} has the results {AUTO} and {ALL}; run "
+            "benchmark/grids/stop.yaml"
+        )
+    return complete
+
+
+def markdown(pairs: Sequence[Pair]) -> str:
+    """The table, in percent; ACC / ASR / RA in a cell."""
+    lines = ["| record | all rounds | stop auto | kept round | ended after | share of the time |"]
+    lines.append("|---|---|---|---:|---:|---:|")
+    for pair in pairs:
+        row = pair.row
+        scores = [
+            " / ".join(f"{100 * row[f'{score}{suffix}']:.2f}" for score in ("acc", "asr", "ra"))
+            for suffix in ("", "_auto")
+        ]
+        ended = f"{row['ended']} of {row['rounds']}"
+        cells = [pair.name, *scores, str(row["kept"]), ended, f"{100 * row['time']:.0f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Prints the table, and writes it with its figure."""
+    parser = Parser(__doc__)
+    parser.add_argument("--under", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write into")
+    flags = parser.parse_args()
+    pairs = read(flags.under)
+    from utils import charts
+
+    print(markdown(pairs), end="")
+    flags.to.mkdir(parents=True, exist_ok=True)
+    folder = folders.RunFolder(flags.to)
+    folder.write_metrics([pair.row for pair in pairs], "stops.csv")
+    rows = [
+        {"record": pair.name, "round": number, **{str(k): v for k, v in values.items()}}
+        for pair in pairs
+        for number, values in pair.curves.to_dict("index").items()
+    ]
+    folder.write_metrics(rows, "curves.csv")
+    figure = charts.curves_of(
+        {pair.name: 100 * pair.curves for pair in pairs},
+        "round",
+        "What SAU measures on held-out images, and the true ASR",
+    )
+    folder.write("stops.png", lambda path: figure.savefig(path, dpi=160))
+    logger.info("tables and figure: %s", flags.to)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,72 @@
+"""`benchmark/stops.py`: SAU that stops by itself beside all rounds."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmark import stops
+from tests.test_end_to_end import run_script
+from utils.errors import UserError
+from utils.files import ROOT
+
+
+def write_result(home: Path, asr: list[float], seconds: float, best: int | None = None) -> None:
+    """A result whose ASR falls by round, from before the first one."""
+    home.mkdir(parents=True)
+    summary = {
+        "after": {"acc": 0.9, "asr": asr[-1], "ra": 0.8},
+        "purify_seconds": seconds,
+        "findings": {} if best is None else {"best_round": best},
+    }
+    (home / "summary.json").write_text(json.dumps(summary))
+    lines = [f"{number},{value}" for number, value in enumerate(asr)]
+    (home / "metrics.csv").write_text("\n".join(["round,asr", *lines]) + "\n")
+
+
+@pytest.fixture
+def under(tmp_path: Path) -> Path:
+    """Record `a` with both results, record `b` with one, and a file."""
+    write_result(tmp_path / "a/defense/sau", [1.0, 0.6, 0.2, 0.1], 40.0)
+    write_result(tmp_path / "a/defense/sau_auto", [1.0, 0.5, 0.3], 10.0, best=1)
+    table = "round,acc,share\n1,0.75,0.25\n2,1.0,0.5\n"
+    (tmp_path / "a/defense/sau_auto/held_out.csv").write_text(table)
+    write_result(tmp_path / "b/defense/sau", [1.0, 0.5], 40.0)
+    (tmp_path / "runs.log").write_text("no record")
+    return tmp_path
+
+
+def test_a_pair_by_hand(under: Path) -> None:
+    """It kept round 1 and ended after 2 of 3; 10 of 40 s."""
+    (pair,) = stops.read(under)
+    assert pair.row == {
+        **{"record": "a", "kept": 1, "ended": 2, "rounds": 3, "time": 0.25},
+        **{"acc_auto": 0.9, "acc": 0.9, "asr_auto": 0.3, "asr": 0.1, "ra_auto": 0.8, "ra": 0.8},
+    }
+    assert pair.curves[stops.SIGNAL].dropna().to_dict() == {1: 0.5, 2: 0.5}
+    assert pair.curves[stops.ASR].dropna().to_dict() == {1: 0.5, 2: 0.3}
+    assert pair.curves[stops.ASR_ALL].to_dict() == {1: 0.6, 2: 0.2, 3: 0.1}
+    row = "| a | 90.00 / 10.00 / 80.00 | 90.00 / 30.00 / 80.00 | 1 | 2 of 3 | 25 % |"
+    assert stops.markdown([pair]).splitlines()[2] == row
+
+
+def test_the_files(under: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "report"
+    assert run_script(ROOT / "benchmark/stops.py", "--under", under, "--to", to) == 0
+    assert "| a | 90.00" in capsys.readouterr().out
+    curves = pd.read_csv(to / "curves.csv")
+    assert curves["round"].tolist() == [1, 2, 3]
+    assert curves[stops.ASR].isna().tolist() == [False, False, True]
+    assert pd.read_csv(to / "stops.csv")["time"].tolist() == [0.25]
+    assert (to / "stops.png").exists()
+
+
+def test_what_has_no_pair_is_refused(under: Path) -> None:
+    with pytest.raises(UserError, match="none is no folder"):
+        stops.read(under / "none")
+    with pytest.raises(UserError, match="has the results sau_auto and sau; run"):
+        stops.read(under / "b")
+    (under / "a/defense/sau_auto/held_out.csv").write_text("round\n1\n")
+    with pytest.raises(UserError, match=r"cannot be read .*run SAU again"):
+        stops.read(under)
