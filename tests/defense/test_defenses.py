@@ -436,6 +436,7 @@ NONSENSE_IMAGES: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "rows": (lambda x: x.flatten(1), "(N, C, H, W)"),
     "five": (lambda x: x.unsqueeze(0), "(N, C, H, W)"),
     "no pixels": (lambda x: x[:, :, :0], "(N, C, H, W)"),
+    "no channels": (lambda x: x[:, :0], "(N, C, H, W)"),
     "an array": (lambda x: x.numpy(), "ndarray is no tensor"),
     "nothing": (lambda x: None, "NoneType is no tensor"),
     "grey": (lambda x: x[:, :1].repeat(1, 5, 1, 1), "cannot take images of shape"),
@@ -489,15 +490,19 @@ def test_no_image_is_refused_by_who_needs_some(name: str) -> None:
         module(name).purify(model, images, labels[:0], config)
 
 
-class Pair(nn.Module):
-    """Gives its logits in a tuple."""
+class Strange(nn.Module):
+    """Gives something else than its logits.
 
-    def __init__(self) -> None:
+    Args:
+        change: from logits to what it gives.
+    """
+
+    def __init__(self, change: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
-        self.inner = fitted()
+        self.inner, self.change = fitted(), change
 
     def forward(self, images: torch.Tensor) -> Any:
-        return self.inner(images), images
+        return self.change(self.inner(images))
 
 
 @every_defense
@@ -508,7 +513,9 @@ def test_a_network_that_is_none_is_refused(name: str) -> None:
         (lazy, "lazy layer was never called"),
         (nn.Flatten(), "has no weights"),
         (lambda x: x, "is no network"),
-        (Pair(), "gives tuple"),
+        (Strange(lambda logits: (logits, logits)), "gives tuple"),
+        (Strange(lambda logits: logits[:1]), "logits (N, K) are needed"),
+        (Strange(lambda logits: logits[:, :0]), "logits (N, K) are needed"),
         (nn.Sequential(*list(fitted().network)[:-2]), "logits (N, K) are needed"),
     ):
         assert said in refused(name, model, images, labels)  # type: ignore[arg-type]
