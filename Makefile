@@ -22,10 +22,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Hours on two cores, see CONTRIBUTING.md. One thread, since each mutant is a fork of the program.
+# Hours on two cores, see CONTRIBUTING.md.
 mutants: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run
-	$(BIN)/mutmut results
+	$(BIN)/python perf/mutants.py
 
 # Tables, and the figures that the pages show, from the runs and the curves that results/ has.
 results: .venv/installed

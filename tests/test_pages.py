@@ -16,7 +16,7 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in ROOT.rglob("*.md")
     if not HIDDEN & set(path.relative_to(ROOT).parts)
-    and path.relative_to(ROOT).parts[0] not in ("results", "mutants")
+    and path.relative_to(ROOT).parts[0] not in ("results", ".mutants")
 )
 ROOMS = "analysis|attack|benchmark|config|defense|docs|interop|models|perf|results|sau|tests|utils"
 
