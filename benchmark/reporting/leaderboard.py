@@ -15,6 +15,7 @@ from benchmark.reporting import tables
 from benchmark.reporting.means import FLAGS, Number, Table
 from benchmark.reporting.sources import HEADLINES
 from benchmark.reporting.summaries import is_clean
+from utils.metrics import FAILED_ASR
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -117,10 +118,15 @@ def leaderboards(table: Table) -> list[Leaderboard]:
     """The leaderboards of a table, that of the most attacks first.
 
     One with a single defense is there only if it is the only one. Variants of a method are in none.
+    A model whose attack has failed is not used, because there is no backdoor to remove; if all have
+    failed, all are used, and flagged.
     """
     is_plain = table.runs["label"].isin(table.labels())
     runs = table.runs[is_plain & ~table.runs["row"].map(is_clean)]
     runs = runs.dropna(subset=["acc", "asr", "der"])
+    has_failed = runs["asr_before"] < FAILED_ASR
+    failed = runs[has_failed] if not has_failed.all() else runs[:0]
+    runs = runs.drop(failed.index)
     attacks_of = {str(label): frozenset(group["row"]) for label, group in runs.groupby("label")}
     sets = sorted(set(attacks_of.values()), key=lambda names: (-len(names), sorted(names)))
     boards = []
@@ -130,7 +136,7 @@ def leaderboards(table: Table) -> list[Leaderboard]:
             same = runs[runs["row"].isin(attacks) & runs["label"].isin(labels)]
             shared = same[same.groupby("record")["label"].transform("nunique") == len(labels)]
             if len(shared):
-                boards.append(_leaderboard(table, shared, len(same) - len(shared)))
+                boards.append(_leaderboard(table, shared, len(same) - len(shared), failed))
     return boards
 
 
@@ -182,8 +188,10 @@ def _places(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return 1 + (others > itself).sum(axis=2), (others >= itself).sum(axis=2)
 
 
-def _leaderboard(table: Table, runs: pd.DataFrame, skipped: int) -> Leaderboard:
-    """Of runs that have each defense on each record."""
+def _leaderboard(
+    table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame
+) -> Leaderboard:
+    """Of runs that have each defense on each record; `failed` are those of attacks that failed."""
     groups = {str(label): group for label, group in runs.groupby("label")}
     flags = {label: _flags(table, label, group) for label, group in groups.items()}
     rivals = [label for label in groups if "p" not in flags[label]]
@@ -193,7 +201,7 @@ def _leaderboard(table: Table, runs: pd.DataFrame, skipped: int) -> Leaderboard:
         ranks = rank(der.droplevel("record")[rivals])
     entries = [_entry(table, g, ranks.get(label), flags[label]) for label, g in groups.items()]
     entries.sort(key=lambda entry: (-entry.der.rounded(), entry.defense))
-    return Leaderboard(tuple(entries), tuple(_notes(table, runs, skipped)))
+    return Leaderboard(tuple(entries), tuple(_notes(table, runs, skipped, failed)))
 
 
 def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> Entry:
@@ -240,6 +248,8 @@ def _flags(table: Table, label: str, runs: pd.DataFrame) -> str:
         if heading == label
     ]
     flags = {flag for number in numbers for flag in number.flags} - {"s"}
+    if not (runs["asr_before"] < FAILED_ASR).any():
+        flags.discard("a")  # that of models that are not used
     return "".join(sorted(flags | ({"s"} if runs.groupby("row").size().max() == 1 else set())))
 
 
@@ -257,7 +267,7 @@ def _mean(runs: pd.DataFrame, metric: str) -> Number | None:
     return Number(float(runs.groupby("row")[metric].mean().mean()), sd, len(runs))
 
 
-def _notes(table: Table, runs: pd.DataFrame, skipped: int) -> list[str]:
+def _notes(table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame) -> list[str]:
     attacks, labels = sorted(set(runs["row"])), set(runs["label"])
     models = runs["record"].nunique()
     notes = [f"Attacks: {', '.join(attacks)}. Backdoored models: {models}."]
@@ -265,6 +275,13 @@ def _notes(table: Table, runs: pd.DataFrame, skipped: int) -> list[str]:
         notes.append(f"Not run on all of these attacks: {', '.join(others)}.")
     if skipped:
         notes.append(f"Not used, since some of these defenses lack their models: {skipped} runs.")
+    if len(failed):
+        models_of = failed.groupby("row")["record"].nunique()
+        names = ", ".join(f"{attack} ({count})" for attack, count in models_of.items())
+        notes.append(
+            f"Not used, since the attack failed (ASR under {100 * FAILED_ASR:.0f} % without a "
+            f"defense; models in brackets): {names}."
+        )
     if len(attacks) == 1 and len(labels) > 1:
         notes.append("One attack says nothing about others: the ranks have no interval.")
     elif models == len(attacks) and len(labels) > 1:

@@ -270,14 +270,36 @@ def test_what_sees_poisoned_images_has_no_rank(two_attacks: Path) -> None:
     assert [entry.flags for entry in board.entries] == ["p", "n", "", ""]
 
 
-def test_a_failed_attack_and_a_collapsed_defense_win_nothing(two_attacks: Path) -> None:
-    """LF failed, so DER says little of all. Without LF, SAU wins; but not once it has collapsed."""
+def test_models_whose_attack_failed_are_not_used(two_attacks: Path) -> None:
+    """LF failed, and one model of SIG: nothing changes but a sentence, and SIG's second model."""
+    before = the_board(two_attacks)
     lf = attack(two_attacks, "lf-0", 0.92, 0.3, 0.5)
+    sig = attack(two_attacks, "sig-2", 0.92, 0.49, 0.5)
     for label in ("ft", "sau"):
-        defense(lf, label, 0.9, 0.0, 0.8)
-    failed = the_board(two_attacks)
-    assert [(entry.flags, entry.is_first) for entry in failed.entries] == [("a", False)] * 2
-    shutil.rmtree(lf)
+        defense(lf, label, 0.5, 0.0, 0.8)
+        defense(sig, label, 0.5, 0.0, 0.8)
+    after = the_board(two_attacks)
+    assert after.entries == before.entries
+    (note,) = (note for note in after.notes if note not in before.notes)
+    assert note.startswith("Not used, since the attack failed (ASR under 50 %")
+    assert note.endswith(": lf (1), sig (1).")
+
+
+def test_if_all_attacks_failed_nobody_wins(two_attacks: Path) -> None:
+    shutil.rmtree(two_attacks)
+    for name in ("lf-0", "sig-0"):
+        failed = attack(two_attacks, name, 0.92, 0.3, 0.5)
+        defense(failed, "ft", 0.9, 0.3, 0.5)
+        defense(failed, "sau", 0.9, 0.0, 0.8)
+    board = the_board(two_attacks)
+    assert [(e.defense, e.flags, e.is_first) for e in board.entries] == [
+        ("sau", "as", False),
+        ("ft", "as", False),
+    ]
+    assert not any("attack failed" in note for note in board.notes)
+
+
+def test_a_collapsed_defense_wins_nothing(two_attacks: Path) -> None:
     assert [entry.is_first for entry in the_board(two_attacks).entries] == [True, False]
     for seed in (0, 1):
         defense(two_attacks / f"sig-{seed}", "sau", 0.4, 0.0, 0.4)
