@@ -104,7 +104,7 @@ def coloured() -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-def test_the_levels_by_hand() -> None:
+def test_the_levels_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     """Three features in steps of ceil(3 * 0.3) = 1: levels 0, 1, 2.
 
     Without channel 0 its images have logits 0, 0, 0 and go to class 0, which is right; without
@@ -113,7 +113,9 @@ def test_the_levels_by_hand() -> None:
     network, loop = Colours(), Loop()
     tiny = {"n_rounds": 1, "lr": 1e-12, "crop_padding": 0, "flip": False}
     flags = Config.load(selection="val", once_prune_ratio=0.3, acc_ratio=0.3, **tiny)
-    found = purify(network, *coloured(), flags, loop)
+    with caplog.at_level("INFO", "sau"):
+        found = purify(network, *coloured(), flags, loop)
+    assert "1 of 3 features pruned" in caplog.messages
     facts = loop.findings.facts
     assert facts["levels"] == [0, 1, 2]
     assert facts["held_out_accs"] == pytest.approx([1, 1, 2 / 3])

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests import oracle
 from utils.errors import UserError
 from utils.process.device import rows_of
 from utils.process.seeds import generator
+from utils.tensors import load_tensors
 from utils.training.labelshare import add, label_share, new_tally
 from utils.training.loop import Loop
 from utils.training.selection import hold_out
@@ -366,6 +368,30 @@ def test_stop_auto_gives_the_model_of_the_best_round() -> None:
     assert all(torch.equal(result[name], value) for name, value in expected.state_dict().items())
     signals = held_out_signals(expected, model.eval(), images[held], labels[held], auto)
     assert signals == {name: best[name] for name in signals}
+
+
+def test_stop_auto_that_goes_on_keeps_the_best_round_before(tmp_path: Path) -> None:
+    """Cut in its last round, two after the best one, whose weights only the checkpoint has."""
+    model = small_network(2, batch_norm=True)
+    images, labels = problem(2, count=24)
+    flags = {"lr": 5e-3, "batch_size": 8, "pgd_init": "random", "val_ratio": 0.25, "patience": 2}
+    auto = Config.load(**flags, stop="auto", n_rounds=30)
+    whole = Loop()
+    expected = purify(model, images, labels, auto, whole).state_dict()
+    last = len(whole.findings.tables["held_out"])
+    assert whole.findings.facts["best_round"] < last
+
+    def keep(batches: int) -> None:
+        if loop.position[0] == last:
+            torch.save(loop.snapshot(), tmp_path / "snapshot.pt")
+
+    loop = Loop()
+    loop._after_batch = keep
+    purify(model, images, labels, auto, loop)
+    resumed = Loop(resume=load_tensors(tmp_path / "snapshot.pt"))
+    result = purify(model, images, labels, auto, resumed).state_dict()
+    assert resumed.findings.facts["best_round"] == whole.findings.facts["best_round"]
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
 
 
 def test_stop_auto_without_a_round_changes_nothing() -> None:

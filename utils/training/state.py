@@ -144,8 +144,6 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) ->
             if usual is None:
                 if entries[key] is not None:
                     raise ValueError(f"{where}: has a {key}")
-            elif not isinstance(usual, torch.Tensor):
-                _require_number(f"{where}: {key}", entries[key], 0)
             elif usual.dim() == 0:
                 _require_like(f"{where}: {key}", usual, entries[key])
                 _require_number(f"{where}: {key}", entries[key].item(), 0)
