@@ -98,6 +98,23 @@ def test_poisoning_replaces_the_chosen_images_and_labels(tiny_data: Dataset) -> 
     assert poisoned.clean is tiny_data.train
 
 
+def test_rows_of_a_poisoned_set_have_the_attacker_s_changes() -> None:
+    """Of four grey images, 1 and 3 are replaced; rows are asked for in any order, and twice."""
+    grey = torch.full((4, 1, 1, 1), 9, dtype=torch.uint8)
+    replaced = torch.tensor([100, 200], dtype=torch.uint8).view(2, 1, 1, 1)
+    poisoned = PoisonedSet(
+        Labelled(grey, torch.arange(4)),
+        torch.tensor([1, 3]),
+        replaced,
+        torch.tensor([0, 7]),
+        torch.zeros(2, dtype=torch.uint8),
+    )
+    rows = poisoned.at(torch.tensor([3, 0, 1, 3, 2]))
+    assert rows.images.flatten().tolist() == [200, 9, 100, 200, 9]
+    assert rows.labels.tolist() == [7, 0, 0, 7, 2]
+    assert grey.eq(9).all()
+
+
 def test_images_of_the_target_class_may_be_poisoned_too(tiny_data: Dataset) -> None:
     """At ratio 1 all 12 images are, of every class."""
     poisoned = poison(tiny_data, stamp, 1.0, "all2one", 2)
