@@ -73,6 +73,10 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
         if values.shape[1] > 1:
             name = f"{metric.upper()} by attack and defense ({which} is better)"
             yield f"heat-{metric}", name, plot.heat_map(values, f"{name}, {table.title}")
+    relearned = _relearned(table, plain)
+    if relearned.shape[1] > 1:
+        name = "ASR after five poisoned images (lower is better)"
+        yield "heat-relearned", name, plot.heat_map(relearned, f"{name}, {table.title}")
     arrows = points.dropna(subset=rates[:4])
     if len(arrows):
         yield (
@@ -110,6 +114,18 @@ def _by_attack(table: Table, metric: str) -> pd.DataFrame:
     }
     values = pd.DataFrame.from_dict(by_attack, orient="index", dtype=float)
     return values[[heading for heading in table.main.columns if heading in values]]
+
+
+def _relearned(table: Table, runs: pd.DataFrame) -> pd.DataFrame:
+    """Means of what `analysis/retune.py` measured: rows as in the main table, the control first."""
+    means = runs.groupby(["row", "label"])[["asr_retuned", "asr_retuned_clean"]].mean()
+    if means["asr_retuned"].isna().all():
+        return pd.DataFrame()
+    values = means["asr_retuned"].dropna().unstack()
+    order = [heading for heading in table.main.columns if heading in values]
+    clean = means["asr_retuned_clean"].groupby("row").mean()
+    rows = [row.name for row in table.main.body if row.name in values.index]
+    return values[order].assign(**{"a clean model": clean})[["a clean model", *order]].loc[rows]
 
 
 def _metrics(runs: pd.DataFrame) -> pd.DataFrame | None:

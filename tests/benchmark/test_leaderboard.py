@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from benchmark.reporting import leaderboard, sources
+from benchmark.reporting.figures import _figures, _relearned
 from benchmark.reporting.leaderboard import Leaderboard, Rank, leaderboards, rank
 from benchmark.reporting.summaries import read_runs
 from tests.benchmark.test_report import (
@@ -69,6 +70,20 @@ def test_headlines_of_analyses_are_columns_where_there_are_some(two_attacks: Pat
     assert [cell.strip() for cell in by_defense["sau"]] == ["60.00", "10.00", ""]
     assert [cell.strip() for cell in by_defense["ft"]] == ["", "10.00", "0.88"]
     assert "Of analyses" in text
+
+
+def test_what_was_learned_again_is_a_heat_map_beside_its_control(two_attacks: Path) -> None:
+    """Blended: SAU 0.2 and 0.4, FT not measured, a clean model 0.1 and 0.3."""
+    assert "heat-relearned" not in [name for name, *_ in _figures(the_table(two_attacks), True)]
+    for name, asr, of_clean in (("blended-0", 0.2, 0.1), ("blended-1", 0.4, 0.3)):
+        control = {"clean model": {"asr_retuned": of_clean}}
+        analysed(two_attacks / name, "retune", sau={"asr_retuned": asr}, **control)
+    table = the_table(two_attacks)
+    assert "heat-relearned" in [name for name, *_ in _figures(table, True)]
+    values = _relearned(table, table.runs[table.runs["label"].isin(table.labels())])
+    assert values.columns.tolist() == ["a clean model", "sau"]
+    assert values.index.tolist() == ["blended"]
+    assert values.loc["blended"].tolist() == pytest.approx([0.2, 0.3])
 
 
 def test_headlines_are_kept_with_the_runs(two_attacks: Path, tmp_path: Path) -> None:
