@@ -3,6 +3,7 @@
 Paths and links exist, the rooms are those of the code, and figures are those that were measured.
 """
 
+import csv
 import re
 from pathlib import Path
 
@@ -135,3 +136,25 @@ def test_the_figures_of_the_readme_are_those_of_the_evidence() -> None:
     }
     less = {defense for defense, asr in on_ssba.items() if asr < on_ssba["sau"]}
     assert less == {name.lower() for name in better.groups()}
+
+
+def test_the_table_of_what_comes_back_has_the_figures_of_the_evidence() -> None:
+    """ASR after the defense, and after fine-tuning with 0, 2 and 5 poisoned images."""
+    page = text_of("RESULTS.md").split("## Does the backdoor stay away?")[1].split("## ")[0]
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
+    assert len(rows) == 12
+    measured = {}
+    for attack in head[1:]:
+        name = attack.lower().replace("badnets", "badnet")
+        with (ROOT / f"docs/stress/{name}_retune.csv").open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                measured[row["model"], attack, row["poisoned_images"]] = 100 * float(row["asr"])
+    for model, *cells in rows:
+        for attack, cell in zip(head[1:], cells, strict=True):
+            numbers = [measured.get((model, attack, count)) for count in ("", "0", "2", "5")]
+            texts = ["-" if number is None else f"{number:.0f}" for number in numbers]
+            assert cell == " / ".join(texts), (model, attack)
