@@ -62,6 +62,11 @@ def test_the_files(under: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (to / "stops.png").exists()
 
 
+@pytest.mark.parametrize(("name", "said"), [("digits-net_half-sig-s0", "sig-s0"), ("a", "a")])
+def test_panels_are_named_by_attack_and_seed(name: str, said: str) -> None:
+    assert stops.title(name) == said
+
+
 def test_what_has_no_pair_is_refused(under: Path) -> None:
     with pytest.raises(UserError, match="none is no folder"):
         stops.read(under / "none")
