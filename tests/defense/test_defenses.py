@@ -640,8 +640,8 @@ GROUPS = {
         "generated_ratio",
     ),
     "Record and folder": (
-        *("result_file", "record_path", "save_folder_name"),
-        *("overwrite", "resume", "checkpoint_every"),
+        *("result_file", "record_path", "overwrite", "resume"),
+        *("save_folder_name", "checkpoint_every"),
     ),
     "Data": ("dataset", "dataset_path"),
     "Network": ("model",),
