@@ -25,6 +25,7 @@ from utils.files import read_object
 from utils.process.script import logger, run_script
 
 CLEAN = "prototype"
+ALL = "all of these"
 
 
 class _Signal(BaseModel):
@@ -93,14 +94,17 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
 
 
 def powers(inspections: Iterable[Inspection]) -> list[Power]:
-    """A row for each dataset, network, attack and signal, in this order."""
+    """A row for each dataset, network, attack and signal, in this order; all attacks come last."""
     groups: dict[tuple[str, str], dict[str, list[Inspection]]] = {}
     for one in inspections:
         groups.setdefault((one.dataset, one.model), {}).setdefault(one.name, []).append(one)
     rows = []
     for (dataset, model), by_attack in sorted(groups.items()):
         clean = by_attack.pop(CLEAN, [])
-        for attack, attacked in sorted(by_attack.items()):
+        groups_of_models = sorted(by_attack.items())
+        if len(by_attack) > 1:
+            groups_of_models.append((ALL, [one for own in by_attack.values() for one in own]))
+        for attack, attacked in groups_of_models:
             for signal in sorted({name for one in attacked for name in one.signals}):
                 own = [one for one in attacked if signal in one.signals]
                 null = [c.signals[signal].statistic for c in clean if signal in c.signals]

@@ -46,6 +46,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "|---|---|---|---|",
         "| digits | badnet | 2 against 2 | 0.75, 1/2 |",
         "| digits | badnet_all2all | 1 against 2 | 0.00, - |",
+        "| digits | all of these | 3 against 2 | 0.50, 1/2 |",  # 3 of 6 pairs
     ]
     assert "f/analysis/inspect/summary.json: is no summary" in said.err
     assert out.read_text().splitlines()[1] == "digits,tiny,badnet,A,0.75,1,2,2,2"
