@@ -15,7 +15,7 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	@echo "beside make test: whole runs of scripts and grids, several processes, SLURM, the README's commands, that SAU works"
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check
