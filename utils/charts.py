@@ -96,8 +96,8 @@ def curves_of(
         elif ylim is not None:
             axis.set_ylim(*ylim)
         without_frame(axis)
-    figure.legend(
-        handles=list(handles.values()), loc="outside right upper", frameon=False, fontsize=9
+    figure.legend(  # beside the panels, and not beside the title, which is as wide as the figure
+        handles=list(handles.values()), loc="outside right center", frameon=False, fontsize=9
     )
     entitle(figure, title)
     return figure

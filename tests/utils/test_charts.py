@@ -36,6 +36,17 @@ def test_every_model_has_a_curve_and_controls_are_grey() -> None:
     assert drawn(figure) > 1000
 
 
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_a_long_title_stands_over_the_legend(panels: int) -> None:
+    table = pd.DataFrame({f"model {number}": [1.0, 2.0] for number in range(4)})
+    title = "Linear CKA with the backdoored model, on the channels that the trigger changes most"
+    figure = charts.curves_of({str(n): table for n in range(panels)}, "k", title)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    (heading,) = (text for text in figure.texts if text.get_text().startswith("Linear"))
+    assert legend.get_window_extent().y1 < heading.get_window_extent().y0
+
+
 def test_each_bar_has_its_value_and_none_is_drawn_for_nothing() -> None:
     table = pd.DataFrame({"a": [12.34, 50.0], "b": [math.nan, 100.0]}, index=list(NAMES[:2]))
     figure = charts.grouped_bars(table, "percent", "title")
