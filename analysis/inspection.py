@@ -39,6 +39,17 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import BEFORE, Results, analyse, write
+from analysis.signals import (
+    CLEANSE,
+    HEAD,
+    LARGE,
+    SMALL,
+    TITLES,
+    SignalConfig,
+    outstanding,
+    signals_of,
+    steps_of,
+)
 from analysis.subject import Subject, load_clean
 from attack.prototype import train
 from attack.recipe import TrainingConfig, clean_plan
@@ -59,18 +70,6 @@ from utils.training import ending
 
 if TYPE_CHECKING:
     from utils.plot import Figure
-
-from analysis.signals import (
-    CLEANSE,
-    HEAD,
-    LARGE,
-    SMALL,
-    TITLES,
-    SignalConfig,
-    outstanding,
-    signals_of,
-    steps_of,
-)
 
 ENOUGH_CLEAN = 6  # clean models, below which a comparison says little
 

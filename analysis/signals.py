@@ -5,18 +5,14 @@ The table of `analysis/inspection.py` says what each of them is.
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import AnalysisConfig
 from models.modes import evaluating, frozen
@@ -27,10 +23,6 @@ from utils.errors import UserError
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.seeds import generator
 from utils.training.labelshare import LabelShare, add, label_share, new_tally, robust_z
-
-if TYPE_CHECKING:
-    pass
-
 
 LARGE, SMALL, TRANSFER, HEAD, NOISE, CLEANSE = "A", "A'", "B", "C", "D", "E"
 TITLES = {

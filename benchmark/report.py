@@ -112,8 +112,7 @@ def main() -> None:
     if flags.rebuild is not None:
         if flags.to or flags.under or flags.record_path or flags.keep or flags.formats:
             raise UserError("--rebuild: takes no other flag; drop the others")
-        for text in flags.rebuild:
-            files.rebuild(text)
+        files.rebuild(flags.rebuild)
     elif flags.to is None:
         raise UserError("--to: a value is needed; give the folder to write into")
     else:

@@ -83,21 +83,28 @@ def write_tables(
         folder.write_text("backdoorbench.csv", leaderboard.backdoorbench_csv(all_tables))
 
 
-def rebuild(text: Path) -> None:
-    """Makes the tables that a text names again, from the runs beside them, and puts them in.
+def rebuild(texts: Sequence[Path]) -> None:
+    """Makes the tables that texts name again, from the runs beside them, and puts them in.
 
-    The figures of these folders that the text shows are drawn again, too.
+    The figures of these folders that a text shows are drawn again, too. Each folder is read once.
 
     Raises:
         UserError: if a mark has no other half, or names a folder that is not there.
     """
+    folders: dict[Path, list[Table]] = {}
+    for text in texts:
+        _rebuild(text, folders)
+
+
+def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
+    """One text; `folders` are those that were read for others, to which its own are added."""
     try:
         before = read_text(text)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"--rebuild: {text} cannot be read ({reason}); give a text file") from None
     parts: dict[str, str] = {}
-    folders: dict[Path, list[Table]] = {}
+    drawn: set[Path] = set()
     for name in _marked(text, before):
         path = text.parent / name
         is_below = path.resolve().is_relative_to(text.parent.resolve())
@@ -111,9 +118,11 @@ def rebuild(text: Path) -> None:
         if path.parent not in folders:
             all_tables, runs, _ = read([path.parent], path.parent)
             write_tables(all_tables, runs, RunFolder(path.parent), ("md",))
-            figures = path.parent / "figures"
-            _draw_shown(all_tables, figures, _shown(text, before, figures))
             folders[path.parent] = all_tables
+        if path.parent not in drawn:
+            figures = path.parent / "figures"
+            _draw_shown(folders[path.parent], figures, _shown(text, before, figures))
+            drawn.add(path.parent)
         parts[name] = _MARKED[path.name](folders[path.parent])
     RunFolder(text.parent).write_text(text.name, filled(text, before, parts))
     logger.info("tables of %s: %s", text, ", ".join(parts) or "none")
