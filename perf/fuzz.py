@@ -66,7 +66,7 @@ from utils.training.watch import Watch
 
 SECONDS = 20  # of a processor
 WAIT = 200  # seconds, also where a case only waits
-GIB = 1 << 30
+SPARE = 1 << 30  # bytes of memory that a case may take beside twice the size of its files
 
 
 # Of those that BackdoorBench has a name for, what needs no download, and the fewest weights.
@@ -193,7 +193,7 @@ def spoil_tensors(path: Path, rng: random.Random) -> None:
 
 def vouch(folder: Path, name: str) -> None:
     """Writes the sha256 of a changed file into the summary, as a careful attacker would."""
-    if (folder / name).is_file() and (folder / name).stat().st_size < GIB:
+    if (folder / name).is_file() and (folder / name).stat().st_size < 1 << 30:
         path = folder / "summary.json"
         summary = json.loads(path.read_text())
         summary["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -423,7 +423,7 @@ def run_case(case: Case, place: Path, rng: random.Random) -> str:
             ended = f"too long a message: {sum(map(len, texts))} letters"
     except BaseException:
         ended = traceback.format_exc(limit=-4)
-    grown, allowed = most_memory() - before, 2 * size_of(place) + GIB
+    grown, allowed = most_memory() - before, 2 * size_of(place) + SPARE
     if grown > allowed:
         return f"{grown >> 20} MiB of memory, where {allowed >> 20} are allowed; {ended}"
     return ended

@@ -46,7 +46,7 @@ def test_what_should_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.Mon
             pass
 
     def take(*_: object) -> int:
-        return len(bytes(3 << 20) * 500)
+        return len(bytes(1 << 20) * 200)
 
     def end(*_: object) -> None:
         os.kill(os.getpid(), 15)
@@ -69,7 +69,8 @@ def test_what_should_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     }
     monkeypatch.setattr(fuzz, "cases", lambda good: broken)
     monkeypatch.setattr(fuzz, "write_good", lambda good: None)
-    monkeypatch.setattr(fuzz, "SECONDS", 2)
+    monkeypatch.setattr(fuzz, "SPARE", 100 << 20)
+    monkeypatch.setattr(fuzz, "SECONDS", 4)
     monkeypatch.setattr(fuzz, "WAIT", 30)
     table, problems = fuzz.run_cases(8, 0, tmp_path)
     told = {problem.split(":")[0]: problem for problem in problems}
@@ -79,7 +80,7 @@ def test_what_should_not_happen_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     assert "signal 15" in told["case 4 (e)"]
     assert "too long a message" in told["case 5 (f)"]
     assert "SystemExit" in told["case 6 (g)"]
-    assert "more than 2 s of a processor" in told["case 7 (h)"]
+    assert "more than 4 s of a processor" in told["case 7 (h)"]
     assert problems[-1] == f"written outside: {tmp_path / 'elsewhere'}"
     assert len(problems) == 8
     assert table.loc["c", "read"] == 1
