@@ -143,6 +143,14 @@ class Cell:
         """The cells that have to be done before it."""
         return self.others if self.attack is None else (self.attack, *self.others)
 
+    @property
+    def lacks(self) -> str | None:
+        """What the cell needs and is not done: "attack", or a cell's name; None if nothing is."""
+        missing = next((needed for needed in self.needed if not needed.is_done), None)
+        if missing is None:
+            return None
+        return "attack" if missing is self.attack else missing.name
+
     def arguments(self) -> list[str]:
         """The script's arguments; the same for a fresh run and for the continuation of one."""
         values = {**self.flags, "resume": True}

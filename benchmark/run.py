@@ -262,9 +262,6 @@ def main() -> None:
     root = (flags.record_path or ROOT / "record" / flags.grid.stem).resolve()
     cells = cells_of(grid, root)
     queue = slurm.Queue(root, grid.slurm) if flags.executor == "slurm" else None
-    if queue is not None and grid.analyses:
-        logger.info("analyses are no SLURM jobs; later, run the same grid without --executor slurm")
-        cells = [cell for cell in cells if not cell.script.startswith("analysis/")]
     if flags.status:
         states = states_of(cells, root, queue)
         for cell in cells:

@@ -50,9 +50,10 @@ class Job:
             raise SystemExit("\n".join(failed))
 
     def _run(self, cell: Cell, workers: Workers) -> int:
-        """Runs a cell; gives its exit code, which is 0 for a cell whose attack has failed."""
-        if cell.attack is not None and not cell.attack.is_done:
-            print(f"{cell.name}: skipped, its attack failed", flush=True)
+        """Runs a cell; gives its exit code, which is 0 if a cell that it needs has failed."""
+        lost = cell.lacks
+        if lost is not None:
+            print(f"{cell.name}: skipped, its {lost} failed", flush=True)
             return 0
         worker = workers.start(ROOT / cell.script, cell.arguments(), None)
         try:
@@ -179,13 +180,13 @@ class Queue:
 
     def _report_end(self, cell: Cell, report: Report) -> None:
         """Reports the end of a cell that SLURM no longer knows and that is not done."""
-        if cell.attack is not None and not cell.attack.is_done:
-            report(cell, "skipped", "its attack failed")
+        if cell.lacks is not None:
+            report(cell, "skipped", f"its {cell.lacks} failed")
         else:
             report(cell, "failed", self.log_of(cell))
 
     def _submit(self, cells: Sequence[Cell]) -> None:
-        """Attacks first; a defense waits for its attack's job if that is not done."""
+        """Attacks first; defenses and analyses wait for the jobs whose results they read."""
         if self._wants.cells_per_job > 1:
             self._submit_chunks(cells)
             return
@@ -193,7 +194,7 @@ class Queue:
         groups = {"attack": attacks} if self._wants.array else {c.name: [c] for c in attacks}
         for name, group in groups.items():
             self._submit_group(name, group, None)
-        defenses = [cell for cell in cells if cell.attack is not None]
+        defenses = [cell for cell in cells if cell.attack is not None and not cell.others]
         for name in dict.fromkeys(cell.folder.name for cell in defenses):
             ready: list[Cell] = []
             after: dict[str, list[Cell]] = {}  # cells by the job, or the array, that they wait for
@@ -216,13 +217,19 @@ class Queue:
                         assert cell.attack is not None
                         self._submit_group(name, [cell], f"afterok:{self._ids[cell.attack.name]}")
 
+        for cell in (cell for cell in cells if cell.others):
+            self._submit_group(cell.name, [cell], self._dependency([cell]))
+
     def _submit_chunks(self, cells: Sequence[Cell]) -> None:
-        """Jobs of several cells; one waits for jobs that have the attacks of its defenses."""
+        """Jobs of several cells; one waits for jobs that have what its cells read."""
         for number, chunk in enumerate(_chunks(cells, self._wants.cells_per_job)):
-            attacks = [cell.attack for cell in chunk if cell.attack and cell.attack not in chunk]
-            jobs = dict.fromkeys(self._ids[attack.name] for attack in attacks if not attack.is_done)
-            dependency = f"afterany:{':'.join(jobs)}" if jobs else None
-            self._submit_jobs(f"cells-{number}", [chunk], dependency)
+            self._submit_jobs(f"cells-{number}", [chunk], self._dependency(chunk))
+
+    def _dependency(self, chunk: Sequence[Cell]) -> str | None:
+        """The jobs of all cells that a chunk reads, and that are neither done nor in it."""
+        needed = [other for cell in chunk for other in cell.needed if other not in chunk]
+        jobs = dict.fromkeys(self._ids[other.name] for other in needed if not other.is_done)
+        return f"afterany:{':'.join(jobs)}" if jobs else None
 
     def _submit_group(self, name: str, cells: Sequence[Cell], dependency: str | None) -> None:
         """One job for one cell, an array for several."""

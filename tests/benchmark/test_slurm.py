@@ -104,20 +104,22 @@ def test_a_grid_outlives_its_submitter_and_a_preemption(
 
 
 @needs_slurm
-def test_single_jobs_wait_for_their_attack_too(
+def test_single_jobs_wait_for_what_they_read_too(
     cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = workplace / "single.yaml"
     text = GRID.format(images=workplace / "images", array="false").replace(
         "epochs: 20", "epochs: 1"
     )
-    path.write_text(text.replace("badnet: , blended: {epochs: 1, lr: 1e30}", "badnet: "))
+    text = text.replace("badnet: , blended: {epochs: 1, lr: 1e30}", "badnet: ")
+    path.write_text(text + "analyses: [weights]\n")
     root = workplace / "record-single"
     cells = cells_of(read_grid(path), root)
     monkeypatch.setattr(slurm, "_POLL", 0.5)
     states = []
     queue = slurm.Queue(root, read_grid(path).slurm)
     queue.run(cells, lambda cell, state, note="": states.append((cell.name, state)), False)
+    assert cells[-1].script == "analysis/weights.py"
     assert [s for s in states if s[1] == "done"] == [(cell.name, "done") for cell in cells]
 
 
@@ -125,21 +127,23 @@ def test_single_jobs_wait_for_their_attack_too(
 def test_a_job_takes_several_cells(
     cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three of four cells are one job; the last waits for it, and its attack has failed."""
+    """Three of six cells are one job; the others wait for it, and what two need has failed."""
     path = workplace / "chunks.yaml"
     text = GRID.format(images=workplace / "images", array="false").replace(
         "epochs: 20", "epochs: 1"
     )
-    path.write_text(text.replace("array: false", "cells_per_job: 3"))
+    path.write_text(text.replace("array: false", "cells_per_job: 3") + "analyses: [weights]\n")
     root = workplace / "record-chunks"
     cells = cells_of(read_grid(path), root)
     monkeypatch.setattr(slurm, "_POLL", 0.5)
     states: dict[str, str] = {}
     queue = slurm.Queue(root, read_grid(path).slurm)
     queue.run(cells, lambda cell, state, note="": states.__setitem__(cell.name, state), False)
-    assert list(states.values()) == ["done", "done", "failed", "skipped"]
+    ended = [states[cell.name] for cell in cells]
+    assert ended == ["done", "done", "failed", "skipped", "done", "skipped"]
     jobs = [queue._ids[cell.name] for cell in cells]
-    assert jobs[0] == jobs[1] == jobs[2] != jobs[3]
+    assert jobs == 3 * jobs[:1] + 3 * jobs[3:4]
+    assert jobs[0] != jobs[3]
     log = Path(queue.log_of(cells[2])).read_text()
     assert f"{cells[2].name}: exit code 2" in log
     assert "skipped, its attack failed" in Path(queue.log_of(cells[3])).read_text()
