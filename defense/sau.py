@@ -55,7 +55,9 @@ from utils.training.selection import Best, hold_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanData, Rounds):
+class SharedAdversarial(CleanData, Rounds):
+    """The inner problem, the weights of the losses, and Adam."""
+
     norm_type: Annotated[Norm, Field(description="ball of delta; Reg is no bound")]
     trigger_norm: Annotated[float, Field(ge=0, description="its radius, pixels in [0, 1]")]
     pgd_init: Annotated[Start, Field(description="delta before the first step")]
@@ -63,15 +65,32 @@ class Config(CleanData, Rounds):
     adv_steps: Annotated[int, Field(ge=0, description="inner steps")]
     beta_1: Annotated[float, Field(ge=0, description="weight of L_adv (lambda3)")]
     beta_2: Annotated[float, Field(ge=0, description="weight of L_share (lambda4)")]
-    outer_steps: Annotated[int, Field(ge=1, description="optimizer steps a batch, same delta")]
     lmd_1: Annotated[float, Field(ge=0, description="weight of L_cl (lambda1)")]
     lmd_2: Annotated[float, Field(ge=0, description="weight of the cross-entropy on x + delta")]
     lmd_3: Annotated[float, Field(ge=0, description="weight of L_sar (lambda2)")]
-    lr: Annotated[float, Field(gt=0, description="learning rate of Adam, constant")]
+    lr: Annotated[float, Field(gt=0, description="learning rate of Adam, at its start")]
     wd: Annotated[float, Field(ge=0, description="weight decay of Adam")]
     adam_beta_1: Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")]
     adam_beta_2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")]
     amsgrad: Annotated[bool, Field(description="AMSGrad variant of Adam")]
+
+    advice = "lower --lr, or give more images (--ratio)"
+
+    def adam(self, model: nn.Module) -> torch.optim.Adam:
+        """The optimizer of the weights that learn."""
+        return torch.optim.Adam(
+            [weight for weight in model.parameters() if weight.requires_grad],
+            lr=self.lr,
+            betas=(self.adam_beta_1, self.adam_beta_2),
+            weight_decay=self.wd,
+            amsgrad=self.amsgrad,
+            fused=next(model.parameters()).device.type == "cuda",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SharedAdversarial):
+    outer_steps: Annotated[int, Field(ge=1, description="optimizer steps a batch, same delta")]
     train_mode: Annotated[bool, Field(description="BatchNorm in train mode in the outer step")]
     stop: Annotated[
         Literal["rounds", "auto"],
@@ -84,15 +103,13 @@ class Config(CleanData, Rounds):
         int, Field(ge=1, description="rounds without a better one to the end (stop auto)")
     ]
 
-    advice = "lower --lr, or give more images (--ratio)"
-
 
 def shared_perturbation(
     model: nn.Module,
     reference: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
-    config: Config,
+    config: SharedAdversarial,
     *,
     ref_predictions: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -166,7 +183,7 @@ def unlearning_loss(
     ref_logits: torch.Tensor,
     ref_adv_logits: torch.Tensor,
     labels: torch.Tensor,
-    config: Config,
+    config: SharedAdversarial,
 ) -> dict[str, torch.Tensor]:
     """The outer objective on one batch.
 
@@ -285,14 +302,7 @@ def purify(
     model = copy.deepcopy(model).eval()
     learner = loop.parallel(model)
     attacked = loop.alone(model), loop.alone(reference)
-    optimizer = torch.optim.Adam(
-        [weight for weight in model.parameters() if weight.requires_grad],
-        lr=config.lr,
-        betas=(config.adam_beta_1, config.adam_beta_2),
-        weight_decay=config.wd,
-        amsgrad=config.amsgrad,
-        fused=device.type == "cuda",
-    )
+    optimizer = config.adam(model)
     with torch.no_grad():  # the reference on clean images never changes
         ref_logits = torch.cat(
             [reference(as_float(batch, device)) for batch in images.split(config.batch_size)]
@@ -354,7 +364,7 @@ def report(findings: Findings, sent: Tally) -> None:
 
 
 def examples(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: SharedAdversarial
 ) -> Picture:
     """Up to eight images, and adversarial examples of the model as it was."""
     device = next(model.parameters()).device

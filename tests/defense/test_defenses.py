@@ -658,7 +658,7 @@ GROUPS = {
 def test_help_shows_the_flags_that_act_by_what_they_are_for(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that its `Config` has from no base come first, and with them the levels of masks."""
+    """Those that no class of `defense/base.py` has come first, and with them the levels of masks."""
     config = module(name).Config
     assert run_script(ROOT / f"defense/{name}.py", "--help") == 0
     text = capsys.readouterr().out
@@ -666,7 +666,12 @@ def test_help_shows_the_flags_that_act_by_what_they_are_for(
     shown = {
         block.splitlines()[0]: re.findall(r"^  --(\w+)", block, flags=re.M) for block in blocks
     }
-    bases = {flag for base in config.__bases__ for flag in fields(base)}
+    bases = {
+        flag
+        for owner in config.__mro__
+        if owner.__module__ == base.__name__
+        for flag in fields(owner)
+    }
     of_masks = set(fields(base.Masked)) - set(fields(base.HeldOut))
     method = [flag for flag in fields(config) if flag not in bases - of_masks]
     assert shown.pop("This defense", []) == method
