@@ -658,7 +658,7 @@ GROUPS = {
 def test_help_shows_the_flags_that_act_by_what_they_are_for(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that no class of `defense/base.py` has come first, and with them the levels of masks."""
+    """Those that `defense/base.py` does not have come first, and with them the levels of masks."""
     config = module(name).Config
     assert run_script(ROOT / f"defense/{name}.py", "--help") == 0
     text = capsys.readouterr().out

@@ -74,7 +74,7 @@ def test_each_part_of_the_loss_counts_once() -> None:
     )
     plain = purify(model, images, labels, config_of(lmd_3=0.0))
     elsewhere = purify(model, images, labels, config_of(lmd_3=0.0, adv_steps=0, pgd_init="min"))
-    for own, other in zip(plain.state_dict().values(), elsewhere.state_dict().values()):
+    for own, other in zip(plain.parameters(), elsewhere.parameters(), strict=True):
         assert torch.equal(own, other)  # without its weight, delta has no part in anything
 
 

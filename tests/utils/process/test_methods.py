@@ -13,7 +13,7 @@ from utils.process.methods import Method, as_markdown, as_text, describe
 
 PACKAGES = {"attack": attack, "defense": defense, "analysis": analysis}
 LISTS = {name: package.__main__ for name, package in PACKAGES.items()}
-WITHOUT_PAPER = ("ft", "confusion", "inspect", "weights")
+WITHOUT_PAPER = ("ft", "sau_far", "confusion", "inspect", "weights")
 every_list = pytest.mark.parametrize("package", LISTS)
 
 
