@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,11 +53,16 @@ def _piece(
     return total, F.relu(normed)
 
 
+@cache
+def compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The piece as one kernel; made at the first call, because torch writes files."""
+    return torch.compile(_piece, dynamic=False, fullgraph=True)
+
+
 class FusedBlock(PreActBlock):
     """A `PreActBlock` whose addition waits for the next one's BatchNorm and ReLU."""
 
     does_the_same = True
-    piece = staticmethod(torch.compile(_piece, dynamic=False, fullgraph=True))
 
     def activated(
         self, norm: nn.BatchNorm2d, branch: torch.Tensor, shortcut: torch.Tensor | None = None
@@ -65,7 +71,7 @@ class FusedBlock(PreActBlock):
         if self.training:
             norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         moments = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        return self.piece(branch, shortcut, (*moments, norm.momentum, norm.eps), self.training)
+        return compiled()(branch, shortcut, (*moments, norm.momentum, norm.eps), self.training)
 
     def forward(self, terms: Pair | torch.Tensor) -> Pair:  # type: ignore[override]
         first, second = terms if isinstance(terms, tuple) else (terms, None)
