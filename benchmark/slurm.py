@@ -180,8 +180,9 @@ class Queue:
 
     def _report_end(self, cell: Cell, report: Report) -> None:
         """Reports the end of a cell that SLURM no longer knows and that is not done."""
-        if cell.lacks is not None:
-            report(cell, "skipped", f"its {cell.lacks} failed")
+        lost = cell.lacks
+        if lost is not None:
+            report(cell, "skipped", f"its {lost} failed")
         else:
             report(cell, "failed", self.log_of(cell))
 

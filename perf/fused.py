@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense import sau
 from models import Classifier, build_model, prepare
 from models.preactresnet import PreActBlock, PreActResNet
-from perf.speed import Row, interleaved, rows_of
+from perf.speed import Row, interleaved, our_epoch, rows_of
 from utils.config import Parser
 from utils.data.batches import as_float
 from utils.data.labelled import Labelled
@@ -37,8 +37,6 @@ from utils.errors import UserError
 from utils.process.device import environment, pick_device, pick_precision
 from utils.process.script import logger, run_script
 from utils.process.seeds import generator
-from utils.training.loop import Loop
-from utils.training.sgd import Supervised, train_classifier
 
 M = TypeVar("M", bound=nn.Module)
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # what a block returns: two terms of a sum
@@ -124,24 +122,7 @@ def measure(
         return fuse(model) if is_fused else model
 
     def epoch(is_fused: bool) -> Callable[[], Callable[[], object]]:
-        def prepared() -> Callable[[], object]:
-            model = fresh(is_fused)
-            step = Supervised(4, True, generator(0, "augmentation", device))
-            return lambda: train_classifier(
-                model,
-                poisoned,
-                step,
-                epochs=1,
-                batch_size=batch_size,
-                lr=0.01,
-                momentum=0.9,
-                weight_decay=5e-4,
-                schedule="cosine",
-                order=generator(0, "order"),
-                loop=Loop(),
-            )
-
-        return prepared
+        return lambda: our_epoch(fresh(is_fused), poisoned, batch_size, device)
 
     def rounds(is_fused: bool) -> Callable[[], Callable[[], object]]:
         # A bound of 0 leaves every image unshared, so that each step works on all of them.

@@ -203,6 +203,26 @@ def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
     return rows + rows_of("round+", interleaved(evaluations, bench.repeats, bench.device), {})
 
 
+def our_epoch(
+    model: Classifier, data: PoisonedSet, batch_size: int, device: torch.device
+) -> Callable[[], object]:
+    """The call that trains a model for one epoch, as attacks do."""
+    step = Supervised(4, True, generator(0, "augmentation", device))
+    return lambda: train_classifier(
+        model,
+        data,
+        step,
+        epochs=1,
+        batch_size=batch_size,
+        lr=0.01,
+        momentum=0.9,
+        weight_decay=5e-4,
+        schedule="cosine",
+        order=generator(0, "order"),
+        loop=Loop(),
+    )
+
+
 def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
     """An epoch on the first `count` training images, and the evaluation after it."""
     data = bench.data
@@ -218,24 +238,7 @@ def measure_epoch(bench: Bench, count: int, batch_size: int) -> list[Row]:
         return prepare(model, bench.device, precision)
 
     def ours(precision: str) -> Callable[[], Callable[[], object]]:
-        def prepared() -> Callable[[], object]:
-            model = fresh(precision)
-            step = Supervised(4, True, generator(0, "augmentation", bench.device))
-            return lambda: train_classifier(
-                model,
-                part,
-                step,
-                epochs=1,
-                batch_size=batch_size,
-                lr=0.01,
-                momentum=0.9,
-                weight_decay=5e-4,
-                schedule="cosine",
-                order=generator(0, "order"),
-                loop=Loop(),
-            )
-
-        return prepared
+        return lambda: our_epoch(fresh(precision), part, batch_size, bench.device)
 
     with tempfile.TemporaryDirectory() as folder:
         plain_epoch = literal.PlainEpoch(

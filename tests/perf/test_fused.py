@@ -38,7 +38,7 @@ def test_a_fused_network_is_the_same_function(
         torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_difference_is_that_of_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_difference_is_that_of_the_losses() -> None:
     def fresh(is_fused: bool) -> nn.Module:
         torch.manual_seed(0)
         layer = nn.Linear(3 * 8 * 8, 10)
