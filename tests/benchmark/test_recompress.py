@@ -1,0 +1,100 @@
+"""`benchmark/recompress.py`: photographs that are compressed once more."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmark import recompress
+from utils.errors import UserError
+
+SMOOTH = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes with two pictures of noise each, in both parts."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(recompress.compressed(pixels, 75)).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_a_copy_has_the_same_folders_and_the_printed_error(photos: Path, tmp_path: Path) -> None:
+    mean = recompress.copy(photos, tmp_path / "copy", quality=50, images=1)
+    paths = sorted(path.relative_to(tmp_path / "copy") for path in tmp_path.glob("copy/*/*/*"))
+    assert [str(path) for path in paths] == [
+        f"{part}/{name}/0.png" for part in ("test", "train") for name in ("cat", "dog")
+    ]
+    errors = [
+        np.mean(
+            (
+                np.asarray(Image.open(photos / path))
+                - np.asarray(Image.open(tmp_path / "copy" / path), float)
+            )
+            ** 2
+        )
+        for path in paths
+    ]
+    assert mean == pytest.approx(np.mean(errors))
+
+
+def test_the_blocks_of_the_second_compression_lie_elsewhere() -> None:
+    """With the same blocks, a picture that was JPEG before would hardly change."""
+    once = recompress.compressed(
+        np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), 75
+    )
+    same_blocks = recompress.error(once, recompress.compressed(once, 75))
+    assert recompress.error(once, recompress.compressed_again(once, 75)) > 2 * same_blocks
+
+
+def test_a_picture_stays_where_it_was() -> None:
+    assert recompress.error(SMOOTH, recompress.compressed_again(SMOOTH, 95)) < 60
+    assert recompress.compressed_again(SMOOTH, 95).shape == (32, 32, 3)
+
+
+def test_a_lower_quality_is_farther_from_the_photographs() -> None:
+    first, both, second = recompress.errors_of_patches(75)
+    assert second < first < both < first + second
+    assert recompress.errors_of_patches(30)[1] > both
+    assert recompress.errors_of_patches(30)[0] == first
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["photos", "copy", "--quality", "0"], "--quality: 0 is not allowed; give 1 to 95"),
+        (["photos", "copy", "--images", "0"], "--images: 0 is not allowed; give 1 or more"),
+        (["nothing", "copy"], "nothing: has no folders train/<class> and test/<class>"),
+        (["photos", "photos"], "photos: exists already; give a new folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    monkeypatch.setattr("sys.argv", ["recompress.py", *flags])
+    with pytest.raises(UserError, match=message):
+        recompress.main()
+
+
+def test_the_distance_to_lossless_files_is_scaled(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An error of 41.5 where patches have 29.6 after a first one of 58.7: 82 to lossless files."""
+    monkeypatch.setattr(recompress, "errors_of_patches", lambda quality: (58.7, 80.4, 29.6))
+    monkeypatch.setattr(recompress, "copy", lambda *arguments: 41.5)
+    monkeypatch.setattr("sys.argv", ["recompress.py", str(photos), str(tmp_path / "copy")])
+    with caplog.at_level(logging.INFO, logger="sau"):
+        recompress.main()
+    assert "given files to lossless: 82, copy to lossless: 113" in caplog.text
