@@ -78,6 +78,8 @@ def look_at_all(config: Config) -> None:
         try:
             folder = folders.analysis_folder(subject.attack.folder, kind.name)
             folder.claim(config.overwrite, config.resume)
+            if config.overwrite:  # else --resume would take it for finished, if this is interrupted
+                folder.empty()
             waiting.append(kind)
         except NothingToDo as done:
             logger.info("%s", done)
@@ -92,6 +94,7 @@ def look_at_all(config: Config) -> None:
         try:
             values.pop("dataset")
             of_kind = kind.config.load(subject.data.name, **values)
+            of_kind = dataclasses.replace(of_kind, dataset=config.dataset)  # as by its own script
             analyse(of_kind, kind.name, kind.look, subject)
         except UserError as error:
             problems += [f"{kind.name}: {problem}" for problem in error.problems]

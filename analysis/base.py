@@ -37,7 +37,8 @@ from utils.training.findings import Findings
 if TYPE_CHECKING:
     from utils.plot import Figure
 
-BEFORE, CLEAN = "before", "clean model"  # names of models beside those of defenses
+BEFORE = folders.BEFORE
+CLEAN = "clean model"  # both are names of models beside those of defenses
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,6 +106,10 @@ def tuned(model: nn.Module, data: Mixture, config: Config) -> nn.Module:
                 moved = augment(images, config.crop_padding, config.flip, crops)
                 images = torch.where(is_poisoned.view(-1, 1, 1, 1), images, moved)
                 loss = F.cross_entropy(model(as_float(images, device)), labels.to(device))
+                if not loss.isfinite():
+                    raise UserError(
+                        f"--lr: with {config.lr:g} the loss is not finite; give a smaller one"
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -157,6 +161,8 @@ def usable_counts(config: Config, most: int, results: Results) -> list[int]:
         UserError: if there is none.
     """
     counts = list(dict.fromkeys(config.poisoned_images))
+    if not counts:
+        raise UserError("--poisoned_images: a value is needed; give numbers like 0,5")
     usable = [count for count in counts if count <= most]
     if not usable:
         raise UserError(

@@ -274,6 +274,11 @@ def results_of(
         )
     purified = []
     for name in dict.fromkeys(config.defenses or finished):
+        if name == folders.BEFORE:
+            raise UserError(
+                f"{home / name}: its name is what tables call the model before the defense; "
+                "rename the folder, or name other results with --defenses"
+            )
         try:
             summary = read_object(home / name / "summary.json")
             hashes = summary["attack_sha256"], summary["files"]["defense_result.pt"]

@@ -34,6 +34,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmark.reporting.files import made_folder
 from defense import sau
 from defense.base import seen_images
 from models import prepare
@@ -226,17 +227,23 @@ def main() -> None:
     parser.add_argument("--record_path", help="folder of all records")
     parser.add_argument("--rounds", default="0,1,2,4,8,16", help="rounds after which to measure")
     parser.add_argument("--images", type=int, default=300, help="test images, at most, >= 1")
-    parser.add_argument("--random_seed", type=int, default=0, help="seed of SAU")
+    parser.add_argument("--random_seed", type=int, default=0, help="seed of SAU, >= 0")
+    parser.add_argument("--model", help="your network, file.py:function, if the record has one")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     flags = parser.parse_args()
     rounds = rounds_of(flags.rounds)
     if flags.images < 1:
         raise UserError(f"--images: {flags.images} is not allowed; give 1 or more")
+    if flags.random_seed < 0:
+        raise UserError(f"--random_seed: {flags.random_seed} is not allowed; give 0 or more")
+    folder = made_folder(flags.to)
     attack = load_attack(folders.find_record(flags.result_file, as_path(flags.record_path)))
-    config = sau.Config.load(attack.dataset, random_seed=flags.random_seed)
+    attack.check_model(flags.model)
+    config = sau.Config.load(
+        attack.dataset, random_seed=flags.random_seed, model=flags.model, device=flags.device
+    )
     rows = measured(attack, config, rounds, flags.images)
-    folder = folders.RunFolder(flags.to)
-    flags.to.mkdir(parents=True, exist_ok=True)
     name = attack.folder.name
     folder.write_metrics(rows, f"{name}.csv")
 

@@ -58,10 +58,23 @@ _OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", "re
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
 
 
+def _unique(values: Any) -> Any:
+    """Raises ValueError if an item of a list is there twice."""
+    twice = [value for number, value in enumerate(values) if value in values[:number]]
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice; give it once")
+    return values
+
+
 def _as_mapping(value: Any) -> Any:
     """A list of names as a mapping from names to no flags; a name without a value likewise."""
+    if isinstance(value, list) and any(isinstance(name, dict | list) for name in value):
+        raise ValueError("a list has names alone; leave out the dashes where names have flags")
     if isinstance(value, list):
+        _unique(value)
         return {name: {} for name in value}
+    if isinstance(value, str):
+        raise ValueError("give names in a list, like [badnet, blended], or names with flags")
     if isinstance(value, dict):
         return {name: {} if flags is None else flags for name, flags in value.items()}
     return value
@@ -74,7 +87,8 @@ def _not_of_grid(flags: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-Flags = Annotated[dict[str, bool | int | float | str | None], AfterValidator(_not_of_grid)]
+Single = bool | int | float | str
+Flags = Annotated[dict[str, Single | list[Single] | None], AfterValidator(_not_of_grid)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Axis = Annotated[dict[Name, Flags], BeforeValidator(_as_mapping), Field(min_length=1)]
 
@@ -107,12 +121,14 @@ class Grid(_Part):
     """The YAML file."""
 
     datasets: Axis
-    models: list[str] = Field(min_length=1)
+    models: Annotated[list[str], AfterValidator(_unique)] = Field(min_length=1)
     attacks: Axis
-    pratios: list[float] = []
+    pratios: Annotated[list[float], AfterValidator(_unique)] = []
     defenses: Annotated[dict[Name, Flags], BeforeValidator(_as_mapping)] = {}
     analyses: Annotated[dict[Name, Flags], BeforeValidator(_as_mapping)] = {}
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_unique)] = Field(
+        min_length=1
+    )
     attack_flags: Flags = {}
     defense_flags: Flags = {}
     slurm: Slurm = Slurm()

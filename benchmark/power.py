@@ -47,6 +47,7 @@ class Inspection(BaseModel):
     attack: str | None
     attack_target: int | None = None
     attack_label_trans: str | None = None
+    attack_sha256: str | None = None
     dataset: str
     model: str
     findings: _Findings
@@ -129,10 +130,12 @@ def powers(inspections: Iterable[Inspection]) -> list[Power]:
 def read(folders: Sequence[Path]) -> list[Inspection]:
     """The inspections of records under some folders; what is no summary of one is skipped.
 
+    A model counts once, however often it was inspected or copied.
+
     Raises:
         UserError: if there is none.
     """
-    inspections = []
+    inspections: dict[str, Inspection] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--under: {folder} is no folder; give one that holds records")
@@ -140,14 +143,15 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
             try:
                 content: Mapping[str, Any] = read_object(path)
                 if content.get("analysis") == "inspect" and content.get("attack"):
-                    inspections.append(Inspection.model_validate(content))
+                    one = Inspection.model_validate(content)
+                    inspections.setdefault(one.attack_sha256 or str(path.resolve()), one)
             except (OSError, ValueError, ValidationError):
                 logger.warning("warning: %s: is no summary of an inspection; skipped", path)
     if not inspections:
         raise UserError(
             f"--under: {folders[0]} holds no inspection; run analysis/inspect.py on its records"
         )
-    return inspections
+    return list(inspections.values())
 
 
 def markdown(rows: Sequence[Power]) -> str:
@@ -182,6 +186,8 @@ def main() -> None:
     parser.add_argument("--under", nargs="+", type=Path, required=True, help="folders of records")
     parser.add_argument("--csv", type=Path, help="file that gets the rows, too")
     flags = parser.parse_args()
+    if flags.csv is not None and (flags.csv.is_dir() or not flags.csv.parent.is_dir()):
+        raise UserError(f"--csv: {flags.csv} cannot be written; give a file in an existing folder")
     rows = powers(read(flags.under))
     print(markdown(rows), end="")
     if flags.csv is not None:

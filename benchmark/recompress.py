@@ -3,28 +3,33 @@
     python benchmark/recompress.py photos photos_q30 --quality 30 --images 1000
     python attack/prototype.py --dataset folder --dataset_path photos_q30 --save_folder_name q30
 
-The copy has PNG files, so nothing is lost after the compression. Pixels are shifted by half a block
-for it, since JPEG would leave its own blocks nearly as they are. Prints the mean squared error to
-the files that were given, and beside it what such a compression does to patches of two large
-photographs, whose first compression at quality 75 (that of the given files) is known there. From
-both numbers follows how far the given files, and the copies, are from lossless ones.
+The images become 32 x 32 pixels. The copy has PNG files, so nothing is lost after the compression.
+Pixels are shifted by half a block for it, since JPEG would leave its own blocks nearly as they are.
+Prints the mean squared error to the files that were given, and beside it what such a compression
+does to patches of two large photographs, whose first compression at quality 75 (that of the given
+files) is known there. From both numbers follows how far the given files, and the copies, are from
+lossless ones.
 """
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import Parser
+from utils.data.datasets import load_dataset
 from utils.errors import UserError
 from utils.process.script import logger, run_script
 
-SHIFT = 4  # pixels; half a block
+SIDE = 32  # of the images, in pixels
+SHIFT = 4  # half a block
 GIVEN = 75  # the quality of the given files
 Pixels = NDArray[np.uint8]
 
@@ -48,7 +53,7 @@ def error(first: Pixels, second: Pixels) -> float:
     return float(np.mean((first.astype(float) - second) ** 2))
 
 
-def errors_of_patches(quality: int, side: int = 32) -> tuple[float, float, float]:
+def errors_of_patches(quality: int) -> tuple[float, float, float]:
     """Mean squared errors of patches of scikit-learn's two photographs, at a third of their size.
 
     Returns:
@@ -61,9 +66,9 @@ def errors_of_patches(quality: int, side: int = 32) -> tuple[float, float, float
         height, width = (length // 3 for length in photograph.shape[:2])
         small = Image.fromarray(photograph).resize((width, height), Image.Resampling.LANCZOS)
         pixels = np.asarray(small)
-        for top in range(0, height - side + 1, side):
-            for left in range(0, width - side + 1, side):
-                patch = pixels[top : top + side, left : left + side]
+        for top in range(0, height - SIDE + 1, SIDE):
+            for left in range(0, width - SIDE + 1, SIDE):
+                patch = pixels[top : top + SIDE, left : left + SIDE]
                 once = compressed(patch, GIVEN)
                 twice = compressed_again(once, quality)
                 rows.append((error(patch, once), error(patch, twice), error(once, twice)))
@@ -74,24 +79,32 @@ def errors_of_patches(quality: int, side: int = 32) -> tuple[float, float, float
 def copy(source: Path, to: Path, quality: int, images: int) -> float:
     """Writes the copy; returns its mean squared error to the source.
 
+    Args:
+        images: of each class and part, at most.
+
     Raises:
-        UserError: if the source has no folders train/<class> and test/<class>, or `to` exists.
+        UserError: if the source is no dataset of the kind `folder`, or `to` exists or is in it.
     """
     if to.exists():
         raise UserError(f"{to}: exists already; give a new folder")
-    classes = [path for part in ("train", "test") for path in sorted(source.glob(f"{part}/*/"))]
-    if not classes:
-        raise UserError(f"{source}: has no folders train/<class> and test/<class>")
+    if source.resolve() in to.resolve().parents:
+        raise UserError(f"{to}: is in {source}, which it would change; give a folder elsewhere")
+    dataset = load_dataset("folder", source, SIDE)
+    for warning in dataset.warnings:
+        logger.warning("warning: %s", warning)
     errors = []
-    for folder in classes:
-        target = to / folder.relative_to(source)
-        target.mkdir(parents=True)
-        for path in sorted(folder.iterdir())[:images]:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            again = compressed_again(pixels, quality)
-            errors.append(error(pixels, again))
-            Image.fromarray(again).save(target / f"{path.stem}.png")
+    begun = to.with_name(f"{to.name}.part")  # so that an interrupted copy is not taken for one
+    shutil.rmtree(begun, ignore_errors=True)
+    for part, split in (("train", dataset.train), ("test", dataset.test)):
+        for label, name in enumerate(dataset.classes):
+            (begun / part / name).mkdir(parents=True)
+            first = torch.nonzero(split.labels == label).flatten()[:images]
+            for number, picture in enumerate(split.images[first]):
+                pixels = picture.permute(1, 2, 0).numpy()
+                again = compressed_again(pixels, quality)
+                errors.append(error(pixels, again))
+                Image.fromarray(again).save(begun / part / name / f"{number:05d}.png")
+    begun.rename(to)
     return float(np.mean(errors))
 
 

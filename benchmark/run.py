@@ -11,7 +11,8 @@ the grid is.
 
 With `--budget 600` the command ends after ten minutes. It takes the cells in the order of the YAML
 file, and skips a cell that would take longer than what is left, by the time that cells of its kind
-took before. A cell that still runs at the end is stopped with a checkpoint.
+took before, unless it was begun already. A cell that still runs at the end is stopped with a
+checkpoint.
 
 With `--executor slurm` each cell is a SLURM job, and a defense waits for its attack. Ctrl-C (or
 `--detach`) leaves the jobs in the queue; the same command finds them again. The `slurm` part of the
@@ -206,7 +207,7 @@ def run_local(
                         cell
                         for cell in waiting
                         if all(needed.is_done for needed in cell.needed)
-                        and (budget == math.inf or (board.usual(cell) or 0) < left)
+                        and (cell.is_begun or (board.usual(cell) or 0) < left)
                     ]
                     while ready and is_elsewhere(ready[0]):
                         board.set(ready.pop(0), "elsewhere", "another process runs it")
@@ -285,10 +286,17 @@ def main() -> None:
             logger.info("%s; the same command goes on", rest)
             raise
     logger.info("%d cells: %s", len(cells), summary(board.states.values()))
-    if flags.budget is not None and not all(
-        state in slurm.ENDED for state in board.states.values()
-    ):
-        logger.info("the budget is used; the same command goes on")
+    left = [cell for cell in cells if board.states[cell.name] not in slurm.ENDED]
+    if flags.budget is not None and left:
+        shortest = min(board.usual(cell) or 0 for cell in left)
+        if any(cell.is_begun for cell in left) or shortest < flags.budget:
+            logger.info("the budget is used; the same command goes on")
+        else:
+            logger.info(
+                "each cell that is left takes longer than the budget: %.0f s or more, as cells of "
+                "its kind took; give a larger one",
+                shortest,
+            )
     failed = [cell for cell in cells if board.states[cell.name] == "failed"]
     if failed:
         logs = [(queue.log_of(cell) if queue else log_of(cell, root)) for cell in failed]

@@ -20,11 +20,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmark.reporting.files import made_folder
 from utils.config import Parser
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import read_object
 from utils.process.script import logger, run_script
-from utils.records import folders
 
 AUTO, ALL = "sau_auto", "sau"
 SIGNAL, ASR, ASR_ALL = "held-out error + share", "ASR (auto)", "ASR (all rounds)"
@@ -59,11 +59,7 @@ class Pair:
 
 
 def read_pair(record: Path) -> Pair | None:
-    """The two results of a record; None if it lacks one.
-
-    Raises:
-        UserError: if a file of a result is not what this program writes.
-    """
+    """The two results of a record; None, with a warning, if they lack what is compared here."""
     homes = [record / "defense" / name for name in (AUTO, ALL)]
     if not all((home / "summary.json").exists() for home in homes):
         return None
@@ -74,10 +70,17 @@ def read_pair(record: Path) -> Pair | None:
         )
         held_out = pd.read_csv(homes[0] / "held_out.csv").set_index("round")
         signal = 1 - held_out["acc"] + held_out["share"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{record}: its results cannot be read ({error}); run SAU again") from None
-    curves = pd.DataFrame({SIGNAL: signal, ASR: watched, ASR_ALL: full})
-    return Pair(record.name, auto, all_rounds, curves.loc[1:])
+        curves = pd.DataFrame({SIGNAL: signal, ASR: watched, ASR_ALL: full}).loc[1:]
+        pair = Pair(record.name, auto, all_rounds, curves)
+        _ = pair.row
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as error:
+        logger.warning(
+            "warning: %s: skipped; its results lack what is compared (%s)",
+            record,
+            first_line(error),
+        )
+        return None
+    return pair
 
 
 def read(under: Path) -> list[Pair]:
@@ -92,7 +95,7 @@ def read(under: Path) -> list[Pair]:
     complete = [pair for pair in pairs if pair is not None]
     if not complete:
         raise UserError(
-            f"--under: no record of {under} has the results {AUTO} and {ALL}; run "
+            f"--under: no record of {under} has usable results {AUTO} and {ALL}; run "
             "benchmark/grids/stop.yaml"
         )
     return complete
@@ -114,9 +117,13 @@ def markdown(pairs: Sequence[Pair]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def title(record: str) -> str:
-    """Attack and seed of a record that a grid has named; a panel has no room for more."""
-    return "-".join(record.split("-")[-2:])
+def titles(pairs: Sequence[Pair]) -> list[str]:
+    """Of panels: attack and seed of a record that a grid has named, if no other one has both."""
+    short = ["-".join(pair.name.split("-")[-2:]) for pair in pairs]
+    return [
+        title if short.count(title) == 1 else pair.name
+        for title, pair in zip(short, pairs, strict=True)
+    ]
 
 
 def main() -> None:
@@ -125,12 +132,11 @@ def main() -> None:
     parser.add_argument("--under", type=Path, required=True, help="folder of the records")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     flags = parser.parse_args()
+    folder = made_folder(flags.to)
     pairs = read(flags.under)
     from utils import charts
 
     print(markdown(pairs), end="")
-    flags.to.mkdir(parents=True, exist_ok=True)
-    folder = folders.RunFolder(flags.to)
     folder.write_metrics([pair.row for pair in pairs], "stops.csv")
     rows = [
         {"record": pair.name, "round": number, **{str(k): v for k, v in values.items()}}
@@ -139,9 +145,10 @@ def main() -> None:
     ]
     folder.write_metrics(rows, "curves.csv")
     figure = charts.curves_of(
-        {title(pair.name): 100 * pair.curves for pair in pairs},
+        {title: 100 * pair.curves for title, pair in zip(titles(pairs), pairs, strict=True)},
         "round",
         "What SAU measures on held-out images, and the true ASR",
+        ylim=None,
     )
     folder.write("stops.png", lambda path: figure.savefig(path, dpi=160))
     logger.info("tables and figure: %s", flags.to)

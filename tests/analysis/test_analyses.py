@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,8 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
             r"--clean_record: nobody is no record; train a cl",
         ),
         ("retune", ["--clean_record", "bd"], r"--clean_record: bd is the record of an attack \(ba"),
+        ("retune", ["--poisoned_images", ""], r"--poisoned_images: a value is needed; give numb"),
+        ("retune", ["--lr", "1e30"], r"--lr: with 1e\+30 the loss is not finite; give a smaller"),
         ("retune", ["--poisoned_images", "300"], r"--poisoned_images: 300: there are only 20 ima"),
         ("gradcam", ["--layer", "conv7"], r"--layer: conv7 is no layer of this network"),
         ("inspect", ["--clean_records", "bd"], r"--clean_records: bd is the record of an attac"),
@@ -250,6 +253,60 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert run(records, kind, *flags) == 2
     assert re.match(message, refusal(capsys))
     assert not (records / "bd/analysis/refused/summary.json").exists()
+
+
+def test_what_an_overwriting_run_has_not_reached_is_not_finished(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the first of two, and resumed: the second one is computed again, too."""
+    shutil.copytree(records / "bd", tmp_path / "bd", ignore=shutil.ignore_patterns("analysis"))
+    flags = ["--kinds", "path,weights", "--defenses", "ft"]
+    assert run(tmp_path, "all", *flags) == 0
+
+    def dying(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base.Results, "step", dying)
+        assert run(tmp_path, "all", "--kinds", "path,weights", "--overwrite") == 130
+    assert run(tmp_path, "all", "--kinds", "path,weights", "--resume") == 0
+    for kind in ("path", "weights"):
+        assert result(tmp_path, kind)["defenses"] == ["ft", "npd", "sau"], kind
+
+
+def test_an_analysis_of_all_goes_on_by_its_own_script(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(records / "bd", tmp_path / "bd", ignore=shutil.ignore_patterns("analysis"))
+    step = base.Results.step
+    steps: list[str] = []
+
+    def dying(self: base.Results, name: str, compute: Any) -> Any:
+        if len(steps) % 3 == 2:
+            steps.append(name)
+            raise KeyboardInterrupt
+        steps.append(name)
+        return step(self, name, compute)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base.Results, "step", dying)
+        assert run(tmp_path, "all", "--kinds", "path") == 130
+        assert run(tmp_path, "path", "--resume") == 130
+    assert run(tmp_path, "all", "--kinds", "path", "--resume") == 0
+
+
+def test_no_result_is_called_as_the_model_before(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would stand in its place."""
+    shutil.copytree(records / "bd", tmp_path / "bd", ignore=shutil.ignore_patterns("analysis"))
+    flags = ["--result_file", "bd", "--record_path", tmp_path, "--save_folder_name", "before"]
+    assert run_script(ROOT / "defense/ft.py", *flags) == 2
+    assert "before is what tables call the model before the defense" in refusal(capsys)
+    (tmp_path / "bd/defense/ft").rename(tmp_path / "bd/defense/before")
+    assert run(tmp_path, "confusion") == 2
+    assert "rename the folder, or name other results with --defenses" in refusal(capsys)
+    assert run(tmp_path, "confusion", "--defenses", "sau") == 0
 
 
 def test_what_a_record_lacks_is_said(records: Path, capsys: pytest.CaptureFixture[str]) -> None:

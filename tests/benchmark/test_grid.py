@@ -1,5 +1,7 @@
 """A grid's file, its cells, and its runs on this machine; SLURM is in test_slurm.py."""
 
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -189,7 +191,26 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
             "random_seed: 2",
             "attack_flags: .*random_seed is set by the grid itself; remove it",
         ),
-        ("adv_steps: 1", "adv_steps: [1]", r"defenses\.sau_x\.adv_steps"),
+        ("adv_steps: 1", "adv_steps: [1]", r"defense/sau.py: adv_steps: \[1\] is not allowed"),
+        ("adv_steps: 1", "adv_steps: [[1]]", r"defenses\.sau_x\.adv_steps"),
+        (
+            "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}",
+            "defenses: [ft: {lr: 0.1}]",
+            "leave out the dashes",
+        ),
+        (
+            "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}",
+            "defenses: ft",
+            "give names in a list",
+        ),
+        (
+            "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}",
+            "defenses: [ft, ft]",
+            "ft is there twice; give it once",
+        ),
+        ("[0, 3]", "[0, 3, 0]", "seeds: .*0 is there twice; give it once"),
+        ("[0.1, 0.05]", "[0.1, 0.1]", "pratios: .*0.1 is there twice"),
+        ("[preactresnet18]", "[vgg19_bn, vgg19_bn]", "models: .*vgg19_bn is there twice"),
         (
             "attack_flags:",
             "slurm: {array: true, cells_per_job: 2}\nattack_flags:",
@@ -405,6 +426,47 @@ def test_at_the_end_of_a_budget_what_runs_is_stopped(stubs: Path) -> None:
         run.run_local(cells, stubs, 1, board, budget=4)
     assert list(board.states.values()) == ["interrupted", "waiting", "waiting", "waiting"]
     assert "saved" in run.log_of(cells[0], stubs).read_text()
+
+
+def test_a_cell_that_has_begun_is_not_too_long_for_a_budget(stubs: Path) -> None:
+    """What is left of it may be short."""
+    (stubs / "seconds.txt").write_text("0")
+    cells = stub_cells(stubs, "a1", "a2")
+    cells[0].folder.mkdir(parents=True)
+    (cells[0].folder / "summary.json").write_text('{"seconds": 100}')
+    cells[2].folder.mkdir(parents=True)
+    (cells[2].folder / "config.yaml").write_text("")
+    with run.Board(cells, 1) as board:
+        run.run_local(cells, stubs, 1, board, budget=60)
+    assert board.states[cells[2].name] == "done"
+
+
+def test_a_budget_that_is_too_short_for_all_that_is_left_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the same command would do nothing each time."""
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "datasets: [digits]\nmodels: [preactresnet18]\nattacks: [badnet]\nseeds: [0, 1]\n"
+    )
+    done = tmp_path / "records/digits-preactresnet18-badnet-s0"
+    first = cells_of(read_grid(path), tmp_path / "records")[0]
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text('{"seconds": 100}')
+    (done / "config.yaml").write_text(json.dumps(first.flags))
+    flags = ["run.py", str(path), "--record_path", str(tmp_path / "records"), "--budget", "9"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with caplog.at_level(logging.INFO, logger="sau"):
+        run.main()
+    assert "longer than the budget: 100 s or more" in caplog.text
+    assert "the same command goes on" not in caplog.text
+
+
+def test_a_flag_may_be_a_list(tmp_path: Path) -> None:
+    text = TEXT + "analyses:\n  retune: {poisoned_images: [0, 5]}\n"
+    cell = next(cell for cell in grid_of(text, tmp_path) if cell.script == "analysis/retune.py")
+    arguments = cell.arguments()
+    assert arguments[arguments.index("--poisoned_images") + 1] == "0,5"
 
 
 def test_kinds_of_cells(tmp_path: Path) -> None:

@@ -59,3 +59,24 @@ def test_without_inspections_there_is_no_table(
     assert "holds no inspection" in capsys.readouterr().err
     assert run_script(POWER, "--under", tmp_path / "no") == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_a_model_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Inspected twice, copied to another folder, or under two folders that are given."""
+    inspection(tmp_path, "x/a", "badnet", 0.9, 0, attack_sha256="1")
+    inspection(tmp_path, "x/copy", "badnet", 0.9, 0, attack_sha256="1")
+    inspection(tmp_path, "x/b", "badnet", 0.8, 0, attack_sha256="2")
+    inspection(tmp_path, "x/old", "prototype", 0.1, 0)
+    assert run_script(POWER, "--under", tmp_path, tmp_path / "x") == 0
+    assert "| digits | badnet | 2 against 1 |" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspection(tmp_path, "a", "badnet", 0.9, 0)
+    for path in (tmp_path / "no/p.csv", tmp_path):
+        assert run_script(POWER, "--under", tmp_path, "--csv", path) == 2
+        said = capsys.readouterr()
+        assert "cannot be written; give a file in an existing folder" in said.err
+        assert said.out == ""

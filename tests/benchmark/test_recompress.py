@@ -31,15 +31,12 @@ def test_a_copy_has_the_same_folders_and_the_printed_error(photos: Path, tmp_pat
     mean = recompress.copy(photos, tmp_path / "copy", quality=50, images=1)
     paths = sorted(path.relative_to(tmp_path / "copy") for path in tmp_path.glob("copy/*/*/*"))
     assert [str(path) for path in paths] == [
-        f"{part}/{name}/0.png" for part in ("test", "train") for name in ("cat", "dog")
+        f"{part}/{name}/00000.png" for part in ("test", "train") for name in ("cat", "dog")
     ]
     errors = [
-        np.mean(
-            (
-                np.asarray(Image.open(photos / path))
-                - np.asarray(Image.open(tmp_path / "copy" / path), float)
-            )
-            ** 2
+        recompress.error(
+            np.asarray(Image.open(photos / path.with_stem("0"))),
+            np.asarray(Image.open(tmp_path / "copy" / path)),
         )
         for path in paths
     ]
@@ -72,8 +69,9 @@ def test_a_lower_quality_is_farther_from_the_photographs() -> None:
     [
         (["photos", "copy", "--quality", "0"], "--quality: 0 is not allowed; give 1 to 95"),
         (["photos", "copy", "--images", "0"], "--images: 0 is not allowed; give 1 or more"),
-        (["nothing", "copy"], "nothing: has no folders train/<class> and test/<class>"),
+        (["nothing", "copy"], "nothing"),
         (["photos", "photos"], "photos: exists already; give a new folder"),
+        (["photos", "photos/train/cat/copy"], "copy: is in photos, which it would change"),
     ],
 )
 def test_what_cannot_be_done_is_said(
@@ -98,3 +96,27 @@ def test_the_distance_to_lossless_files_is_scaled(
     with caplog.at_level(logging.INFO, logger="sau"):
         recompress.main()
     assert "given files to lossless: 82, copy to lossless: 113" in caplog.text
+
+
+def test_what_an_interrupted_copy_left_is_no_copy(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(pixels: recompress.Pixels, quality: int) -> recompress.Pixels:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recompress, "compressed_again", fails)
+        with pytest.raises(KeyboardInterrupt):
+            recompress.copy(photos, tmp_path / "copy", 50, 2)
+    assert not (tmp_path / "copy").exists()
+    recompress.copy(photos, tmp_path / "copy", 50, 2)
+    assert len(list(tmp_path.glob("copy/*/*/*.png"))) == 8
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["copy", "photos"]
+
+
+def test_every_picture_is_copied_whatever_its_name(photos: Path, tmp_path: Path) -> None:
+    (photos / "train" / "cat" / "0.png").rename(photos / "train" / "cat" / "1.bmp.png")
+    Image.new("L", (5, 3)).save(photos / "train" / "cat" / "1.jpg")
+    (photos / "train" / "cat" / "readme.txt").write_text("no picture")
+    recompress.copy(photos, tmp_path / "copy", 50, 9)
+    assert len(list(tmp_path.glob("copy/train/cat/*.png"))) == 3

@@ -1,6 +1,8 @@
 """`benchmark/stops.py`: SAU that stops by itself beside all rounds."""
 
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -62,16 +64,47 @@ def test_the_files(under: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (to / "stops.png").exists()
 
 
-@pytest.mark.parametrize(("name", "said"), [("digits-net_half-sig-s0", "sig-s0"), ("a", "a")])
-def test_panels_are_named_by_attack_and_seed(name: str, said: str) -> None:
-    assert stops.title(name) == said
+def test_panels_are_named_by_attack_and_seed_if_these_tell_them_apart() -> None:
+    def names(*records: str) -> list[str]:
+        return stops.titles([stops.Pair(name, {}, {}, pd.DataFrame()) for name in records])
+
+    assert names("digits-net_half-sig-s0", "digits-net_half-sig-s1", "a") == [
+        "sig-s0",
+        "sig-s1",
+        "a",
+    ]
+    two_networks = ["digits-net-sig-s0", "digits-other-sig-s0"]
+    assert names(*two_networks, "digits-net-lf-s0") == [*two_networks, "lf-s0"]
 
 
-def test_what_has_no_pair_is_refused(under: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("sau_auto/held_out.csv", "round\n1\n"),
+        ("sau_auto/held_out.csv", None),
+        ("sau_auto/summary.json", "[]"),
+        ("sau/summary.json", '{"after": {}}'),
+        ("sau/summary.json", '{"after": {"acc": 0.9}, "purify_seconds": 40}'),
+    ],
+)
+def test_what_cannot_be_compared_does_not_end_the_table(
+    under: Path, caplog: pytest.LogCaptureFixture, file: str, content: str | None
+) -> None:
+    """A clean model has no ASR; a part too small to be held out leaves no file."""
+    shutil.copytree(under / "a", under / "c")
+    path = under / "c/defense" / file
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with caplog.at_level(logging.WARNING, logger="sau"):
+        assert [pair.name for pair in stops.read(under)] == ["a"]
+    assert "c: skipped; its results lack what is compared" in caplog.text
+
+
+def test_what_has_no_pair_is_refused(under: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none is no folder"):
         stops.read(under / "none")
-    with pytest.raises(UserError, match="has the results sau_auto and sau; run"):
+    with pytest.raises(UserError, match="has usable results sau_auto and sau; run"):
         stops.read(under / "b")
-    (under / "a/defense/sau_auto/held_out.csv").write_text("round\n1\n")
-    with pytest.raises(UserError, match=r"cannot be read .*run SAU again"):
-        stops.read(under)
+    flags = ["--under", under, "--to", under / "runs.log"]
+    assert run_script(ROOT / "benchmark/stops.py", *flags) == 2

@@ -29,6 +29,7 @@ LONGEST_NAME = 200  # letters; what is put before and after it has room in a fil
 # What Windows takes for a device, or for another name.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
 # Flags that say where a run writes, and when, but not what comes out.
+BEFORE = "before"  # in tables and figures, the model before the defense
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
 # By the lock's path: the open file, and the folders that were made for it.
 _LOCKS: dict[str, tuple[int, list[Path]]] = {}
@@ -269,12 +270,21 @@ class RunFolder:
             return checkpoint
         with distributed.main_alone() as is_mine:
             if is_mine:
+                self.empty()
                 with writable(self.path):
-                    self._own_contents().remove()
                     self.path.mkdir(parents=True, exist_ok=True)
                 self._begin(["config.yaml", self.log.name])
                 self.write_text("config.yaml", config)
         return None
+
+    def empty(self) -> None:
+        """Removes what runs have written; the folder is claimed.
+
+        Raises:
+            UserError: if it cannot be removed, or if the folder holds a file that no run wrote.
+        """
+        with writable(self.path):
+            self._own_contents().remove()
 
     def _begin(self, names: Sequence[str]) -> None:
         """Lists the files of the run."""
@@ -457,6 +467,11 @@ def defense_folder(record: Path, name: str) -> RunFolder:
         UserError: if the name could leave that folder, or the folder is elsewhere.
     """
     _refuse_link(record / "defense")
+    if name == BEFORE:
+        raise UserError(
+            f"--save_folder_name: {name} is what tables call the model before the defense; give "
+            "another name"
+        )
     return RunFolder(record / "defense" / _checked_name(name))
 
 
@@ -514,7 +529,8 @@ def find_record(name: str, root: Path | None) -> Path:
     if folder is not None:
         return folder
     records = root or ROOT / "record"
-    names = sorted(path.parent.name for path in records.glob("*/attack_result.pt"))
+    found = (path.parent.name for path in records.glob("*/attack_result.pt"))
+    names = sorted(name for name in found if NAME.fullmatch(name))  # others are given as folders
     raise UserError(
         f"--result_file: {name} is no record in {records}; "
         + (
