@@ -144,11 +144,12 @@ def main() -> None:
         for number, values in pair.curves.to_dict("index").items()
     ]
     folder.write_metrics(rows, "curves.csv")
+    highest = max(100, *(100 * float(pair.curves.max().max()) for pair in pairs))  # the sum of two
     figure = charts.curves_of(
         {title: 100 * pair.curves for title, pair in zip(titles(pairs), pairs, strict=True)},
         "round",
         "What SAU measures on held-out images, and the true ASR",
-        ylim=None,
+        ylim=(-3, highest + 3),
     )
     folder.write("stops.png", lambda path: figure.savefig(path, dpi=160))
     logger.info("tables and figure: %s", flags.to)
