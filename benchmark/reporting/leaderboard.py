@@ -270,6 +270,7 @@ def _mean(runs: pd.DataFrame, metric: str) -> Number | None:
 def _notes(table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame) -> list[str]:
     attacks, labels = sorted(set(runs["row"])), set(runs["label"])
     models = runs["record"].nunique()
+    alone = [row for row, own in runs.groupby("row")["record"] if own.nunique() == 1]
     notes = [f"Attacks: {', '.join(attacks)}. Backdoored models: {models}."]
     if others := [label for label in table.labels() if label not in labels]:
         notes.append(f"Not run on all of these attacks: {', '.join(others)}.")
@@ -284,8 +285,9 @@ def _notes(table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame)
         )
     if len(attacks) == 1 and len(labels) > 1:
         notes.append("One attack says nothing about others: the ranks have no interval.")
-    elif models == len(attacks) and len(labels) > 1:
-        notes.append("One model for each attack: the intervals do not say what other seeds change.")
+    elif alone and len(labels) > 1:
+        of = "each attack" if len(alone) == len(attacks) else ", ".join(alone)
+        notes.append(f"One model for {of}: the intervals do not say what other seeds change there.")
     if len(labels) > 1 and 1 < len(attacks) < FEW_ATTACKS:
         notes.append("The attacks are few: true intervals are wider.")
     return notes

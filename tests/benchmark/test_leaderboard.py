@@ -86,6 +86,15 @@ def test_what_was_learned_again_is_a_heat_map_beside_its_control(two_attacks: Pa
     assert values.loc["blended"].tolist() == pytest.approx([0.2, 0.3])
 
 
+def test_attacks_with_one_model_are_named(two_attacks: Path) -> None:
+    said = "One model for {}: the intervals do not say what other seeds change there."
+    assert "One model" not in leaderboard.markdown([the_table(two_attacks)])
+    shutil.rmtree(two_attacks / "sig-1")
+    assert said.format("sig") in leaderboard.markdown([the_table(two_attacks)])
+    shutil.rmtree(two_attacks / "blended-1")
+    assert said.format("each attack") in leaderboard.markdown([the_table(two_attacks)])
+
+
 def test_headlines_are_kept_with_the_runs(two_attacks: Path, tmp_path: Path) -> None:
     """What is no number of a report, or from behind a link, is not."""
     headline = {"asr_retuned": 0.2, "t_half": 1e9, "other": 3}
