@@ -270,7 +270,7 @@ def _mean(runs: pd.DataFrame, metric: str) -> Number | None:
 def _notes(table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame) -> list[str]:
     attacks, labels = sorted(set(runs["row"])), set(runs["label"])
     models = runs["record"].nunique()
-    alone = [row for row, own in runs.groupby("row")["record"] if own.nunique() == 1]
+    alone = [str(row) for row, own in runs.groupby("row")["record"] if own.nunique() == 1]
     notes = [f"Attacks: {', '.join(attacks)}. Backdoored models: {models}."]
     if others := [label for label in table.labels() if label not in labels]:
         notes.append(f"Not run on all of these attacks: {', '.join(others)}.")
