@@ -1,6 +1,7 @@
 """The four risks on models of one pixel, by hand."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from torch import nn
 from benchmark import bound
 from benchmark.bound import Images, in_ball, risks, rounds_of
 from defense import sau
+from tests.conftest import make_small
+from tests.test_end_to_end import run_script
 from utils.errors import UserError
+from utils.files import ROOT
 
 
 class Steps(nn.Module):
@@ -99,8 +103,40 @@ def test_rounds() -> None:
             rounds_of(text)
 
 
-def test_no_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = "--result_file x --images 0 --to y"
-    monkeypatch.setattr(sys, "argv", ["bound.py", *flags.split()])
-    with pytest.raises(UserError, match="--images: 0 is not allowed"):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--images 0 --to y", "--images: 0 is not allowed"),
+        ("--random_seed -1 --to y", "--random_seed: -1 is not allowed; give 0 or more"),
+        ("--to taken", "--to: .*taken cannot be made"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr(sys, "argv", ["bound.py", "--result_file", "x", *flags.split()])
+    with pytest.raises(UserError, match=message):
         bound.main()
+
+
+def test_a_record_of_your_own_network_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file is named by --model, as for every other script."""
+    make_small(monkeypatch)
+    model = tmp_path / "mine.py"
+    model.write_text(
+        "from torch import nn\n"
+        "def build(num_classes, image_size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))\n"
+    )
+    where = ["--record_path", tmp_path, "--model", f"{model}:build"]
+    record = ["--dataset", "random", "--epochs", 1, "--save_folder_name", "mine"]
+    assert run_script(ROOT / "attack/badnet.py", *record, *where) == 0
+    flags = ["--result_file", "mine", "--rounds", "0,1", "--images", 9, "--to", tmp_path / "out"]
+    assert run_script(ROOT / "benchmark/bound.py", *flags, *where) == 0
+    assert (tmp_path / "out/mine.csv").read_text().count("\n") == 3
+    assert run_script(ROOT / "benchmark/bound.py", *flags, *where[:2]) == 2
+    assert "--model" in capsys.readouterr().err
