@@ -12,8 +12,8 @@ lossless ones.
 """
 
 import io
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -93,18 +93,19 @@ def copy(source: Path, to: Path, quality: int, images: int) -> float:
     for warning in dataset.warnings:
         logger.warning("warning: %s", warning)
     errors = []
-    begun = to.with_name(f"{to.name}.part")  # so that an interrupted copy is not taken for one
-    shutil.rmtree(begun, ignore_errors=True)
-    for part, split in (("train", dataset.train), ("test", dataset.test)):
-        for label, name in enumerate(dataset.classes):
-            (begun / part / name).mkdir(parents=True)
-            first = torch.nonzero(split.labels == label).flatten()[:images]
-            for number, picture in enumerate(split.images[first]):
-                pixels = picture.permute(1, 2, 0).numpy()
-                again = compressed_again(pixels, quality)
-                errors.append(error(pixels, again))
-                Image.fromarray(again).save(begun / part / name / f"{number:05d}.png")
-    begun.rename(to)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as begun:
+        for part, split in (("train", dataset.train), ("test", dataset.test)):
+            for label, name in enumerate(dataset.classes):
+                folder = Path(begun) / "copy" / part / name
+                folder.mkdir(parents=True)
+                first = torch.nonzero(split.labels == label).flatten()[:images]
+                for number, picture in enumerate(split.images[first]):
+                    pixels = picture.permute(1, 2, 0).numpy()
+                    again = compressed_again(pixels, quality)
+                    errors.append(error(pixels, again))
+                    Image.fromarray(again).save(folder / f"{number:05d}.png")
+        (Path(begun) / "copy").rename(to)  # an interrupted copy is none
     return float(np.mean(errors))
 
 
