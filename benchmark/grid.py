@@ -68,11 +68,10 @@ def _unique(values: Any) -> Any:
 
 def _as_mapping(value: Any) -> Any:
     """A list of names as a mapping from names to no flags; a name without a value likewise."""
-    if isinstance(value, list) and any(isinstance(name, dict | list) for name in value):
-        raise ValueError("a list has names alone; leave out the dashes where names have flags")
     if isinstance(value, list):
-        _unique(value)
-        return {name: {} for name in value}
+        if any(isinstance(name, dict | list) for name in value):
+            raise ValueError("a list has names alone; leave out the dashes where names have flags")
+        return {name: {} for name in _unique(value)}
     if isinstance(value, str):
         raise ValueError("give names in a list, like [badnet, blended], or names with flags")
     if isinstance(value, dict):

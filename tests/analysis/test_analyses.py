@@ -255,29 +255,34 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert not (records / "bd/analysis/refused/summary.json").exists()
 
 
+@pytest.fixture
+def fresh(records: Path, tmp_path: Path) -> Path:
+    """Record `bd` with its results, and without analyses; tests may change it."""
+    shutil.copytree(records / "bd", tmp_path / "bd", ignore=shutil.ignore_patterns("analysis"))
+    return tmp_path
+
+
 def test_what_an_overwriting_run_has_not_reached_is_not_finished(
-    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the first of two, and resumed: the second one is computed again, too."""
-    shutil.copytree(records / "bd", tmp_path / "bd", ignore=shutil.ignore_patterns("analysis"))
     flags = ["--kinds", "path,weights", "--defenses", "ft"]
-    assert run(tmp_path, "all", *flags) == 0
+    assert run(fresh, "all", *flags) == 0
 
     def dying(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(base.Results, "step", dying)
-        assert run(tmp_path, "all", "--kinds", "path,weights", "--overwrite") == 130
-    assert run(tmp_path, "all", "--kinds", "path,weights", "--resume") == 0
+        assert run(fresh, "all", "--kinds", "path,weights", "--overwrite") == 130
+    assert run(fresh, "all", "--kinds", "path,weights", "--resume") == 0
     for kind in ("path", "weights"):
-        assert result(tmp_path, kind)["defenses"] == ["ft", "npd", "sau"], kind
+        assert result(fresh, kind)["defenses"] == ["ft", "npd", "sau"], kind
 
 
 def test_an_analysis_of_all_goes_on_by_its_own_script(
-    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(records / "bd", tmp_path / "bd", ignore=shutil.ignore_patterns("analysis"))
     step = base.Results.step
     steps: list[str] = []
 
@@ -290,23 +295,22 @@ def test_an_analysis_of_all_goes_on_by_its_own_script(
 
     with monkeypatch.context() as patch:
         patch.setattr(base.Results, "step", dying)
-        assert run(tmp_path, "all", "--kinds", "path") == 130
-        assert run(tmp_path, "path", "--resume") == 130
-    assert run(tmp_path, "all", "--kinds", "path", "--resume") == 0
+        assert run(fresh, "all", "--kinds", "path") == 130
+        assert run(fresh, "path", "--resume") == 130
+    assert run(fresh, "all", "--kinds", "path", "--resume") == 0
 
 
 def test_no_result_is_called_as_the_model_before(
-    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would stand in its place."""
-    shutil.copytree(records / "bd", tmp_path / "bd", ignore=shutil.ignore_patterns("analysis"))
-    flags = ["--result_file", "bd", "--record_path", tmp_path, "--save_folder_name", "before"]
+    flags = ["--result_file", "bd", "--record_path", fresh, "--save_folder_name", "before"]
     assert run_script(ROOT / "defense/ft.py", *flags) == 2
     assert "before is what tables call the model before the defense" in refusal(capsys)
-    (tmp_path / "bd/defense/ft").rename(tmp_path / "bd/defense/before")
-    assert run(tmp_path, "confusion") == 2
+    (fresh / "bd/defense/ft").rename(fresh / "bd/defense/before")
+    assert run(fresh, "confusion") == 2
     assert "rename the folder, or name other results with --defenses" in refusal(capsys)
-    assert run(tmp_path, "confusion", "--defenses", "sau") == 0
+    assert run(fresh, "confusion", "--defenses", "sau") == 0
 
 
 def test_what_a_record_lacks_is_said(records: Path, capsys: pytest.CaptureFixture[str]) -> None:

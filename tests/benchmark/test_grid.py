@@ -21,19 +21,18 @@ from utils.errors import UserError
 from utils.files import ROOT
 
 GRIDS = sorted((ROOT / "benchmark/grids").glob("*.yaml"))
-TEXT = """
+DEFENSES = "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}"
+TEXT = f"""
 datasets: [digits]
 models: [preactresnet18]
 attacks:
   badnet:
-  fixed: {script: badnet, pratio: 0.2}
+  fixed: {{script: badnet, pratio: 0.2}}
   prototype:
 pratios: [0.1, 0.05]
-defenses:
-  ft:
-  sau_x: {script: sau, adv_steps: 1}
+{DEFENSES}
 seeds: [0, 3]
-attack_flags: {epochs: 2}
+attack_flags: {{epochs: 2}}
 """
 
 
@@ -194,17 +193,17 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
         ("adv_steps: 1", "adv_steps: [1]", r"defense/sau.py: adv_steps: \[1\] is not allowed"),
         ("adv_steps: 1", "adv_steps: [[1]]", r"defenses\.sau_x\.adv_steps"),
         (
-            "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}",
+            DEFENSES,
             "defenses: [ft: {lr: 0.1}]",
             "leave out the dashes",
         ),
         (
-            "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}",
+            DEFENSES,
             "defenses: ft",
             "give names in a list",
         ),
         (
-            "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}",
+            DEFENSES,
             "defenses: [ft, ft]",
             "ft is there twice; give it once",
         ),

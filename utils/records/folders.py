@@ -28,8 +28,8 @@ from utils.tensors import explained, load_tensors
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
 # What Windows takes for a device, or for another name.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
-# Flags that say where a run writes, and when, but not what comes out.
 BEFORE = "before"  # in tables and figures, the model before the defense
+# Flags that say where a run writes, and when, but not what comes out.
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
 # By the lock's path: the open file, and the folders that were made for it.
 _LOCKS: dict[str, tuple[int, list[Path]]] = {}
