@@ -1,4 +1,4 @@
-"""All: every analysis of a record by one command; dataset and models are loaded once.
+"""All: every analysis of a record by one command; the dataset is loaded once.
 
     python analysis/all.py --result_file badnet_demo --clean_record clean_demo
 
@@ -19,8 +19,8 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import analysis
-from analysis.base import Kind, analyse, kinds
-from analysis.subject import Controlled, Subject, open_subject
+from analysis.base import Kind, analyse, check_current, kinds, what_lacks
+from analysis.subject import Controlled, open_subject
 from utils.errors import NothingToDo, UserError, listed
 from utils.process.script import logger, run_script
 from utils.records import folders
@@ -49,16 +49,6 @@ def chosen(config: Config) -> list[Kind]:
     return [kind for kind in kinds() if kind.name in config.kinds or not config.kinds]
 
 
-def fits(kind: Kind, subject: Subject) -> str:
-    """Why an analysis makes no sense for a record; "" if it does."""
-    has_trigger = subject.attack is not None and subject.attack.triggered is not None
-    if kind.config.needs_trigger and not has_trigger:
-        return "the record has no triggered images"
-    if kind.config.needs_defenses and not subject.purified:
-        return "the record has no result of a defense"
-    return ""
-
-
 def look_at_all(config: Config) -> None:
     """Runs the analyses; what is wrong with one of them does not keep the others from running.
 
@@ -71,9 +61,9 @@ def look_at_all(config: Config) -> None:
     assert subject.attack is not None
     waiting = []
     for kind in wanted:
-        reason = fits(kind, subject)
-        if reason:
-            logger.info("%s: skipped, since %s", kind.name, reason)
+        lacking = what_lacks(kind.config, subject)
+        if lacking:
+            logger.info("%s: skipped, since the record %s", kind.name, lacking)
             continue
         try:
             folder = folders.analysis_folder(subject.attack.folder, kind.name)
@@ -82,11 +72,14 @@ def look_at_all(config: Config) -> None:
                 folder.empty()
             waiting.append(kind)
         except NothingToDo as done:
+            check_current(folder, subject)
             logger.info("%s", done)
     problems: list[str] = []
     for number, kind in enumerate(waiting, start=1):
         names = {field.name for field in dataclasses.fields(kind.config)}
         values = {name: value for name, value in vars(config).items() if name in names}
+        if "clean_records" in names and config.clean_record is not None:
+            values["clean_records"] = (config.clean_record,)
         begun = folders.analysis_folder(subject.attack.folder, kind.name).path / "checkpoint.pt"
         values["resume"] = config.resume and begun.exists()
         started = time.monotonic()

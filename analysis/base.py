@@ -22,7 +22,8 @@ from pydantic import Field
 import analysis
 from analysis.subject import RecordConfig, Subject, open_subject
 from utils.config import Group
-from utils.errors import UserError, listed
+from utils.errors import NothingToDo, UserError, listed
+from utils.files import read_object
 from utils.process import distributed
 from utils.process.device import run_conditions
 from utils.process.script import file_log, logger, run_script
@@ -37,8 +38,7 @@ from utils.training.findings import Findings
 if TYPE_CHECKING:
     from utils.plot import Figure
 
-BEFORE = folders.BEFORE
-CLEAN = "clean model"  # both are names of models beside those of defenses
+BEFORE, CLEAN, EXACT = folders.BEFORE, folders.CLEAN, folders.EXACT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ class Results(Findings):
         headline: by the name of a model (a defense's result, `BEFORE`, `CLEAN`), few numbers by
             name, which leaderboards show; None is a number that does not exist.
         conclusion: what the numbers say, a sentence each.
+        models: sha256 of the models that are compared with the record's, by name.
         done: JSON of the steps that were done, by name.
         keep: called with `done` after each step.
     """
@@ -79,6 +80,7 @@ class Results(Findings):
     figures: dict[str, Callable[[], "Figure"]] = field(default_factory=dict)
     headline: dict[str, dict[str, Any]] = field(default_factory=dict)
     conclusion: list[str] = field(default_factory=list)
+    models: dict[str, str] = field(default_factory=dict)
     done: dict[str, str] = field(default_factory=dict)
     keep: Callable[[dict[str, str]], None] = field(default=lambda done: None)
 
@@ -175,17 +177,29 @@ def analyse(
     started = time.monotonic()
     source = named_record(config.result_file, config.record_path)
     folder = folders.analysis_folder(source, config.save_folder_name or name)
-    folder.claim(config.overwrite, config.resume, record=folders.RunFolder(source))
+    try:
+        folder.claim(config.overwrite, config.resume, record=folders.RunFolder(source))
+    except NothingToDo:
+        check_current(folder, subject or open_subject(config))
+        raise
     if subject is None:
         subject = open_subject(config)
-    if config.needs_trigger:
-        _ = subject.triggered  # refuses
-    if config.needs_defenses and not subject.purified:
-        raise UserError(
-            f"{source}: has no finished result of a defense, which this analysis compares with "
-            "the model before; run a defense first, e.g. defense/sau.py"
-        )
+    lacking = what_lacks(config, subject)
+    if lacking:
+        raise UserError(f"{source}: {lacking}")
     return write(config, name, look, subject, folder, started)
+
+
+def what_lacks(config: AnalysisConfig | type[AnalysisConfig], subject: Subject) -> str:
+    """Why an analysis makes no sense for a record, and what to do; "" if it does."""
+    if config.needs_trigger and (subject.attack is None or subject.attack.triggered is None):
+        return "has no triggered images, which this analysis needs; give the record of an attack"
+    if config.needs_defenses and not subject.purified:
+        return (
+            "has no finished result of a defense, which this analysis looks at; run a defense "
+            "first, e.g. defense/sau.py"
+        )
+    return ""
 
 
 def write(
@@ -206,12 +220,12 @@ def write(
     recipe = replace(config, dataset=None, model=None)
     inputs = ending.inputs_of(recipe, data, subject.model_sha256)
     distributed.barrier()
-    hashes = {p.name: str(p.summary["files"]["defense_result.pt"]) for p in subject.purified}
-    hashes |= {} if attack is None else {"the record": attack.sha256}
-    hashes |= {} if subject.clean_sha256 is None else {"the clean model": subject.clean_sha256}
+    models = models_of(subject)
+    files = {name if name != CLEAN else f"the {CLEAN}": models[name] for name in models}
+    files |= {} if attack is None else {"the record": attack.sha256}
     origin = Origin(
         method=name,
-        files={**hashes, **inputs},
+        files={**files, **inputs},
         conditions=run_conditions(subject.device, subject.precision),
     )
     checkpoint = folder.start(config.dump(), config.resume, subject.model_sha256, origin)
@@ -221,7 +235,7 @@ def write(
         seconds = time.monotonic() - started + earlier
         folder.write_checkpoint({"loop": {"done": done}, "rows": [], "seconds": seconds})
 
-    results = Results(keep=keep, done=_done_before(checkpoint))
+    results = Results(keep=keep, done=_done_before(checkpoint), models=models)
     what = "a model" if attack is None else attack.attack
     target = "" if attack is None else ending.target_title(vars(attack), data)
     title = f"{what} on {data.name}{target}"
@@ -258,7 +272,7 @@ def write(
                 "model": subject.model_name,
                 "seed": config.random_seed,
                 "defenses": [p.name for p in subject.purified],
-                "has_clean_model": subject.clean is not None,
+                "models": results.models,
                 "headline": results.headline,
                 "conclusion": results.conclusion,
             },
@@ -272,6 +286,31 @@ def write(
             ),
         )
     return folder
+
+
+def models_of(subject: Subject) -> dict[str, str]:
+    """sha256 of the models that are compared with the record's, by name."""
+    hashes = {purified.name: purified.sha256 for purified in subject.purified}
+    return hashes if subject.clean_sha256 is None else {**hashes, CLEAN: subject.clean_sha256}
+
+
+def check_current(folder: folders.RunFolder, subject: Subject) -> None:
+    """That a finished analysis is of the models that are there now.
+
+    Raises:
+        UserError: if a result of a defense, or the clean model, is a new one.
+    """
+    try:
+        models = read_object(folder.path / "summary.json").get("models")
+    except (OSError, ValueError):
+        models = None
+    then = models if isinstance(models, dict) else {}
+    changed = [name for name, sha256 in models_of(subject).items() if then.get(name) != sha256]
+    if changed:
+        raise UserError(
+            f"{folder.path}: was made with another {listed(changed)} than is there now; give "
+            "--overwrite"
+        )
 
 
 def percent(value: float | None) -> str:

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import BEFORE, AnalysisConfig, Results, percent, run
+from analysis.base import AnalysisConfig, Results, percent, run
 from analysis.subject import Subject
 from utils.training.evaluate import predict
 
@@ -47,8 +47,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """
     data, triggered = subject.data, subject.triggered
     classes = len(data.classes)
-    models: dict[str, Any] = {BEFORE: lambda: subject.model}
-    models |= {purified.name: purified.load for purified in subject.purified}
+    models = subject.before_and_purified()
     matrices: dict[str, torch.Tensor] = {}
     cells: list[dict[str, Any]] = []
     by_class: list[dict[str, Any]] = []

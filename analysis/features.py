@@ -3,9 +3,9 @@
 van der Maaten, Hinton. *Visualizing Data using t-SNE.* JMLR 2008.
 
 In a backdoored model, triggered images of all classes form a cluster beside the target class. After
-a good defense they lie among the images of their true classes. t-SNE is scikit-learn's, of each
-model by itself: distances of two panels cannot be compared. The numbers beside it are from the
-features themselves: the class of the nearest clean image.
+a good defense they lie among the images of their true classes. t-SNE is that of scikit-learn. It is
+computed for each model alone, so distances of two panels cannot be compared. The numbers beside it
+are from the features themselves: the class of the nearest clean image.
 
     python analysis/features.py --result_file badnet_demo
 """
@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import BEFORE, AnalysisConfig, Results, percent, run
+from analysis.base import AnalysisConfig, Results, percent, run
 from analysis.subject import Subject
-from models.modes import evaluating
-from models.parts import head, recording
-from utils.data.batches import as_float
+from utils.data.batches import spread
+from utils.training.evaluate import head_features
 
 if TYPE_CHECKING:
     from utils.plot import Figure
@@ -39,23 +37,6 @@ class Config(AnalysisConfig):
     perplexity: Annotated[float, Field(gt=1, description="of t-SNE: neighbours that count")]
 
     needs_trigger = True
-
-
-@torch.no_grad()
-def penultimate(model: nn.Module, images: torch.Tensor, size: int = 128) -> torch.Tensor:
-    """What the head of a network gets: uint8 or float (N, C, H, W) -> float (N, D), on the CPU.
-
-    Raises:
-        UserError: if the network has no linear head.
-    """
-    name, _ = head(model)
-    device = next(model.parameters()).device
-    parts = []
-    with evaluating(model), recording(model, [name], of="input") as inputs:
-        for batch in images.split(size):
-            model(as_float(batch, device))
-            parts.append(inputs[name].float().flatten(1).cpu())
-    return torch.cat(parts)
 
 
 def nearest_classes(
@@ -85,11 +66,11 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     chosen = spread(len(triggered.index), config.triggered_images)
     labels = torch.cat([data.test.labels[clean], triggered.labels[chosen]])
     images = torch.cat([data.test.images[clean], triggered.images[chosen]])
-    models: dict[str, Any] = {BEFORE: lambda: subject.model}
-    models |= {purified.name: purified.load for purified in subject.purified}
+    models = subject.before_and_purified()
     rows = []
     for name, load in models.items():
-        features = penultimate(load(), images)
+        model = load()
+        features = head_features(model, images).cpu().reshape(len(images), -1)
         nearest = nearest_classes(
             features[len(clean) :], features[: len(clean)], labels[: len(clean)]
         )
@@ -111,11 +92,6 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         )
     names = results.drawn(list(models))
     results.figures["features"] = lambda: draw(rows, names, data.classes)
-
-
-def spread(count: int, most: int) -> torch.Tensor:
-    """Up to `most` evenly spaced positions: int64, ascending."""
-    return torch.linspace(0, count - 1, min(most, count)).long().unique()
 
 
 def draw(

@@ -15,7 +15,7 @@ the digits), so its place is only rough; `--layer` names an earlier layer, which
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ from analysis.base import BEFORE, AnalysisConfig, Results, run
 from analysis.subject import Subject, examples
 from models.modes import evaluating
 from models.parts import last_map, layer, recording
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from utils.plot import Figure
@@ -56,10 +57,18 @@ def class_activation(
 
     Returns:
         (N, H, W) float in [0, 1], enlarged to the size of the images.
+
+    Raises:
+        UserError: if the layer gives no map of features, (N, C, H, W), or is not used.
     """
     with evaluating(model), recording(model, [name]) as outputs, torch.enable_grad():
         logits = model(images.clone().requires_grad_())
-        activations = outputs[name]
+        activations = outputs.get(name)
+        if activations is None or activations.ndim != 4 or not activations.requires_grad:
+            raise UserError(
+                f"--layer: {name} gives no map of features (N, C, H, W) that the labels come from; "
+                "give a convolution, or a block of them"
+            )
         wanted = logits.gather(1, labels.unsqueeze(1)).sum()
         (gradients,) = torch.autograd.grad(wanted, activations)
     weights = gradients.float().mean(dim=(2, 3), keepdim=True)
@@ -78,8 +87,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     clean, changed = examples(triggered, subject.data, config.images)
     name = config.layer or last_map(subject.model, subject.data.image_shape)
     layer(subject.model, name, "--layer")  # refuses
-    models: dict[str, Any] = {BEFORE: lambda: subject.model}
-    models |= {purified.name: purified.load for purified in subject.purified}
+    models = subject.before_and_purified()
     drawn = results.drawn(list(models))
     maps: dict[str, torch.Tensor] = {}
     captions: dict[str, list[str]] = {}

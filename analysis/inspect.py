@@ -1,8 +1,8 @@
 """See `analysis/inspection.py`, which has all of it."""
 
 if __name__ == "inspect":
-    # Python looks for modules in the folder of a script first. So this file is found where another
-    # script of this folder, or a library, wants Python's own module of this name: it is loaded.
+    # Python looks for modules in the folder of a script first. If another script of this folder, or
+    # a library, imports Python's own `inspect`, Python finds this file; it loads Python's module.
     import os
     import sys
     from importlib.util import module_from_spec, spec_from_file_location

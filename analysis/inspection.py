@@ -10,7 +10,7 @@ recipe: name their records with `--clean_records`, or let `--train_clean 6` trai
 | B  | the perturbation of one image on other images: how often they get the same label |
 | C  | the smallest change of features that sends most images to a class; small at the target |
 | D  | the largest margin of a class over noise images that maximise it, without any data |
-| E  | Neural Cleanse's index, of a result of `defense/nc.py` (`--neural_cleanse true`) |
+| E  | how small the smallest mask of `defense/nc.py` is (`--neural_cleanse true`) |
 
     python analysis/inspect.py --result_file badnet_demo --clean_records clean_1,clean_2,clean_3
     python analysis/inspect.py --state_dict my_model.pt --model resnet18 --dataset cifar10 \\
@@ -18,13 +18,14 @@ recipe: name their records with `--clean_records`, or let `--train_clean 6` trai
 
 If A and A' name different classes, there is no clear signal. Expect misses: attacks with several
 targets (all-to-all), clean-label attacks, and weak WaNet. docs/analysis.md has the power of each
-signal. Models that defenses have purified stand beside: their signals must be flat.
+signal. The results also show purified models. Their signals should be flat.
 
 C follows the idea of TAC-QP (arXiv 2511.08944), and D that of MM-BD (Wang, Xiang, Miller, Kesidis,
 IEEE S&P 2024, arXiv 2205.06900).
 """
 
 import csv
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,7 @@ from utils.files import as_path
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders
+from utils.records.attack import RESULT, AttackRecord
 from utils.records.named import dataset_of_record
 from utils.records.weights import fill, read_state_dict
 from utils.training import ending
@@ -71,7 +73,9 @@ from utils.training import ending
 if TYPE_CHECKING:
     from utils.plot import Figure
 
+LOW_ACC = 1.5  # times what guessing reaches
 ENOUGH_CLEAN = 6  # clean models, below which a comparison says little
+FACTS = ("entropy", "z", "norm", "p_gamma")  # of signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,7 @@ class Config(SignalConfig):
         int, Field(ge=0, le=100, description="clean models to train, or that were trained before")
     ]
     neural_cleanse: Annotated[
-        bool, Field(description="read the index of the records' results of defense/nc.py")
+        bool, Field(description="read the masks of the records' results of defense/nc.py")
     ]
 
 
@@ -127,9 +131,9 @@ def conclusion(
         name
         for name, signal in signals.items()
         if signal["top"] == large
-        and all(signal["statistic"] > other[name]["statistic"] for other in null if name in other)
+        and all(name in other and signal["statistic"] > other[name]["statistic"] for other in null)
     ]
-    many = f"{len(null)} clean model{'s' * (len(null) > 1)}"
+    many = f"{len(null)} clean models" if len(null) > 1 else "1 clean model"
     if not {LARGE, SMALL} & set(stronger):
         return f"no clear signal: adversarial images are not more one-sided than in {many}"
     few = "" if len(null) >= ENOUGH_CLEAN else f", which are few: {ENOUGH_CLEAN} say more"
@@ -143,8 +147,9 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """All signals of the model, of clean models, and of purified models.
 
     Tables: `signals` (model, kind, signal, statistic, top, p: the share of clean models, and of
-    this one, that are at least as suspicious), `classes` (model, signal, class, value). Fact
-    `signals`: by model and signal, `statistic` and `top`.
+    this one, that are at least as suspicious; entropy, z, ...: facts of the signal), `classes`
+    (model, signal, class, value), `matrix` (model, signal A or A', true, adversarial, count; cells
+    of 0 are skipped). Fact `signals`: by model and signal, `statistic`, `top` and its facts.
     """
     data = subject.data
     ratio = min(1.0, config.probes / len(data.train))
@@ -155,22 +160,32 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     loaders: dict[str, Callable[[], nn.Module]] = {BEFORE: lambda: subject.model}
     for purified in subject.purified:
         kinds[purified.name], loaders[purified.name] = "purified", purified.load
-    for name, load in clean_models(subject, config).items():
-        kinds[name], loaders[name] = "clean", load
+    clean = clean_models(subject, config)
+    for name, record in clean.items():
+        kinds[name], loaders[name] = "clean", functools.partial(built, record, subject, config)
+        results.models[name] = record.sha256
+    results.facts["acc"] = subject.scores.acc.value
+    if subject.scores.acc.value < LOW_ACC / len(data.classes):
+        results.warn(
+            f"ACC is only {subject.scores.acc} with {len(data.classes)} classes; if the model was "
+            "trained with another normalization, give --mean and --std to interop/state_dict.py, "
+            "and inspect the record that it makes"
+        )
     signals: dict[str, dict[str, dict[str, Any]]] = {}
     for name, load in loaders.items():
         model = load()
         computed = signals_of(model, probes, config, subject.device)
         if HEAD not in computed:
             results.warn(f"{name}: no signal C, since its last layer is not a linear one")
+        step = f"{name} ({clean[name].sha256[:8]})" if name in clean else name
         signals[name] = {
-            signal: results.step(f"{name}, {signal}", compute)
+            signal: results.step(f"{step}, {signal}", compute)
             for signal, compute in computed.items()
         }
     if config.neural_cleanse:
-        add_neural_cleanse(subject, config, signals, results)
-    null = [signals[name] for name, kind in kinds.items() if kind == "clean"]
-    rows, classes = [], []
+        add_neural_cleanse(subject, clean, signals, results)
+    null = [signals[name] for name in clean]
+    rows, classes, cells = [], [], []
     for name, of_model in signals.items():
         for signal, value in of_model.items():
             others = [other[signal]["statistic"] for other in null if signal in other]
@@ -185,15 +200,31 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                     "top_name": data.classes[value["top"]],
                     "p": p if others and kinds[name] != "clean" else None,
                     "clean_models": len(others),
+                    **{fact: value["facts"].get(fact) for fact in FACTS},
                 }
             )
+            cells += [
+                {
+                    "model": name,
+                    "signal": signal,
+                    "true": true,
+                    "adversarial": adversarial,
+                    "count": count,
+                }
+                for true, counts in enumerate(value.get("matrix", []))
+                for adversarial, count in enumerate(counts)
+                if count
+            ]
             classes += [
                 {"model": name, "signal": signal, "class": label, "value": number}
                 for label, number in enumerate(value["by_class"])
             ]
-    results.tables |= {"signals": rows, "classes": classes}
+    results.tables |= {"signals": rows, "classes": classes, "matrix": cells}
     results.facts["signals"] = {
-        name: {s: {k: value[k] for k in ("statistic", "top")} for s, value in of_model.items()}
+        name: {
+            signal: {"statistic": value["statistic"], "top": value["top"], **value["facts"]}
+            for signal, value in of_model.items()
+        }
         for name, of_model in signals.items()
         if kinds[name] != "clean"
     }
@@ -209,19 +240,35 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     results.figures["inspect"] = lambda: draw(subject, config, *page)
 
 
-def clean_models(subject: Subject, config: Config) -> dict[str, Callable[[], nn.Module]]:
-    """The clean models by the names of their records: those that are named, and trained ones."""
-    names = [*config.clean_records, *train_clean(subject, config)]
-    loaders: dict[str, Callable[[], nn.Module]] = {}
-    for name in dict.fromkeys(names):
+def clean_models(subject: Subject, config: Config) -> dict[str, AttackRecord]:
+    """The records of clean models by their names: those that are named, and trained ones.
+
+    Raises:
+        UserError: if two of them, or one of them and another model here, share a name.
+    """
+    names = dict.fromkeys([*config.clean_records, *train_clean(subject, config)])
+    taken = {purified.name for purified in subject.purified} | {BEFORE}
+    records: dict[str, AttackRecord] = {}
+    for name in names:
         record = load_clean(name, "--clean_records", config.record_path, subject.data)
-        given = config.model if record.model_sha256 else None
+        short = record.folder.name
+        if short in records or short in taken:
+            raise UserError(
+                f"--clean_records: {name}: another model here is called {short}, too; rename the "
+                "record, or leave one out"
+            )
+        if subject.attack is not None and record.sha256 == subject.attack.sha256:
+            raise UserError(
+                f"--clean_records: {name} is the model that is inspected; give other ones"
+            )
+        records[short] = record
+    return records
 
-        def load(record: Any = record, given: str | None = given) -> nn.Module:
-            return prepare(record.build(given), subject.device, subject.precision)
 
-        loaders[Path(name).name] = load
-    return loaders
+def built(record: AttackRecord, subject: Subject, config: Config) -> nn.Module:
+    """The model of a clean record, in eval mode, on the subject's device."""
+    model = record.build(config.model if record.model_sha256 else None)
+    return prepare(model, subject.device, subject.precision)
 
 
 def train_clean(subject: Subject, config: Config) -> list[str]:
@@ -267,15 +314,16 @@ def clean_recipe(subject: Subject, config: Config, number: int) -> TrainingConfi
 
 def add_neural_cleanse(
     subject: Subject,
-    config: Config,
+    clean: Mapping[str, AttackRecord],
     signals: dict[str, dict[str, dict[str, Any]]],
     results: Results,
 ) -> None:
     """Adds signal E from the results of defense/nc.py in the records, where there are some."""
-    homes = {} if subject.attack is None else {BEFORE: subject.attack.folder}
-    for name in config.clean_records:
-        folder = folders.existing_folder(name, as_path(config.record_path), "--clean_records")
-        homes |= {} if folder is None else {folder.name: folder}
+    homes = {name: record.folder for name, record in clean.items()}
+    if subject.attack is None:
+        results.warn("the model has no signal E: it has no record, and so no result of defense/nc")
+    else:
+        homes[BEFORE] = subject.attack.folder
     for name, home in homes.items():
         try:
             text = (home / "defense/nc/norms.csv").read_text(encoding="utf-8")
@@ -353,11 +401,21 @@ def subject_of_weights(config: Config) -> Subject:
 
 
 def inspect_weights(config: Config) -> folders.RunFolder:
-    """Inspects a model without a record; the result is in `record/<save_folder_name>/analysis/`."""
+    """Inspects a model without a record; the result is in `record/<save_folder_name>/analysis/`.
+
+    Raises:
+        UserError: if there is a record of that name, or checkpoint, network, data and flags do not
+            fit together.
+    """
     started = time.monotonic()
     if config.save_folder_name is None:
         raise UserError("--save_folder_name: a value is needed with --state_dict")
     home = folders.attack_folder(config.save_folder_name, as_path(config.record_path)).path
+    if (home / RESULT).exists():
+        raise UserError(
+            f"--save_folder_name: {config.save_folder_name} is the record of another model; give a "
+            "new name, or --result_file instead of --state_dict"
+        )
     folder = folders.analysis_folder(home, "inspect")
     folder.claim(config.overwrite, config.resume)
     return write(config, "inspect", look, subject_of_weights(config), folder, started)

@@ -10,18 +10,22 @@ the edge: then ASR is high until shortly before t = 1, and a small step back bri
 back. If ACC falls in between, the two models are in different basins, and a straight line says
 little about the way from one to the other.
 
-    python analysis/path.py --result_file badnet_demo
+    python analysis/path.py --result_file badnet_demo --clean_record clean_demo
 
 All weights are interpolated, BatchNorm's among them; t = 0 and t = 1 are the two models, bit for
 bit. BatchNorm's running statistics are interpolated too (variances not below 0), or measured anew
-on the clean subset at each t (`--bn reestimate`); then also the scores at 0 and 1 are others.
+on the clean subset at each t (`--bn reestimate`); then the scores at t = 0 and t = 1 change, too.
 Nothing is trained. Defenses that change the architecture are skipped.
+
+Controls: the scores at t = 0 and t = 1 are compared with the summaries. The path to a clean model
+shows what lies between two models that have nothing but the data in common.
 """
 
+import copy
 import functools
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,8 +36,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import AnalysisConfig, Results, percent, run
-from analysis.subject import Subject
+from analysis.base import CLEAN, AnalysisConfig, Results, percent, run
+from analysis.subject import Controlled, Subject
+from models import Classifier
 from models.modes import evaluating
 from utils.data.batches import as_float
 
@@ -44,7 +49,7 @@ HALF = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AnalysisConfig):
+class Config(AnalysisConfig, Controlled):
     t_end: Annotated[float, Field(ge=1, le=10, description="last t; 1 is the purified model")]
     t_steps: Annotated[int, Field(ge=1, le=100, description="steps from t = 0 to t = 1")]
     bn: Annotated[
@@ -63,8 +68,8 @@ def interpolated(
 ) -> dict[str, torch.Tensor]:
     """start + t (end - start), by name; exact at 0 and 1.
 
-    Variances (`running_var`) are not below 0. What is no float is that of `start` before t = 1,
-    and that of `end` from then on.
+    Variances (`running_var`) are not below 0. Values that are no floats come from `start` if
+    t < 1, and from `end` otherwise.
 
     Args:
         start, end: state dicts with the same names and shapes.
@@ -114,7 +119,7 @@ def crossing(ts: Sequence[float], rates: Sequence[float], level: float = HALF) -
         rates: at each t.
 
     Returns:
-        None if the rate at 1 is not under the level, or it is under it everywhere before.
+        None if the rate at t = 1 is at least the level, or if it was nowhere at least the level.
     """
     before = [(t, rate) for t, rate in zip(ts, rates, strict=True) if t <= 1]
     if before[-1][1] >= level:
@@ -139,21 +144,31 @@ def places(t_end: float, t_steps: int) -> list[float]:
 
 
 def look(subject: Subject, config: Config, results: Results) -> None:
-    """Scores of w(t) for each defense.
+    """Scores of w(t) for each defense, and for a clean model.
 
-    Tables: `path` (defense, t, rates with counts, bn). Headline of each defense: `t_half`, the t
-    at which ASR passes 50 % (see `crossing`), and `acc_barrier`.
+    Tables: `path` (defense, t, rates with counts, bn). Headline of each of them: `t_half`, the t at
+    which ASR passes 50 % (see `crossing`), and `acc_barrier`.
     """
+    results.lack_of_control(
+        subject.clean, "how the path to a model without a backdoor looks is not known"
+    )
     ts = places(config.t_end, config.t_steps)
     start = {key: value.clone() for key, value in subject.model.state_dict().items()}
     images = None
     if config.bn == "reestimate":
         images = subject.clean_images(config.ratio, config.random_seed).images
     rows: list[dict[str, Any]] = []
-    for purified in subject.purified:
-        model = subject.same_network(results, purified)
+    summaries = {purified.name: purified.summary for purified in subject.purified}
+    loaders: dict[str, Callable[[], Classifier | None]] = {
+        p.name: functools.partial(subject.same_network, results, p) for p in subject.purified
+    }
+    loaders[CLEAN] = lambda: subject.same_clean_network(results)
+    for name, load in loaders.items():
+        model = load()
         if model is None:
             continue
+        if model is subject.clean:
+            model = copy.deepcopy(model)  # other analyses use it, too
         end = {key: value.clone() for key, value in model.state_dict().items()}
 
         def scores_at(
@@ -165,22 +180,21 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                     reestimate(model, images)
                 return subject.score(model).counts()
 
-        points = [
-            results.step(f"{purified.name}, t = {t:g}", functools.partial(scores_at, t)) for t in ts
-        ]
+        points = [results.step(f"{name}, t = {t:g}", functools.partial(scores_at, t)) for t in ts]
         rows += [
-            {"defense": purified.name, "t": t, "bn": config.bn, **point}
+            {"defense": name, "t": t, "bn": config.bn, **point}
             for t, point in zip(ts, points, strict=True)
         ]
-        if images is None:
-            _compare(results, purified.name, points[ts.index(1.0)], purified.summary["after"])
+        if images is None and name in summaries:
+            _compare(results, name, 0, points[0], summaries[name].get("before"))
+            _compare(results, name, 1, points[ts.index(1.0)], summaries[name].get("after"))
         accuracies = [point["acc"] for point in points]
         numbers: dict[str, Any] = {"acc_barrier": barrier(ts, accuracies)}
         if "asr" in points[0]:
             rates = [point["asr"] for point in points]
             numbers = {"t_half": crossing(ts, rates), **numbers}
-            results.conclude(_read(purified.name, ts, rates, float(accuracies[0]), numbers))
-        results.headline[purified.name] = numbers
+            results.conclude(_read(name, ts, rates, float(accuracies[0]), numbers))
+        results.headline[name] = numbers
     results.tables["path"] = rows
     if rows:
         results.figures["path"] = lambda: draw(rows, config.bn)
@@ -204,18 +218,18 @@ def draw(rows: Sequence[Mapping[str, Any]], bn: str) -> "Figure":
         "t: 0 backdoored, 1 purified",
         f"Between the backdoored and the purified weights, and beyond; BatchNorm's statistics are "
         f"{statistics}",
+        controls=(CLEAN,),
         marks=(0, 1),
     )
 
 
-def _compare(
-    results: Results, name: str, point: Mapping[str, Any], summary: Mapping[str, Any]
-) -> None:
-    """Warns if the scores at t = 1 are not those that the defense has written."""
-    differing = [key for key, value in point.items() if summary.get(key, value) != value]
+def _compare(results: Results, name: str, t: int, point: Mapping[str, Any], summary: Any) -> None:
+    """Warns if the scores at t = 0 or 1 are not those that the defense has written."""
+    written = summary if isinstance(summary, Mapping) else {}
+    differing = [key for key, value in point.items() if written.get(key, value) != value]
     if differing:
         results.warn(
-            f"{name}: {', '.join(differing)} at t = 1 differ from its summary; it was run with "
+            f"{name}: {', '.join(differing)} at t = {t} differ from its summary; it was run with "
             "another device or precision"
         )
 

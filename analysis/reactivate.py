@@ -58,7 +58,7 @@ class Config(AnalysisConfig, Controlled):
     images: Annotated[int, Field(ge=1, description="triggered training images, at most")]
     batch_size: Annotated[int, Field(ge=1, description="images a step")]
 
-    needs_trigger = True
+    needs_trigger = needs_defenses = True
 
 
 def reactivation_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -114,9 +114,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     the same rates.
     """
     images, targets = triggered_training_images(subject, config, results)
-    models: dict[str, Any] = {p.name: p.load for p in subject.purified}
-    if subject.clean is not None:
-        models[CLEAN] = lambda: subject.clean
+    models = subject.purified_and_clean()
     results.lack_of_control(
         subject.clean,
         "whether such a perturbation also fools a model that never had a backdoor is not known",

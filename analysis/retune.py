@@ -12,14 +12,16 @@ all models see the same images in the same order.
 
 Controls, without which the numbers say little: a clean model of the same recipe that is retuned
 alike (what learning the trigger from nothing takes), and exact purification: the backdoored model
-fine-tuned on its real poisoned images with their true labels (the best that any defense can do).
+fine-tuned alike on the same clean draw and as many of its real poisoned images, with their true
+labels (about the best that a defense can do, for these values of `--n_rounds` and `--lr`).
 SGD without weight decay, in train mode; clean images are augmented, poisoned ones are not. Attacks
 that control training store poisoned images that the model has not seen; these are used.
 """
 
 import copy
+import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -31,7 +33,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import CLEAN, AnalysisConfig, Results, percent, run
+from analysis.base import CLEAN, EXACT, AnalysisConfig, Results, percent, run
 from analysis.subject import Controlled, Subject
 from utils.config import Group
 from utils.data.batches import as_float, augment
@@ -43,7 +45,6 @@ from utils.training.loop import batch_sizes
 if TYPE_CHECKING:
     from utils.plot import Figure
 
-EXACT = "exact purification"
 HEADLINE = 5  # poisoned images
 
 
@@ -61,7 +62,7 @@ class Config(AnalysisConfig, Controlled):
     crop_padding: Annotated[int, Field(ge=0, le=64, description="pixels around a random crop")]
     flip: Annotated[bool, Field(description="mirror clean images at random")]
 
-    needs_trigger = True
+    needs_trigger = needs_defenses = True
 
 
 class Mixture(NamedTuple):
@@ -80,7 +81,8 @@ class Mixture(NamedTuple):
 def mixture(clean: Mixture, poisoned: Mixture, count: int) -> Mixture:
     """The clean draw with its first `count` images replaced by the first poisoned ones."""
     parts = (
-        torch.cat([other[:count], own[count:]]) for own, other in zip(clean, poisoned, strict=True)
+        torch.cat([other[:count], first[count:]])
+        for first, other in zip(clean, poisoned, strict=True)
     )
     return Mixture(*parts)
 
@@ -123,26 +125,32 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     `asr_retuned` (5 images), `asr` before, `acc_retuned`.
     """
     clean, poisoned, true_labels = images_of(subject, config, results)
-    models: dict[str, Any] = {p.name: p.load for p in subject.purified}
-    if subject.clean is not None:
-        models[CLEAN] = lambda: subject.clean
+    models: dict[str, Callable[[], nn.Module]] = {**subject.purified_and_clean()}
     results.lack_of_control(
         subject.clean,
         "whether the backdoor returns sooner than a clean model learns it is not known",
     )
     counts = usable_counts(config, min(len(clean.labels), len(poisoned.labels)), results)
-    exact = exactly_purified(subject, config, clean, poisoned, true_labels, results)
-    if exact is not None:
-        models[EXACT] = lambda: exact
+    if torch.equal(poisoned.labels, true_labels):
+        results.warn(
+            "no exact purification: the poisoned images have their true labels (clean-label attack)"
+        )
+    else:
+        truth = Mixture(poisoned.images, true_labels, poisoned.is_poisoned)
+        models[EXACT] = lambda: exactly_purified(subject.model, config, clean, truth)
     rows = []
     for name, load in models.items():
-        model = load()
+        model = functools.cache(load)  # not loaded where an interrupted run has done all steps
         for count in (None, *counts):
 
-            def scores(model: nn.Module = model, count: int | None = count) -> dict[str, Any]:
-                if count is not None:
-                    model = tuned(model, mixture(clean, poisoned, count), config)
-                return subject.score(model).counts()
+            def scores(
+                model: Callable[[], nn.Module] = model, count: int | None = count
+            ) -> dict[str, Any]:
+                if count is None:
+                    return subject.score(model()).counts()
+                return subject.score(
+                    tuned(model(), mixture(clean, poisoned, count), config)
+                ).counts()
 
             said = "before" if count is None else f"{count} poisoned images"
             point = results.step(f"{name}, {said}", scores)
@@ -196,27 +204,15 @@ def images_of(
     )
 
 
-def exactly_purified(
-    subject: Subject,
-    config: Config,
-    clean: Mixture,
-    poisoned: Mixture,
-    true_labels: torch.Tensor,
-    results: Results,
-) -> nn.Module | None:
-    """The backdoored model, tuned on the clean draw and as many poisoned images, truly labelled.
+def exactly_purified(model: nn.Module, config: Config, clean: Mixture, truth: Mixture) -> nn.Module:
+    """A backdoored model, tuned on the clean draw and as many poisoned images, truly labelled.
 
-    It is None, with a warning, if the poisoned images have their true labels anyway.
+    Args:
+        truth: poisoned images with their true labels; fewer than clean ones if there are fewer.
     """
-    if torch.equal(poisoned.labels, true_labels):
-        results.warn(
-            "no exact purification: the poisoned images have their true labels (clean-label attack)"
-        )
-        return None
     count = len(clean.labels)
-    parts = (poisoned.images, true_labels, poisoned.is_poisoned)
-    both = (torch.cat([own, part[:count]]) for own, part in zip(clean, parts, strict=True))
-    return tuned(subject.model, Mixture(*both), config)
+    both = (torch.cat([first, other[:count]]) for first, other in zip(clean, truth, strict=True))
+    return tuned(model, Mixture(*both), config)
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from utils.data.labelled import Labelled
 from utils.errors import UserError
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.seeds import generator
+from utils.training.evaluate import head_features
 from utils.training.labelshare import LabelShare, add, label_share, new_tally, robust_z
 
 LARGE, SMALL, TRANSFER, HEAD, NOISE, CLEANSE = "A", "A'", "B", "C", "D", "E"
@@ -355,15 +356,11 @@ def signals_of(
         return asdict(Signal(shares, statistic, top, {"z": robust_z(values)}))
 
     def features() -> dict[str, Any]:
-        name, last = head(model)
-        parts = []
-        with evaluating(model), torch.no_grad(), recording(model, [name], of="input") as inputs:
-            for batch in images.split(128):
-                model(batch)
-                parts.append(inputs[name].float().cpu())
+        _, last = head(model)
         weight = last.weight.detach().float().cpu()
         bias = torch.zeros(len(weight)) if last.bias is None else last.bias.detach().float().cpu()
-        norms = head_norms(torch.cat(parts), probes.labels, weight, bias, config.quantile)
+        entered = head_features(model, images).float().cpu()
+        norms = head_norms(entered, probes.labels, weight, bias, config.quantile)
         return asdict(outstanding(norms))
 
     def noise() -> dict[str, Any]:
@@ -371,7 +368,7 @@ def signals_of(
         margins = [largest_margin(model, label, shape, config) for label in range(classes)]
         p = p_value(margins)
         top = margins.index(max(margins))
-        return asdict(Signal(margins, abs(math.log10(max(p, 1e-300))), top, {"p": p}))
+        return asdict(Signal(margins, abs(math.log10(max(p, 1e-300))), top, {"p_gamma": p}))
 
     computed = {
         LARGE: lambda: share(LARGE),

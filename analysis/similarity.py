@@ -14,9 +14,9 @@ layers:
     python analysis/similarity.py --result_file badnet_demo --clean_record clean_demo
 
 CKA of a model with itself is 1, and does not change if features are rotated or scaled. BEC depends
-on which models are compared, so S stands beside it, and S of a clean model: what two models share
-that saw the same data, without any backdoor. A network without blocks is compared in all its
-convolutions. Defenses that change the architecture are skipped.
+on which models are compared, so S stands beside it, and so does S of a clean model: it shows how
+similar two models are that saw the same data, without any backdoor. A network without blocks is
+compared in all its convolutions. Defenses that change the architecture are skipped.
 """
 
 import sys
@@ -36,7 +36,7 @@ from analysis.subject import Controlled, Subject
 from models import Classifier
 from models.modes import evaluating
 from models.parts import convolutions, recording
-from utils.data.batches import as_float
+from utils.data.batches import as_float, spread
 
 if TYPE_CHECKING:
     from utils.plot import Figure
@@ -51,7 +51,7 @@ class Config(AnalysisConfig, Controlled):
     ]
     batch_size: Annotated[int, Field(ge=1, description="images a pass")]
 
-    needs_trigger = True
+    needs_trigger = needs_defenses = True
 
 
 def compared_layers(model: nn.Module) -> list[str]:
@@ -177,23 +177,22 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     Tables: `similarity` (model, share, layer, cka). Headline: `similarity` (S), `bec`.
     """
     triggered, layers = subject.triggered, compared_layers(subject.model)
-    chosen = torch.linspace(0, len(triggered.index) - 1, min(config.images, len(triggered.index)))
-    rows = chosen.long().unique()
+    rows = spread(len(triggered.index), config.images)
     images, clean = triggered.images[rows], subject.data.test.images[triggered.index[rows]]
+    shares = tuple(dict.fromkeys(config.shares))
     change = changes(subject.model, layers, clean, images, config.batch_size)
-    channels = {
-        name: [top_channels(change[name], share) for share in config.shares] for name in layers
-    }
+    channels = {name: [top_channels(change[name], share) for share in shares] for name in layers}
     reference = grams(subject.model, channels, images, config.batch_size)
     models: dict[str, Classifier] = {}
     for purified in subject.purified:
         model = subject.same_network(results, purified)
         if model is not None:
             models[purified.name] = model
-    if subject.clean is not None and comparable(subject.clean, subject.model):
-        models[CLEAN] = subject.clean
+    control = subject.same_clean_network(results)
+    if control is not None:
+        models[CLEAN] = control
     results.lack_of_control(
-        models.get(CLEAN),
+        subject.clean,
         "how similar two models are that share no backdoor is not known",
     )
     table: list[dict[str, Any]] = []
@@ -206,29 +205,23 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                 "layer": layer,
                 "cka": cka(reference[layer][number], other[layer][number]),
             }
-            for number, share in enumerate(config.shares)
+            for number, share in enumerate(shares)
             for layer in layers
         ]
     results.tables["similarity"] = table
-    means = {share: mean_by_model(table, share) for share in config.shares}
-    bec = backdoor_existence(means[config.shares[0]])
-    for name, value in means[config.shares[0]].items():
+    means = {share: mean_by_model(table, share) for share in shares}
+    bec = backdoor_existence(means[shares[0]])
+    for name, value in means[shares[0]].items():
         results.headline[name] = {"similarity": value, "bec": bec[name]}
     results.facts["similarity_by_share"] = {f"{s:g}": value for s, value in means.items()}
-    control = results.headline.get(CLEAN, {}).get("similarity")
+    of_clean = results.headline.get(CLEAN, {}).get("similarity")
     for name, numbers in results.headline.items():
         if name != CLEAN:
             text = f"{name}: S = {numbers['similarity']:.3f}"
-            text += "" if control is None else f"; a clean model: {control:.3f}"
+            text += "" if of_clean is None else f"; a clean model: {of_clean:.3f}"
             results.conclude(text)
     if table:
-        results.figures["similarity"] = lambda: draw(table, config.shares[0])
-
-
-def comparable(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two networks have the same weights by name and shape."""
-    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (first, second)]
-    return shapes[0] == shapes[1]
+        results.figures["similarity"] = lambda: draw(table, shares[0])
 
 
 def mean_by_model(table: Sequence[Mapping[str, Any]], share: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import nn
 from models import Classifier, prepare
 from models.changes import changes_of
 from utils.config import Group
-from utils.data.batches import as_float
+from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import PoisonedSet
 from utils.errors import UserError, listed, shown
@@ -22,8 +22,8 @@ from utils.metrics import Scores
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders
-from utils.records.attack import AttackRecord, load_attack
-from utils.records.defense import load_defense
+from utils.records.attack import SUMMARY, AttackRecord, checked_hashes, load_attack
+from utils.records.defense import RESULT, load_defense
 from utils.records.named import OfRecord, named_record
 from utils.training.findings import Findings
 from utils.training.selection import drawn_by_class
@@ -45,7 +45,7 @@ class RecordConfig(OfRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Controlled(RecordConfig):
-    """A clean model, whose numbers are what an analysis finds where no backdoor is."""
+    """A clean model. Its numbers show what an analysis finds in a model without a backdoor."""
 
     clean_record: Annotated[
         str | None,
@@ -61,11 +61,13 @@ class Purified:
     Attributes:
         name: of its folder.
         summary: plain data of its `summary.json`.
+        sha256: of `defense_result.pt`.
     """
 
     name: str
     folder: Path
     summary: Mapping[str, Any]
+    sha256: str
     _model: str | None
     _device: torch.device
     _precision: str
@@ -124,6 +126,16 @@ class Subject:
         """Those of the record's model."""
         return self.score(self.model)
 
+    def before_and_purified(self) -> dict[str, Callable[[], Classifier]]:
+        """Functions that load the record's model and the purified ones, by name."""
+        return {folders.BEFORE: lambda: self.model, **{p.name: p.load for p in self.purified}}
+
+    def purified_and_clean(self) -> dict[str, Callable[[], Classifier]]:
+        """Functions that load the purified models and, if there is one, the clean one, by name."""
+        loaders = {purified.name: purified.load for purified in self.purified}
+        clean = self.clean
+        return loaders if clean is None else {**loaders, folders.CLEAN: lambda: clean}
+
     def same_network(self, results: Findings, purified: Purified) -> Classifier | None:
         """A purified model, if its network has the same parts as the record's.
 
@@ -138,11 +150,30 @@ class Subject:
             return None
         return model
 
+    def same_clean_network(self, results: Findings) -> Classifier | None:
+        """The clean model, if its weights have the names and shapes of the record's.
+
+        If not, a warning says that it is skipped, and the result is None.
+        """
+        if self.clean is None:
+            return None
+        shapes = [
+            {name: value.shape for name, value in model.state_dict().items()}
+            for model in (self.clean, self.model)
+        ]
+        if shapes[0] != shapes[1]:
+            results.warn(
+                "the clean model is skipped, since its weights have other shapes than those of "
+                f"the record's {self.model_name}"
+            )
+            return None
+        return self.clean
+
     def poisoned_images(self, results: Findings) -> PoisonedSet:
         """The stored training images that shall teach the backdoor, with the attacker's labels.
 
-        If the attack controls training, a warning says that the model has not seen them: such
-        attacks are those that store images with a trigger that must not work.
+        If the attack controls training, a warning says that the model has not seen them. It does if
+        its record has images with a trigger that must not work.
 
         Raises:
             UserError: if the record has none.
@@ -262,10 +293,10 @@ def results_of(
     """The results of defenses that the flags name, or all finished ones, by name.
 
     Raises:
-        UserError: if a named one does not exist, or one is of another attack.
+        UserError: if a named one does not exist, or one is damaged or of another attack.
     """
     home = attack.folder / "defense"
-    finished = sorted(path.parent.name for path in home.glob("*/summary.json"))
+    finished = sorted(path.parent.name for path in home.glob(f"*/{SUMMARY}"))
     missing = [name for name in config.defenses if name not in finished]
     if missing:
         raise UserError(
@@ -280,19 +311,18 @@ def results_of(
                 "rename the folder, or name other results with --defenses"
             )
         try:
-            summary = read_object(home / name / "summary.json")
-            hashes = summary["attack_sha256"], summary["files"]["defense_result.pt"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{home / name}: has no readable summary.json, so it is no result of a defense; "
-                "run the defense again, or name others with --defenses"
-            ) from None
-        if hashes[0] != attack.sha256:
+            sha256 = checked_hashes(home / name, [RESULT])[RESULT]
+        except UserError as error:
+            raise UserError(f"{error}, or name others with --defenses") from None
+        summary = read_object(home / name / SUMMARY)
+        if summary.get("attack_sha256") != attack.sha256:
             raise UserError(
                 f"{home / name}: is of another attack than the record that is there; run the "
                 "defense again, or name others with --defenses"
             )
-        purified.append(Purified(name, home / name, summary, config.model, device, precision))
+        purified.append(
+            Purified(name, home / name, summary, sha256, config.model, device, precision)
+        )
     return tuple(purified)
 
 
@@ -302,7 +332,6 @@ def examples(triggered: Triggered, data: Dataset, count: int = 8) -> tuple[torch
     Returns:
         Two float tensors (count, C, H, W) in [0, 1].
     """
-    total = len(triggered.index)
-    chosen = torch.linspace(0, total - 1, min(count, total)).long()
+    chosen = spread(len(triggered.index), count)
     clean = data.test.images[triggered.index[chosen]]
     return as_float(clean), as_float(triggered.images[chosen])

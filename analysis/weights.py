@@ -62,8 +62,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
 
     Tables: `weights` (defense, layer, is_matrix: convolution or linear, distance), `channels`
     (defense, layer, channel, distance: the farthest ones of convolutions and linear layers).
-    Headline: `distance` over all weights, and
-    `farthest_layer`.
+    Headline: `distance` over all weights, and `farthest_layer`.
     """
     before = layers_of(subject.model)
     rows: list[dict[str, Any]] = []

@@ -34,13 +34,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.reporting.files import made_folder
 from defense import sau
 from defense.base import seen_images
 from models import prepare
 from models.modes import evaluating
 from utils.config import Parser
-from utils.data.batches import as_float
+from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset
 from utils.errors import UserError
 from utils.files import as_path
@@ -161,8 +160,7 @@ def images_of(attack: AttackRecord, data: Dataset, most: int, device: torch.devi
     triggered = attack.triggered
     if triggered is None:
         raise UserError(f"{attack.folder}: has no triggered images; give the record of an attack")
-    count = len(triggered.index)
-    chosen = torch.linspace(0, count - 1, min(most, count)).long()
+    chosen = spread(len(triggered.index), most)
     test = data.test.at(triggered.index[chosen])
     return Images(
         as_float(test.images, device),
@@ -237,12 +235,12 @@ def main() -> None:
         raise UserError(f"--images: {flags.images} is not allowed; give 1 or more")
     if flags.random_seed < 0:
         raise UserError(f"--random_seed: {flags.random_seed} is not allowed; give 0 or more")
-    folder = made_folder(flags.to)
     attack = load_attack(folders.find_record(flags.result_file, as_path(flags.record_path)))
     attack.check_model(flags.model)
     config = sau.Config.load(
         attack.dataset, random_seed=flags.random_seed, model=flags.model, device=flags.device
     )
+    folder = folders.made_folder(flags.to)  # before the work, since it may be refused
     rows = measured(attack, config, rounds, flags.images)
     name = attack.folder.name
     folder.write_metrics(rows, f"{name}.csv")

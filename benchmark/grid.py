@@ -48,7 +48,7 @@ from attack import names as attacks
 from defense import names as defenses
 from models import is_user_file
 from utils.config import Config, read_yaml
-from utils.errors import UserError, quoted, suggestion
+from utils.errors import UserError, listed, quoted, suggestion
 from utils.files import read_object
 from utils.records.checkpoint import files_of
 from utils.records.folders import FREE_TO_CHANGE, NAME
@@ -132,6 +132,24 @@ class Grid(_Part):
     defense_flags: Flags = {}
     slurm: Slurm = Slurm()
 
+    @model_validator(mode="after")
+    def _has_axes_that_count(self) -> "Grid":
+        """An axis is in the names of records, so that no flag may say something else."""
+        for_attacks = {
+            "attack_flags": self.attack_flags,
+            **{f"datasets.{name}": flags for name, flags in self.datasets.items()},
+        }
+        of_attacks = {f"attacks.{name}": flags for name, flags in self.attacks.items()}
+        axes = {"dataset": "datasets", "model": "models"}
+        for where, flags in {**for_attacks, **of_attacks}.items():
+            for name, axis in axes.items():
+                if name in flags:
+                    raise ValueError(f"{where}: {name} is an axis of the grid; give it in {axis}")
+        for where, flags in for_attacks.items():
+            if self.pratios and "pratio" in flags:
+                raise ValueError(f"{where}: pratio is an axis of the grid; leave one of them out")
+        return self
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -176,11 +194,17 @@ class Cell:
         return (self.folder / "summary.json").exists()
 
     @property
+    def is_clean(self) -> bool:
+        """Whether it trains a model without a backdoor."""
+        return self.script == "attack/prototype.py"
+
+    @property
     def kind(self) -> str:
-        """The same for cells that take about as long: all but the seed and a defense's attack."""
+        """The same for cells that take about as long: all but the seed and what is read."""
         attacked = self.attack or self
         where = [attacked.flags.get(name) for name in ("dataset", "model")]
-        flags = {name: value for name, value in self.flags.items() if name not in _OF_GRID}
+        other = (*_OF_GRID, "defenses", "clean_record", "clean_records")
+        flags = {name: value for name, value in self.flags.items() if name not in other}
         return f"{self.script} {where} {flags}"
 
     @property
@@ -282,11 +306,10 @@ def _cells(grid: Grid, root: Path) -> Iterator[Cell]:
             script = flags.pop("script", result)
             flags |= {"model": model} if ":" in model else {}  # the user's file is named again
             taken = _fields("defense", str(script))
-            is_clean = attacked.script == "attack/prototype.py"
-            if is_clean and _sees(str(script), flags) == "poisoned":
+            flags = {**{k: v for k, v in grid.defense_flags.items() if k in taken}, **flags}
+            if attacked.is_clean and _sees(str(script), flags) == "poisoned":
                 continue  # a clean model has no poisoned set to look at
-            general = {k: v for k, v in grid.defense_flags.items() if k in taken}
-            flags |= {**general, **flags, **where}
+            flags |= where
             flags |= {"result_file": record, "save_folder_name": result}
             folder = root / record / "defense" / result
             yield Cell(f"{record}/{result}", f"defense/{script}.py", flags, folder, attacked)
@@ -300,9 +323,8 @@ def _analyses(grid: Grid, cells: Sequence[Cell]) -> Iterator[Cell]:
         script = str(flags.pop("script", result))
         config = _config_class("analysis", script)
         results = [other for other in cells if other.attack is cell]
-        is_clean = cell.script == "attack/prototype.py"
         if config is not None and (
-            (is_clean and getattr(config, "needs_trigger", False))
+            (cell.is_clean and getattr(config, "needs_trigger", False))
             or (not results and getattr(config, "needs_defenses", False))
         ):
             continue
@@ -310,7 +332,7 @@ def _analyses(grid: Grid, cells: Sequence[Cell]) -> Iterator[Cell]:
             other
             for other in attacked
             if other is not cell
-            and other.script == "attack/prototype.py"
+            and other.is_clean
             and all(other.flags[axis] == cell.flags[axis] for axis in ("dataset", "model"))
         ]
         same = [other for other in clean if other.flags["random_seed"] == cell.flags["random_seed"]]
@@ -404,6 +426,18 @@ def _differences(cell: Cell) -> list[str]:
         ]
     if cell.attack is not None and _sha256s(cell.folder) != _sha256s(cell.attack.folder):
         return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
+    models = _summary(cell.folder).get("models")
+    read = [other for other in cell.others if other.is_done and other.attack is cell.attack]
+    renewed = [
+        other.folder.name
+        for other in read
+        if (models.get(other.folder.name) if isinstance(models, dict) else None)
+        != _result_sha256(other.folder)
+    ]
+    if renewed:
+        return [
+            f"{cell.folder}: was made with another {listed(renewed)} than is there now; delete it"
+        ]
     return []
 
 
@@ -432,6 +466,12 @@ def _sha256s(folder: Path) -> str | None:
         return summary.get("attack_sha256") or summary["files"]["attack_result.pt"]
     except (KeyError, TypeError):
         return None
+
+
+def _result_sha256(folder: Path) -> str | None:
+    """sha256 of a purified model, as the defense's summary has it."""
+    files = _summary(folder).get("files")
+    return files.get("defense_result.pt") if isinstance(files, dict) else None
 
 
 def _summary(folder: Path) -> dict[str, Any]:

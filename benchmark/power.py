@@ -9,6 +9,8 @@ target. It reads the summaries of inspections, at any depth under the folders. A
 is a rough number: with three against six, chance alone gives 0.9 or more in two of 84 cases.
 """
 
+import csv
+import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,12 +106,12 @@ def powers(inspections: Iterable[Inspection]) -> list[Power]:
         clean = by_attack.pop(CLEAN, [])
         groups_of_models = sorted(by_attack.items())
         if len(by_attack) > 1:
-            groups_of_models.append((ALL, [one for own in by_attack.values() for one in own]))
+            groups_of_models.append((ALL, [one for many in by_attack.values() for one in many]))
         for attack, attacked in groups_of_models:
             for signal in sorted({name for one in attacked for name in one.signals}):
-                own = [one for one in attacked if signal in one.signals]
+                having = [one for one in attacked if signal in one.signals]
                 null = [c.signals[signal].statistic for c in clean if signal in c.signals]
-                targeted = [one for one in own if one.attack_label_trans == "all2one"]
+                targeted = [one for one in having if one.attack_label_trans == "all2one"]
                 hits = [one.signals[signal].top == one.attack_target for one in targeted]
                 rows.append(
                     Power(
@@ -117,10 +119,10 @@ def powers(inspections: Iterable[Inspection]) -> list[Power]:
                         model=model,
                         attack=attack,
                         signal=signal,
-                        auroc=auroc([one.signals[signal].statistic for one in own], null),
+                        auroc=auroc([one.signals[signal].statistic for one in having], null),
                         hits=sum(hits),
                         total=len(targeted),
-                        attacked=len(own),
+                        attacked=len(having),
                         clean=len(null),
                     )
                 )
@@ -157,14 +159,15 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
 def markdown(rows: Sequence[Power]) -> str:
     """The table: a row for each attack, two columns for each signal."""
     signals = sorted({row.signal for row in rows})
-    lines = [f"| dataset | attack | models | {' | '.join(f'{s} AUROC, top' for s in signals)} |"]
-    lines.append("|---|---|---|" + "---|" * len(signals))
+    titles = " | ".join(f"{signal} AUROC, top" for signal in signals)
+    lines = [f"| dataset | network | attack | attacked, clean | {titles} |"]
+    lines.append("|---|---|---|---|" + "---|" * len(signals))
     for key in dict.fromkeys((row.dataset, row.model, row.attack) for row in rows):
-        own = {r.signal: r for r in rows if (r.dataset, r.model, r.attack) == key}
-        first = next(iter(own.values()))
-        cells = [_cell(own[signal]) if signal in own else "" for signal in signals]
-        about = f"{first.attacked} against {first.clean}"
-        lines.append(f"| {key[0]} | {key[2]} | {about} | {' | '.join(cells)} |")
+        by_signal = {r.signal: r for r in rows if (r.dataset, r.model, r.attack) == key}
+        first = next(iter(by_signal.values()))
+        cells = [_cell(by_signal[s]) if s in by_signal else "" for s in signals]
+        about = f"{first.attacked}, {first.clean}"
+        lines.append(f"| {' | '.join([*key, about, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -175,9 +178,11 @@ def _cell(row: Power) -> str:
 
 def as_csv(rows: Sequence[Power]) -> str:
     """The rows as CSV."""
-    names = list(Power.__dataclass_fields__)
-    lines = [",".join("" if v is None else str(v) for v in vars(row).values()) for row in rows]
-    return "\n".join([",".join(names), *lines]) + "\n"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(Power.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(vars, rows))
+    return text.getvalue()
 
 
 def main() -> None:

@@ -215,7 +215,8 @@ def run_local(
                         waiting.remove(ready[0])
                         running[slot] = _Running(_start(workers, ready[0], root, slot), ready[0])
                         board.set(ready[0], "running")
-            if time.monotonic() >= until or (budget < math.inf and not running):
+            is_idle = not running and not any(map(is_elsewhere, waiting))
+            if time.monotonic() >= until or (budget < math.inf and is_idle):
                 break
             time.sleep(0.05)
     finally:

@@ -20,11 +20,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.reporting.files import made_folder
 from utils.config import Parser
 from utils.errors import UserError, first_line
 from utils.files import read_object
 from utils.process.script import logger, run_script
+from utils.records.folders import made_folder
 
 AUTO, ALL = "sau_auto", "sau"
 SIGNAL, ASR, ASR_ALL = "held-out error + share", "ASR (auto)", "ASR (all rounds)"
@@ -59,7 +59,7 @@ class Pair:
 
 
 def read_pair(record: Path) -> Pair | None:
-    """The two results of a record; None, with a warning, if they lack what is compared here."""
+    """The two results of a record; None without both, or, with a warning, if one is damaged."""
     homes = [record / "defense" / name for name in (AUTO, ALL)]
     if not all((home / "summary.json").exists() for home in homes):
         return None
@@ -132,8 +132,8 @@ def main() -> None:
     parser.add_argument("--under", type=Path, required=True, help="folder of the records")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     flags = parser.parse_args()
-    folder = made_folder(flags.to)
     pairs = read(flags.under)
+    folder = made_folder(flags.to)
     from utils import charts
 
     print(markdown(pairs), end="")

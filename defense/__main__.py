@@ -19,7 +19,7 @@ _IMAGES = {
 }
 
 
-def seen_images(module: ModuleType) -> str:
+def images_in_words(module: ModuleType) -> str:
     """The images that a defense is given, in words."""
     held_out = ", a part held out" if issubclass(module.Config, HeldOut) else ""
     return _IMAGES[module.Config.load().sees] + held_out
@@ -27,7 +27,7 @@ def seen_images(module: ModuleType) -> str:
 
 def methods() -> list[Method]:
     """All defenses, by year and then by name."""
-    return methods_of(defense, seen_images)
+    return methods_of(defense, images_in_words)
 
 
 def table() -> str:

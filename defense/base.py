@@ -21,7 +21,7 @@ from torch import nn
 
 from models import prepare
 from utils.config import Group
-from utils.data.batches import as_float, keep_on
+from utils.data.batches import as_float, keep_on, spread
 from utils.data.labelled import Dataset, Triggered
 from utils.errors import UserError, shown
 from utils.files import read_bytes
@@ -523,7 +523,7 @@ def _draw_before_after(
     """before_after.png: clean and triggered test images, and both models' labels."""
     from utils import plot
 
-    chosen = _spread(len(triggered.index))
+    chosen = spread(len(triggered.index), 8)
     rows = {
         "clean": data.test.images[triggered.index[chosen]],
         "triggered": triggered.images[chosen],
@@ -534,11 +534,6 @@ def _draw_before_after(
         f"{title}: test images; label before | after",
     )
     return ending.save_figure(folder, "before_after.png", figure)
-
-
-def _spread(count: int) -> torch.Tensor:
-    """Up to eight evenly spaced positions."""
-    return torch.linspace(0, count - 1, min(8, count)).long()
 
 
 def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:

@@ -102,8 +102,15 @@ def purify(
             channels[name] = outliers(bounds, config.u)
         return channels
 
-    convolutions_before(model, config.pairs, images.shape[1:])  # refuses, even with no rounds
-    return pruned_in_rounds(model, config, loop or Loop(), outlying)
+    loop = loop or Loop()
+    paired = convolutions_before(model, config.pairs, images.shape[1:])  # refuses, even unpruned
+    alone = len(running_norms(model)) - len(paired)
+    if alone:
+        loop.findings.warn(
+            f"{alone} of {alone + len(paired)} BatchNorm layers are not looked at, since no "
+            "convolution of their width comes before them"
+        )
+    return pruned_in_rounds(model, config, loop, outlying)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from defense.base import FineTuned, HeldOut, checked, hold_out, run
-from models.modes import evaluating
-from models.parts import head, named_channels, recording
-from utils.data.batches import as_float
+from models.parts import head, named_channels
 from utils.errors import UserError
-from utils.process.device import images_at_once
+from utils.training.evaluate import head_features
 from utils.training.loop import Loop
 from utils.training.pruning import chosen_level, say_pruned
 from utils.training.sgd import fine_tune
@@ -61,36 +59,6 @@ def pruning_order(features: torch.Tensor) -> torch.Tensor:
         (N, D) float -> (D,) int64.
     """
     return features.cpu().double().mean(0).argsort(stable=True)
-
-
-def head_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What enters the head, in eval mode.
-
-    Args:
-        model: from (N, C, H, W) to (N, K); left as it was.
-        images: (N, C, H, W), float in [0, 1] or uint8.
-
-    Returns:
-        (N, D) float32 or float64; if the head works on several places, one row for each place.
-
-    Raises:
-        UserError: if the network has no head, or does not call it.
-    """
-    name, _ = head(model)
-    device, side = next(model.parameters()).device, images.shape[-1]
-
-    def features(part: torch.Tensor) -> torch.Tensor:
-        model(as_float(part, device))
-        if name not in inputs:
-            raise UserError(
-                f"this network does not call {name}, the first linear layer of its last part, "
-                "whose inputs this method prunes; give another method or network"
-            )
-        entered = inputs[name].flatten(0, -2)
-        return entered.to(torch.promote_types(entered.dtype, torch.float32))
-
-    with evaluating(model), torch.no_grad(), recording(model, [name], of="input") as inputs:
-        return torch.cat([features(part) for part in images.split(images_at_once(device, side))])
 
 
 @checked
@@ -139,7 +107,7 @@ def purify(
                 "the features by; give a smaller one, or more images (--ratio)"
             )
         order = pruning_order(head_features(model, images[fit]))
-        step = math.ceil(config.once_prune_ratio * count - 1e-9)  # 0.07 * 100 is a little over 7
+        step = max(1, math.ceil(config.once_prune_ratio * count - 1e-9))  # 0.07 * 100 is over 7
 
         def of_level(level: int) -> nn.Module:
             pruned = copy.deepcopy(model)

@@ -42,7 +42,7 @@ from defense.base import Augmented, CleanData, Rounds, checked, run
 from models import Classifier
 from models.modes import evaluating, frozen, twice_differentiable
 from models.parts import learning_weights
-from utils.data.batches import as_float, augment
+from utils.data.batches import as_float, augment, spread
 from utils.process.seeds import generator
 from utils.training.findings import Picture
 from utils.training.loop import Loop, batch_sizes
@@ -288,7 +288,7 @@ def _warn_of_portion(loop: Loop, batch_size: int, config: Config) -> None:
 
 def _drawn(images: torch.Tensor, perturbation: torch.Tensor) -> Picture:
     """Up to eight images, without and with the perturbation of the model as it was given."""
-    shown = torch.linspace(0, len(images) - 1, min(8, len(images))).long()
+    shown = spread(len(images), 8)
     clean = as_float(images[shown]).cpu().float()
     return Picture(
         "the universal perturbation of the model before; label before | after",

@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
 from models.modes import evaluating, frozen
-from utils.data.batches import as_float
+from utils.data.batches import as_float, spread
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.device import rows_of
 from utils.process.seeds import generator
@@ -368,7 +368,7 @@ def examples(
 ) -> Picture:
     """Up to eight images, and adversarial examples of the model as it was."""
     device = next(model.parameters()).device
-    chosen = torch.linspace(0, len(images) - 1, min(8, len(images))).long()
+    chosen = spread(len(images), 8)
     clean = as_float(images[chosen], device)
     delta = shared_perturbation(
         model,

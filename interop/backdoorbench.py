@@ -75,7 +75,7 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
     Raises:
         UserError: if BackdoorBench could not read it, or the folder exists.
     """
-    with _made(to):
+    with _refusals_told(to):
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise UserError(f"--to: {to} exists; give a new folder")
     attack = load_attack(source)
@@ -88,14 +88,14 @@ def export_record(source: Path, to: Path, dataset_path: str | None = None) -> No
     data = attack.load_dataset(dataset_path)
     state = model_state(attack.build())
     place = to.resolve()
-    with _made(to):
+    with _refusals_told(to):
         place.parent.mkdir(parents=True, exist_ok=True)
         remove_strays(place.parent, glob.escape(place.name))
     with contextlib.ExitStack() as stack:
-        with _made(to):
+        with _refusals_told(to):
             partial = stack.enter_context(temporary_folder(place.parent, place.name))
         _write_record(partial, place.name, attack, data, state, triggered)
-        with _made(to):
+        with _refusals_told(to):
             try:
                 os.rename(partial, place)
             except OSError as error:
@@ -280,7 +280,7 @@ def _refuse_unknown(attack: AttackRecord) -> None:
 
 
 @contextlib.contextmanager
-def _made(to: Path) -> Iterator[None]:
+def _refusals_told(to: Path) -> Iterator[None]:
     """Raises UserError, naming the flag, if the system refuses to make the folder."""
     try:
         yield
@@ -339,7 +339,7 @@ def _export_defense(source: Path, to: Path) -> None:
             return
         result = model_result(content["model_name"], content["num_classes"], content["model"])
     folder = to / "defense" / source.name
-    with _made(folder):
+    with _refusals_told(folder):
         folder.mkdir(parents=True)
     folders.RunFolder(folder).write_tensors("defense_result.pt", result)
 

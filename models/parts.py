@@ -151,7 +151,8 @@ def convolutions_before(
     """For BatchNorm layers with running statistics, the convolution before each, by their names.
 
     Args:
-        pairs: `order` takes the last convolution that was registered before the layer. `direct`
+        pairs: `order` takes the last convolution that was registered before the layer; a layer of
+            another width than that one is skipped. `direct`
             takes the one whose output is the layer's input, found in a pass of one black image;
             other layers are skipped.
         image_shape: (C, H, W) of that image.

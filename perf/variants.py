@@ -25,6 +25,7 @@ from models import preactresnet
 from perf.speed import Bench, at_precision, interleaved, load
 from utils.config import Parser
 from utils.data.batches import as_float
+from utils.errors import UserError
 from utils.process.device import pick_device
 from utils.process.script import logger, run_script
 from utils.records import folders
@@ -130,10 +131,10 @@ def inner_loop(bench: Bench) -> Group:
     }
 
 
-PARTS: dict[str, list[Callable[[Bench], Group]]] = {
-    "training": [training],
-    "inference": [inference],
-    "inner_loop": [inner_loop],
+PARTS: dict[str, Callable[[Bench], Group]] = {
+    "training": training,
+    "inference": inference,
+    "inner_loop": inner_loop,
 }
 
 
@@ -148,14 +149,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns that count")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
+    if flags.repeats < 1:
+        raise UserError(f"--repeats: {flags.repeats} is not allowed; give 1 or more")
     folder = folders.find_record(flags.result_file, flags.record_path)
     bench = load(folder, 64, 64, pick_device(flags.device), flags.repeats)
     for part in flags.parts:
-        for make in PARTS[part]:
-            seconds = interleaved(make(bench), bench.repeats, bench.device)
-            ours = next(iter(seconds.values()))
-            for name, took in seconds.items():
-                logger.info("%-50s %8.3f s  %.2f times as long", name, took, took / ours)
+        seconds = interleaved(PARTS[part](bench), bench.repeats, bench.device)
+        ours = next(iter(seconds.values()))
+        for name, took in seconds.items():
+            logger.info("%-50s %8.3f s  %.2f times as long", name, took, took / ours)
 
 
 if __name__ == "__main__":

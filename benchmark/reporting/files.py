@@ -13,7 +13,7 @@ from benchmark.reporting.summaries import read_runs
 from utils.errors import UserError, one_line
 from utils.files import read_text
 from utils.process.script import logger
-from utils.records.folders import RunFolder
+from utils.records.folders import RunFolder, made_folder
 
 _MARKED = {"table.md": tables.markdown, "leaderboard.md": leaderboard.markdown}
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")
@@ -180,12 +180,3 @@ def filled(text: Path, content: str, parts: dict[str, str]) -> str:
         if not is_inside:
             lines.append(line)
     return "\n".join(lines) + "\n"
-
-
-def made_folder(path: Path) -> RunFolder:
-    """A folder to write into, which is made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--to: {path} cannot be made ({error.strerror}); give a folder") from None
-    return RunFolder(path)

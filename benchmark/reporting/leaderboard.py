@@ -41,7 +41,10 @@ _ANALYSES_MEAN = (
     "Of analyses (docs/analysis.md). ASR re-learned: after a short fine-tuning with five poisoned "
     "images. t at ASR 50 %: on the straight line from the backdoored weights (0) to the purified "
     "ones (1); near 1 is near the edge. ASR re-activated: with one small perturbation. S: how much "
-    "of the backdoor's features is left. Clean model: the same for a model without a backdoor."
+    "of the backdoor's features is left. Clean model: the same for a model without a backdoor. "
+    "Exact purification: the same for the backdoored model after it was tuned with true labels. "
+    "Clean images: those that the same perturbation sends to the target. In brackets: how many of "
+    "the analysed models have the number; t has one only where the ASR falls below 50 %."
 )
 _RANK_MEANS = (
     f"Rank: by mean DER. In brackets: its {100 * CONFIDENCE:.0f} % interval over {RESAMPLES:,} "
@@ -78,7 +81,8 @@ class Entry:
         purify_seconds: None where no run says it.
         sees: "clean", "poisoned" or "nothing".
         flags: keys of `means.FLAGS`.
-        analyses: means of the numbers of `sources.HEADLINES` over the runs that have them.
+        analyses: means of the numbers of `sources.HEADLINES` over the models that have them, and
+            how many these are.
     """
 
     defense: str
@@ -94,15 +98,21 @@ class Entry:
     purify_seconds: float | None
     sees: str
     flags: str
-    analyses: dict[str, float] = field(default_factory=dict)
+    analyses: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Some defenses on the same models, the best DER first; `notes` are whole sentences."""
+    """Some defenses on the same models, the best DER first.
+
+    Attributes:
+        notes: whole sentences.
+        analysed: by name of `sources.HEADLINES`, how many models have the number for some defense.
+    """
 
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
+    analysed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,7 +211,14 @@ def _leaderboard(
         ranks = rank(der.droplevel("record")[rivals])
     entries = [_entry(table, g, ranks.get(label), flags[label]) for label, g in groups.items()]
     entries.sort(key=lambda entry: (-entry.der.rounded(), entry.defense))
-    return Leaderboard(tuple(entries), tuple(_notes(table, runs, skipped, failed)))
+    measured = {name: runs.dropna(subset=[name]) for name in HEADLINES if name in runs}
+    analysed = {name: part["record"].nunique() for name, part in measured.items()}
+    notes = _notes(table, runs, skipped, failed)
+    some = pd.concat([*measured.values(), runs[:0]])
+    if len(some):
+        names = ", ".join(sorted(set(some["row"])))
+        notes.append(f"Analysed: {some['record'].nunique()} of these models ({names}).")
+    return Leaderboard(tuple(entries), tuple(notes), analysed)
 
 
 def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> Entry:
@@ -231,10 +248,14 @@ def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> 
     )
 
 
-def _analyses(runs: pd.DataFrame) -> dict[str, float]:
-    """Means over the attacks' means of what analyses measured, where they measured something."""
+def _analyses(runs: pd.DataFrame) -> dict[str, tuple[float, int]]:
+    """Means over the attacks' means of what analyses measured, and of how many models."""
     means = {name: _mean(runs, name) for name in HEADLINES if name in runs}
-    return {name: float(mean.mean) for name, mean in means.items() if mean is not None}
+    return {
+        name: (float(mean.mean), runs.dropna(subset=[name])["record"].nunique())
+        for name, mean in means.items()
+        if mean is not None
+    }
 
 
 def _flags(table: Table, label: str, runs: pd.DataFrame) -> str:
@@ -318,15 +339,18 @@ def cells(entry: Entry, board: Leaderboard) -> list[Cell]:
         _number_cell(entry.clean_acc_lost),
         Cell("") if seconds is None else Cell(_seconds(seconds), "", repr(seconds)),
         Cell(entry.sees, "", entry.sees),
-        *(_analysis_cell(name, entry.analyses.get(name)) for name in _measured(board)),
+        *(_analysis_cell(name, entry, board) for name in _measured(board)),
     ]
 
 
-def _analysis_cell(name: str, value: float | None) -> Cell:
-    if value is None:
+def _analysis_cell(name: str, entry: Entry, board: Leaderboard) -> Cell:
+    if name not in entry.analyses:
         return Cell("")
+    value, models = entry.analyses[name]
+    total = board.analysed[name]
     _, is_share = HEADLINES[name]
-    return Cell(f"{100 * value:.2f}" if is_share else f"{value:.2f}", "", repr(value))
+    detail = "" if models == total else f"({models} of {total})"
+    return Cell(f"{100 * value:.2f}" if is_share else f"{value:.2f}", detail, repr(value))
 
 
 def _number_cell(number: Number | None) -> Cell:

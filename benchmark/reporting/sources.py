@@ -35,7 +35,7 @@ from utils.config import read_yaml
 from utils.errors import UserError, one_line, shown
 from utils.files import read_bytes, read_object, read_text
 from utils.process.script import logger
-from utils.records.folders import RunFolder
+from utils.records.folders import CLEAN, EXACT, RunFolder
 
 RUNS, CURVES = "runs.jsonl", "curves.csv"
 RATES = ("acc", "asr", "ra", "cross_acc")
@@ -44,12 +44,15 @@ LARGEST = 1 << 20  # bytes of a summary.json
 HEADLINES = {
     "asr_retuned": ("ASR re-learned", True),
     "asr_retuned_clean": ("clean model re-learned", True),
+    "asr_retuned_exact": ("exact purification re-learned", True),
     "t_half": ("t at ASR 50 %", False),
     "asr_reactivated": ("ASR re-activated", True),
     "asr_reactivated_clean": ("clean model re-activated", True),
+    "clean_as_target": ("clean images re-activated", True),
     "similarity": ("S", False),
     "similarity_clean": ("clean model S", False),
 }
+POISONED_IMAGES = 5  # of a re-learned ASR that is reported
 _LARGEST_METRICS = 4 << 20  # bytes of a metrics.csv
 _LARGEST_GRID = 64 << 20  # bytes of a runs.jsonl, and of a curves.csv
 _WIDEST = 10_000  # characters of the first line of a table
@@ -140,9 +143,7 @@ class RunInFolder(StoredRun):
 
     @cached_property
     def analyses(self) -> dict[str, float]:
-        return (
-            {} if self.defense is None else read_analyses(self.path.parent.parent, self.path.name)
-        )
+        return {} if self.defense is None else read_analyses(self.path)
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
@@ -265,26 +266,52 @@ def analysis_folders(record: Path) -> list[Path]:
     return sorted(path for path in home.iterdir() if path.is_dir() and not path.is_symlink())
 
 
-def read_analyses(record: Path, defense: str) -> dict[str, float]:
-    """The headline numbers of a defense, of all analyses of its record that are finished.
+def read_analyses(result: Path) -> dict[str, float]:
+    """The headline numbers of a defense, of the analyses of its record that are finished.
 
-    A number of a clean model, the control, has the ending `_clean`.
+    Only those in the folder that has the analysis's own name count: one under another name has
+    other settings. An analysis of another model than the defense's present one is skipped with a
+    warning. A number of a control has an ending: `_clean` of a clean model, `_exact` of exact
+    purification.
+
+    Args:
+        result: the folder of the defense's result, in the record's `defense/`.
     """
+    record, now = result.parent.parent, _read_plain(result)
     numbers: dict[str, Any] = {}
     for folder in analysis_folders(record):
-        path = folder / "summary.json"
-        if not is_plain(path, LARGEST):
+        summary = _read_plain(folder)
+        headline, models, hashes = (
+            part if isinstance(part, dict) else {}
+            for part in (summary.get("headline"), summary.get("models"), now.get("files"))
+        )
+        is_of_defense = isinstance(headline.get(result.name), dict)
+        if summary.get("analysis") != folder.name or not is_of_defense:
             continue
-        try:
-            headline = read_object(path, LARGEST).get("headline")
-        except (OSError, ValueError):
+        if models.get(result.name) != hashes.get("defense_result.pt"):
+            logger.warning(
+                "warning: %s: skipped; it is of another %s than is there now",
+                shown(folder),
+                shown(result.name),
+            )
             continue
-        if isinstance(headline, dict):
-            for name, ending in ((defense, ""), ("clean model", "_clean")):
-                of_model = headline.get(name)
-                if isinstance(of_model, dict):
-                    numbers |= {f"{key}{ending}": value for key, value in of_model.items()}
+        for name, ending in ((result.name, ""), (CLEAN, "_clean"), (EXACT, "_exact")):
+            of_model = headline.get(name)
+            if isinstance(of_model, dict):
+                values = {f"{key}{ending}": value for key, value in of_model.items()}
+                if of_model.get("poisoned_images", POISONED_IMAGES) != POISONED_IMAGES:
+                    values.pop(f"asr_retuned{ending}", None)
+                numbers |= values
     return checked_headline(numbers)
+
+
+def _read_plain(folder: Path) -> dict[str, Any]:
+    """The summary of a run; empty if it is a link, too large or cannot be read."""
+    path = folder / "summary.json"
+    try:
+        return read_object(path, LARGEST) if is_plain(path, LARGEST) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def checked_headline(numbers: Mapping[str, Any]) -> dict[str, float]:

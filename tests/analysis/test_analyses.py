@@ -16,6 +16,8 @@ from tests.test_end_to_end import run_script
 from utils.files import ROOT
 from utils.records.folders import RunFolder
 
+NAMES = ("ft", "npd", "sau")  # of the defenses' results
+
 
 def run(records: Path, kind: str, *flags: object, record: str = "bd") -> int:
     """Exit code of an analysis's script."""
@@ -51,8 +53,9 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_ends_of_the_path_have_the_counts_of_the_summaries(records: Path) -> None:
-    """npd changes the architecture, so it is skipped with a line."""
-    assert run(records, "path", "--save_folder_name", "ends") == 0
+    """npd changes the architecture, so it is skipped with a line. The clean model is a control."""
+    flags = ["--save_folder_name", "ends", "--clean_record", "clean"]
+    assert run(records, "path", *flags) == 0
     table = rows(records, "ends", "path")
     for name in ("ft", "sau"):
         points = {row["t"]: row for row in table if row["defense"] == name}
@@ -62,9 +65,31 @@ def test_the_ends_of_the_path_have_the_counts_of_the_summaries(records: Path) ->
             counts = {key: value for key, value in stored.items() if key.endswith(("_hits", "l"))}
             assert len(counts) == 6
             assert {key: int(points[t][key]) for key in counts} == counts
-    assert {row["defense"] for row in table} == {"ft", "sau"}
-    (warning,) = result(records, "ends")["warnings"]
+    assert {row["defense"] for row in table} == {"ft", "sau", "clean model"}
+    clean = json.loads((records / "clean/summary.json").read_text())
+    (of_clean,) = [r for r in table if (r["defense"], r["t"]) == ("clean model", "1.0")]
+    assert int(of_clean["acc_hits"]) == clean["acc_hits"]
+    written = result(records, "ends")
+    (warning,) = written["warnings"]
     assert warning.startswith("npd: skipped, since this defense has changed the architecture")
+    of_results = {name: summary(records, name)["files"]["defense_result.pt"] for name in NAMES}
+    of_clean_model = {"clean model": clean["files"]["attack_result.pt"]}
+    assert written["models"] == of_results | of_clean_model
+
+
+def test_scores_that_a_summary_has_otherwise_are_told(fresh: Path) -> None:
+    """At both ends: the model before, and the purified one."""
+    path = fresh / "bd/defense/ft/summary.json"
+    content = json.loads(path.read_text())
+    content["before"]["acc_hits"] += 1
+    content["after"]["ra_hits"] += 1
+    path.write_text(json.dumps(content))
+    assert run(fresh, "path", "--defenses", "ft", "--t_steps", 1) == 0
+    lines = [line.partition(";")[0] for line in result(fresh, "path")["warnings"]]
+    assert lines[1:] == [
+        "ft: acc_hits at t = 0 differ from its summary",
+        "ft: ra_hits at t = 1 differ from its summary",
+    ]
 
 
 def test_the_path_with_statistics_that_are_measured(records: Path) -> None:
@@ -164,6 +189,33 @@ def test_an_inspection_needs_no_record(records: Path, tmp_path: Path) -> None:
     assert written["attack"] is None
     own = signals_of(records, "inspect", "mine")["before"]
     assert own == signals_of(records, "same")["before"]
+    assert set(own["A"]) == {"statistic", "top", "entropy", "z"}
+    sent = sum(int(row["count"]) for row in rows(records, "same", "matrix") if row["signal"] == "A")
+    assert sent == 60 * 4  # each probe, for the record's model and three purified ones
+
+
+def test_a_foreign_model_gets_no_place_in_a_record(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(records / "bd/attack_result.pt", weights_only=True)["model"]
+    torch.save(state, tmp_path / "mine.pt")
+    flags = ["--state_dict", tmp_path / "mine.pt", "--model", "tiny", "--dataset", "random"]
+    flags += ["--record_path", records, "--save_folder_name", "clean"]
+    assert run_script(ROOT / "analysis/inspect.py", *flags) == 2
+    assert "clean is the record of another model; give a new name" in refusal(capsys)
+
+
+def test_a_foreign_model_that_guesses_is_doubted(records: Path, tmp_path: Path) -> None:
+    """As one with another normalization does."""
+    state = torch.load(records / "bd/attack_result.pt", weights_only=True)["model"]
+    torch.save({name: torch.zeros_like(value) for name, value in state.items()}, tmp_path / "0.pt")
+    few = ["--probes", 20, "--noise_steps", 1, "--noise_images", 1]
+    flags = ["--state_dict", tmp_path / "0.pt", "--model", "tiny", "--dataset", "random"]
+    flags += ["--record_path", tmp_path, "--save_folder_name", "mine", "--neural_cleanse", "true"]
+    assert run_script(ROOT / "analysis/inspect.py", *flags, *few) == 0
+    warnings = result(tmp_path, "inspect", "mine")["warnings"]
+    assert any(line.startswith("ACC is only") for line in warnings)
+    assert any(line.startswith("the model has no signal E") for line in warnings)
 
 
 def test_neural_cleanse_is_read_where_it_was_run(records: Path) -> None:
@@ -236,6 +288,7 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
         ("retune", ["--lr", "1e30"], r"--lr: with 1e\+30 the loss is not finite; give a smaller"),
         ("retune", ["--poisoned_images", "300"], r"--poisoned_images: 300: there are only 20 ima"),
         ("gradcam", ["--layer", "conv7"], r"--layer: conv7 is no layer of this network"),
+        ("gradcam", ["--layer", "linear"], r"--layer: linear gives no map of features"),
         ("inspect", ["--clean_records", "bd"], r"--clean_records: bd is the record of an attac"),
         ("inspect", ["--state_dict", "x.pt"], r"--dataset: a value is needed with --state_dict"),
         ("all", ["--kinds", "path,paths"], r"--kinds: paths: no analysis; give confusion, featu"),
@@ -249,7 +302,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     message: str,
 ) -> None:
     if not {"--save_folder_name", "--kinds"} & set(flags):
-        flags = [*flags, "--save_folder_name", "refused"]
+        flags = [*flags, "--save_folder_name", "refused", "--overwrite"]
     assert run(records, kind, *flags) == 2
     assert re.match(message, refusal(capsys))
     assert not (records / "bd/analysis/refused/summary.json").exists()
@@ -318,6 +371,68 @@ def test_what_a_record_lacks_is_said(records: Path, capsys: pytest.CaptureFixtur
     assert "has no triggered images" in refusal(capsys)
     assert run(records, "weights", record="clean") == 2
     assert "has no finished result of a defense" in refusal(capsys)
+
+
+def test_a_result_that_is_damaged_is_refused_before_the_work(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (fresh / "bd/defense/sau/defense_result.pt").open("ab") as file:
+        file.write(b"more")
+    assert run(fresh, "retune") == 2
+    said = refusal(capsys)
+    assert "defense_result.pt: is not the file that summary.json describes" in said
+    assert said.endswith("or name others with --defenses")
+    assert not (fresh / "bd/analysis/retune/config.yaml").exists()
+    assert run(fresh, "confusion", "--defenses", "ft") == 0
+
+
+def test_a_finished_analysis_of_a_result_that_was_made_anew_is_not_taken_for_done(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for script in ("confusion", "all"):
+        flags = ["--kinds", "confusion,weights"] if script == "all" else []
+        assert run(fresh, script, *flags, "--overwrite") == 0
+        assert run(fresh, script, *flags, "--resume") == 0
+        again = ["--result_file", "bd", "--record_path", fresh, "--n_rounds", 1, "--overwrite"]
+        assert run_script(ROOT / "defense/ft.py", *again, "--lr", f"0.00{len(script)}") == 0
+        assert run(fresh, script, *flags, "--resume") == 2
+        assert "was made with another ft than is there now; give --overwrite" in refusal(capsys)
+
+
+def test_models_of_one_name_are_not_taken_for_one(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(records / "clean", tmp_path / "clean")
+    flags = ["--save_folder_name", "twins", "--probes", 20, "--overwrite"]
+    assert run(records, "inspect", *flags, "--clean_records", f"{tmp_path}/clean,clean") == 2
+    assert "another model here is called clean, too" in refusal(capsys)
+    assert run(records, "inspect", *flags, "--clean_records", "clean", record="clean") == 2
+    assert "clean is the model that is inspected" in refusal(capsys)
+
+
+def test_all_gives_the_inspection_its_clean_model(records: Path, tmp_path: Path) -> None:
+    for name in ("bd", "clean"):
+        ignored = shutil.ignore_patterns("analysis", "sau", "npd")
+        shutil.copytree(records / name, tmp_path / name, ignore=ignored)
+    flags = ["--kinds", "inspect", "--clean_record", "clean"]
+    assert run(tmp_path, "all", *flags) == 0
+    assert {row["kind"] for row in rows(tmp_path, "inspect", "signals")} == {
+        *("record", "purified", "clean"),
+    }
+    assert "clean" in result(tmp_path, "inspect")["models"]
+
+
+def test_a_clean_model_of_another_network_is_skipped_with_a_line(
+    records: Path, fresh: Path
+) -> None:
+    other = ["--dataset", "random", "--model", "preactresnet18_half", "--epochs", 1]
+    flags = [*other, "--record_path", fresh, "--save_folder_name", "other"]
+    assert run_script(ROOT / "attack/prototype.py", *flags) == 0
+    few = ["--defenses", "ft", "--shares", "0.5,0.5", "--clean_record", "other"]
+    assert run(fresh, "similarity", *few) == 0
+    warnings = result(fresh, "similarity")["warnings"]
+    assert any("skipped, since its weights have other shapes" in line for line in warnings)
+    assert not any("no --clean_record" in line for line in warnings)
 
 
 def test_a_result_of_another_attack_is_refused(

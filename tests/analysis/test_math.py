@@ -24,6 +24,7 @@ from analysis.base import Results
 from defense import sau
 from models import build_model
 from utils.errors import UserError
+from utils.training.evaluate import head_features
 
 # --- path ---------------------------------------------------------------------------------------
 
@@ -333,6 +334,17 @@ def test_a_conclusion_is_never_a_verdict_without_clean_models() -> None:
     assert "few" not in said(told(3, 3, 0.7), *(0.1,) * 6)
 
 
+def test_a_signal_that_clean_models_lack_is_compared_with_nothing() -> None:
+    """Six clean models, of which one has E, too, and a smaller one."""
+    own = {**told(3, 3, 0.7), "E": {"top": 3, "statistic": 9.0}}
+    null = [told(0, 0, 0.1) for _ in range(6)]
+    null[0]["E"] = {"top": 1, "statistic": 1.0}
+    assert "stands out in A, A', more than" in inspection.conclusion(own, null, str)
+    for other in null:
+        other["E"] = {"top": 1, "statistic": 1.0}
+    assert "stands out in A, A', E, more than" in inspection.conclusion(own, null, str)
+
+
 # --- pictures -----------------------------------------------------------------------------------
 
 
@@ -403,5 +415,5 @@ def test_penultimate_features_are_what_the_head_gets() -> None:
     torch.manual_seed(0)
     model = build_model("tiny", 3).eval()
     images = torch.rand(5, 3, 8, 8)
-    before_head = features.penultimate(model, images, size=2)
+    before_head = head_features(model, images)
     assert torch.allclose(model.network.linear(before_head), model(images), atol=1e-6)

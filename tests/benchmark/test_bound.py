@@ -108,14 +108,12 @@ def test_rounds() -> None:
     [
         ("--images 0 --to y", "--images: 0 is not allowed"),
         ("--random_seed -1 --to y", "--random_seed: -1 is not allowed; give 0 or more"),
-        ("--to taken", "--to: .*taken cannot be made"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr(sys, "argv", ["bound.py", "--result_file", "x", *flags.split()])
     with pytest.raises(UserError, match=message):
         bound.main()
@@ -137,6 +135,13 @@ def test_a_record_of_your_own_network_is_measured(
     assert run_script(ROOT / "attack/badnet.py", *record, *where) == 0
     flags = ["--result_file", "mine", "--rounds", "0,1", "--images", 9, "--to", tmp_path / "out"]
     assert run_script(ROOT / "benchmark/bound.py", *flags, *where) == 0
+    capsys.readouterr()
+    (tmp_path / "taken").write_text("a file")
+    assert run_script(ROOT / "benchmark/bound.py", *flags, *where, "--to", tmp_path / "taken") == 2
+    assert "taken cannot be made" in capsys.readouterr().err
+    nobody = ["--result_file", "nobody", "--to", tmp_path / "empty"]
+    assert run_script(ROOT / "benchmark/bound.py", *nobody, *where) == 2
+    assert not (tmp_path / "empty").exists()
     assert (tmp_path / "out/mine.csv").read_text().count("\n") == 3
     assert run_script(ROOT / "benchmark/bound.py", *flags, *where[:2]) == 2
     assert "--model" in capsys.readouterr().err

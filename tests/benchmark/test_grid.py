@@ -103,7 +103,34 @@ def test_analyses_come_last_with_clean_models_as_controls(tmp_path: Path) -> Non
     assert mine.flags["clean_records"] == ["digits-preactresnet18-prototype-s3"]
     assert mine.folder == tmp_path / "records/digits-preactresnet18-prototype-s0/analysis/mine"
     arguments = by_name["digits-preactresnet18-fixed-s0/analysis/path"].arguments()
-    assert arguments[:4] == ["--t_steps", "5", "--defenses", "ft,sau_x"]
+    assert arguments[:2] == ["--t_steps", "5"]
+    assert arguments[arguments.index("--defenses") + 1] == "ft,sau_x"
+    seeds = [by_name[f"digits-preactresnet18-badnet-s{seed}/analysis/retune"] for seed in (0, 3)]
+    assert seeds[0].kind == seeds[1].kind  # so that what one takes foretells the other
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{epochs: 2}", "{pratio: 0.2}", "attack_flags: pratio is an axis of the grid; leave one"),
+        ("{epochs: 2}", "{model: tiny}", "attack_flags: model is an axis of the grid; give it in"),
+        ("[digits]", "{digits: {pratio: 0.2}}", "datasets.digits: pratio is an axis of the grid"),
+        ("pratio: 0.2}", "dataset: random}", "attacks.fixed: dataset is an axis of the grid; giv"),
+    ],
+)
+def test_a_flag_says_nothing_else_than_an_axis(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    """The axis is in the record's name."""
+    with pytest.raises(UserError, match=message):
+        grid_of(TEXT.replace(old, new), tmp_path)
+
+
+def test_what_a_defense_sees_also_comes_from_common_flags(tmp_path: Path) -> None:
+    """EP with clean images can be run on a clean model."""
+    for given in ("{ep: {data: clean}}", "[ep]\ndefense_flags: {data: clean}"):
+        cells = grid_of(TEXT.replace(DEFENSES, f"defenses: {given}"), tmp_path)
+        assert "digits-preactresnet18-prototype-s0/ep" in [cell.name for cell in cells]
 
 
 def test_an_analysis_that_does_not_exist_is_refused(tmp_path: Path) -> None:

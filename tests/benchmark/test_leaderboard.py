@@ -48,7 +48,7 @@ def ranks_of(board: Leaderboard) -> dict[str, str]:
 def analysed(record: Path, kind: str, **headline: Any) -> None:
     folder = record / "analysis" / kind
     folder.mkdir(parents=True)
-    facts = {"analysis": kind, "attack": "sig", "dataset": "cifar10", "headline": headline}
+    facts = {"analysis": kind.partition("_")[0], "attack": "sig", "headline": headline}
     (folder / "summary.json").write_text(json.dumps(facts))
 
 
@@ -68,8 +68,41 @@ def test_headlines_of_analyses_are_columns_where_there_are_some(two_attacks: Pat
     cells = {line.split("|")[1].strip(" *"): line.split("|")[-4:-1] for line in lines}
     by_defense = {name.partition("<")[0]: cell for name, cell in cells.items()}
     assert [cell.strip() for cell in by_defense["sau"]] == ["60.00", "10.00", ""]
-    assert [cell.strip() for cell in by_defense["ft"]] == ["", "10.00", "0.88"]
+    assert [cell.strip() for cell in by_defense["ft"]] == ["", "", "0.88"]
     assert "Of analyses" in text
+    assert "Analysed: 4 of these models (blended, sig)." in text
+
+
+def test_a_mean_over_some_of_the_analysed_models_says_how_many(two_attacks: Path) -> None:
+    """t is a number for FT on one model, and for SAU on two, of two attacks."""
+    for name, of_ft in (("blended-0", 0.5), ("sig-0", None)):
+        analysed(two_attacks / name, "path", sau={"t_half": 0.25}, ft={"t_half": of_ft})
+    text = leaderboard.markdown([the_table(two_attacks)])
+    last = {
+        row.split("|")[1].strip(" *")[:2]: row.split("|")[-2].strip()
+        for row in text.splitlines()
+        if row.startswith("|")
+    }
+    assert last["sa"] == "0.25"
+    assert last["ft"] == "0.50 (1 of 2)"
+
+
+def test_what_was_analysed_otherwise_is_no_column(two_attacks: Path, caplog: Any) -> None:
+    """With other settings, of another count of images, or of a model that was replaced."""
+    analysed(two_attacks / "sig-0", "retune_long", sau={"asr_retuned": 0.9})
+    few = {"asr_retuned": 0.8, "poisoned_images": 0}
+    analysed(two_attacks / "sig-1", "retune", sau=few)
+    assert "re-learned" not in leaderboard.markdown([the_table(two_attacks)])
+    exact = {"exact purification": {"asr_retuned": 0.3, "poisoned_images": 5}}
+    analysed(two_attacks / "sig-0", "retune", sau={"asr_retuned": 0.7}, **exact)
+    text = leaderboard.markdown([the_table(two_attacks)])
+    assert "70.00" in text
+    assert "exact purification re-learned" in text
+    path = two_attacks / "sig-0/defense/sau/summary.json"
+    files = {"defense_result.pt": "0" * 64}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": files}))
+    assert "re-learned" not in leaderboard.markdown([the_table(two_attacks)])
+    assert "skipped; it is of another sau than is there now" in caplog.text
 
 
 def test_what_was_learned_again_is_a_heat_map_beside_its_control(two_attacks: Path) -> None:

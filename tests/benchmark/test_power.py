@@ -42,11 +42,11 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(POWER, "--under", tmp_path, "--csv", out) == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [
-        "| dataset | attack | models | A AUROC, top |",
-        "|---|---|---|---|",
-        "| digits | badnet | 2 against 2 | 0.75, 1/2 |",
-        "| digits | badnet_all2all | 1 against 2 | 0.00, - |",
-        "| digits | all of these | 3 against 2 | 0.50, 1/2 |",  # 3 of 6 pairs
+        "| dataset | network | attack | attacked, clean | A AUROC, top |",
+        "|---|---|---|---|---|",
+        "| digits | tiny | badnet | 2, 2 | 0.75, 1/2 |",
+        "| digits | tiny | badnet_all2all | 1, 2 | 0.00, - |",
+        "| digits | tiny | all of these | 3, 2 | 0.50, 1/2 |",  # 3 of 6 pairs
     ]
     assert "f/analysis/inspect/summary.json: is no summary" in said.err
     assert out.read_text().splitlines()[1] == "digits,tiny,badnet,A,0.75,1,2,2,2"
@@ -68,7 +68,7 @@ def test_a_model_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     inspection(tmp_path, "x/b", "badnet", 0.8, 0, attack_sha256="2")
     inspection(tmp_path, "x/old", "prototype", 0.1, 0)
     assert run_script(POWER, "--under", tmp_path, tmp_path / "x") == 0
-    assert "| digits | badnet | 2 against 1 |" in capsys.readouterr().out
+    assert "| digits | tiny | badnet | 2, 1 |" in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_written_is_refused_first(

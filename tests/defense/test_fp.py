@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from defense import ft
-from defense.fp import Config, head_features, pruning_order, purify
+from defense.fp import Config, pruning_order, purify
 from models import Classifier, Resize
 from models.preactresnet import PreActResNet
 from tests.networks import TUNING, ConvNet, conv_net, copied, differing, problem
 from utils.errors import UserError
+from utils.training.evaluate import head_features
 from utils.training.loop import Loop
 from utils.training.selection import hold_out
 

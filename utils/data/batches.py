@@ -16,6 +16,11 @@ RESIDENT = 1 << 29  # bytes of a mapped file that may stay in memory
 _MAPS: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictionary()
 
 
+def spread(count: int, most: int) -> torch.Tensor:
+    """Up to `most` evenly spaced positions of `count` ones: int64, ascending, each once."""
+    return torch.linspace(0, count - 1, min(most, count)).long().unique()
+
+
 def mapped(file: Path, shape: tuple[int, ...]) -> torch.Tensor:
     """A file of uint8 values as a tensor, read as it is used; it must not be written to.
 

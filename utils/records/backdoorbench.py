@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils.data.batches import spread
 from utils.data.labelled import LARGEST_SIDE, MOST_CLASSES, Dataset
 from utils.errors import UserError, one_line, shown
 from utils.files import read_bytes
@@ -574,8 +575,7 @@ def _check_split(
             f"{name} here, e.g. number {number}: {int(replaced.originals[row])} in the record, "
             f"{int(labels[number])} here; {advice}"
         )
-    size = min(_SAMPLE, len(replaced.index))
-    rows = torch.linspace(0, len(replaced.index) - 1, size).long()
+    rows = spread(len(replaced.index), _SAMPLE)
     alike = _finds_its_own(replaced.images(rows.tolist()), images[replaced.index[rows]])
     if int(alike.sum()) * 2 < len(alike):
         number = int(replaced.index[rows[torch.nonzero(~alike)[0, 0]]])

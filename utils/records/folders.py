@@ -28,7 +28,9 @@ from utils.tensors import explained, load_tensors
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
 # What Windows takes for a device, or for another name.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
-BEFORE = "before"  # in tables and figures, the model before the defense
+# In tables and figures, models beside those that defenses purified: the model before the defense, a
+# model without a backdoor, and the backdoored model tuned with the true labels.
+BEFORE, CLEAN, EXACT = "before", "clean model", "exact purification"
 # Flags that say where a run writes, and when, but not what comes out.
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
 # By the lock's path: the open file, and the folders that were made for it.
@@ -570,3 +572,16 @@ def free_folder(
     folder = attack_folder(name, as_path(root))
     folder.claim(overwrite, resume)
     return folder
+
+
+def made_folder(path: Path) -> RunFolder:
+    """The folder of `--to`, which is made if it is not there.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to: {path} cannot be made ({error.strerror}); give a folder") from None
+    return RunFolder(path)

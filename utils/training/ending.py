@@ -12,7 +12,7 @@ import torch
 
 from models import Classifier
 from utils.config import Config, parse_yaml
-from utils.data.batches import as_float
+from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset, Triggered
 from utils.metrics import Scores, rate_label
 from utils.process.device import environment, peak_memory_mib
@@ -269,7 +269,7 @@ def draw_trigger(
     """trigger.png: eight triggered test images beside the clean ones, with the model's labels."""
     from utils import plot
 
-    chosen = torch.linspace(0, len(triggered.index) - 1, 8).long()
+    chosen = spread(len(triggered.index), 8)
     clean = data.test.images[triggered.index[chosen]]
     changed = triggered.images[chosen]
     predictions = [

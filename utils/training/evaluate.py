@@ -5,8 +5,10 @@ from torch import nn
 
 from models import Resize
 from models.modes import evaluating
+from models.parts import head, recording
 from utils.data.batches import as_float, release
 from utils.data.labelled import Labelled, Triggered
+from utils.errors import UserError
 from utils.metrics import Rate, Scores
 from utils.process import distributed
 from utils.process.device import images_at_once
@@ -39,6 +41,36 @@ def _side(model: nn.Module, images: torch.Tensor) -> int:
     """The side of the images that the network computes on: some networks enlarge them first."""
     resized = [module.size for module in model.modules() if isinstance(module, Resize)]
     return max([*images.shape[2:], *resized])
+
+
+def head_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What enters the head, in eval mode.
+
+    Args:
+        model: from (N, C, H, W) to (N, K); left as it was.
+        images: (N, C, H, W), float in [0, 1] or uint8.
+
+    Returns:
+        (N, D) float32 or float64; if the head works on several places, one row for each place.
+
+    Raises:
+        UserError: if the network has no head, or does not call it.
+    """
+    name, _ = head(model)
+    device, side = next(model.parameters()).device, images.shape[-1]
+
+    def features(part: torch.Tensor) -> torch.Tensor:
+        model(as_float(part, device))
+        if name not in inputs:
+            raise UserError(
+                f"this network does not call {name}, the first linear layer of its last part, "
+                "whose inputs this method reads; give another method or network"
+            )
+        entered = inputs[name].flatten(0, -2)
+        return entered.to(torch.promote_types(entered.dtype, torch.float32))
+
+    with evaluating(model), torch.no_grad(), recording(model, [name], of="input") as inputs:
+        return torch.cat([features(part) for part in images.split(images_at_once(device, side))])
 
 
 def evaluate(

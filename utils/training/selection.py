@@ -29,7 +29,7 @@ def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tenso
     Returns:
         Two int64 vectors of positions, ascending: to fit on, and held out.
     """
-    held = drawn_by_class(labels, share, generator(seed, "held-out part"))
+    held = drawn_by_class(labels, share, generator(seed, "held-out part"))  # on the CPU
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
     return torch.nonzero(~is_held).flatten(), held
@@ -44,8 +44,9 @@ def drawn_by_class(labels: torch.Tensor, share: float, rng: torch.Generator) -> 
         rng: on the CPU.
 
     Returns:
-        int64 positions, ascending.
+        int64 positions, ascending, on the CPU.
     """
+    labels = labels.cpu()
     chosen = [torch.zeros(0, dtype=torch.int64)]
     for label in labels.unique().tolist():
         members = torch.nonzero(labels == label).flatten()
@@ -116,7 +117,7 @@ def acceptable(accuracies: Sequence[float], before: float, acc_ratio: float) -> 
     Returns:
         0 to len(accuracies). 0: none is good, and the model stays as it is.
     """
-    limit = (1 - acc_ratio) * before
+    limit = (1 - acc_ratio) * before - 1e-9  # 0.9 * 0.78 is a little over 0.702
     is_good = [accuracy >= limit for accuracy in accuracies]  # of no image it is NaN, and not good
     return is_good.index(False) if False in is_good else len(is_good)
 

@@ -92,6 +92,8 @@ def test_drawn_by_class_of_nothing_is_nothing() -> None:
         ([0.9, 0.8999], 0.9, 0.0, 1),
         ([0.9, 0.95], 0.9, 0.0, 2),
         ([], 0.9, 0.05, 0),
+        ([351 / 500], 390 / 500, 0.1, 1),  # exactly at the limit, but for rounding
+        ([350 / 500], 390 / 500, 0.1, 0),
     ],
 )
 def test_acceptable_counts_good_levels_from_the_start(
