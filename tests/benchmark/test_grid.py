@@ -467,6 +467,30 @@ def test_a_cell_that_has_begun_is_not_too_long_for_a_budget(stubs: Path) -> None
     assert board.states[cells[2].name] == "done"
 
 
+def test_a_cell_of_another_process_is_waited_for_within_a_budget(
+    stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends after some polls; then its defense runs."""
+    (stubs / "seconds.txt").write_text("0")
+    cells = stub_cells(stubs, "a1")
+    polls: list[int] = []
+
+    def elsewhere(cell: Cell) -> bool:
+        if cell is not cells[0] or cell.is_done:
+            return False
+        polls.append(1)
+        if len(polls) > 6:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            (cell.folder / "summary.json").write_text("{}")
+        return True
+
+    monkeypatch.setattr(run, "is_elsewhere", elsewhere)
+    with run.Board(cells, 1) as board:
+        run.run_local(cells, stubs, 1, board, budget=60)
+    assert set(board.states.values()) == {"done"}
+    assert (stubs / "order.txt").read_text().split() == ["d"]
+
+
 def test_a_budget_that_is_too_short_for_all_that_is_left_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from defense import anp, base, clp, ep, ft
 from defense.base import Given, comparison, seen_images
 from utils import plot
+from utils.data.batches import spread
 from utils.data.labelled import Dataset, Triggered
 from utils.data.poison import PoisonedSet
 from utils.errors import NothingToDo, UserError
@@ -187,7 +188,7 @@ def test_the_dataset_is_the_record_s(tmp_path: Path) -> None:
     [(3, [0, 1, 2]), (8, [*range(8)]), (15, [*range(0, 15, 2)]), (1, [0])],
 )
 def test_up_to_eight_positions_are_spread_evenly(count: int, positions: list[int]) -> None:
-    assert base._spread(count).tolist() == positions
+    assert spread(count, 8).tolist() == positions
 
 
 def test_clean_and_triggered_images_stand_below_each_other(

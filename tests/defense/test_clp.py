@@ -258,8 +258,12 @@ def test_the_pairs_decide_which_channels_are_pruned() -> None:
     projection.weight.data[:, 0] = 1
     network.layer2[1].bn1.weight.data[3] = 50
     images = torch.zeros(0, 3, 16, 16)
-    by_order = purify(network, images, NO_LABELS, Config.load())
-    directly = purify(network, images, NO_LABELS, Config.load(pairs="direct"))
+    loops = Loop(), Loop()
+    by_order = purify(network, images, NO_LABELS, Config.load(), loops[0])
+    directly = purify(network, images, NO_LABELS, Config.load(pairs="direct"), loops[1])
+    assert loops[0].findings.warnings == []
+    (warning,) = loops[1].findings.warnings
+    assert warning.startswith("7 of 16 BatchNorm layers are not looked at")
     assert silent(by_order, "layer2.1.bn1") == [3]
     assert silent(directly, "layer2.1.bn1") == []
 

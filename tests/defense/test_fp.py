@@ -130,7 +130,9 @@ def test_the_levels_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     assert torch.allclose(found.linear.weight[:, 2], network.linear.weight[:, 2])
 
 
-@pytest.mark.parametrize(("count", "share", "second"), [(512, 0.01, 6), (100, 0.07, 7)])
+@pytest.mark.parametrize(
+    ("count", "share", "second"), [(512, 0.01, 6), (100, 0.07, 7), (9, 1e-11, 1)]
+)
 def test_the_step_is_rounded_up_but_for_rounding(count: int, share: float, second: int) -> None:
     """512 * 0.01 = 5.12 gives 6; 0.07 * 100 is a little over 7 in floating point, and gives 7."""
     loop = Loop()

@@ -12,7 +12,9 @@ import torch
 from matplotlib.figure import Figure
 
 from defense import ft
+from models import Classifier
 from utils import plot
+from utils.data.labelled import Dataset, Triggered
 from utils.metrics import Rate, Scores
 from utils.records.folders import RunFolder
 from utils.training import ending
@@ -134,6 +136,18 @@ def test_the_first_two_rows_are_compared_if_asked(tmp_path: Path, drawn: list[An
     assert torch.equal(drawn[0][0]["difference\nx 2"], torch.ones(2, 3, 4, 4))
     assert list(drawn[0][1]) == ["clean", "changed", "third"]
     assert list(drawn[1][0]) == ["clean", "changed"]
+
+
+def test_few_triggered_images_are_shown_once_each(
+    tmp_path: Path, drawn: list[Any], tiny_data: Dataset, tiny_model: Classifier
+) -> None:
+    index = torch.tensor([1, 4, 7])
+    labels, targets = tiny_data.test.labels[index], torch.zeros(3, dtype=torch.int64)
+    triggered = Triggered(tiny_data.test.images[index], targets, labels, index)
+    run = RunFolder(tmp_path)
+    run.start("lr: 0.1\n")
+    ending.draw_trigger(run, tiny_model, tiny_data, triggered, "badnet", CPU)
+    assert torch.equal(255 * drawn[0][0]["clean"], tiny_data.test.images[index].float())
 
 
 def test_a_figure_is_saved_sharply(tmp_path: Path) -> None:
