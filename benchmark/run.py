@@ -191,6 +191,7 @@ def run_local(
                     mark_of(cell, root).touch()
                     note = f"exit code {code}, {log_of(cell, root)}"
                     board.set(cell, "failed", note)
+            elsewhere = 0
             if len(running) < jobs:  # else nothing can be started
                 for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
                     waiting.remove(cell)
@@ -202,20 +203,21 @@ def run_local(
                         what = "attack" if lost[0] is cell.attack else lost[0].name
                         board.set(cell, "skipped", f"its {what} failed")
                 for slot in set(range(jobs)) - set(running):
-                    left = until - time.monotonic()
+                    remaining = until - time.monotonic()
                     ready = [
                         cell
                         for cell in waiting
                         if all(needed.is_done for needed in cell.needed)
-                        and (cell.is_begun or (board.usual(cell) or 0) < left)
+                        and (cell.is_begun or (board.usual(cell) or 0) < remaining)
                     ]
                     while ready and is_elsewhere(ready[0]):
                         board.set(ready.pop(0), "elsewhere", "another process runs it")
+                        elsewhere += 1
                     if ready:
                         waiting.remove(ready[0])
                         running[slot] = _Running(_start(workers, ready[0], root, slot), ready[0])
                         board.set(ready[0], "running")
-            is_idle = not running and not any(map(is_elsewhere, waiting))
+            is_idle = not running and not elsewhere
             if time.monotonic() >= until or (budget < math.inf and is_idle):
                 break
             time.sleep(0.05)
