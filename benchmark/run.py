@@ -289,10 +289,10 @@ def main() -> None:
             logger.info("%s; the same command goes on", rest)
             raise
     logger.info("%d cells: %s", len(cells), summary(board.states.values()))
-    left = [cell for cell in cells if board.states[cell.name] not in slurm.ENDED]
-    if flags.budget is not None and left:
-        shortest = min(board.usual(cell) or 0 for cell in left)
-        if any(cell.is_begun for cell in left) or shortest < flags.budget:
+    unfinished = [cell for cell in cells if board.states[cell.name] not in slurm.ENDED]
+    if flags.budget is not None and unfinished:
+        shortest = min(board.usual(cell) or 0 for cell in unfinished)
+        if any(cell.is_begun for cell in unfinished) or shortest < flags.budget:
             logger.info("the budget is used; the same command goes on")
         else:
             logger.info(

@@ -171,7 +171,8 @@ def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
     count = len(groups)
     names = [str(name) for name in der.columns]
     means = np.mean([values.mean(axis=0) for values in groups], axis=0)
-    places = dict(zip(names, _places(means[None])[0][0].tolist(), strict=True))
+    best, _ = _places(means[None])
+    places = dict(zip(names, best[0].tolist(), strict=True))
     if count == 1:
         return {name: Rank(place, None, None) for name, place in places.items()}
     generator = np.random.default_rng(seed)
@@ -291,7 +292,8 @@ def _mean(runs: pd.DataFrame, metric: str) -> Number | None:
 def _notes(table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame) -> list[str]:
     attacks, labels = sorted(set(runs["row"])), set(runs["label"])
     models = runs["record"].nunique()
-    alone = [str(row) for row, own in runs.groupby("row")["record"] if own.nunique() == 1]
+    by_attack = runs.groupby("row")["record"]
+    alone = [str(row) for row, records in by_attack if records.nunique() == 1]
     notes = [f"Attacks: {', '.join(attacks)}. Backdoored models: {models}."]
     if others := [label for label in table.labels() if label not in labels]:
         notes.append(f"Not run on all of these attacks: {', '.join(others)}.")
