@@ -187,7 +187,8 @@ def analyse(
     lacking = what_lacks(config, subject)
     if lacking:
         raise UserError(f"{source}: {lacking}")
-    return write(config, name, look, subject, folder, started)
+    with folder.replacing():
+        return write(config, name, look, subject, folder, started)
 
 
 def what_lacks(config: AnalysisConfig | type[AnalysisConfig], subject: Subject) -> str:

@@ -418,7 +418,8 @@ def inspect_weights(config: Config) -> folders.RunFolder:
         )
     folder = folders.analysis_folder(home, "inspect")
     folder.claim(config.overwrite, config.resume)
-    return write(config, "inspect", look, subject_of_weights(config), folder, started)
+    with folder.replacing():
+        return write(config, "inspect", look, subject_of_weights(config), folder, started)
 
 
 def main() -> None:

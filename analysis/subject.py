@@ -296,7 +296,7 @@ def results_of(
         UserError: if a named one does not exist, or one is damaged or of another attack.
     """
     home = attack.folder / "defense"
-    finished = sorted(path.parent.name for path in home.glob(f"*/{SUMMARY}"))
+    finished = sorted(path.parent.name for path in home.glob(f"[!.]*/{SUMMARY}"))
     missing = [name for name in config.defenses if name not in finished]
     if missing:
         raise UserError(

@@ -64,6 +64,18 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
     folder = free_folder(
         config.save_folder_name, config.record_path, config.overwrite, config.resume
     )
+    with folder.replacing():
+        return _train(config, name, make_plan, folder, started)
+
+
+def _train(
+    config: TrainingConfig,
+    name: str,
+    make_plan: MakePlan,
+    folder: folders.RunFolder,
+    started: float,
+) -> folders.RunFolder:
+    """As `train`, with the folder that was claimed."""
     with file_log() as open_log, deterministic(config.deterministic):
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)

@@ -141,7 +141,7 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--under: {folder} is no folder; give one that holds records")
-        for path in sorted(folder.glob("**/analysis/*/summary.json")):
+        for path in sorted(folder.glob("**/analysis/[!.]*/summary.json")):
             try:
                 content: Mapping[str, Any] = read_object(path)
                 if content.get("analysis") == "inspect" and content.get("attack"):

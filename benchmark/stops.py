@@ -91,7 +91,7 @@ def read(under: Path) -> list[Pair]:
     """
     if not under.is_dir():
         raise UserError(f"--under: {under} is no folder; give one that holds records")
-    pairs = [read_pair(path) for path in sorted(under.iterdir()) if path.is_dir()]
+    pairs = [read_pair(path) for path in sorted(under.glob("[!.]*")) if path.is_dir()]
     complete = [pair for pair in pairs if pair is not None]
     if not complete:
         raise UserError(

@@ -327,6 +327,19 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     folder.claim(config.overwrite, config.resume, record=folders.RunFolder(source))
     if _summary(source) != summary:  # from now on an attack that would replace it sees this defense
         raise UserError(f"{source}: was replaced while it was read; run the defense again")
+    with folder.replacing():
+        return _defend(config, name, purify, attack, folder, started)
+
+
+def _defend(
+    config: C,
+    name: str,
+    purify: Purify[C],
+    attack: AttackRecord,
+    folder: folders.RunFolder,
+    started: float,
+) -> folders.RunFolder:
+    """As `defend`, with the record that was read and the folder that was claimed."""
     if config.dataset not in (None, attack.dataset):
         raise UserError(
             f"--dataset: {config.dataset}, but the record says {attack.dataset}; drop the flag"

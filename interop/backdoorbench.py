@@ -144,7 +144,7 @@ def _write_record(
         everything = torch.arange(len(data.test))
         write_images(to / CROSS, cross, everything, data.test.labels)
     _write_notes(folder, attack, poisoned, name)
-    for finished in sorted((attack.folder / "defense").glob("*/summary.json")):
+    for finished in sorted((attack.folder / "defense").glob("[!.]*/summary.json")):
         _export_defense(finished.parent, to)
     content = attack_result(
         model_result(attack.model_name, attack.num_classes, state),
@@ -198,36 +198,37 @@ def import_record(
         "attack_label_trans": attack.attack_label_trans,
     }
     config = {"result_file": str(source.absolute()), "dataset": attack.dataset, **facts}
-    folder.start(yaml.safe_dump(config, sort_keys=False))
-    save_attack(
-        folder,
-        model,
-        data,
-        poisoned,
-        attack.triggered,
-        None if cross is None else Labelled(cross, data.test.labels),
-        facts,
-    )
-    poison = int((poisoned.kinds == KINDS.index("poison")).sum())
-    ending.finish_run(
-        folder,
-        Findings(),
-        facts={
-            **facts,
-            "dataset": attack.dataset,
-            "pratio": poison / len(data.train) if len(poisoned.index) else None,
-            "train_images": len(data.train),
-            "poisoned_images": poison,
-            "imported_from": "BackdoorBench",
-            "imported_sha256": attack.sha256,
-            "inputs": {"dataset": data.fingerprint()},
-        },
-        warnings=[],
-        result="",
-        pictures=[],
-        files=["attack_result.pt", "poison.pt"],
-        run={},
-    )
+    with folder.replacing():
+        folder.start(yaml.safe_dump(config, sort_keys=False))
+        save_attack(
+            folder,
+            model,
+            data,
+            poisoned,
+            attack.triggered,
+            None if cross is None else Labelled(cross, data.test.labels),
+            facts,
+        )
+        poison = int((poisoned.kinds == KINDS.index("poison")).sum())
+        ending.finish_run(
+            folder,
+            Findings(),
+            facts={
+                **facts,
+                "dataset": attack.dataset,
+                "pratio": poison / len(data.train) if len(poisoned.index) else None,
+                "train_images": len(data.train),
+                "poisoned_images": poison,
+                "imported_from": "BackdoorBench",
+                "imported_sha256": attack.sha256,
+                "inputs": {"dataset": data.fingerprint()},
+            },
+            warnings=[],
+            result="",
+            pictures=[],
+            files=["attack_result.pt", "poison.pt"],
+            run={},
+        )
     return folder
 
 

@@ -263,7 +263,7 @@ def analysis_folders(record: Path) -> list[Path]:
     home = record / "analysis"
     if home.is_symlink() or not home.is_dir():
         return []
-    return sorted(path for path in home.iterdir() if path.is_dir() and not path.is_symlink())
+    return sorted(path for path in home.glob("[!.]*") if path.is_dir() and not path.is_symlink())
 
 
 def read_analyses(result: Path) -> dict[str, float]:

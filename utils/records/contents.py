@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.files import is_stray, read_object, read_text, replaced
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a run
+_REPLACED = re.compile(rf"\.{NAME.pattern}\.replaced")
 MARK = "run.json"
 RESULTS = ("defense", "analysis")  # folders in an attack's record that hold results
 _LARGEST = 1 << 16  # bytes of a mark
@@ -99,7 +100,8 @@ class Contents:
         self._homes.append(home)
         for entry in _entries(home):
             path = home / entry.name
-            if entry.is_dir(follow_symlinks=False) and NAME.fullmatch(entry.name):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if is_folder and (NAME.fullmatch(entry.name) or _REPLACED.fullmatch(entry.name)):
                 result = Contents(path, is_result=True)
                 self._results.append(result)
                 self.foreign += [f"{home.name}/{entry.name}/{name}" for name in result.foreign]
@@ -145,6 +147,11 @@ class Contents:
         for path in self._files:
             if path.name not in (*self.names, MARK):
                 path.unlink(missing_ok=True)
+
+
+def replaced_name(name: str) -> str:
+    """The name of the folder that keeps a finished run until another one has replaced it."""
+    return f".{name}.replaced"
 
 
 def is_file_name(name: str) -> bool:

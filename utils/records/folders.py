@@ -22,7 +22,14 @@ from utils.files import ROOT, as_path, not_written, remove_strays, replaced
 from utils.process import distributed
 from utils.process.script import logger
 from utils.records.checkpoint import CHECKPOINT, Origin
-from utils.records.contents import MARK, NAME, Contents, is_file_name, write_mark
+from utils.records.contents import (
+    MARK,
+    NAME,
+    Contents,
+    is_file_name,
+    replaced_name,
+    write_mark,
+)
 from utils.tensors import explained, load_tensors
 
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
@@ -44,6 +51,9 @@ class RunFolder:
     ever removed; see `utils.records.contents`. `summary.json` is written last, so its presence says
     that the run is done. A folder without it is from a failed run, and may be written again. If
     there are several processes, only the first one writes.
+
+    A finished run that is overwritten is kept as `.<name>.replaced` beside the folder until the new
+    one is finished; it is put back if that one fails, or ends before its first checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,6 +112,10 @@ class RunFolder:
 
     def _is_over(self, overwrite: bool, resume: bool) -> bool:
         """Whether the run to resume is finished; raises UserError if the folder is not free."""
+        if self.is_done:
+            self._drop_replaced()
+        elif not resume and (overwrite or not self._checkpoint.exists()):
+            self._put_back()
         contents = self._own_contents()
         if self.is_done and resume:
             self._checkpoint.unlink(missing_ok=True)
@@ -149,10 +163,57 @@ class RunFolder:
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
 
+    @property
+    def _replaced(self) -> "RunFolder":
+        """What this run replaces, until it is finished."""
+        return RunFolder(self.path.with_name(replaced_name(self.path.name)))
+
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Inside, a run writes the claimed folder; at the end, what it replaced is gone.
+
+        If it is refused or fails, or is interrupted before its first checkpoint, what it replaced
+        is there again.
+        """
+        try:
+            yield
+        except BaseException as error:
+            is_over = isinstance(error, UserError) or not self._checkpoint.exists()
+            if distributed.is_main() and is_over and not self.is_done:
+                with contextlib.suppress(UserError, OSError):  # the error itself is told
+                    self._put_back()
+            raise
+        if distributed.is_main():
+            with writable(self.path):
+                self._drop_replaced()
+
+    def _set_aside(self) -> None:
+        """Empties the folder; a finished run stays beside it."""
+        replaced_one = self._replaced.path
+        with writable(self.path):
+            if self.is_done and not replaced_one.exists():
+                self._own_contents()  # refuses
+                locks.patiently(lambda: os.rename(self.path, replaced_one))
+            else:
+                self._own_contents().remove()
+
+    def _put_back(self) -> None:
+        """Gives the folder its earlier content, if a run was to replace it."""
+        if self._replaced.path.is_dir():
+            self._own_contents().remove()
+            if self.path.exists():
+                self.path.rmdir()
+            locks.patiently(lambda: os.rename(self._replaced.path, self.path))
+
+    def _drop_replaced(self) -> None:
+        if self._replaced.path.is_dir():
+            self._replaced._own_contents().remove()
+            self._replaced.path.rmdir()
+
     def _refuse_links(self) -> None:
         """Raises UserError if a write would go elsewhere; a stranger may have made the folder."""
         inside = self.path.iterdir() if self.path.is_dir() else ()
-        for path in (self.path, *inside):
+        for path in (self.path, self._replaced.path, *inside):
             _refuse_link(path)
 
     def lock(self) -> bool:
@@ -245,7 +306,7 @@ class RunFolder:
         model_sha256: str | None = None,
         origin: Origin | None = None,
     ) -> dict[str, Any] | None:
-        """Empties the folder and writes the resolved configuration into it.
+        """Empties the folder and writes the resolved configuration into it; see `replacing`.
 
         Args:
             config: as YAML.
@@ -272,7 +333,7 @@ class RunFolder:
             return checkpoint
         with distributed.main_alone() as is_mine:
             if is_mine:
-                self.empty()
+                self._set_aside()
                 with writable(self.path):
                     self.path.mkdir(parents=True, exist_ok=True)
                 self._begin(["config.yaml", self.log.name])
@@ -531,7 +592,7 @@ def find_record(name: str, root: Path | None) -> Path:
     if folder is not None:
         return folder
     records = root or ROOT / "record"
-    found = (path.parent.name for path in records.glob("*/attack_result.pt"))
+    found = (path.parent.name for path in records.glob("[!.]*/attack_result.pt"))
     names = sorted(name for name in found if NAME.fullmatch(name))  # others are given as folders
     raise UserError(
         f"--result_file: {name} is no record in {records}; "

@@ -1,0 +1,177 @@
+"""A finished run that is overwritten is lost only when the new one is there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_small
+from tests.test_end_to_end import run_script
+from utils.errors import NothingToDo, UserError
+from utils.files import ROOT
+from utils.records.contents import Contents
+from utils.records.folders import RunFolder
+
+SMALL = ["--dataset", "random", "--model", "tiny", "--epochs", 1]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, hidden ones too, but for locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def finished(path: Path, text: str = "old") -> RunFolder:
+    """A finished run, which this process has claimed."""
+    folder = RunFolder(path)
+    folder.start(f"dataset: {text}\n")
+    folder.write_summary({"is": text})
+    folder.claim(overwrite=True)
+    return folder
+
+
+def replace(run: RunFolder, *files: str, error: BaseException | None = None) -> None:
+    """A run that writes some files, and fails or ends."""
+    with run.replacing():
+        run.start("dataset: new\n")
+        for name in files:
+            run.write_text(name, "new")
+        if error is not None:
+            raise error
+        run.write_summary({"is": "new"})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunFolder]:
+    folder = finished(tmp_path / "demo")
+    yield folder
+    folder.release()
+
+
+def test_the_old_run_goes_when_the_new_one_is_finished(run: RunFolder, tmp_path: Path) -> None:
+    with run.replacing():
+        run.start("dataset: new\n")
+        assert (tmp_path / ".demo.replaced/summary.json").exists()
+        run.write_summary({"is": "new"})
+    assert set(content(tmp_path)) == {
+        f"demo/{n}" for n in ("config.yaml", "run.json", "summary.json")
+    }
+    assert b"new" in (run.path / "summary.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("refused"), RuntimeError("defect"), KeyboardInterrupt()]
+)
+def test_a_run_that_fails_leaves_the_old_one(
+    run: RunFolder, tmp_path: Path, error: BaseException
+) -> None:
+    before = content(tmp_path)
+    with pytest.raises(type(error)):
+        replace(run, "log.txt", error=error)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "is_new"), [(UserError("refused"), False), (KeyboardInterrupt(), True)]
+)
+def test_after_a_checkpoint_only_an_error_brings_the_old_run_back(
+    run: RunFolder, tmp_path: Path, error: BaseException, is_new: bool
+) -> None:
+    """What was interrupted can be resumed; the old run is kept until it is finished."""
+    before = content(tmp_path)
+    with pytest.raises(type(error)):
+        replace(run, "checkpoint.pt", error=error)
+    if not is_new:
+        assert content(tmp_path) == before
+        return
+    assert (run.path / "checkpoint.pt").exists()
+    assert (tmp_path / ".demo.replaced/summary.json").exists()
+    with pytest.raises(UserError, match="is an interrupted run; give --resume to go on"):
+        run.claim(overwrite=False)
+    run.claim(overwrite=True)  # the new run is given up
+    assert content(tmp_path) == before
+
+
+def test_of_a_process_that_was_killed_the_next_one_puts_the_old_run_back(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    before = content(tmp_path)
+    run.start("dataset: new\n")  # without an end
+    with pytest.raises(UserError, match="exists; give --overwrite to replace it"):
+        run.claim(overwrite=False)
+    assert content(tmp_path) == before
+
+
+def test_with_resume_a_process_that_was_killed_early_begins_anew(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    run.start("dataset: new\n")
+    run.claim(overwrite=False, resume=True)
+    with run.replacing():
+        assert run.start("dataset: new\n", resume=True) is None
+        assert b"old" in (tmp_path / ".demo.replaced/summary.json").read_bytes()
+        run.write_summary({"is": "new"})
+    assert not (tmp_path / ".demo.replaced").exists()
+
+
+def test_a_process_that_was_killed_at_its_end_leaves_the_new_run(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    run.start("dataset: new\n")
+    run.write_summary({"is": "new"})
+    with pytest.raises(NothingToDo):
+        run.claim(overwrite=False, resume=True)
+    assert not (tmp_path / ".demo.replaced").exists()
+    assert b"new" in (run.path / "summary.json").read_bytes()
+
+
+def test_a_file_of_the_user_s_is_never_taken_away(run: RunFolder, tmp_path: Path) -> None:
+    """From what was set aside."""
+    run.start("dataset: new\n")
+    (tmp_path / ".demo.replaced/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no record"):
+        replace(run)
+    assert (tmp_path / ".demo.replaced/mine.txt").read_text() == "mine"
+
+
+def test_a_record_knows_results_that_are_being_replaced(run: RunFolder) -> None:
+    """They go with it."""
+    finished(run.path / "defense/sau").start("dataset: new\n")
+    contents = Contents(run.path)
+    assert contents.foreign == []
+    contents.remove()
+    assert not (run.path / "defense").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("attack/badnet", ["--lr", "1e30"], "is not finite in round 1"),
+        ("defense/fst", ["--select_layer_name", "typo"], "is no layer of this network"),
+        ("defense/ft", ["--lr", "1e30"], "is not finite in round 1"),
+        ("analysis/gradcam", ["--layer", "typo"], "is no layer of this network"),
+        ("analysis/inspect", ["--clean_records", "bd"], "is the record of an attack"),
+    ],
+)
+def test_a_wrong_flag_beside_overwrite_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    script: str,
+    flags: list[object],
+    message: str,
+) -> None:
+    make_small(monkeypatch)
+    attacked = [ROOT / "attack/badnet.py", *SMALL, "--record_path", tmp_path]
+    assert run_script(*attacked, "--save_folder_name", "bd") == 0
+    command = [ROOT / f"{script}.py", "--record_path", tmp_path]
+    if script.startswith("attack"):
+        command += [*SMALL, "--save_folder_name", "bd"]
+    else:
+        few = ["--probes", 20, "--noise_steps", 1, "--noise_images", 1]
+        command += ["--result_file", "bd", *(few if "inspect" in script else [])]
+        assert run_script(*command) == 0
+    before = content(tmp_path)
+    assert run_script(*command, "--overwrite", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert content(tmp_path) == before
