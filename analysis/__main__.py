@@ -14,11 +14,11 @@ from utils.process.methods import Method, as_markdown, as_text, cited, methods_o
 
 
 def needs(module: ModuleType) -> str:
-    """What a record must have, in words; a clean model is a control that may be missing."""
+    """What a record must have, in words; a clean model, the control, may be missing."""
     parts = {
         "triggered images": module.Config.needs_trigger,
-        "results of defenses": module.Config.needs_defenses,
-        "a clean model as control": issubclass(module.Config, Controlled),
+        "defenses": module.Config.needs_defenses,
+        "clean control": issubclass(module.Config, Controlled),
     }
     return ", ".join(name for name, is_needed in parts.items() if is_needed) or "nothing more"
 

@@ -195,7 +195,6 @@ def measured(
 
     measure(0, reference)
     loop = Loop(lambda number, total, losses, state: measure(number, state["model"]))
-    config = dataclasses.replace(config, n_rounds=max(rounds))
     sau.purify(reference, given.images, given.labels, config, loop)
     return rows
 
@@ -238,11 +237,15 @@ def main() -> None:
     attack = load_attack(folders.find_record(flags.result_file, as_path(flags.record_path)))
     attack.check_model(flags.model)
     config = sau.Config.load(
-        attack.dataset, random_seed=flags.random_seed, model=flags.model, device=flags.device
+        attack.dataset,
+        random_seed=flags.random_seed,
+        n_rounds=max(rounds),
+        model=flags.model,
+        device=flags.device,
     )
-    folder = folders.made_folder(flags.to)  # before the work, since it may be refused
-    rows = measured(attack, config, rounds, flags.images)
     name = attack.folder.name
+    folder = folders.made_folder(flags.to, f"{name}.csv", f"{name}.png")  # before the work
+    rows = measured(attack, config, rounds, flags.images)
     folder.write_metrics(rows, f"{name}.csv")
 
     import pandas as pd

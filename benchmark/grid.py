@@ -28,6 +28,7 @@ import importlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,9 @@ class Grid(_Part):
             for name, axis in axes.items():
                 if name in flags:
                     raise ValueError(f"{where}: {name} is an axis of the grid; give it in {axis}")
+        for name, flags in self.analyses.items():
+            if "defenses" in flags:
+                raise ValueError(f"analyses.{name}: defenses is set by the grid itself; remove it")
         for where, flags in for_attacks.items():
             if self.pratios and "pratio" in flags:
                 raise ValueError(f"{where}: pratio is an axis of the grid; leave one of them out")
@@ -227,13 +231,16 @@ def read_grid(path: Path) -> Grid:
     try:
         return Grid.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise UserError(
-            *(
-                f"{path}: {'.'.join(map(quoted, e['loc'])) or 'the file'}: {e['msg']}"
-                + ("" if e["type"] == "missing" else f", not {_told(e['input'])}")
-                for e in error.errors()
-            )
-        ) from None
+        raise UserError(*(f"{path}: {_problem(problem)}" for problem in error.errors())) from None
+
+
+def _problem(problem: Any) -> str:
+    """What pydantic found at a place of the file, or in the file as a whole."""
+    said = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return str(said)
+    value = "" if problem["type"] == "missing" else f", not {_told(problem['input'])}"
+    return f"{'.'.join(map(quoted, problem['loc']))}: {said}{value}"
 
 
 def cells_of(grid: Grid, root: Path) -> list[Cell]:
@@ -265,6 +272,13 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
         problems += _problems(cell) if key not in checked else []
         checked.add(key)
         problems += _differences(cell)
+    count = Counter(cell.name for cell in cells)
+    problems += [
+        f"{name}: {many} cells of the grid have this name, since what tells them apart is not in "
+        "it; give values that differ in their first six digits, and networks with other letters"
+        for name, many in count.items()
+        if many > 1
+    ]
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return cells
@@ -359,7 +373,7 @@ def _analyses(grid: Grid, cells: Sequence[Cell]) -> Iterator[Cell]:
 
 def _problems(cell: Cell) -> list[str]:
     """The errors that the cell's script would report about its flags."""
-    folder, name = cell.script.removesuffix(".py").split("/")
+    folder, _, name = cell.script.removesuffix(".py").partition("/")
     config = _config_class(folder, name)
     if config is None:
         names = ", ".join(_scripts(folder))
@@ -443,7 +457,7 @@ def _differences(cell: Cell) -> list[str]:
 
 def _inputs(cell: Cell) -> dict[str, str]:
     """sha256 of the files that a cell's flags name, as they are now, by flag."""
-    folder, name = cell.script.removesuffix(".py").split("/")
+    folder, _, name = cell.script.removesuffix(".py").partition("/")
     config = _config_class(folder, name)
     names = set() if config is None else paths_of(config)
     named = {flag: value for flag, value in cell.flags.items() if flag in names}

@@ -11,29 +11,38 @@ is a rough number: with three against six, chance alone gives 0.9 or more in two
 
 import csv
 import io
+import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import Parser
-from utils.errors import UserError
-from utils.files import read_object
+from utils.errors import UserError, shown
+from utils.files import TABLE, read_object, read_text
 from utils.process.script import logger, run_script
+from utils.records.folders import RunFolder
 
 CLEAN = "prototype"
 ALL = "all of these"
 
 
+def _not_nan(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("is no number")
+    return value
+
+
 class _Signal(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    statistic: float
+    statistic: Annotated[float, AfterValidator(_not_nan)]
     top: Annotated[int, Field(ge=0)]
 
 
@@ -167,7 +176,8 @@ def markdown(rows: Sequence[Power]) -> str:
         first = next(iter(by_signal.values()))
         cells = [_cell(by_signal[s]) if s in by_signal else "" for s in signals]
         about = f"{first.attacked}, {first.clean}"
-        lines.append(f"| {' | '.join([*key, about, *cells])} |")
+        texts = [shown(text).replace("|", "\\|") for text in key]
+        lines.append(f"| {' | '.join([*texts, about, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -185,18 +195,34 @@ def as_csv(rows: Sequence[Power]) -> str:
     return text.getvalue()
 
 
+def check_replaceable(path: Path) -> None:
+    """That a file is not there, or is an earlier table of this script.
+
+    Raises:
+        UserError: if not.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--csv: {path} cannot be written; give a file in an existing folder")
+    try:
+        if not os.path.lexists(path) or read_text(path, TABLE).startswith(as_csv([])):
+            return
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"--csv: {path} is no table of this script; give another file")
+
+
 def main() -> None:
     """Prints the table."""
     parser = Parser(__doc__)
     parser.add_argument("--under", nargs="+", type=Path, required=True, help="folders of records")
     parser.add_argument("--csv", type=Path, help="file that gets the rows, too")
     flags = parser.parse_args()
-    if flags.csv is not None and (flags.csv.is_dir() or not flags.csv.parent.is_dir()):
-        raise UserError(f"--csv: {flags.csv} cannot be written; give a file in an existing folder")
+    if flags.csv is not None:
+        check_replaceable(flags.csv)
     rows = powers(read(flags.under))
     print(markdown(rows), end="")
     if flags.csv is not None:
-        flags.csv.write_text(as_csv(rows), encoding="utf-8")
+        RunFolder(flags.csv.parent).write_text(flags.csv.name, as_csv(rows))
 
 
 if __name__ == "__main__":

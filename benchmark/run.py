@@ -275,7 +275,12 @@ def main() -> None:
         print(f"{len(cells)} cells: {summary(states.values())}")
         return
 
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--record_path: {root} cannot be made ({error.strerror}); give a folder"
+        ) from None
     RunFolder(root / ".grid").lock()
     logger.info("%d cells in %s, %d done", len(cells), root, sum(c.is_done for c in cells))
     with Board(cells, None if queue else flags.jobs) as board:

@@ -69,11 +69,20 @@ def read_pair(record: Path) -> Pair | None:
             pd.read_csv(home / "metrics.csv").set_index("round")["asr"] for home in homes
         )
         held_out = pd.read_csv(homes[0] / "held_out.csv").set_index("round")
+        if not held_out[["acc", "share"]].apply(lambda rates: rates.between(0, 1)).all(axis=None):
+            raise ValueError("held_out.csv has other values than rates")
         signal = 1 - held_out["acc"] + held_out["share"]
         curves = pd.DataFrame({SIGNAL: signal, ASR: watched, ASR_ALL: full}).loc[1:]
         pair = Pair(record.name, auto, all_rounds, curves)
-        _ = pair.row
-    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as error:
+        _ = markdown([pair])  # what cannot be printed is no number
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ZeroDivisionError,
+    ) as error:
         logger.warning(
             "warning: %s: skipped; its results lack what is compared (%s)",
             record,
@@ -133,7 +142,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     flags = parser.parse_args()
     pairs = read(flags.under)
-    folder = made_folder(flags.to)
+    folder = made_folder(flags.to, "stops.csv", "curves.csv", "stops.png")
     from utils import charts
 
     print(markdown(pairs), end="")

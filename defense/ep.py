@@ -33,9 +33,12 @@ from defense.base import PoisonedData, Rounds, checked, run
 from models.modes import evaluating
 from models.parts import norms, recording
 from utils.data.batches import as_float
+from utils.errors import UserError
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
+
+MOST_BINS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,9 @@ def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:
 
     Returns:
         (C,) float64, >= 0; NaN for a channel whose values are all the same.
+
+    Raises:
+        UserError: if there are more bins than anybody needs.
     """
     values = values.double()
     deviation = values.std(1, keepdim=True)
@@ -72,7 +78,13 @@ def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:
         return entropy
     z = z[is_known]
     low = z.min()
-    bins = int((z.max() - low) / bin_width)
+    width = float(z.max() - low)
+    if width > MOST_BINS * bin_width:
+        raise UserError(
+            f"--bin_width: {bin_width:g} makes more than {MOST_BINS:,} bins of a range of "
+            f"{width:.3g}; give a larger one"
+        )
+    bins = int(width / bin_width)
     edges = low + bin_width * torch.arange(bins + 1, device=z.device, dtype=z.dtype)
     place = torch.bucketize(z, edges)  # edges[place - 1] < z <= edges[place]
     is_counted = (place >= 1) & (place <= bins) & (z < edges[place.clamp(max=bins)])

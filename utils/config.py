@@ -40,7 +40,8 @@ USER_FILES = {
 LARGEST = 1 << 16  # bytes of a YAML file, which takes some seconds to read at the worst
 DEEPEST = 16  # lists and mappings in each other
 LONGEST = 4096  # characters of a text; no system takes a longer path
-_LARGEST = {float: 3.4e38, int: 2**63 - 1, bool: 1}  # numbers in torch, which has no more digits
+# Of numbers: what torch has as an integer, and what stays one in fp32 times or over a few others.
+_LARGEST = {float: 1e30, int: 2**63 - 1, bool: 1}
 _NO_VALUE = "\0"  # a flag that was given without its value
 
 
@@ -451,7 +452,7 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
         is_text = True  # a number in quotes is one
     checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
     if isinstance(checked, float | int) and not abs(checked) <= _LARGEST[type(checked)]:
-        raise ValueError("torch has no such number")
+        raise ValueError(f"is too large; give at most {_LARGEST[type(checked)]:g}")
     return checked
 
 

@@ -85,5 +85,5 @@ def listed(names: Sequence[object], between: str = ", ", limit: int = 60) -> str
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of choices, or ''."""
     lower = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(name[:100].lower(), lower, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:100].lower(), filter(None, lower), n=1, cutoff=0.6)
     return f" (did you mean {lower[close[0]]}?)" if close else ""

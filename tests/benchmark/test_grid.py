@@ -126,6 +126,36 @@ def test_a_flag_says_nothing_else_than_an_axis(
         grid_of(TEXT.replace(old, new), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[0.1, 0.05]", "[0.1, 0.10000001]", "badnet-p0.1-s0: 2 cells of the grid have this name"),
+        (
+            "[preactresnet18]",
+            "[tiny, preactresnet18]\nanalyses: {path: {defenses: [ft]}}",
+            "analyses.path: defenses is set by the grid itself",
+        ),
+        ("script: sau,", "script: ../attack/badnet,", "../attack/badnet.py: there is no such scri"),
+    ],
+)
+def test_what_a_grid_cannot_tell_apart_or_take_is_refused(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        grid_of(TEXT.replace(old, new), tmp_path)
+
+
+def test_a_file_in_the_place_of_the_records_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "grid.yaml").write_text(TEXT)
+    flags = ["run.py", str(tmp_path / "grid.yaml"), "--record_path", str(tmp_path / "taken")]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(UserError, match=r"--record_path: .*taken cannot be made"):
+        run.main()
+
+
 def test_what_a_defense_sees_also_comes_from_common_flags(tmp_path: Path) -> None:
     """EP with clean images can be run on a clean model."""
     for given in ("{ep: {data: clean}}", "[ep]\ndefense_flags: {data: clean}"):

@@ -1,5 +1,6 @@
 """How well signals tell attacks from clean models, by hand."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,30 @@ def test_a_file_that_cannot_be_written_is_refused_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inspection(tmp_path, "a", "badnet", 0.9, 0)
-    for path in (tmp_path / "no/p.csv", tmp_path):
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    for path, message in (
+        (tmp_path / "no/p.csv", "cannot be written; give a file in an existing folder"),
+        (tmp_path, "cannot be written; give a file in an existing folder"),
+        (tmp_path / "mine.csv", "mine.csv is no table of this script; give another file"),
+    ):
         assert run_script(POWER, "--under", tmp_path, "--csv", path) == 2
         said = capsys.readouterr()
-        assert "cannot be written; give a file in an existing folder" in said.err
+        assert message in said.err
         assert said.out == ""
+    for _ in range(2):  # its own table is replaced
+        assert run_script(POWER, "--under", tmp_path, "--csv", tmp_path / "p.csv") == 0
+
+
+def test_foreign_names_and_numbers_do_no_harm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspection(tmp_path, "a", "badnet", 0.9, 0, dataset="x|y\nz", model="a,b.py:net")
+    inspection(tmp_path, "b", "blended", float("nan"), 0)
+    out = tmp_path / "power.csv"
+    assert run_script(POWER, "--under", tmp_path, "--csv", out) == 0
+    said = capsys.readouterr()
+    assert r"| x\|y\nz | a,b.py:net | badnet | 1, 0 |" in said.out
+    assert len(said.out.splitlines()) == 3
+    assert "b/analysis/inspect/summary.json: is no summary" in said.err
+    (row,) = csv.DictReader(out.open())
+    assert (row["dataset"], row["model"]) == ("x|y\nz", "a,b.py:net")

@@ -85,6 +85,12 @@ def test_panels_are_named_by_attack_and_seed_if_these_tell_them_apart() -> None:
         ("sau_auto/summary.json", "[]"),
         ("sau/summary.json", '{"after": {}}'),
         ("sau/summary.json", '{"after": {"acc": 0.9}, "purify_seconds": 40}'),
+        (
+            "sau/summary.json",
+            '{"after": {"acc": "x", "asr": 0, "ra": 1}, "purify_seconds": 40}',
+        ),
+        ("sau_auto/summary.json", '{"findings": null, "after": {}, "purify_seconds": 1}'),
+        ("sau_auto/held_out.csv", "round,acc,share\n1,1e308,0\n2,0.5,0.5\n"),
     ],
 )
 def test_what_cannot_be_compared_does_not_end_the_table(
@@ -106,5 +112,8 @@ def test_what_has_no_pair_is_refused(under: Path, tmp_path: Path) -> None:
         stops.read(under / "none")
     with pytest.raises(UserError, match="has usable results sau_auto and sau; run"):
         stops.read(under / "b")
+    (tmp_path / "stops.csv").write_text("mine")
+    assert run_script(ROOT / "benchmark/stops.py", "--under", under, "--to", tmp_path) == 2
+    assert (tmp_path / "stops.csv").read_text() == "mine"
     flags = ["--under", under, "--to", under / "runs.log"]
     assert run_script(ROOT / "benchmark/stops.py", *flags) == 2

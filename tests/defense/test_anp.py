@@ -528,6 +528,11 @@ def test_the_levels_go_up_to_the_largest_one() -> None:
         assert [row["level"] for row in outcome.loop.findings.tables["levels"]] == expected
 
 
+def test_more_levels_than_masks_tell_apart_are_refused_before_the_work() -> None:
+    with pytest.raises(UserError, match="--pruning_step: 1e-09 makes more than 10,000 levels"):
+        selected([1.0] * 3, pruning_step=1e-9)
+
+
 def test_masks_are_learned_beside_the_held_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ten images of each colour two are held out; the accuracies are of these alone."""
     asked = []

@@ -38,6 +38,12 @@ def test_the_entropy_of_three_values_by_hand() -> None:
     assert math.log(3) / 3 == pytest.approx(0.366204, abs=1e-6)
 
 
+@pytest.mark.parametrize("width", [1e-12, 1e-320])
+def test_more_bins_than_memory_has_are_refused(width: float) -> None:
+    with pytest.raises(UserError, match=r"--bin_width: .* makes more than 1,000,000 bins"):
+        channel_entropy(torch.tensor([[0.0, 1.0, 5.0]]), width)
+
+
 def test_scale_and_shift_of_a_channel_do_not_matter() -> None:
     torch.manual_seed(0)
     values = torch.randn(3, 20, dtype=torch.float64)

@@ -294,6 +294,8 @@ def test_infinity_is_refused_where_no_upper_bound_is_given(monkeypatch: pytest.M
     monkeypatch.setattr(Open, "__module__", "box.toy")
     with pytest.raises(UserError, match="inf is not allowed"):
         Open.from_command_line(["--lr", "inf"], "")
+    with pytest.raises(UserError, match="1e38 is not allowed"):  # Adam divides it by 1 - beta
+        Open.from_command_line(["--lr", "1e38"], "")
 
 
 def test_a_small_negative_number_is_a_value_and_not_a_flag() -> None:
@@ -636,6 +638,7 @@ def test_allowed_values_in_words(annotation: Any, words: str) -> None:
 def test_suggestion_is_the_nearest_name_or_nothing() -> None:
     assert suggestion("epoch", ["epochs", "lr"]) == " (did you mean epochs?)"
     assert suggestion("zzz", ["epochs", "lr"]) == ""
+    assert suggestion("", ["", "lr"]) == ""
 
 
 # --- what the repository ships ------------------------------------------------------------------

@@ -14,6 +14,8 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models import userfile
 from utils.errors import NothingToDo, UserError, one_line, shown
 from utils.files import REFUSALS, not_written
@@ -36,10 +38,10 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
     A `UserError` is printed, one line per problem, and exits with 2. The same holds for errors of
-    the system (no access, no space), for things that torch cannot do on `mps`, and for all that the
-    user's own network raises. Ctrl-C exits with 130, SIGTERM with 143, a closed terminal with 129,
-    Ctrl-Break (Windows) with 149. If there are several processes, the first one prints for all;
-    another one prints only errors that it alone has met.
+    the system (no access, no space, no memory), for things that torch cannot do on `mps`, and for
+    all that the user's own network raises. Ctrl-C exits with 130, SIGTERM with 143, a closed
+    terminal with 129, Ctrl-Break (Windows) with 149. If there are several processes, the first one
+    prints for all; another one prints only errors that it alone has met.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else it is not a terminal's, nor a file's
@@ -72,8 +74,14 @@ def run_script(main: Callable[[], None]) -> None:
         advice = "make space, make it accessible, or give another path"
         logger.error("error: %s: %s; %s", what, error.strerror, advice)
         raise SystemExit(2) from None
-    except (RuntimeError, TypeError) as error:
-        if str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
+    except (MemoryError, RuntimeError, TypeError) as error:
+        if _is_lack_of_memory(error):
+            logger.error(
+                "error: there is not enough memory (%s); give smaller batches, images or networks, "
+                "or another --device",
+                shown(one_line(error), 200) or "no more was said",
+            )
+        elif str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
             logger.error("error: %s; give another path", error)
         elif re.search(r"\bMPS\b", str(error)):
             logger.error(
@@ -94,6 +102,15 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
     finally:
         logger.removeHandler(console)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether the system, or a GPU, has no room for what was asked for."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    told = (
+        r"can't allocate memory|not enough memory|Cannot allocate memory|Storage size calculation"
+    )
+    return isinstance(error, kinds) or re.search(told, str(error)) is not None
 
 
 class Stopped(KeyboardInterrupt):

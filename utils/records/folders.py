@@ -635,12 +635,21 @@ def free_folder(
     return folder
 
 
-def made_folder(path: Path) -> RunFolder:
+def made_folder(path: Path, *names: str) -> RunFolder:
     """The folder of `--to`, which is made if it is not there.
 
+    Args:
+        names: of files that are always written together, so that one alone is not ours.
+
     Raises:
-        UserError: if it cannot be made.
+        UserError: if it cannot be made, or holds a file of one of the names that is not ours.
     """
+    there = [name for name in names if os.path.lexists(path / name)]
+    if 0 < len(there) < len(names):
+        raise UserError(
+            f"--to: {path} holds {there[0]}, which this program has not written; give another "
+            "folder, or move the file away"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

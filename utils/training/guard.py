@@ -91,6 +91,8 @@ def check_given(
     if len(labels) == 0:
         return
     classes = _classes(logits, len(some))
+    if classes < 2:
+        raise UserError("model: it tells one class; give a network with two or more")
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise UserError(
             f"labels: {int(labels.min())} to {int(labels.max())}, but the network has {classes} "

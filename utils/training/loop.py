@@ -160,7 +160,7 @@ class Loop:
                 where = f"round {number} of {total}" + (f" ({phase})" if phase else "")
                 raise UserError(
                     f"the loss '{broken[0]}' is not finite in {where}; give a smaller "
-                    f"{rate or self._rate}"
+                    f"{rate or self._rate}, or take back what else makes losses or steps large"
                 )
             if self._after_round:
                 self._after_round(number, total, losses, self._state)

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from models.parts import named_channels, norms, silenced
+from utils.errors import UserError
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
 from utils.training.loop import Loop
 from utils.training.selection import acceptable, hold_out, tried
+
+MOST_LEVELS = 10_000
 
 
 class Levels(Protocol):
@@ -92,16 +95,22 @@ def pruned_by_masks(
 
     Returns:
         The copy, in eval mode; as it was, if no level is good.
+
+    Raises:
+        UserError: if there are more levels than masks to four decimals can tell apart.
     """
+    steps = config.pruning_max / config.pruning_step
+    if config.selection == "val" and steps > MOST_LEVELS:
+        raise UserError(
+            f"--pruning_step: {config.pruning_step:g} makes more than {MOST_LEVELS:,} levels, and "
+            "masks have four decimals; give a larger one"
+        )
     if config.selection == "fixed":
         masks = learn(model, images, labels, config, loop)
         return _pruned(model, masks, config, loop, config.pruning_number)
     fit, held = hold_out(labels, config.val_ratio, config.random_seed)
     masks = learn(model, images[fit], labels[fit], config, loop)
-    levels = [
-        round(number * config.pruning_step, 10)
-        for number in range(int(config.pruning_max / config.pruning_step + 1e-9) + 1)
-    ]
+    levels = [round(number * config.pruning_step, 10) for number in range(int(steps + 1e-9) + 1)]
 
     def of_level(level: float) -> nn.Module:
         return silenced(model, channels_up_to(masks, level), config.prune_bias)

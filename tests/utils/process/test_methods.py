@@ -126,9 +126,9 @@ def test_what_an_attacker_changes_is_the_threat_model() -> None:
 def test_what_an_analysis_needs_is_what_its_configuration_says() -> None:
     needs = {method.name: method.sees for method in analysis.__main__.methods()}
     assert (needs["path"], needs["stealth"], needs["retune"], needs["inspect"]) == (
-        "results of defenses",
+        "defenses, clean control",
         "triggered images",
-        "triggered images, a clean model as control",
+        "triggered images, defenses, clean control",
         "nothing more",
     )
 

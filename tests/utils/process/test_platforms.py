@@ -9,10 +9,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -273,6 +274,30 @@ def test_what_mps_lacks_is_told_in_one_line(
     told = capsys.readouterr().err
     assert told.startswith("error: --device: mps lacks what this run needs (")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(1 << 50),
+        lambda: np.empty(1 << 50),
+        lambda: bytearray(1 << 60),
+        lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line(
+    allocate: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run_script(allocate)
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: there is not enough memory (")
+    assert told.count("\n") == 1
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CAMPS"), TypeError("a defect")])

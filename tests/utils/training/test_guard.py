@@ -1,0 +1,15 @@
+"""What a method is given is checked before it begins."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.training.guard import check_given
+
+
+def test_a_network_of_one_class_is_refused() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
+    images, labels = torch.rand(3, 3, 2, 2), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(UserError, match="it tells one class; give a network with two or more"):
+        check_given(network, images, labels, needs_images=True, needs_labels=True)
