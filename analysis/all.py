@@ -4,7 +4,8 @@
 
 Each analysis runs with its own values of `config/analysis/`; to change one, run it by itself. What
 a record cannot have is skipped with a line: a clean model has no trigger, for example. With
-`--resume`, analyses that are finished stay as they are.
+`--resume`, analyses that are finished stay as they are. `--overwrite` first removes the earlier
+results of all of them, so that `--resume` can tell what is still to be made anew.
 """
 
 import dataclasses
@@ -60,6 +61,7 @@ def look_at_all(config: Config) -> None:
     subject = open_subject(config)
     assert subject.attack is not None
     waiting = []
+    problems: list[str] = []
     for kind in wanted:
         lacking = what_lacks(kind.config, subject)
         if lacking:
@@ -72,9 +74,11 @@ def look_at_all(config: Config) -> None:
                 folder.empty()
             waiting.append(kind)
         except NothingToDo as done:
-            check_current(folder, subject)
-            logger.info("%s", done)
-    problems: list[str] = []
+            try:
+                check_current(folder, subject, kind.config)
+                logger.info("%s", done)
+            except UserError as error:
+                problems += error.problems
     for number, kind in enumerate(waiting, start=1):
         names = {field.name for field in dataclasses.fields(kind.config)}
         values = {name: value for name, value in vars(config).items() if name in names}

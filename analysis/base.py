@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 import analysis
-from analysis.subject import RecordConfig, Subject, open_subject
+from analysis.subject import Controlled, RecordConfig, Subject, load_clean, open_subject
 from utils.config import Group
 from utils.errors import NothingToDo, UserError, listed
 from utils.files import read_object
@@ -178,9 +178,10 @@ def analyse(
     source = named_record(config.result_file, config.record_path)
     folder = folders.analysis_folder(source, config.save_folder_name or name)
     try:
-        folder.claim(config.overwrite, config.resume, record=folders.RunFolder(source))
+        record = folders.RunFolder(source)
+        folder.claim(config.overwrite, config.resume, record, config.dump())
     except NothingToDo:
-        check_current(folder, subject or open_subject(config))
+        check_current(folder, subject or open_subject(config), config)
         raise
     if subject is None:
         subject = open_subject(config)
@@ -221,9 +222,9 @@ def write(
     recipe = replace(config, dataset=None, model=None)
     inputs = ending.inputs_of(recipe, data, subject.model_sha256)
     distributed.barrier()
-    models = models_of(subject)
-    files = {name if name != CLEAN else f"the {CLEAN}": models[name] for name in models}
-    files |= {} if attack is None else {"the record": attack.sha256}
+    models = models_of(subject, config)
+    titles = {CLEAN: f"the {CLEAN}", BEFORE: "the model" if attack is None else "the record"}
+    files = {titles.get(name, name): sha256 for name, sha256 in models.items()}
     origin = Origin(
         method=name,
         files={**files, **inputs},
@@ -289,29 +290,44 @@ def write(
     return folder
 
 
-def models_of(subject: Subject) -> dict[str, str]:
-    """sha256 of the models that are compared with the record's, by name."""
+def models_of(subject: Subject, config: RecordConfig | type[RecordConfig]) -> dict[str, str]:
+    """sha256 of the models that an analysis looks at, by name; not of clean ones that it trains."""
     hashes = {purified.name: purified.sha256 for purified in subject.purified}
-    return hashes if subject.clean_sha256 is None else {**hashes, CLEAN: subject.clean_sha256}
+    if subject.sha256 is not None:
+        hashes[BEFORE] = subject.sha256
+    kind = config if isinstance(config, type) else type(config)
+    if subject.clean_sha256 is not None and issubclass(kind, Controlled):
+        hashes[CLEAN] = subject.clean_sha256
+    for name in getattr(config, "clean_records", ()) if isinstance(config, RecordConfig) else ():
+        record = load_clean(name, "--clean_records", config.record_path, subject.data)
+        hashes[record.folder.name] = record.sha256
+    return hashes
 
 
-def check_current(folder: folders.RunFolder, subject: Subject) -> None:
+def check_current(
+    folder: folders.RunFolder, subject: Subject, config: RecordConfig | type[RecordConfig]
+) -> None:
     """That a finished analysis is of the models that are there now.
 
     Raises:
-        UserError: if a result of a defense, or the clean model, is a new one.
+        UserError: if one of them has changed, or is not in it.
     """
     try:
         models = read_object(folder.path / "summary.json").get("models")
     except (OSError, ValueError):
         models = None
-    then = models if isinstance(models, dict) else {}
-    changed = [name for name, sha256 in models_of(subject).items() if then.get(name) != sha256]
+    if not isinstance(models, dict):
+        raise UserError(f"{folder.path}: does not say what it was made with; give --overwrite")
+    now = models_of(subject, config)
+    changed = [name for name, sha256 in now.items() if models.get(name, sha256) != sha256]
     if changed:
         raise UserError(
             f"{folder.path}: was made with another {listed(changed)} than is there now; give "
             "--overwrite"
         )
+    lacking = [name for name in now if name not in models]
+    if lacking:
+        raise UserError(f"{folder.path}: was made without {listed(lacking)}; give --overwrite")
 
 
 def percent(value: float | None) -> str:

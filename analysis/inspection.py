@@ -39,7 +39,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.base import BEFORE, Results, analyse, write
+from analysis.base import BEFORE, Results, analyse, check_current, write
 from analysis.signals import (
     CLEANSE,
     HEAD,
@@ -60,8 +60,8 @@ from utils.config import read_yaml
 from utils.data.batches import as_float
 from utils.data.datasets import DatasetName, load_dataset
 from utils.data.labelled import Labelled
-from utils.errors import UserError, suggestion
-from utils.files import as_path
+from utils.errors import NothingToDo, UserError, suggestion
+from utils.files import as_path, file_sha256
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders
@@ -397,7 +397,15 @@ def subject_of_weights(config: Config) -> Subject:
     model = build_model(model_name, len(data.classes), data.mean, data.std, image_size=size)
     fill(model, read_state_dict(Path(str(config.state_dict))), model_name)
     name, sha256 = model_identity(model_name)
-    return Subject(data, device, precision, prepare(model, device, precision), name, sha256)
+    return Subject(
+        data,
+        device,
+        precision,
+        prepare(model, device, precision),
+        name,
+        sha256,
+        sha256=file_sha256(Path(str(config.state_dict))),
+    )
 
 
 def inspect_weights(config: Config) -> folders.RunFolder:
@@ -417,7 +425,11 @@ def inspect_weights(config: Config) -> folders.RunFolder:
             "new name, or --result_file instead of --state_dict"
         )
     folder = folders.analysis_folder(home, "inspect")
-    folder.claim(config.overwrite, config.resume)
+    try:
+        folder.claim(config.overwrite, config.resume)
+    except NothingToDo:
+        check_current(folder, subject_of_weights(config), config)
+        raise
     with folder.replacing():
         return write(config, "inspect", look, subject_of_weights(config), folder, started)
 

@@ -86,6 +86,7 @@ class Subject:
         attack: the record; None for a model without one.
         purified: the results of defenses, by the names of their folders.
         clean: a clean model of the same recipe, as a control; None if none was named.
+        sha256: of the file that the model is from.
     """
 
     data: Dataset
@@ -98,6 +99,7 @@ class Subject:
     purified: tuple[Purified, ...] = ()
     clean: Classifier | None = None
     clean_sha256: str | None = None
+    sha256: str | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -253,6 +255,7 @@ def open_subject(config: RecordConfig) -> Subject:
         if clean is None
         else prepare(clean.build(config.model if clean.model_sha256 else None), device, precision),
         clean_sha256=None if clean is None else clean.sha256,
+        sha256=attack.sha256,
         warnings=tuple(warnings),
     )
 

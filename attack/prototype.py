@@ -62,7 +62,11 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
     """
     started = time.monotonic()
     folder = free_folder(
-        config.save_folder_name, config.record_path, config.overwrite, config.resume
+        config.save_folder_name,
+        config.record_path,
+        config.overwrite,
+        config.resume,
+        config.dump(),
     )
     with folder.replacing():
         return _train(config, name, make_plan, folder, started)

@@ -244,7 +244,8 @@ def main() -> None:
         device=flags.device,
     )
     name = attack.folder.name
-    folder = folders.made_folder(flags.to, f"{name}.csv", f"{name}.png")  # before the work
+    folder = folders.made_folder(flags.to)  # before the work
+    folders.refuse_foreign(flags.to / f"{name}.csv", "round,total,", "--to")
     rows = measured(attack, config, rounds, flags.images)
     folder.write_metrics(rows, f"{name}.csv")
 

@@ -52,7 +52,7 @@ from utils.config import Config, read_yaml
 from utils.errors import UserError, listed, quoted, suggestion
 from utils.files import read_object
 from utils.records.checkpoint import files_of
-from utils.records.folders import FREE_TO_CHANGE, NAME
+from utils.records.folders import CLEAN, FREE_TO_CHANGE, NAME
 from utils.training.ending import paths_of
 
 _OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
@@ -441,12 +441,15 @@ def _differences(cell: Cell) -> list[str]:
     if cell.attack is not None and _sha256s(cell.folder) != _sha256s(cell.attack.folder):
         return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
     models = _summary(cell.folder).get("models")
-    read = [other for other in cell.others if other.is_done and other.attack is cell.attack]
+    if not isinstance(models, dict):
+        if not cell.others:
+            return []
+        return [f"{cell.folder}: does not say what it was made with; delete it"]
     renewed = [
         other.folder.name
-        for other in read
-        if (models.get(other.folder.name) if isinstance(models, dict) else None)
-        != _result_sha256(other.folder)
+        for other in cell.others
+        for name in (other.folder.name, *([CLEAN] if other.is_clean else []))
+        if other.is_done and models.get(name, _model_sha256(other)) != _model_sha256(other)
     ]
     if renewed:
         return [
@@ -482,10 +485,11 @@ def _sha256s(folder: Path) -> str | None:
         return None
 
 
-def _result_sha256(folder: Path) -> str | None:
-    """sha256 of a purified model, as the defense's summary has it."""
-    files = _summary(folder).get("files")
-    return files.get("defense_result.pt") if isinstance(files, dict) else None
+def _model_sha256(cell: Cell) -> str | None:
+    """sha256 of the model of an attack or a defense, as its summary has it."""
+    files = _summary(cell.folder).get("files")
+    name = "attack_result.pt" if cell.attack is None else "defense_result.pt"
+    return files.get(name) if isinstance(files, dict) else None
 
 
 def _summary(folder: Path) -> dict[str, Any]:

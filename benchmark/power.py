@@ -12,7 +12,6 @@ is a rough number: with three against six, chance alone gives 0.9 or more in two
 import csv
 import io
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import Parser
 from utils.errors import UserError, shown
-from utils.files import TABLE, read_object, read_text
+from utils.files import read_object
 from utils.process.script import logger, run_script
-from utils.records.folders import RunFolder
+from utils.records.folders import RunFolder, refuse_foreign
 
 CLEAN = "prototype"
 ALL = "all of these"
@@ -203,12 +202,7 @@ def check_replaceable(path: Path) -> None:
     """
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--csv: {path} cannot be written; give a file in an existing folder")
-    try:
-        if not os.path.lexists(path) or read_text(path, TABLE).startswith(as_csv([])):
-            return
-    except (OSError, ValueError):
-        pass
-    raise UserError(f"--csv: {path} is no table of this script; give another file")
+    refuse_foreign(path, as_csv([]), "--csv")
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from utils.config import Parser
 from utils.errors import UserError, first_line
 from utils.files import read_object
 from utils.process.script import logger, run_script
-from utils.records.folders import made_folder
+from utils.records.folders import made_folder, refuse_foreign
 
 AUTO, ALL = "sau_auto", "sau"
 SIGNAL, ASR, ASR_ALL = "held-out error + share", "ASR (auto)", "ASR (all rounds)"
@@ -142,7 +142,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     flags = parser.parse_args()
     pairs = read(flags.under)
-    folder = made_folder(flags.to, "stops.csv", "curves.csv", "stops.png")
+    folder = made_folder(flags.to)
+    refuse_foreign(flags.to / "stops.csv", "record,kept,ended,", "--to")
+    refuse_foreign(flags.to / "curves.csv", "record,round,", "--to")
     from utils import charts
 
     print(markdown(pairs), end="")

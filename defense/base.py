@@ -324,7 +324,8 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     summary = _summary(source)
     attack = load_attack(source)
     folder = folders.defense_folder(attack.folder, config.save_folder_name or name)
-    folder.claim(config.overwrite, config.resume, record=folders.RunFolder(source))
+    record = folders.RunFolder(source)
+    folder.claim(config.overwrite, config.resume, record, config.dump())
     if _summary(source) != summary:  # from now on an attack that would replace it sees this defense
         raise UserError(f"{source}: was replaced while it was read; run the defense again")
     with folder.replacing():

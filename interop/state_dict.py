@@ -175,7 +175,7 @@ def import_model(config: Config) -> folders.RunFolder:
     precision = pick_precision(config.precision, device)
     # The size has its home in the recipe of the dataset.
     size = config.image_size or TrainingConfig.load(config.dataset).image_size
-    with file_log() as open_log:
+    with folder.replacing(), file_log() as open_log:
         data = load_dataset(config.dataset, as_path(config.dataset_path), size)
         data = replace(
             data,
@@ -195,61 +195,56 @@ def import_model(config: Config) -> folders.RunFolder:
             triggered = read_triggered(Path(config.bd_test_dir), data, config)
         prepare(model, device, precision)
 
-        with folder.replacing():
-            folder.start(config.dump())
-            open_log(folder.log)
-            model_name, model_sha256 = model_identity(config.model)
-            contents = {}
-            if triggered is not None:
-                parts = (triggered.index, triggered.images, triggered.targets)
-                contents = {"bd_test_dir": digest(parts)}
-            inputs = ending.inputs_of(config, data, model_sha256, **contents)
-            logger.info(
-                "external model on %s: %s, %s, %s", data.name, model_name, device, precision
-            )
-            scores = evaluate(model, data.test, triggered, device)
-            is_backdoored = triggered is not None or config.attack_target is not None
-            facts = {
+        folder.start(config.dump())
+        open_log(folder.log)
+        model_name, model_sha256 = model_identity(config.model)
+        contents = {}
+        if triggered is not None:
+            parts = (triggered.index, triggered.images, triggered.targets)
+            contents = {"bd_test_dir": digest(parts)}
+        inputs = ending.inputs_of(config, data, model_sha256, **contents)
+        logger.info("external model on %s: %s, %s, %s", data.name, model_name, device, precision)
+        scores = evaluate(model, data.test, triggered, device)
+        is_backdoored = triggered is not None or config.attack_target is not None
+        facts = {
+            "attack": "external",
+            "model_name": model_name,
+            "model_sha256": model_sha256,
+            "network_size": None,
+            "dataset_path": absolute(config.dataset_path),
+            "attack_target": config.attack_target,
+            "attack_label_trans": config.attack_label_trans if is_backdoored else None,
+        }
+        unknown = poison.unpoisoned(data.train)  # what the model was trained on stays its owner's
+        save_attack(folder, model, data, unknown, triggered, None, facts)
+        pictures = []
+        title = f"external on {data.name}{ending.target_title(facts, data)}"
+        if triggered is not None:
+            pictures.append(draw_trigger(folder, model, data, triggered, title, device))
+        result = ending.table(scores)
+        if triggered is None:
+            result += "\nno triggered images, so no ASR; give --bd_test_dir to have one"
+        ending.finish_run(
+            folder,
+            findings,
+            facts={
                 "attack": "external",
-                "model_name": model_name,
-                "model_sha256": model_sha256,
-                "network_size": None,
-                "dataset_path": absolute(config.dataset_path),
-                "attack_target": config.attack_target,
-                "attack_label_trans": config.attack_label_trans if is_backdoored else None,
-            }
-            unknown = poison.unpoisoned(
-                data.train
-            )  # what the model was trained on stays its owner's
-            save_attack(folder, model, data, unknown, triggered, None, facts)
-            pictures = []
-            title = f"external on {data.name}{ending.target_title(facts, data)}"
-            if triggered is not None:
-                pictures.append(draw_trigger(folder, model, data, triggered, title, device))
-            result = ending.table(scores)
-            if triggered is None:
-                result += "\nno triggered images, so no ASR; give --bd_test_dir to have one"
-            ending.finish_run(
-                folder,
-                findings,
-                facts={
-                    "attack": "external",
-                    **scores.counts(),
-                    "dataset": data.name,
-                    "dataset_path": facts["dataset_path"],
-                    "model": model_name,
-                    **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
-                    **ending.target_name(facts, data),
-                    "train_images": len(data.train),
-                    "image_size": data.image_shape[1],
-                },
-                said=data.warnings,
-                warnings=_warnings(scores, len(data.classes)),
-                result=result,
-                pictures=pictures,
-                files=["attack_result.pt", "poison.pt"],
-                run=ending.run_facts(config, started, device, precision, inputs),
-            )
+                **scores.counts(),
+                "dataset": data.name,
+                "dataset_path": facts["dataset_path"],
+                "model": model_name,
+                **{key: facts[key] for key in ("attack_target", "attack_label_trans")},
+                **ending.target_name(facts, data),
+                "train_images": len(data.train),
+                "image_size": data.image_shape[1],
+            },
+            said=data.warnings,
+            warnings=_warnings(scores, len(data.classes)),
+            result=result,
+            pictures=pictures,
+            files=["attack_result.pt", "poison.pt"],
+            run=ending.run_facts(config, started, device, precision, inputs),
+        )
     return folder
 
 

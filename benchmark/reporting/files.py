@@ -34,10 +34,7 @@ def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[s
     all_tables, runs, problems = read(unders, to)
     if is_kept:
         sources.check_kept(to, list(runs["run"]))
-    of_tables = {"md": _MARKED, "csv": ("table.csv", "runs.csv", "backdoorbench.csv")}
-    folder = made_folder(
-        to, *(name for kind, names in of_tables.items() if kind in formats for name in names)
-    )
+    folder = made_folder(to)
     write_tables(all_tables, runs, folder, formats)
     if is_kept:
         sources.keep(runs["run"], folder)

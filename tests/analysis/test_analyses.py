@@ -74,7 +74,9 @@ def test_the_ends_of_the_path_have_the_counts_of_the_summaries(records: Path) ->
     assert warning.startswith("npd: skipped, since this defense has changed the architecture")
     of_results = {name: summary(records, name)["files"]["defense_result.pt"] for name in NAMES}
     of_clean_model = {"clean model": clean["files"]["attack_result.pt"]}
-    assert written["models"] == of_results | of_clean_model
+    record = json.loads((records / "bd/summary.json").read_text())
+    of_record = {"before": record["files"]["attack_result.pt"]}
+    assert written["models"] == of_results | of_clean_model | of_record
 
 
 def test_scores_that_a_summary_has_otherwise_are_told(fresh: Path) -> None:
@@ -396,7 +398,47 @@ def test_a_finished_analysis_of_a_result_that_was_made_anew_is_not_taken_for_don
         again = ["--result_file", "bd", "--record_path", fresh, "--n_rounds", 1, "--overwrite"]
         assert run_script(ROOT / "defense/ft.py", *again, "--lr", f"0.00{len(script)}") == 0
         assert run(fresh, script, *flags, "--resume") == 2
-        assert "was made with another ft than is there now; give --overwrite" in refusal(capsys)
+        said = capsys.readouterr().err
+        assert "was made with another ft than is there now; give --overwrite" in said
+
+
+def test_all_goes_on_beside_what_it_may_not_take_for_done(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clean model is no part of an analysis that has no control; a new result is missing."""
+    assert run(fresh, "confusion") == 0
+    clean = ["--result_file", "bd", "--record_path", fresh, "--n_rounds", 1]
+    assert run_script(ROOT / "defense/ft.py", *clean, "--save_folder_name", "new") == 0
+    kinds = ["--kinds", "confusion,weights", "--resume"]
+    assert run(fresh, "all", *kinds) == 2
+    assert "confusion: was made without new; give --overwrite" in refusal(capsys)
+    assert result(fresh, "weights")["defenses"] == ["ft", "new", "npd", "sau"]
+    assert run(fresh, "all", "--kinds", "weights", "--resume") == 0
+
+
+def test_a_finished_inspection_is_of_its_models(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint, and clean records that are named."""
+    few = ["--probes", 20, "--noise_steps", 1, "--noise_images", 1]
+    for name in ("bd", "clean"):
+        shutil.copytree(records / name, tmp_path / name, ignore=shutil.ignore_patterns("analysis"))
+        state = torch.load(records / name / "attack_result.pt", weights_only=True)["model"]
+        torch.save(state, tmp_path / f"{name}.pt")
+    flags = ["--model", "tiny", "--dataset", "random", "--save_folder_name", "mine"]
+    flags += ["--record_path", tmp_path, *few]
+    script = ROOT / "analysis/inspect.py"
+    assert run_script(script, *flags, "--state_dict", tmp_path / "bd.pt") == 0
+    assert run_script(script, *flags, "--state_dict", tmp_path / "bd.pt", "--resume") == 0
+    assert run_script(script, *flags, "--state_dict", tmp_path / "clean.pt", "--resume") == 2
+    assert "give --overwrite" in refusal(capsys)
+    named = [*few, "--clean_records", "clean", "--defenses", "ft"]
+    assert run(tmp_path, "inspect", *named) == 0
+    again = ["--dataset", "random", "--model", "tiny", "--record_path", tmp_path, "--epochs", 1]
+    again += ["--save_folder_name", "clean", "--overwrite"]
+    assert run_script(ROOT / "attack/prototype.py", *again) == 0
+    assert run(tmp_path, "inspect", *named, "--resume") == 2
+    assert "was made with another clean than is there now" in refusal(capsys)
 
 
 def test_models_of_one_name_are_not_taken_for_one(

@@ -108,7 +108,8 @@ def _is_lack_of_memory(error: Exception) -> bool:
     """Whether the system, or a GPU, has no room for what was asked for."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     told = (
-        r"can't allocate memory|not enough memory|Cannot allocate memory|Storage size calculation"
+        r"can't allocate memory|not enough memory|Cannot allocate memory|Storage size calculation|"
+        r"out of memory|_ALLOC_FAILED|bad_alloc|Invalid buffer size"
     )
     return isinstance(error, kinds) or re.search(told, str(error)) is not None
 

@@ -18,7 +18,7 @@ import torch
 from utils import locks
 from utils.config import parse_yaml, read_yaml
 from utils.errors import NothingToDo, UserError, shown
-from utils.files import ROOT, as_path, not_written, remove_strays, replaced
+from utils.files import ROOT, TABLE, as_path, not_written, read_text, remove_strays, replaced
 from utils.process import distributed
 from utils.process.script import logger
 from utils.records.checkpoint import CHECKPOINT, Origin
@@ -40,6 +40,7 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNO
 BEFORE, CLEAN, EXACT = "before", "clean model", "exact purification"
 # Flags that say where a run writes, and when, but not what comes out.
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
+_PLACES = ("result_file", "dataset_path", "device", "eval_every")  # of a finished run, may change
 # By the lock's path: the open file, and the folders that were made for it.
 _LOCKS: dict[str, tuple[int, list[Path]]] = {}
 
@@ -53,7 +54,7 @@ class RunFolder:
     there are several processes, only the first one writes.
 
     A finished run that is overwritten is kept as `.<name>.replaced` beside the folder until the new
-    one is finished; it is put back if that one fails, or ends before its first checkpoint.
+    one is finished. It is put back if that one ends without a checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +68,11 @@ class RunFolder:
         return (self.path / "summary.json").exists()
 
     def claim(
-        self, overwrite: bool, resume: bool = False, record: "RunFolder | None" = None
+        self,
+        overwrite: bool,
+        resume: bool = False,
+        record: "RunFolder | None" = None,
+        config: str | None = None,
     ) -> None:
         """Keeps the folder for this process until it ends.
 
@@ -76,6 +81,7 @@ class RunFolder:
 
         Args:
             record: the folder that the run will read, and that no other process may write.
+            config: of the run, as YAML; a finished run is resumed only with the same one.
 
         Raises:
             UserError: if the content of the folder may not be replaced, or another process has the
@@ -87,17 +93,21 @@ class RunFolder:
         if overwrite and resume:
             raise UserError("--resume: goes on with a run, which --overwrite deletes; give one")
         with distributed.main_alone() as is_mine:
-            is_over = is_mine and self._claimed(overwrite, resume, record)
+            is_over = is_mine and self._claimed(overwrite, resume, record, config)
         if distributed.from_main(is_over):
             raise NothingToDo(f"{self.path} is finished; nothing is left to do")
 
-    def _claimed(self, overwrite: bool, resume: bool, record: "RunFolder | None") -> bool:
+    def _claimed(
+        self, overwrite: bool, resume: bool, record: "RunFolder | None", config: str | None
+    ) -> bool:
         """Takes the lock, or releases it again; returns whether there is nothing to resume."""
         with writable(self.path):
             self._refuse_links()
             self.lock()
             try:
                 is_over = self._is_over(overwrite, resume)
+                if is_over and config is not None:
+                    self._check_same(config)
                 if record is not None and record.is_taken:
                     raise UserError(
                         f"{record.path}: another process is writing it; wait for it, or give "
@@ -114,7 +124,7 @@ class RunFolder:
         """Whether the run to resume is finished; raises UserError if the folder is not free."""
         if self.is_done:
             self._drop_replaced()
-        elif not resume and (overwrite or not self._checkpoint.exists()):
+        elif overwrite or not self._checkpoint.exists():
             self._put_back()
         contents = self._own_contents()
         if self.is_done and resume:
@@ -136,6 +146,29 @@ class RunFolder:
                     "wait for it, or give another name"
                 )
         return False
+
+    def _check_same(self, config: str) -> None:
+        """Raises UserError if the finished run had other flags; a value that is found later counts.
+
+        Args:
+            config: as YAML.
+        """
+        try:
+            before = read_yaml(self.path / "config.yaml")
+        except UserError:
+            return  # of an earlier version, or gone; the summary says that the run is finished
+        now = parse_yaml(config, "the configuration")
+        differing = [
+            name
+            for name, value in _recipe(now).items()
+            if name not in _PLACES and value is not None and before.get(name, value) != value
+        ]
+        if differing:
+            given = ", ".join(f"--{name} {shown(before[name], 200)}" for name in differing[:20])
+            raise UserError(
+                f"--resume: {self.path} is finished, and was run with {given}; give the same, or "
+                "--overwrite to replace it"
+            )
 
     def _own_contents(self) -> Contents:
         """The content of the folder.
@@ -172,30 +205,37 @@ class RunFolder:
     def replacing(self) -> Iterator[None]:
         """Inside, a run writes the claimed folder; at the end, what it replaced is gone.
 
-        If it is refused or fails, or is interrupted before its first checkpoint, what it replaced
-        is there again.
+        If it ends in another way, and without a checkpoint, what it replaced is there again. With
+        one it can be resumed, and what it replaced is kept.
         """
         try:
             yield
-        except BaseException as error:
-            is_over = isinstance(error, UserError) or not self._checkpoint.exists()
-            if distributed.is_main() and is_over and not self.is_done:
-                with contextlib.suppress(UserError, OSError):  # the error itself is told
-                    self._put_back()
+        except BaseException:
+            if distributed.is_main():
+                if not self.is_done and not self._checkpoint.exists():
+                    with contextlib.suppress(UserError, OSError):  # the error itself is told
+                        self._put_back()
+                if self._replaced.path.is_dir():
+                    logger.warning(
+                        "warning: the run that was to be replaced is kept in %s",
+                        self._replaced.path,
+                    )
             raise
         if distributed.is_main():
-            with writable(self.path):
-                self._drop_replaced()
+            self._drop_replaced()
 
     def _set_aside(self) -> None:
         """Empties the folder; a finished run stays beside it."""
         replaced_one = self._replaced.path
         with writable(self.path):
-            if self.is_done and not replaced_one.exists():
-                self._own_contents()  # refuses
+            contents = self._own_contents()  # refuses
+            if os.path.lexists(replaced_one) and not replaced_one.is_dir():
+                raise UserError(f"{replaced_one} is in the way; move it")
+            is_worth_it = self.is_done or contents.has_finished_results
+            if is_worth_it and not replaced_one.exists():
                 locks.patiently(lambda: os.rename(self.path, replaced_one))
             else:
-                self._own_contents().remove()
+                contents.remove()
 
     def _put_back(self) -> None:
         """Gives the folder its earlier content, if a run was to replace it."""
@@ -206,9 +246,14 @@ class RunFolder:
             locks.patiently(lambda: os.rename(self._replaced.path, self.path))
 
     def _drop_replaced(self) -> None:
-        if self._replaced.path.is_dir():
+        """Removes what a finished run has replaced; if it cannot, a warning says so."""
+        if not self._replaced.path.is_dir():
+            return
+        try:
             self._replaced._own_contents().remove()
             self._replaced.path.rmdir()
+        except (UserError, OSError) as error:
+            logger.warning("warning: what this run replaced was not removed: %s", error)
 
     def _refuse_links(self) -> None:
         """Raises UserError if a write would go elsewhere; a stranger may have made the folder."""
@@ -252,7 +297,7 @@ class RunFolder:
         """The open lock, and whether it was there before; None if another process has it.
 
         Args:
-            made: gets the folders that are made for it, the innermost first.
+            created: gets the folders that are made for it, the innermost first.
         """
         path = self._lock
         absent = [parent for parent in path.parents if not parent.exists()]
@@ -621,9 +666,16 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def free_folder(
-    name: str | None, root: str | None, overwrite: bool, resume: bool = False
+    name: str | None,
+    root: str | None,
+    overwrite: bool,
+    resume: bool = False,
+    config: str | None = None,
 ) -> RunFolder:
     """The folder of a new record, or of one to continue; only this process may write it.
+
+    Args:
+        config: see `RunFolder.claim`.
 
     Raises:
         UserError: if there is no name, or the content of the folder may not be replaced.
@@ -631,27 +683,36 @@ def free_folder(
     if name is None:
         raise UserError("--save_folder_name: a value is needed; give the record a name")
     folder = attack_folder(name, as_path(root))
-    folder.claim(overwrite, resume)
+    folder.claim(overwrite, resume, config=config)
     return folder
 
 
-def made_folder(path: Path, *names: str) -> RunFolder:
+def made_folder(path: Path) -> RunFolder:
     """The folder of `--to`, which is made if it is not there.
 
-    Args:
-        names: of files that are always written together, so that one alone is not ours.
-
     Raises:
-        UserError: if it cannot be made, or holds a file of one of the names that is not ours.
+        UserError: if it cannot be made.
     """
-    there = [name for name in names if os.path.lexists(path / name)]
-    if 0 < len(there) < len(names):
-        raise UserError(
-            f"--to: {path} holds {there[0]}, which this program has not written; give another "
-            "folder, or move the file away"
-        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to: {path} cannot be made ({error.strerror}); give a folder") from None
     return RunFolder(path)
+
+
+def refuse_foreign(path: Path, start: str, flag: str) -> None:
+    """That a table is not there yet, or is an earlier one of the same script.
+
+    Args:
+        start: what the script's tables begin with.
+        flag: that names the place.
+
+    Raises:
+        UserError: if there is another file.
+    """
+    try:
+        if not os.path.lexists(path) or read_text(path, TABLE).startswith(start):
+            return
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{flag}: {path} is no table of this script; give another place")

@@ -157,7 +157,7 @@ class Watch:
             raise Stopped(
                 stop,
                 f"stopped in {self._name()} {number} after batch {batch} of {batches}; go on with "
-                "the same command and --resume",
+                "--resume (and without --overwrite)",
             )
 
     def _name(self) -> str:

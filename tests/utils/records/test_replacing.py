@@ -71,23 +71,21 @@ def test_a_run_that_fails_leaves_the_old_one(
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("error", "is_new"), [(UserError("refused"), False), (KeyboardInterrupt(), True)]
-)
-def test_after_a_checkpoint_only_an_error_brings_the_old_run_back(
-    run: RunFolder, tmp_path: Path, error: BaseException, is_new: bool
+@pytest.mark.parametrize("error", [UserError("refused"), KeyboardInterrupt()])
+def test_after_a_checkpoint_both_runs_are_kept(
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
-    """What was interrupted can be resumed; the old run is kept until it is finished."""
+    """The new one can be resumed, also after a wrong flag; the old one is kept until then."""
     before = content(tmp_path)
     with pytest.raises(type(error)):
         replace(run, "checkpoint.pt", error=error)
-    if not is_new:
-        assert content(tmp_path) == before
-        return
     assert (run.path / "checkpoint.pt").exists()
     assert (tmp_path / ".demo.replaced/summary.json").exists()
+    assert "the run that was to be replaced is kept in" in caplog.text
     with pytest.raises(UserError, match="is an interrupted run; give --resume to go on"):
         run.claim(overwrite=False)
+    run.claim(overwrite=False, resume=True)
+    assert (run.path / "checkpoint.pt").exists()
     run.claim(overwrite=True)  # the new run is given up
     assert content(tmp_path) == before
 
@@ -102,16 +100,14 @@ def test_of_a_process_that_was_killed_the_next_one_puts_the_old_run_back(
     assert content(tmp_path) == before
 
 
-def test_with_resume_a_process_that_was_killed_early_begins_anew(
-    run: RunFolder, tmp_path: Path
-) -> None:
-    run.start("dataset: new\n")
-    run.claim(overwrite=False, resume=True)
-    with run.replacing():
-        assert run.start("dataset: new\n", resume=True) is None
-        assert b"old" in (tmp_path / ".demo.replaced/summary.json").read_bytes()
-        run.write_summary({"is": "new"})
-    assert not (tmp_path / ".demo.replaced").exists()
+def test_a_finished_run_is_resumed_with_its_own_flags_alone(run: RunFolder, tmp_path: Path) -> None:
+    """After an early end of the new run, `--resume` must not take the old one for it."""
+    run.start("dataset: new\nlr: 0.1\n")
+    with pytest.raises(UserError, match="is finished, and was run with --dataset old; give the"):
+        run.claim(overwrite=False, resume=True, config="dataset: new\nlr: 0.1\n")
+    same = "dataset: old\nsince: a later version\nresume: true\n"
+    with pytest.raises(NothingToDo):
+        run.claim(overwrite=False, resume=True, config=same)
 
 
 def test_a_process_that_was_killed_at_its_end_leaves_the_new_run(
@@ -125,13 +121,36 @@ def test_a_process_that_was_killed_at_its_end_leaves_the_new_run(
     assert b"new" in (run.path / "summary.json").read_bytes()
 
 
-def test_a_file_of_the_user_s_is_never_taken_away(run: RunFolder, tmp_path: Path) -> None:
-    """From what was set aside."""
-    run.start("dataset: new\n")
-    (tmp_path / ".demo.replaced/mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no record"):
-        replace(run)
+def test_a_file_of_the_user_s_is_never_taken_away(
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From what was set aside; the new run is finished all the same."""
+    with run.replacing():
+        run.start("dataset: new\n")
+        (tmp_path / ".demo.replaced/mine.txt").write_text("mine")
+        run.write_summary({"is": "new"})
     assert (tmp_path / ".demo.replaced/mine.txt").read_text() == "mine"
+    assert "what this run replaced was not removed" in caplog.text
+    assert run.is_done
+
+
+def test_something_in_the_way_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / ".demo.replaced").write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="is in the way; move it"):
+        replace(run)
+    assert content(tmp_path) == before
+
+
+def test_finished_results_inside_are_kept_with_an_unfinished_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "demo")
+    folder.start("dataset: old\n")
+    finished(folder.path / "defense/ft")
+    before = content(tmp_path)
+    folder.claim(overwrite=True)
+    with pytest.raises(UserError, match="refused"):
+        replace(folder, error=UserError("refused"))
+    assert content(tmp_path) == before
 
 
 def test_a_record_knows_results_that_are_being_replaced(run: RunFolder) -> None:
