@@ -464,7 +464,7 @@ from pathlib import Path
 from utils.records.folders import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.claim(overwrite=True)
-run.start("lr: 0.1\\n")
+run.start("dataset_path: null\\n")
 print("held", flush=True)
 sys.stdin.readline()
 run.write_summary({})

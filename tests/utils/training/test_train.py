@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_names_its_round(value: float) -> None:
             loop.log(4, clean=torch.tensor(1.0), shared=torch.tensor(1.0))
             loop.log(4, clean=torch.tensor(1.0), shared=torch.tensor([1.0, value, 1.0][number - 1]))
 
-    message = "the loss 'shared' is not finite in round 2 of 3; give a smaller --lr$"
+    message = "the loss 'shared' is not finite in round 2 of 3; give a smaller --lr, or"
     with pytest.raises(UserError, match=message):
         run()
     assert finished == [1]
