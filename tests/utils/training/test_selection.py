@@ -240,3 +240,14 @@ def test_the_best_model_goes_on_from_its_state() -> None:
     assert not copied.keep(nn.Linear(1, 1), 1.5, 0.0, 2)
     copied.put_into(other := nn.Linear(1, 1))
     assert torch.equal(other.weight, model.weight)
+
+
+def test_of_two_rounds_that_are_equal_in_both_the_first_is_kept() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    best = Best(model, patience=9)
+    for number in (1, 2):
+        nn.init.constant_(model.weight, number)
+        best.keep(model, 0.5, 0.25, number)
+    assert best.round == 1
+    best.put_into(model)
+    assert model.weight.item() == 1
