@@ -20,7 +20,7 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import analysis
-from analysis.base import Kind, analyse, check_current, kinds, what_lacks
+from analysis.base import AnalysisConfig, Kind, analyse, check_current, kinds, what_lacks
 from analysis.subject import Controlled, open_subject
 from utils.errors import NothingToDo, UserError, listed
 from utils.process.script import logger, run_script
@@ -50,6 +50,17 @@ def chosen(config: Config) -> list[Kind]:
     return [kind for kind in kinds() if kind.name in config.kinds or not config.kinds]
 
 
+def config_of(kind: Kind, config: Config, dataset: str) -> AnalysisConfig:
+    """The configuration of one analysis: its own values, with the flags that all of them share."""
+    names = {field.name for field in dataclasses.fields(kind.config)}
+    values = {name: value for name, value in vars(config).items() if name in names}
+    if "clean_records" in names and config.clean_record is not None:
+        values["clean_records"] = (config.clean_record,)
+    values.pop("dataset")
+    of_kind = kind.config.load(dataset, **values)
+    return dataclasses.replace(of_kind, dataset=config.dataset)  # as by its own script
+
+
 def look_at_all(config: Config) -> None:
     """Runs the analyses; what is wrong with one of them does not keep the others from running.
 
@@ -75,23 +86,17 @@ def look_at_all(config: Config) -> None:
             waiting.append(kind)
         except NothingToDo as done:
             try:
-                check_current(folder, subject, kind.config)
+                check_current(folder, subject, config_of(kind, config, subject.data.name))
                 logger.info("%s", done)
             except UserError as error:
                 problems += error.problems
     for number, kind in enumerate(waiting, start=1):
-        names = {field.name for field in dataclasses.fields(kind.config)}
-        values = {name: value for name, value in vars(config).items() if name in names}
-        if "clean_records" in names and config.clean_record is not None:
-            values["clean_records"] = (config.clean_record,)
         begun = folders.analysis_folder(subject.attack.folder, kind.name).path / "checkpoint.pt"
-        values["resume"] = config.resume and begun.exists()
         started = time.monotonic()
         logger.info("%d of %d: %s", number, len(waiting), kind.name)
         try:
-            values.pop("dataset")
-            of_kind = kind.config.load(subject.data.name, **values)
-            of_kind = dataclasses.replace(of_kind, dataset=config.dataset)  # as by its own script
+            of_kind = config_of(kind, config, subject.data.name)
+            of_kind = dataclasses.replace(of_kind, resume=config.resume and begun.exists())
             analyse(of_kind, kind.name, kind.look, subject)
         except UserError as error:
             problems += [f"{kind.name}: {problem}" for problem in error.problems]

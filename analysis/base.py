@@ -290,23 +290,17 @@ def write(
     return folder
 
 
-def models_of(subject: Subject, config: RecordConfig | type[RecordConfig]) -> dict[str, str]:
-    """sha256 of the models that an analysis looks at, by name; not of clean ones that it trains."""
+def models_of(subject: Subject, config: RecordConfig) -> dict[str, str]:
+    """sha256 of the subject's models that an analysis looks at, by name."""
     hashes = {purified.name: purified.sha256 for purified in subject.purified}
     if subject.sha256 is not None:
         hashes[BEFORE] = subject.sha256
-    kind = config if isinstance(config, type) else type(config)
-    if subject.clean_sha256 is not None and issubclass(kind, Controlled):
+    if subject.clean_sha256 is not None and isinstance(config, Controlled):
         hashes[CLEAN] = subject.clean_sha256
-    for name in getattr(config, "clean_records", ()) if isinstance(config, RecordConfig) else ():
-        record = load_clean(name, "--clean_records", config.record_path, subject.data)
-        hashes[record.folder.name] = record.sha256
     return hashes
 
 
-def check_current(
-    folder: folders.RunFolder, subject: Subject, config: RecordConfig | type[RecordConfig]
-) -> None:
+def check_current(folder: folders.RunFolder, subject: Subject, config: RecordConfig) -> None:
     """That a finished analysis is of the models that are there now.
 
     Raises:
@@ -319,6 +313,9 @@ def check_current(
     if not isinstance(models, dict):
         raise UserError(f"{folder.path}: does not say what it was made with; give --overwrite")
     now = models_of(subject, config)
+    for name in getattr(config, "clean_records", ()):
+        record = load_clean(name, "--clean_records", config.record_path, subject.data)
+        now[record.folder.name] = record.sha256
     changed = [name for name, sha256 in now.items() if models.get(name, sha256) != sha256]
     if changed:
         raise UserError(
