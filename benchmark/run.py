@@ -44,7 +44,7 @@ from utils.files import ROOT
 from utils.process.device import usable_cores
 from utils.process.progress import Progress, clock
 from utils.process.script import logger, run_script
-from utils.records.folders import RunFolder
+from utils.records.folders import RunFolder, made_folder
 
 
 class Board:
@@ -275,12 +275,7 @@ def main() -> None:
         print(f"{len(cells)} cells: {summary(states.values())}")
         return
 
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--record_path: {root} cannot be made ({error.strerror}); give a folder"
-        ) from None
+    made_folder(root, "--record_path")
     RunFolder(root / ".grid").lock()
     logger.info("%d cells in %s, %d done", len(cells), root, sum(c.is_done for c in cells))
     with Board(cells, None if queue else flags.jobs) as board:

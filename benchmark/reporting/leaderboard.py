@@ -212,10 +212,10 @@ def _leaderboard(
         ranks = rank(der.droplevel("record")[rivals])
     entries = [_entry(table, g, ranks.get(label), flags[label]) for label, g in groups.items()]
     entries.sort(key=lambda entry: (-entry.der.rounded(), entry.defense))
-    measured = {name: runs.dropna(subset=[name]) for name in HEADLINES if name in runs}
-    analysed = {name: part["record"].nunique() for name, part in measured.items()}
+    measured = [name for name in HEADLINES if name in runs]
+    analysed = {name: runs.dropna(subset=[name])["record"].nunique() for name in measured}
     notes = _notes(table, runs, skipped, failed)
-    some = pd.concat([*measured.values(), runs[:0]])
+    some = runs[runs[measured].notna().any(axis=1)]
     if len(some):
         names = ", ".join(sorted(set(some["row"])))
         notes.append(f"Analysed: {some['record'].nunique()} of these models ({names}).")

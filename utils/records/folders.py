@@ -687,8 +687,8 @@ def free_folder(
     return folder
 
 
-def made_folder(path: Path) -> RunFolder:
-    """The folder of `--to`, which is made if it is not there.
+def made_folder(path: Path, flag: str = "--to") -> RunFolder:
+    """The folder that a flag names, which is made if it is not there.
 
     Raises:
         UserError: if it cannot be made.
@@ -696,7 +696,9 @@ def made_folder(path: Path) -> RunFolder:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--to: {path} cannot be made ({error.strerror}); give a folder") from None
+        raise UserError(
+            f"{flag}: {path} cannot be made ({error.strerror}); give a folder"
+        ) from None
     return RunFolder(path)
 
 
