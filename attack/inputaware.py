@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attack.controlled import ControlledConfig, labels_of_batch, run_controlled
 from attack.setting import Setting
 from models import Normalize
-from models.inputaware import EPSILON, PixelGenerator, threshold, widths_for
+from models.inputaware import EPSILON, Painter, PixelGenerator, threshold, widths_for
 from models.modes import evaluating
 from utils.data.batches import as_float, augment
 from utils.data.poison import count_in_batch, partners
@@ -104,6 +104,12 @@ def augmented(images: torch.Tensor, config: Config, rng: torch.Generator) -> tor
     return as_float(augment(images, config.crop_padding, config.flip, rng))
 
 
+def adam(network: nn.Module, lr: float, setting: Setting) -> torch.optim.Adam:
+    """The optimizer of both networks; on a GPU a single kernel."""
+    is_gpu = setting.device.type == "cuda"
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=BETAS, fused=is_gpu)
+
+
 def train_mask(
     network: PixelGenerator, normalize: Normalize, config: Config, setting: Setting
 ) -> None:
@@ -116,7 +122,7 @@ def train_mask(
         generator(config.random_seed, f"{name} mask images") for name in ("first", "second")
     )
     augmentation = generator(config.random_seed, "mask augmentation", setting.device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr_M, betas=BETAS)
+    optimizer = adam(network, config.lr_M, setting)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, MASK_MILESTONES, gamma=0.1)
     network.train()
     sizes = batch_sizes(len(images), batch_size)
@@ -128,6 +134,7 @@ def train_mask(
             logger.info("mask epoch %d/%d  %s  %s", epoch, total, text, remaining)
 
         loop = Loop(say, lambda _: progress.advance(), rate="--lr_M")
+        called, other_called = loop.alone(network), loop.alone(network)
         for _ in loop.rounds(config.mask_epochs):
             others = torch.randperm(len(images), generator=second_order).split(sizes)
             batches = loop.batches(len(images), batch_size, first_order, whole=True)
@@ -136,7 +143,7 @@ def train_mask(
                     normalize(augmented(images[i].to(setting.device), config, augmentation))
                     for i in pair
                 )
-                masks, other_masks = threshold(network(first)), threshold(network(second))
+                masks, other_masks = threshold(called(first)), threshold(other_called(second))
                 density = density_loss(masks, config.mask_density)
                 diversity = diversity_loss(first, second, masks, other_masks)
                 loss = config.lambda_norm * density + config.lambda_div * diversity
@@ -174,7 +181,10 @@ class InputAware:
                 PixelGenerator(channels, outputs, widths, config.double_tanh).to(setting.device)
                 for outputs in (channels, 1)
             )
-        self.optimizer = torch.optim.Adam(self.pattern.parameters(), lr=config.lr_G, betas=BETAS)
+        self.optimizer = adam(self.pattern, config.lr_G, setting)
+        self._painter = Painter(self.pattern, self.mask)
+        # Two calls of a network come before their backward pass, so each needs its own recording.
+        self._called, self._other_called = (Loop.alone(self._painter) for _ in range(2))
         self._normalize = Normalize(data.mean, data.std).to(setting.device)
         self._rngs = {
             "others": generator(seed, "other images"),
@@ -216,8 +226,8 @@ class InputAware:
         first, second, rest = images.split([poisoned, crossed, len(images) - poisoned - crossed])
         inputs, other_inputs = self._normalize(first), self._normalize(self._draw(poisoned))
         self.pattern.train()
-        patterns, other_patterns = self.pattern(inputs), self.pattern(other_inputs)
-        masks, other_masks = threshold(self.mask(inputs)), threshold(self.mask(other_inputs))
+        patterns, masks = self._called(inputs).tensor_split([-1], dim=1)
+        other_patterns, other_masks = self._other_called(other_inputs).tensor_split([-1], dim=1)
         changed = [
             paint(first, patterns, masks),
             paint(second, other_patterns[:crossed], other_masks[:crossed]),
@@ -289,8 +299,8 @@ class InputAware:
     def _paint_of(self, images: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """The images with the triggers that belong to the sources, as at test time."""
         inputs = self._normalize(sources)
-        with evaluating(self.pattern, self.mask):
-            return paint(images, self.pattern(inputs), threshold(self.mask(inputs)))
+        with evaluating(self._painter):
+            return paint(images, *self._painter(inputs).tensor_split([-1], dim=1))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,28 @@ from torch import nn
 EPSILON = 1e-7
 
 
+class Painter(nn.Module):
+    """The pattern and the mask of an image, in one pass.
+
+    Shape:
+        (N, C, H, W) normalized float -> (N, C, H, W) and (N, 1, H, W) float in [0, 1], as one
+        (N, C + 1, H, W). The mask has gone through `threshold`.
+
+    Args:
+        pattern, mask: `PixelGenerator`, with C outputs and with one.
+    """
+
+    does_the_same = True
+
+    def __init__(self, pattern: nn.Module, mask: nn.Module) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.mask = mask
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.pattern(images), threshold(self.mask(images))], dim=1)
+
+
 class PixelGenerator(nn.Sequential):
     """Encoder and decoder.
 
@@ -24,6 +46,8 @@ class PixelGenerator(nn.Sequential):
         widths: channels of each step down, see `widths_for`.
         double_tanh: whether tanh is applied twice, so that the outputs are in [0.119, 0.881].
     """
+
+    does_the_same = True
 
     def __init__(
         self, in_channels: int, out_channels: int, widths: tuple[int, ...], double_tanh: bool

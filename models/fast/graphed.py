@@ -26,7 +26,7 @@ MOST_VALUES = 1 << 21  # of a batch of images; larger ones keep a GPU busy, and 
 # says so of itself, by `does_the_same = True`.
 KNOWN = (
     *(nn.Sequential, nn.Identity, nn.Flatten, nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample),
 )
 
 logger = logging.getLogger("sau")
@@ -100,7 +100,7 @@ class Graphed(nn.Module):
             return None
         finally:
             for buffer, before in buffers.items():
-                buffer.copy_(before)
+                buffer.data.copy_(before)  # to autograd, which may wait for a backward, no change
 
 
 def state_of(model: nn.Module, images: torch.Tensor) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from models import build_model, prepare
 from models.fast import graphed
 from models.fast.batchnorm import BatchNorm2d, _Linear
 from models.fast.graphed import Graphed, is_plain
+from models.inputaware import Painter, PixelGenerator
 from utils.data import poison
 from utils.data.labelled import Labelled
 from utils.process.seeds import deterministic, generator
@@ -113,6 +114,19 @@ def test_gradients_add_up_over_two_backward_passes(learner: Graphed) -> None:
             called(images).square().sum().backward()
     pairs = zip(gradients(usual), gradients(learner), strict=True)
     assert all(torch.allclose(*pair, rtol=0, atol=1e-9) for pair in pairs)
+
+
+def test_two_calls_before_one_backward_pass(learner: Graphed) -> None:
+    """By a recording each, with gradients that are never dropped, as Input-Aware does."""
+    usual, second = copy.deepcopy(learner.model), Graphed(learner.model)
+    for images in batches(8):
+        for one, other in ((usual, usual), (learner, second)):
+            (one(images).square().sum() + other(1 - images).sum()).backward()
+    assert replays(learner) == replays(second) == 8 - graphed.FIRST
+    pairs = zip(gradients(usual), gradients(learner.model), strict=True)
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-9) for pair in pairs)
+    states = zip(usual.buffers(), learner.model.buffers(), strict=True)
+    assert all(torch.allclose(*pair, rtol=0, atol=1e-12) for pair in states)
 
 
 def test_the_images_gradient(learner: Graphed) -> None:
@@ -312,6 +326,33 @@ def test_an_image_s_gradient_on_a_gpu_is_torch_s(precision: str) -> None:
         gradients.append(torch.autograd.grad(model(x).square().sum(), x)[0])
     apart = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert apart < {"fp32": 2e-3, "bf16": 3e-2}[precision]
+
+
+def painter() -> Painter:
+    torch.manual_seed(0)
+    pattern, mask = (PixelGenerator(3, outputs, (8, 16), True) for outputs in (3, 1))
+    return Painter(pattern, mask.eval().requires_grad_(False))
+
+
+def test_the_networks_of_input_aware_can_be_recorded() -> None:
+    assert is_plain(painter())
+
+
+@needs_gpu
+def test_input_aware_s_networks_on_a_gpu_by_graphs() -> None:
+    """The pattern network's gradient, summed over eight steps, and its statistics."""
+    usual = painter().cuda()
+    made = copy.deepcopy(usual)
+    calls = Graphed(made), Graphed(made)
+    for step in range(8):
+        images = torch.rand(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(step)).cuda()
+        for one, other in ((usual, usual), calls):
+            (one(images[0]).square().mean() + other(images[1]).mean()).backward()
+    assert all(list(call._recorded.values()) != [None] for call in calls)
+    found, expected = (torch.cat([g.flatten() for g in gradients(x)]) for x in (made, usual))
+    assert (found - expected).norm() < 2e-3 * expected.norm()  # TF32, and sums in any order
+    pairs = zip(usual.buffers(), made.buffers(), strict=True)
+    assert all(torch.allclose(*pair, rtol=1e-2, atol=1e-3) for pair in pairs)
 
 
 @needs_gpu

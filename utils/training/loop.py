@@ -94,7 +94,8 @@ class Loop:
         self._is_shared = True
         return self.alone(distributed.parallel(model))
 
-    def alone(self, model: nn.Module) -> nn.Module:
+    @staticmethod
+    def alone(model: nn.Module) -> nn.Module:
         """The module to call a model through, where each process works on its own images.
 
         Backward comes before the next call where that is possible, see `models.fast.graphed`.
