@@ -24,7 +24,7 @@ from analysis.base import AnalysisConfig, Kind, analyse, check_current, kinds, w
 from analysis.subject import Controlled, open_subject
 from utils.errors import NothingToDo, UserError, listed
 from utils.process.script import logger, run_script
-from utils.records import folders
+from utils.records import places
 from utils.records.named import dataset_of_record
 
 
@@ -79,7 +79,7 @@ def look_at_all(config: Config) -> None:
             logger.info("%s: skipped, since the record %s", kind.name, lacking)
             continue
         try:
-            folder = folders.analysis_folder(subject.attack.folder, kind.name)
+            folder = places.analysis_folder(subject.attack.folder, kind.name)
             folder.claim(config.overwrite, config.resume)
             if config.overwrite:  # else --resume would take it for finished, if this is interrupted
                 folder.empty()
@@ -91,7 +91,7 @@ def look_at_all(config: Config) -> None:
             except UserError as error:
                 problems += error.problems
     for number, kind in enumerate(waiting, start=1):
-        begun = folders.analysis_folder(subject.attack.folder, kind.name).path / "checkpoint.pt"
+        begun = places.analysis_folder(subject.attack.folder, kind.name).path / "checkpoint.pt"
         started = time.monotonic()
         logger.info("%d of %d: %s", number, len(waiting), kind.name)
         try:

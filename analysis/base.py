@@ -28,7 +28,7 @@ from utils.process import distributed
 from utils.process.device import run_conditions
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, seed_everything
-from utils.records import folders
+from utils.records import folders, places
 from utils.records.checkpoint import Origin
 from utils.records.named import dataset_of_record, named_record
 from utils.training import ending
@@ -38,7 +38,7 @@ from utils.training.findings import Findings
 if TYPE_CHECKING:
     from utils.plot import Figure
 
-BEFORE, CLEAN, EXACT = folders.BEFORE, folders.CLEAN, folders.EXACT
+BEFORE, CLEAN, EXACT = places.BEFORE, places.CLEAN, places.EXACT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def analyse(
     """
     started = time.monotonic()
     source = named_record(config.result_file, config.record_path)
-    folder = folders.analysis_folder(source, config.save_folder_name or name)
+    folder = places.analysis_folder(source, config.save_folder_name or name)
     try:
         record = folders.RunFolder(source)
         folder.claim(config.overwrite, config.resume, record, config.dump())

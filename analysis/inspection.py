@@ -64,7 +64,7 @@ from utils.errors import NothingToDo, UserError, suggestion
 from utils.files import as_path, file_sha256
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
-from utils.records import folders
+from utils.records import folders, places
 from utils.records.attack import RESULT, AttackRecord
 from utils.records.named import dataset_of_record
 from utils.records.weights import fill, read_state_dict
@@ -282,7 +282,7 @@ def train_clean(subject: Subject, config: Config) -> list[str]:
         recipe = clean_recipe(subject, config, number)
         values = {**asdict(recipe), "save_folder_name": None}
         name = f"clean-{ending.recipe_sha256(values)[:8]}-s{recipe.random_seed}"
-        folder = folders.attack_folder(name, as_path(config.record_path))
+        folder = places.attack_folder(name, as_path(config.record_path))
         if not folder.is_done:
             begun = (folder.path / "checkpoint.pt").exists()
             train(replace(recipe, save_folder_name=name, resume=begun), "prototype", clean_plan)
@@ -418,13 +418,13 @@ def inspect_weights(config: Config) -> folders.RunFolder:
     started = time.monotonic()
     if config.save_folder_name is None:
         raise UserError("--save_folder_name: a value is needed with --state_dict")
-    home = folders.attack_folder(config.save_folder_name, as_path(config.record_path)).path
+    home = places.attack_folder(config.save_folder_name, as_path(config.record_path)).path
     if (home / RESULT).exists():
         raise UserError(
             f"--save_folder_name: {config.save_folder_name} is the record of another model; give a "
             "new name, or --result_file instead of --state_dict"
         )
-    folder = folders.analysis_folder(home, "inspect")
+    folder = places.analysis_folder(home, "inspect")
     try:
         folder.claim(config.overwrite, config.resume)
     except NothingToDo:

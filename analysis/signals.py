@@ -390,4 +390,5 @@ def has_linear_head(model: nn.Module, image: torch.Tensor) -> bool:
         return False
     with recording(model, [name]) as outputs, evaluating(model), torch.no_grad():
         logits = model(image)
-    return outputs[name].shape == logits.shape and bool(torch.allclose(outputs[name], logits))
+    last = outputs[name].float()  # where the network computes in bf16, it is bf16
+    return last.shape == logits.shape and bool(torch.allclose(last, logits))

@@ -21,7 +21,7 @@ from utils.files import as_path, read_object
 from utils.metrics import Scores
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
-from utils.records import folders
+from utils.records import places
 from utils.records.attack import SUMMARY, AttackRecord, checked_hashes, load_attack
 from utils.records.defense import RESULT, load_defense
 from utils.records.named import OfRecord, named_record
@@ -130,13 +130,13 @@ class Subject:
 
     def before_and_purified(self) -> dict[str, Callable[[], Classifier]]:
         """Functions that load the record's model and the purified ones, by name."""
-        return {folders.BEFORE: lambda: self.model, **{p.name: p.load for p in self.purified}}
+        return {places.BEFORE: lambda: self.model, **{p.name: p.load for p in self.purified}}
 
     def purified_and_clean(self) -> dict[str, Callable[[], Classifier]]:
         """Functions that load the purified models and, if there is one, the clean one, by name."""
         loaders = {purified.name: purified.load for purified in self.purified}
         clean = self.clean
-        return loaders if clean is None else {**loaders, folders.CLEAN: lambda: clean}
+        return loaders if clean is None else {**loaders, places.CLEAN: lambda: clean}
 
     def same_network(self, results: Findings, purified: Purified) -> Classifier | None:
         """A purified model, if its network has the same parts as the record's.
@@ -269,7 +269,7 @@ def load_clean(name: str, flag: str, record_path: str | None, data: Dataset) -> 
     Raises:
         UserError: if there is none, or it is of another dataset, or of an attack.
     """
-    folder = folders.existing_folder(name, as_path(record_path), flag)
+    folder = places.existing_folder(name, as_path(record_path), flag)
     if folder is None:
         raise UserError(
             f"{flag}: {name} is no record; train a clean model first: attack/prototype.py "
@@ -308,7 +308,7 @@ def results_of(
         )
     purified = []
     for name in dict.fromkeys(config.defenses or finished):
-        if name == folders.BEFORE:
+        if name == places.BEFORE:
             raise UserError(
                 f"{home / name}: its name is what tables call the model before the defense; "
                 "rename the folder, or name other results with --defenses"

@@ -43,7 +43,7 @@ from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders
 from utils.records.attack import save_attack
 from utils.records.checkpoint import Origin
-from utils.records.folders import free_folder
+from utils.records.places import free_folder
 from utils.training import ending
 from utils.training.loop import largest_batch
 from utils.training.watch import Watch, scorer

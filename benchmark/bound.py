@@ -47,7 +47,7 @@ from utils.perturb import Start
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger, run_script
 from utils.process.seeds import generator
-from utils.records import folders
+from utils.records import places
 from utils.records.attack import AttackRecord, load_attack
 from utils.training.loop import Loop
 
@@ -234,7 +234,7 @@ def main() -> None:
         raise UserError(f"--images: {flags.images} is not allowed; give 1 or more")
     if flags.random_seed < 0:
         raise UserError(f"--random_seed: {flags.random_seed} is not allowed; give 0 or more")
-    attack = load_attack(folders.find_record(flags.result_file, as_path(flags.record_path)))
+    attack = load_attack(places.find_record(flags.result_file, as_path(flags.record_path)))
     attack.check_model(flags.model)
     config = sau.Config.load(
         attack.dataset,
@@ -244,8 +244,8 @@ def main() -> None:
         device=flags.device,
     )
     name = attack.folder.name
-    folder = folders.made_folder(flags.to)  # before the work
-    folders.refuse_foreign(flags.to / f"{name}.csv", "round,total,", "--to")
+    folder = places.made_folder(flags.to)  # before the work
+    places.refuse_foreign(flags.to / f"{name}.csv", "round,total,", "--to")
     rows = measured(attack, config, rounds, flags.images)
     folder.write_metrics(rows, f"{name}.csv")
 

@@ -19,7 +19,7 @@ from utils.config import Parser
 from utils.data.batches import as_float
 from utils.errors import UserError
 from utils.process.script import logger, run_script
-from utils.records import folders
+from utils.records import folders, places
 from utils.records.attack import AttackRecord, load_attack
 from utils.training import ending
 
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     flags = parser.parse_args()
-    write([folders.find_record(name, flags.record_path) for name in flags.records], flags.to)
+    write([places.find_record(name, flags.record_path) for name in flags.records], flags.to)
 
 
 if __name__ == "__main__":

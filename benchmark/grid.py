@@ -52,7 +52,9 @@ from utils.config import Config, read_yaml
 from utils.errors import UserError, listed, quoted, suggestion
 from utils.files import read_object
 from utils.records.checkpoint import files_of
-from utils.records.folders import CLEAN, FREE_TO_CHANGE, NAME
+from utils.records.contents import NAME
+from utils.records.folders import FREE_TO_CHANGE
+from utils.records.places import CLEAN
 from utils.training.ending import paths_of
 
 _OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")

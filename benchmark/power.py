@@ -26,7 +26,8 @@ from utils.config import Parser
 from utils.errors import UserError, shown
 from utils.files import read_object
 from utils.process.script import logger, run_script
-from utils.records.folders import RunFolder, refuse_foreign
+from utils.records.folders import RunFolder
+from utils.records.places import refuse_foreign
 
 CLEAN = "prototype"
 ALL = "all of these"

@@ -44,7 +44,8 @@ from utils.files import ROOT
 from utils.process.device import usable_cores
 from utils.process.progress import Progress, clock
 from utils.process.script import logger, run_script
-from utils.records.folders import RunFolder, made_folder
+from utils.records.folders import RunFolder
+from utils.records.places import made_folder
 
 
 class Board:

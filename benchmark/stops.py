@@ -24,7 +24,7 @@ from utils.config import Parser
 from utils.errors import UserError, first_line
 from utils.files import read_object
 from utils.process.script import logger, run_script
-from utils.records.folders import made_folder, refuse_foreign
+from utils.records.places import made_folder, refuse_foreign
 
 AUTO, ALL = "sau_auto", "sau"
 SIGNAL, ASR, ASR_ALL = "held-out error + share", "ASR (auto)", "ASR (all rounds)"

@@ -30,7 +30,7 @@ from utils.process import distributed
 from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, generator, seed_everything
-from utils.records import folders
+from utils.records import folders, places
 from utils.records.attack import AttackRecord, load_attack, read_index
 from utils.records.checkpoint import Origin
 from utils.records.defense import save_defense
@@ -323,7 +323,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     source = named_record(config.result_file, config.record_path)
     summary = _summary(source)
     attack = load_attack(source)
-    folder = folders.defense_folder(attack.folder, config.save_folder_name or name)
+    folder = places.defense_folder(attack.folder, config.save_folder_name or name)
     record = folders.RunFolder(source)
     folder.claim(config.overwrite, config.resume, record, config.dump())
     if _summary(source) != summary:  # from now on an attack that would replace it sees this defense

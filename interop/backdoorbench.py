@@ -30,7 +30,7 @@ from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError
 from utils.files import read_object, remove_strays, temporary_folder
 from utils.process.script import logger, run_script
-from utils.records import folders
+from utils.records import folders, places
 from utils.records.attack import (
     AttackRecord,
     file_hashes,
@@ -179,7 +179,7 @@ def import_record(
         UserError: if the source cannot be read, or the record exists.
         NothingToDo: if a process that made the same record was killed after its last file.
     """
-    folder = folders.attack_folder(name, record_path)
+    folder = places.attack_folder(name, record_path)
     was_killed = folder.lock()
     is_again = was_killed and not overwrite and _is_import(folder, source, dataset_path)
     folder.claim(overwrite, resume=is_again)
@@ -369,10 +369,10 @@ def main() -> None:
     """Parses the flags and converts."""
     flags = _parsed()
     if flags.command == "export":
-        source = folders.find_record(flags.result_file, flags.record_path)
+        source = places.find_record(flags.result_file, flags.record_path)
         export_record(source, flags.to, flags.dataset_path)
     else:
-        folder = folders.existing_folder(flags.result_file, flags.record_path, "DIR")
+        folder = places.existing_folder(flags.result_file, flags.record_path, "DIR")
         if folder is None:
             raise UserError(f"DIR: {flags.result_file} is no folder; give BackdoorBench's record")
         import_record(

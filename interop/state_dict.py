@@ -46,7 +46,7 @@ from utils.process.script import file_log, logger, run_script
 from utils.records import folders
 from utils.records.attack import save_attack
 from utils.records.checkpoint import digest
-from utils.records.folders import free_folder
+from utils.records.places import free_folder
 from utils.records.weights import fill, read_state_dict
 from utils.training import ending
 from utils.training.ending import draw_trigger

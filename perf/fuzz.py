@@ -56,7 +56,7 @@ from utils.files import ROOT
 from utils.metrics import Rate, Scores
 from utils.process.device import peak_memory
 from utils.process.script import logger, run_script
-from utils.records import folders, weights
+from utils.records import folders, places, weights
 from utils.records.attack import file_hashes, load_attack, save_attack
 from utils.records.defense import load_defense, save_defense
 from utils.records.named import recorded_dataset
@@ -357,7 +357,7 @@ def write_good(good: Path) -> None:
     """One good file of every kind."""
     write_record(good / "record")
     attack = load_attack(good / "record")
-    run = folders.defense_folder(good / "record", "ft")
+    run = places.defense_folder(good / "record", "ft")
     run.start("defense: ft\n")
     save_defense(run, attack.build(), attack, "ft")
     run.write_metrics([{"round": n, "acc": 0.5, "asr": 0.5, "seconds": 1.0} for n in (0, 1)])

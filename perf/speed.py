@@ -47,7 +47,7 @@ from utils.errors import UserError
 from utils.process.device import environment, pick_device, pick_precision
 from utils.process.script import logger, run_script
 from utils.process.seeds import generator
-from utils.records import folders
+from utils.records import folders, places
 from utils.records.attack import load_attack
 from utils.training import ending
 from utils.training.evaluate import evaluate
@@ -421,7 +421,7 @@ def main() -> None:
             raise UserError(f"--{name}: {getattr(flags, name)} is not allowed; give 1 or more")
     flags.to.mkdir(parents=True, exist_ok=True)
     device = pick_device(flags.device)
-    folder = folders.find_record(flags.result_file, flags.record_path)
+    folder = places.find_record(flags.result_file, flags.record_path)
     bench = load(folder, flags.images, flags.batch_size, device, flags.repeats)
     measures: dict[str, Callable[[], list[Row]]] = {
         "round": lambda: measure_round(bench),

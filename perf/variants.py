@@ -28,7 +28,7 @@ from utils.data.batches import as_float
 from utils.errors import UserError
 from utils.process.device import pick_device
 from utils.process.script import logger, run_script
-from utils.records import folders
+from utils.records import places
 
 Group = dict[str, Callable[[], Callable[[], object]]]
 
@@ -151,7 +151,7 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.repeats < 1:
         raise UserError(f"--repeats: {flags.repeats} is not allowed; give 1 or more")
-    folder = folders.find_record(flags.result_file, flags.record_path)
+    folder = places.find_record(flags.result_file, flags.record_path)
     bench = load(folder, 64, 64, pick_device(flags.device), flags.repeats)
     for part in flags.parts:
         seconds = interleaved(PARTS[part](bench), bench.repeats, bench.device)

@@ -510,7 +510,7 @@ def test_a_second_run_that_waits_for_the_first(
             if len(waits) == 1:
                 first.communicate("finish\n")
 
-        monkeypatch.setattr("utils.records.folders.time.sleep", wait)
+        monkeypatch.setattr("utils.records.lock.time.sleep", wait)
         assert run_script(ROOT / script, *run, *flags) == code
     assert len(waits) == 1
     assert re.search(message, capsys.readouterr().err)

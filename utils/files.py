@@ -229,3 +229,18 @@ def as_path(text: str | None) -> Path | None:
 def absolute(text: str | None) -> str | None:
     """A flag's path as a record keeps it."""
     return None if text is None else os.path.abspath(text)
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Raises UserError, naming the path, if the system refuses something inside."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make it writable") from None
+
+
+def refuse_link(path: Path) -> None:
+    """Raises UserError if the path is a link."""
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link; give another name, or remove it")

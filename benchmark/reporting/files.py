@@ -13,7 +13,8 @@ from benchmark.reporting.summaries import read_runs
 from utils.errors import UserError, one_line
 from utils.files import read_text
 from utils.process.script import logger
-from utils.records.folders import RunFolder, made_folder
+from utils.records.folders import RunFolder
+from utils.records.places import made_folder
 
 _MARKED = {"table.md": tables.markdown, "leaderboard.md": leaderboard.markdown}
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")

@@ -35,7 +35,8 @@ from utils.config import read_yaml
 from utils.errors import UserError, one_line, shown
 from utils.files import read_bytes, read_object, read_text
 from utils.process.script import logger
-from utils.records.folders import CLEAN, EXACT, RunFolder
+from utils.records.folders import RunFolder
+from utils.records.places import CLEAN, EXACT
 
 RUNS, CURVES = "runs.jsonl", "curves.csv"
 RATES = ("acc", "asr", "ra", "cross_acc")

@@ -138,6 +138,18 @@ def test_all_of_them_by_one_command(records: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.count("nothing is left to do") == len(analysis.names())
 
 
+def test_all_of_them_in_bf16(records: Path) -> None:
+    """What a GPU computes in, and a processor that can."""
+    shorter = {
+        "path": ["--t_steps", 2],
+        "retune": ["--n_rounds", 1, "--poisoned_images", "0,2"],
+    }
+    for kind in analysis.names():
+        fixed = ["--precision", "bf16", "--save_folder_name", f"{kind}_bf16", "--defenses", "ft"]
+        assert run(records, kind, *fixed, *shorter.get(kind, [])) == 0, kind
+        assert result(records, f"{kind}_bf16")["precision"] == "bf16"
+
+
 @pytest.mark.slow
 def test_of_a_clean_model_only_the_inspection_is_left(records: Path) -> None:
     assert run(records, "all", record="clean") == 0

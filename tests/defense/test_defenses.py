@@ -297,6 +297,19 @@ def test_the_model_changes_here(name: str, changes: dict[str, Any]) -> None:
     assert not torch.equal(fitted()(images), whole_run(name, changes).model(images))
 
 
+@every_case
+def test_a_network_may_compute_in_bf16(name: str, changes: dict[str, Any]) -> None:
+    """As on a GPU: it is purified, and its weights stay finite float32."""
+    data, model = bright_data(), prepare(fitted(), CPU, "bf16")
+    config = shortened(name, model, **changes)
+    seen = data.train.at(torch.arange(0 if config.sees == "nothing" else len(data.train)))
+    state = outcome(name, model, seen.images, seen.labels, config).model.state_dict()
+    floats = {key: value for key, value in state.items() if value.is_floating_point()}
+    assert {value.dtype for value in floats.values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in floats.values())
+    assert differences(bare(fitted()).state_dict(), state, "weights") != []
+
+
 # --- same seed, same images, same bits -----------------------------------------------------------
 
 

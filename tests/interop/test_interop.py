@@ -43,7 +43,7 @@ from utils.data.poison import (
 )
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.records import folders
+from utils.records import folders, places
 from utils.records.attack import file_hashes, load_attack, model_state, save_attack
 from utils.records.named import recorded_dataset
 
@@ -100,7 +100,7 @@ def save_ours(
     )
     run.write_metrics([{"epoch": 1, "loss": 0.5, "acc": 0.75, "asr": 1.0, "ra": 0.0, "seconds": 3}])
     run.write_summary({"files": file_hashes(run, "attack_result.pt", "poison.pt")})
-    defended = folders.defense_folder(folder, "sau")
+    defended = places.defense_folder(folder, "sau")
     defended.start("lr: 0.01\n")
     weights = {name: value + 1 for name, value in model_state(model).items()}
     result = {"model": weights, "model_name": "preactresnet18", "num_classes": 10, "mean": [0.1]}
@@ -334,7 +334,7 @@ def test_an_import_that_was_killed_after_its_last_file_is_finished(
     theirs = writer.write(tmp_path / "theirs", badnet(data))
     flags = ["import", theirs, "--record_path", tmp_path, "--save_folder_name", "x"]
     assert run(*flags) == 0
-    folders.attack_folder("x", tmp_path).release()  # as at the end of the process
+    places.attack_folder("x", tmp_path).release()  # as at the end of the process
     for other, code in (([], 0), (["--dataset_path", tmp_path], 2)):
         (tmp_path / ".x.lock").touch()
         capsys.readouterr()

@@ -1,14 +1,10 @@
-"""Folders of runs under `record/`: claimed, locked, written file by file, resumed and found."""
+"""Folders of runs under `record/`: claimed, replaced, written file by file, and resumed."""
 
-import atexit
 import contextlib
 import csv
 import glob
 import json
 import os
-import re
-import stat
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,31 +14,24 @@ import torch
 from utils import locks
 from utils.config import parse_yaml, read_yaml
 from utils.errors import NothingToDo, UserError, shown
-from utils.files import ROOT, TABLE, as_path, not_written, read_text, remove_strays, replaced
+from utils.files import not_written, refuse_link, remove_strays, replaced, writable
 from utils.process import distributed
 from utils.process.script import logger
 from utils.records.checkpoint import CHECKPOINT, Origin
 from utils.records.contents import (
     MARK,
-    NAME,
     Contents,
     is_file_name,
     replaced_name,
     write_mark,
 )
+from utils.records.lock import Lock, is_locked
 from utils.tensors import explained, load_tensors
 
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
-# What Windows takes for a device, or for another name.
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
-# In tables and figures, models beside those that defenses purified: the model before the defense, a
-# model without a backdoor, and the backdoored model tuned with the true labels.
-BEFORE, CLEAN, EXACT = "before", "clean model", "exact purification"
 # Flags that say where a run writes, and when, but not what comes out.
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
 _PLACES = ("result_file", "dataset_path", "device", "eval_every")  # of a finished run, may change
-# By the lock's path: the open file, and the folders that were made for it.
-_LOCKS: dict[str, tuple[int, list[Path]]] = {}
 
 
 class RunFolder:
@@ -59,6 +48,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = Lock(path)
         self._added: dict[str, Any] = {}  # to each checkpoint
         self._origin = Origin()
         self._names: list[str] | None = None  # what run.json lists, once this process has begun
@@ -139,7 +129,7 @@ class RunFolder:
                 "start anew"
             )
         for lock in contents.locks:
-            if _is_locked(lock):
+            if is_locked(lock):
                 name = lock.name.removeprefix(".").removesuffix(".lock")
                 raise UserError(
                     f"{self.path}: another process is writing {lock.parent.name}/{name} in it; "
@@ -187,10 +177,6 @@ class RunFolder:
                 "or move it away"
             )
         return contents
-
-    @property
-    def _lock(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.lock")
 
     @property
     def _checkpoint(self) -> Path:
@@ -259,90 +245,20 @@ class RunFolder:
         """Raises UserError if a write would go elsewhere; a stranger may have made the folder."""
         inside = self.path.iterdir() if self.path.is_dir() else ()
         for path in (self.path, self._replaced.path, *inside):
-            _refuse_link(path)
+            refuse_link(path)
 
     def lock(self) -> bool:
-        """Takes the lock beside the folder, which the system releases when this process ends.
-
-        Returns:
-            Whether it is the lock of a process that was killed.
-
-        Raises:
-            UserError: if another process has it, or something else stands in its place.
-        """
-        path = self._lock
-        held = _LOCKS.get(os.path.realpath(path))
-        if held is not None and os.fstat(held[0]).st_nlink:
-            return False
-        tries_until = time.monotonic() + 0.5  # somebody may just ask whether it is taken
-        created: list[Path] = []
-        try:
-            with writable(self.path):
-                while (taken := self._try_lock(created)) is None:
-                    if time.monotonic() > tries_until:
-                        raise UserError(
-                            f"{self.path}: another process is writing it; wait for it, or give "
-                            "another name"
-                        )
-                    time.sleep(0.05)
-        except BaseException:
-            _remove_empty(created)
-            raise
-        handle, is_left = taken
-        _LOCKS[os.path.realpath(path)] = (handle, created)
-        atexit.register(self.release)
-        return is_left
-
-    def _try_lock(self, created: list[Path]) -> tuple[int, bool] | None:
-        """The open lock, and whether it was there before; None if another process has it.
-
-        Args:
-            created: gets the folders that are made for it, the innermost first.
-        """
-        path = self._lock
-        absent = [parent for parent in path.parents if not parent.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        created.extend(parent for parent in absent if parent not in created)
-        is_left = False
-        try:
-            try:
-                handle = locks.open_no_link(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            except FileExistsError:
-                handle, is_left = locks.open_no_link(path, os.O_RDWR), True
-        except FileNotFoundError:  # the process before has just removed it, or its folder
-            return None
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_size:
-            os.close(handle)
-            raise UserError(f"{path}: is no lock of this program; move it away")
-        try:
-            if locks.lock(handle) and os.fstat(handle).st_nlink:
-                return handle, is_left
-        except OSError:
-            os.close(handle)
-            raise
-        os.close(handle)  # another process has it, or has just removed it
-        return None
+        """Keeps the folder for this process, see `Lock.take`."""
+        return self._lock.take()
 
     def release(self) -> None:
-        """Gives the lock back, and removes its file and the folders that were made for it."""
-        handle, created = _LOCKS.pop(os.path.realpath(self._lock), (None, []))
-        if handle is None:
-            return
-        if locks.WINDOWS:  # an open file cannot be removed, by which nobody loses a lock either
-            os.close(handle)
-        with contextlib.suppress(OSError):  # its folder may be gone, or read-only by now
-            # Without a name by now, the file of that name is another process's.
-            if locks.WINDOWS or os.fstat(handle).st_nlink:
-                locks.patiently(self._lock.unlink)
-        if not locks.WINDOWS:
-            os.close(handle)
-        _remove_empty(created)
+        """Gives it back."""
+        self._lock.release()
 
     @property
     def is_taken(self) -> bool:
         """Whether another process is writing it."""
-        return _is_locked(self._lock)
+        return self._lock.is_taken
 
     def start(
         self,
@@ -523,132 +439,6 @@ class RunFolder:
         self._checkpoint.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Raises UserError, naming the path, if the system refuses something inside."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make it writable") from None
-
-
-def _is_locked(lock: Path) -> bool:
-    """Whether another process has a lock."""
-    if os.path.realpath(lock) in _LOCKS:
-        return False
-    try:
-        handle = locks.open_no_link(lock, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return not locks.lock(handle, shared=True)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    """Removes folders, from the innermost on, as long as they are empty."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def attack_folder(name: str, root: Path | None) -> RunFolder:
-    """The folder of an attack's record.
-
-    Args:
-        name: letters, digits, `_ . + -`; not a path.
-        root: folder of all records; None for `record/` of this checkout.
-
-    Raises:
-        UserError: if the name could leave the folder of records.
-    """
-    return RunFolder((root or ROOT / "record") / _checked_name(name))
-
-
-def defense_folder(record: Path, name: str) -> RunFolder:
-    """The folder of a defense's result, inside the record that it read.
-
-    Raises:
-        UserError: if the name could leave that folder, or the folder is elsewhere.
-    """
-    _refuse_link(record / "defense")
-    if name == BEFORE:
-        raise UserError(
-            f"--save_folder_name: {name} is what tables call the model before the defense; give "
-            "another name"
-        )
-    return RunFolder(record / "defense" / _checked_name(name))
-
-
-def analysis_folder(record: Path, name: str) -> RunFolder:
-    """The folder of an analysis's result, inside the record that it looks at.
-
-    Raises:
-        UserError: if the name could leave that folder, or the folder is elsewhere.
-    """
-    _refuse_link(record / "analysis")
-    return RunFolder(record / "analysis" / _checked_name(name))
-
-
-def _refuse_link(path: Path) -> None:
-    if path.is_symlink():
-        raise UserError(f"{path}: is a link; give another name, or remove it")
-
-
-def _checked_name(name: str) -> str:
-    if not NAME.fullmatch(name):
-        raise UserError(
-            f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no "
-            "folders"
-        )
-    if locks.WINDOWS and _DEVICE.fullmatch(name):
-        raise UserError(f"--save_folder_name: {name} is no name on Windows; give another one")
-    if len(name) > LONGEST_NAME:
-        raise UserError(
-            f"--save_folder_name: has {len(name):,} letters; give at most {LONGEST_NAME}"
-        )
-    return name
-
-
-def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
-    """The folder of a record's name, or an existing folder; None if there is neither.
-
-    Raises:
-        UserError: naming the flag, if the record is a link.
-    """
-    folder = (root or ROOT / "record") / name
-    if NAME.fullmatch(name) and os.path.isdir(folder):
-        if folder.is_symlink():
-            raise UserError(f"{flag}: {folder} is a link; give the folder that it leads to")
-        return folder
-    return Path(name) if os.path.isdir(name) else None  # also for a name that cannot be one
-
-
-def find_record(name: str, root: Path | None) -> Path:
-    """The folder of a `--result_file` value: a record's name, or an existing folder.
-
-    Raises:
-        UserError: if there is none, naming those that exist.
-    """
-    folder = existing_folder(name, root, "--result_file")
-    if folder is not None:
-        return folder
-    records = root or ROOT / "record"
-    found = (path.parent.name for path in records.glob("[!.]*/attack_result.pt"))
-    names = sorted(name for name in found if NAME.fullmatch(name))  # others are given as folders
-    raise UserError(
-        f"--result_file: {name} is no record in {records}; "
-        + (
-            f"give one of {', '.join(names)}"
-            if names
-            else "run an attack first, e.g. attack/badnet.py"
-        )
-    )
-
-
 def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags on which a run's numbers may depend."""
     return {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
@@ -663,58 +453,3 @@ def save_plain(path: Path, content: Any) -> None:
 def _write_text(path: Path, text: str) -> None:
     # Names of bytes that are no UTF-8 have halves of characters, in JSON and YAML \udc80.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def free_folder(
-    name: str | None,
-    root: str | None,
-    overwrite: bool,
-    resume: bool = False,
-    config: str | None = None,
-) -> RunFolder:
-    """The folder of a new record, or of one to continue; only this process may write it.
-
-    Args:
-        config: see `RunFolder.claim`.
-
-    Raises:
-        UserError: if there is no name, or the content of the folder may not be replaced.
-    """
-    if name is None:
-        raise UserError("--save_folder_name: a value is needed; give the record a name")
-    folder = attack_folder(name, as_path(root))
-    folder.claim(overwrite, resume, config=config)
-    return folder
-
-
-def made_folder(path: Path, flag: str = "--to") -> RunFolder:
-    """The folder that a flag names, which is made if it is not there.
-
-    Raises:
-        UserError: if it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{flag}: {path} cannot be made ({error.strerror}); give a folder"
-        ) from None
-    return RunFolder(path)
-
-
-def refuse_foreign(path: Path, start: str, flag: str) -> None:
-    """That a table is not there yet, or is an earlier one of the same script.
-
-    Args:
-        start: what the script's tables begin with.
-        flag: that names the place.
-
-    Raises:
-        UserError: if there is another file.
-    """
-    try:
-        if not os.path.lexists(path) or read_text(path, TABLE).startswith(start):
-            return
-    except (OSError, ValueError):
-        pass
-    raise UserError(f"{flag}: {path} is no table of this script; give another place")

@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.process.device import Precision
 from utils.records import backdoorbench
 from utils.records.attack import is_backdoorbench
-from utils.records.folders import find_record
+from utils.records.places import find_record
 
 
 @dataclass(frozen=True, kw_only=True)

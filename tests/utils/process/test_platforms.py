@@ -24,7 +24,8 @@ from utils.errors import UserError
 from utils.files import ROOT
 from utils.process.device import peak_memory_mib, pick_device, pick_precision, usable_cores
 from utils.process.script import run_script
-from utils.records.folders import RunFolder, attack_folder
+from utils.records.folders import RunFolder
+from utils.records.places import attack_folder
 
 ELSEWHERE = [sys.executable, str(ROOT / "tests" / "elsewhere.py")]
 needs_linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="simulates on Linux")

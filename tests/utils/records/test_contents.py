@@ -13,7 +13,8 @@ from perf import stress
 from utils.errors import NothingToDo, UserError
 from utils.records import contents, folders
 from utils.records.contents import Contents, is_file_name, write_mark
-from utils.records.folders import RunFolder, attack_folder, defense_folder
+from utils.records.folders import RunFolder
+from utils.records.places import attack_folder, defense_folder
 
 HASH = "0123456789abcdef" * 4
 # --overwrite, --resume.

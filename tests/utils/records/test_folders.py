@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.records.folders import RunFolder, attack_folder, defense_folder, find_record
+from utils.records.folders import RunFolder
+from utils.records.places import attack_folder, defense_folder, find_record
 
 
 @pytest.fixture

@@ -1,0 +1,161 @@
+"""Where records are, and what they may be called."""
+
+import os
+import re
+from pathlib import Path
+
+from utils import locks
+from utils.errors import UserError
+from utils.files import ROOT, TABLE, as_path, read_text, refuse_link
+from utils.records.contents import NAME
+from utils.records.folders import LONGEST_NAME, RunFolder
+
+# What Windows takes for a device, or for another name.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?|.*\.", re.IGNORECASE)
+# In tables and figures, models beside those that defenses purified: the model before the defense, a
+# model without a backdoor, and the backdoored model tuned with the true labels.
+BEFORE, CLEAN, EXACT = "before", "clean model", "exact purification"
+
+
+def attack_folder(name: str, root: Path | None) -> RunFolder:
+    """The folder of an attack's record.
+
+    Args:
+        name: letters, digits, `_ . + -`; not a path.
+        root: folder of all records; None for `record/` of this checkout.
+
+    Raises:
+        UserError: if the name could leave the folder of records.
+    """
+    return RunFolder((root or ROOT / "record") / _checked_name(name))
+
+
+def defense_folder(record: Path, name: str) -> RunFolder:
+    """The folder of a defense's result, inside the record that it read.
+
+    Raises:
+        UserError: if the name could leave that folder, or the folder is elsewhere.
+    """
+    refuse_link(record / "defense")
+    if name == BEFORE:
+        raise UserError(
+            f"--save_folder_name: {name} is what tables call the model before the defense; give "
+            "another name"
+        )
+    return RunFolder(record / "defense" / _checked_name(name))
+
+
+def analysis_folder(record: Path, name: str) -> RunFolder:
+    """The folder of an analysis's result, inside the record that it looks at.
+
+    Raises:
+        UserError: if the name could leave that folder, or the folder is elsewhere.
+    """
+    refuse_link(record / "analysis")
+    return RunFolder(record / "analysis" / _checked_name(name))
+
+
+def _checked_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"--save_folder_name: {name} is not a name; give letters, digits, _ . + - and no "
+            "folders"
+        )
+    if locks.WINDOWS and _DEVICE.fullmatch(name):
+        raise UserError(f"--save_folder_name: {name} is no name on Windows; give another one")
+    if len(name) > LONGEST_NAME:
+        raise UserError(
+            f"--save_folder_name: has {len(name):,} letters; give at most {LONGEST_NAME}"
+        )
+    return name
+
+
+def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
+    """The folder of a record's name, or an existing folder; None if there is neither.
+
+    Raises:
+        UserError: naming the flag, if the record is a link.
+    """
+    folder = (root or ROOT / "record") / name
+    if NAME.fullmatch(name) and os.path.isdir(folder):
+        if folder.is_symlink():
+            raise UserError(f"{flag}: {folder} is a link; give the folder that it leads to")
+        return folder
+    return Path(name) if os.path.isdir(name) else None  # also for a name that cannot be one
+
+
+def find_record(name: str, root: Path | None) -> Path:
+    """The folder of a `--result_file` value: a record's name, or an existing folder.
+
+    Raises:
+        UserError: if there is none, naming those that exist.
+    """
+    folder = existing_folder(name, root, "--result_file")
+    if folder is not None:
+        return folder
+    records = root or ROOT / "record"
+    found = (path.parent.name for path in records.glob("[!.]*/attack_result.pt"))
+    names = sorted(name for name in found if NAME.fullmatch(name))  # others are given as folders
+    raise UserError(
+        f"--result_file: {name} is no record in {records}; "
+        + (
+            f"give one of {', '.join(names)}"
+            if names
+            else "run an attack first, e.g. attack/badnet.py"
+        )
+    )
+
+
+def free_folder(
+    name: str | None,
+    root: str | None,
+    overwrite: bool,
+    resume: bool = False,
+    config: str | None = None,
+) -> RunFolder:
+    """The folder of a new record, or of one to continue; only this process may write it.
+
+    Args:
+        config: see `RunFolder.claim`.
+
+    Raises:
+        UserError: if there is no name, or the content of the folder may not be replaced.
+    """
+    if name is None:
+        raise UserError("--save_folder_name: a value is needed; give the record a name")
+    folder = attack_folder(name, as_path(root))
+    folder.claim(overwrite, resume, config=config)
+    return folder
+
+
+def made_folder(path: Path, flag: str = "--to") -> RunFolder:
+    """The folder that a flag names, which is made if it is not there.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{flag}: {path} cannot be made ({error.strerror}); give a folder"
+        ) from None
+    return RunFolder(path)
+
+
+def refuse_foreign(path: Path, start: str, flag: str) -> None:
+    """That a table is not there yet, or is an earlier one of the same script.
+
+    Args:
+        start: what the script's tables begin with.
+        flag: that names the place.
+
+    Raises:
+        UserError: if there is another file.
+    """
+    try:
+        if not os.path.lexists(path) or read_text(path, TABLE).startswith(start):
+            return
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{flag}: {path} is no table of this script; give another place")
