@@ -20,7 +20,7 @@ the digits, and the same numbers on CIFAR-10.
 
 Limits: square images with one or three channels and a side that is a multiple of 4 pixels.
 
-Expected on the embedded digits at 5 % each: ACC >= 98 %, ASR >= 98 %. CIFAR-10 at 0.3 % poisoned
+Expected on the embedded digits at 5 % each: ACC >= 98 %, ASR >= 96 %. CIFAR-10 at 0.3 % poisoned
 and 0.3 % cover: ASR well below 100 %, and different from seed to seed. The published numbers are
 for a ResNet-20; BackdoorBench has none.
 """

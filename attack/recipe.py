@@ -69,7 +69,7 @@ class TrainingConfig(configuration.Config):
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]
     wd: Annotated[float, Field(ge=0, description="weight decay of SGD")]
     crop_padding: Annotated[
-        int, Field(ge=0, le=64, description="zero pixels around an image before its random crop")
+        int, Field(ge=0, le=64, description="pixels added around an image before its random crop")
     ]
     flip: Annotated[bool, Field(description="mirror images at random")]
     random_seed: Annotated[

@@ -68,7 +68,7 @@ class SharedAdversarial(CleanData, Rounds):
     lmd_1: Annotated[float, Field(ge=0, description="weight of L_cl (lambda1)")]
     lmd_2: Annotated[float, Field(ge=0, description="weight of the cross-entropy on x + delta")]
     lmd_3: Annotated[float, Field(ge=0, description="weight of L_sar (lambda2)")]
-    lr: Annotated[float, Field(gt=0, description="learning rate of Adam, at its start")]
+    lr: Annotated[float, Field(gt=0, description="learning rate of Adam; SAU keeps it constant")]
     wd: Annotated[float, Field(ge=0, description="weight decay of Adam")]
     adam_beta_1: Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")]
     adam_beta_2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")]

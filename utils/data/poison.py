@@ -247,7 +247,7 @@ def unpoisoned(clean: Labelled) -> PoisonedSet:
 def count_in_batch(ratio: float, batch_size: int, rng: torch.Generator) -> int:
     """How many images of a batch an attack that controls training takes, as published.
 
-    int(ratio * batch_size). If ratio * batch_size is below 1, it is the probability that the batch
+    See `whole_share`. If ratio * batch_size is below 1, it is the probability that the batch
     has one such image: with 8 % and batches of ten, four of five batches have one.
 
     Args:
@@ -272,7 +272,7 @@ def said_of_batches(ratio: float, batch_size: int) -> str:
 
 
 def whole_share(ratio: float, batch_size: int) -> int:
-    """int(ratio * batch_size)."""
+    """int(ratio * batch_size) of the exact product; as published, 0.29 * 100 is 28."""
     return int(ratio * batch_size + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
