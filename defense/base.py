@@ -7,6 +7,7 @@ Dataset, model, normalization and target come from the record. Test images and t
 only for the report.
 """
 
+import copy
 import functools
 import sys
 import time
@@ -20,6 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from models import prepare
+from models.views import any_order, has_own_code
 from utils.config import Group
 from utils.data.batches import as_float, keep_on, spread
 from utils.data.labelled import Dataset, Triggered
@@ -38,7 +40,14 @@ from utils.records.named import OfRecord, dataset_of_record, named_record
 from utils.training import ending, selection
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
-from utils.training.guard import check_given, seeded, single_images_told
+from utils.training.guard import (
+    apart,
+    check_given,
+    learning,
+    require_finite,
+    seeded,
+    single_images_told,
+)
 from utils.training.loop import Loop
 from utils.training.selection import acceptable as acceptable  # public under this name, too
 from utils.training.selection import hold_out as hold_out
@@ -259,9 +268,12 @@ class Purify(Protocol[C_contra]):
 def checked(purify: Purify[C]) -> Purify[C]:
     """The decorator of every `purify`; a method file writes `@checked` over it.
 
-    Model, images and labels are checked first (`check_given`). In every call, the global generators
-    start with `random_seed`, so dropout draws the same; they are restored at the end. If a network
-    cannot learn from one image at a time, one line says so.
+    Model, images and labels are checked first (`check_given`), and at the end whether the weights
+    are finite. In every call, the global generators start with `random_seed`, so dropout draws the
+    same; they are restored at the end. Gradients are computed wherever it is called from, but never
+    those of the caller's images. A network with code of the user's own is copied first, since this
+    code may change it in each call. If a network cannot learn from one image at a time, one line
+    says so.
 
     Args:
         purify: the method.
@@ -269,6 +281,8 @@ def checked(purify: Purify[C]) -> Purify[C]:
     Returns:
         The same, which raises UserError if what it is given does not fit together.
     """
+
+    expected = getattr(sys.modules[purify.__module__], "Config", DefenseConfig)
 
     @functools.wraps(purify)
     def wrapped(
@@ -278,7 +292,12 @@ def checked(purify: Purify[C]) -> Purify[C]:
         config: C,
         loop: Loop | None = None,
     ) -> nn.Module:
-        with seeded(config.random_seed), single_images_told():
+        if not isinstance(config, expected):
+            raise UserError(
+                f"config: {type(config).__name__} of {type(config).__module__} is no configuration "
+                f"of this defense; give {expected.__module__}.{expected.__name__}.load(...)"
+            )
+        with seeded(config.random_seed), single_images_told(), learning():
             check_given(
                 model,
                 images,
@@ -287,7 +306,12 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 needs_labels=isinstance(config, CleanData),
                 batch_size=config.batch_size if isinstance(config, (FineTuned, Inverted)) else None,
             )
-            return purify(model, images, labels, config, loop)
+            own_code = has_own_code(model)
+            given = copy.deepcopy(model) if own_code else model
+            with any_order(own_code):
+                purified = purify(given, apart(images), apart(labels), config, loop)
+            require_finite(purified)
+            return purified
 
     return wrapped
 

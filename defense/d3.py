@@ -34,7 +34,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
-from models.parts import layer_or_last
+from models.parts import changeable, layer_or_last
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -110,7 +110,13 @@ def pushed_weights(model: nn.Module, name: str | None) -> list[torch.Tensor]:
         UserError: if there is none, or one is frozen.
     """
     chosen = layer_or_last(model, name, "--select_layer_name")
-    layers = [part for part in chosen.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    inside = {
+        part_name or name or "that is the last linear one": part
+        for part_name, part in chosen.named_modules()
+        if isinstance(part, (nn.Linear, nn.Conv2d))
+    }
+    changeable(inside)
+    layers = list(inside.values())
     if not layers:
         raise UserError(
             f"--select_layer_name: {name} has no linear or convolution layer inside; give one "

@@ -70,6 +70,8 @@ def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:
         UserError: if there are more bins than anybody needs.
     """
     values = values.double()
+    if values.shape[1] < 2:  # they have no deviation
+        return torch.full_like(values[:, 0], torch.nan)
     deviation = values.std(1, keepdim=True)
     z = (values - values.mean(1, keepdim=True)) / deviation
     is_known = z.isfinite().all(1)  # 0 / 0 is not

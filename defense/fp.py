@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from defense.base import FineTuned, HeldOut, checked, hold_out, run
-from models.parts import head, named_channels
+from models.parts import changeable, head, named_channels
 from utils.errors import UserError
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
@@ -91,6 +91,7 @@ def purify(
     """
     loop = loop or Loop()
     name, linear = head(model)
+    changeable({name: linear})
     count = linear.in_features
     purified = copy.deepcopy(model).eval()
     if config.n_rounds == 0:

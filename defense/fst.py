@@ -33,7 +33,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
-from models.parts import layer_or_last
+from models.parts import changeable, layer_or_last
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -78,6 +78,7 @@ def head_of(model: nn.Module, name: str | None) -> nn.Linear:
             f"--select_layer_name: {name} is a {type(head).__name__}, but the head is shifted; "
             "give a linear layer, or null for the last one"
         )
+    changeable({name or "that is the last linear one": head})
     if not head.weight.requires_grad:
         raise UserError(
             "the head's weight is frozen, but this method trains it; set its requires_grad, or "

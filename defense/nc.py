@@ -133,7 +133,7 @@ def invert_trigger(
                 batch = augment(images[index], config.crop_padding, config.flip, crops)
                 x = as_float(batch, device)
                 mask, pattern = bounded(theta["mask"]), bounded(theta["pattern"])
-                logits = called(stamp(x, mask, pattern))
+                logits = called(stamp(x, mask, pattern).to(x.dtype))
                 wanted = torch.full((len(x),), target, device=device)
                 norm = mask.sum()
                 loss = F.cross_entropy(logits, wanted) + float(search["cost"]) * norm

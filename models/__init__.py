@@ -12,6 +12,7 @@ from models.preactresnet import preactresnet18, preactresnet18_half
 from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
 from models.userfile import build_user_model, is_user_file, model_identity
+from models.views import any_order, has_own_code
 from utils.errors import UserError, one_line, suggestion
 
 __all__ = [
@@ -95,14 +96,16 @@ class Classifier(nn.Module):
         self.normalize = Normalize(mean, std)
         self.network = network
         self.precision = "fp32"
+        self._has_own_code = has_own_code(network)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = self.normalize(images)
-        if self.precision == "fp32":
-            return self.network(images)
-        with torch.autocast(images.device.type, torch.bfloat16):
-            logits = self.network(images)
-        return logits.float()
+        with any_order(self._has_own_code):
+            if self.precision == "fp32":
+                return self.network(images)
+            with torch.autocast(images.device.type, torch.bfloat16):
+                logits = self.network(images)
+            return logits.float()
 
 
 def prepare(model: Classifier, device: torch.device, precision: str) -> Classifier:

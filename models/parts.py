@@ -76,6 +76,24 @@ def head(model: nn.Module) -> tuple[str, nn.Linear]:
     )
 
 
+def changeable(layers: Mapping[str, nn.Module]) -> None:
+    """Raises UserError if not each of the layers has a weight of its own, which can be changed."""
+    owners: dict[int, str] = {}
+    for name, module in layers.items():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise UserError(
+                f"the weight of the layer {name} is computed from others (weight_norm, "
+                "spectral_norm or the like), and this method changes it; remove this from the "
+                "network, or give another method"
+            )
+        if (other := owners.setdefault(id(weight), name)) != name:
+            raise UserError(
+                f"the layers {other} and {name} share a weight, and this method changes each on "
+                "its own; give each its own, or give another method"
+            )
+
+
 def learning_weights(model: nn.Module) -> list[nn.Parameter]:
     """The weights that may be trained.
 
@@ -127,6 +145,7 @@ def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
             "this method works on the channels of BatchNorm layers (BatchNorm2d), and this network "
             "has none; give another method or network"
         )
+    changeable(layers)
     return layers
 
 
@@ -280,6 +299,16 @@ def weighted(model: nn.Module, name: str, factor: torch.Tensor) -> Iterator[None
         hook.remove()
 
 
+def _prefix(model: nn.Module) -> str:
+    """Of the names of the bare network's weights in the model, for `functional_call`."""
+    if isinstance(bare(model), nn.DataParallel):
+        raise UserError(
+            "this method cannot change the weights of a DataParallel network; give the network "
+            "that is in it (model.module)"
+        )
+    return "network." if isinstance(model, Classifier) else ""
+
+
 def scaled(
     model: nn.Module,
     scales: Mapping[str, torch.Tensor],
@@ -298,10 +327,12 @@ def scaled(
         By the parameters' names in `model`.
     """
     layers = norms(model)
-    prefix = "network." if isinstance(model, Classifier) else ""
+    prefix = _prefix(model)
     changed = {f"{prefix}{name}.weight": layers[name].weight * scales[name] for name in scales}
-    for name in shifts or ():
-        changed[f"{prefix}{name}.bias"] = layers[name].bias * shifts[name]  # type: ignore[index]
+    for name, shift in (shifts or {}).items():
+        bias = layers[name].bias
+        if bias is not None:
+            changed[f"{prefix}{name}.bias"] = bias * shift
     return changed
 
 
@@ -339,7 +370,8 @@ def scaled_convolutions(
         Weights and biases by the parameters' names in `model`.
     """
     layers = convolutions(model)
-    prefix = "network." if isinstance(model, Classifier) else ""
+    changeable(layers)
+    prefix = _prefix(model)
     changed = {}
     for name, scale in scales.items():
         changed[f"{prefix}{name}.weight"] = layers[name].weight * scale.view(-1, 1, 1, 1)
@@ -367,7 +399,8 @@ def silenced(model: nn.Module, channels: Mapping[str, torch.Tensor], with_bias: 
         for name, is_pruned in channels.items():
             parameters = [layers[name].weight, *([layers[name].bias] if with_bias else [])]
             for parameter in parameters:
-                parameter[is_pruned.to(parameter.device)] = 0
+                if parameter is not None:  # of a layer without biases
+                    parameter[is_pruned.to(parameter.device)] = 0
     return model
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from models.views import any_order, has_own_code
 from utils.data.batches import as_float
 from utils.errors import UserError, one_line, shown
 from utils.process.seeds import random_states, seed_everything
@@ -33,6 +34,31 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         restore_random(before)
+
+
+@contextmanager
+def learning() -> Iterator[None]:
+    """Inside, gradients can be computed, also if it is called under `no_grad`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def apart(images: torch.Tensor) -> torch.Tensor:
+    """The same images, through which no gradient reaches the caller's."""
+    return images.clone() if images.is_inference() else images.detach()
+
+
+def require_finite(purified: nn.Module) -> None:
+    """Raises UserError if a weight or a statistic is NaN or infinite, as of a run that diverged.
+
+    Losses do not always say so, because BatchNorm keeps them small.
+    """
+    for name, value in purified.state_dict().items():
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise UserError(
+                f"{shown(name, 100)} of the purified network is not finite; give smaller learning "
+                "rates, or take back what else makes steps large"
+            )
 
 
 @contextmanager
@@ -71,10 +97,11 @@ def check_given(
         batch_size: of methods that train the whole network in train mode; None for others.
 
     Raises:
-        UserError: if the network has no weights, or its lazy layers have none yet; if images are no
-            (N, C, H, W) of floats in [0, 1] or uint8; if labels are no (N,) of int64 below the
-            number of classes; if the network cannot take the images, gives no logits (N, K)
-            although there are labels, or cannot be trained on so few images.
+        UserError: if the network has no weights, or not finite ones, or its lazy layers have none
+            yet; if images are no (N, C, H, W) of floats in [0, 1] or uint8; if labels are no (N,)
+            of int64 below the number of classes; if the network cannot take the images, changes
+            them, gives no logits (N, K) although there are labels, or cannot be trained on so few
+            images.
     """
     _check_network(model)
     _check_images(images, needs_images)
@@ -83,10 +110,16 @@ def check_given(
     some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
     copy = _told("be copied by copy.deepcopy", lambda: deepcopy(model))
     copy.eval()
-    with torch.no_grad():
+    given = as_float(some, _device(model)).clone()
+    before = given.clone()
+    with torch.no_grad(), any_order(has_own_code(model)):
         logits = _told(
-            f"take images of shape {tuple(some.shape)} and type {some.dtype}",
-            lambda: copy(as_float(some, _device(model))),
+            f"take images of shape {tuple(some.shape)} and type {some.dtype}", lambda: copy(given)
+        )
+    if not torch.equal(given, before):
+        raise UserError(
+            "model: the network changes the images that it is given; give one that does not "
+            "normalize in place"
         )
     if len(labels) == 0:
         return
@@ -98,9 +131,15 @@ def check_given(
             f"labels: {int(labels.min())} to {int(labels.max())}, but the network has {classes} "
             f"classes; give 0 to {classes - 1}"
         )
-    if batch_size is not None and min(len(images), batch_size) == 1:
-        with single_images_told(), torch.no_grad():
-            copy.train()(as_float(some[:1], _device(model)))
+    if batch_size is not None:
+        count = min(len(some), batch_size)
+        copy.train()
+        with single_images_told(), torch.no_grad(), any_order(has_own_code(model)):
+            if count == 1:
+                logits = copy(before[:1])
+            else:
+                logits = _told("be called in train mode", lambda: copy(before[:count]))
+        _classes(logits, count, " in train mode")
 
 
 def _check_network(model: nn.Module) -> None:
@@ -110,6 +149,16 @@ def _check_network(model: nn.Module) -> None:
         raise UserError("model: the network has no weights; give one that was trained")
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, value in tensors.items() if is_lazy(value)]
+    if any(value.is_inference() for value in tensors.values()):
+        raise UserError(
+            "model: it was made under torch.inference_mode, where nothing can be trained; make it "
+            "outside"
+        )
+    broken = [name for name, value in tensors.items() if not (is_lazy(value) or _is_finite(value))]
+    if broken:
+        raise UserError(
+            f"model: {shown(broken[0], 100)} is not finite; give a network whose weights are"
+        )
     if lazy:
         raise UserError(
             f"model: {shown(lazy[0], 100)} has no values yet, because its lazy layer was never "
@@ -117,9 +166,15 @@ def _check_network(model: nn.Module) -> None:
         )
 
 
+def _is_finite(value: torch.Tensor) -> bool:
+    return value.is_meta or bool(value.detach().isfinite().all())
+
+
 def _check_images(images: torch.Tensor, needs_images: bool) -> None:
     if not isinstance(images, torch.Tensor):
         raise UserError(f"images: {type(images).__name__} is no tensor; {GIVE_IMAGES}")
+    if images.is_nested or images.layout != torch.strided or images.is_meta:
+        raise UserError(f"images: they are no dense tensor with values; {GIVE_IMAGES}")
     if images.dim() != 4 or 0 in images.shape[1:]:
         raise UserError(f"images: the shape is {tuple(images.shape)}; {GIVE_IMAGES}")
     if images.dtype not in (torch.uint8, *FLOATS):
@@ -150,7 +205,7 @@ def _check_labels(labels: torch.Tensor, count: int) -> None:
         raise UserError(f"labels: the type is {labels.dtype}; give (N,) int64")
 
 
-def _classes(logits: object, count: int) -> int:
+def _classes(logits: object, count: int, when: str = "") -> int:
     """The number of classes in what a network gives for so many images."""
     if not isinstance(logits, torch.Tensor):
         output = type(logits).__name__
@@ -161,7 +216,8 @@ def _classes(logits: object, count: int) -> int:
     else:
         return logits.shape[1]
     raise UserError(
-        f"model: the network gives {output} for {count} images; logits (N, K) are needed, as floats"
+        f"model: the network gives {output} for {count} images{when}; logits (N, K) are needed, as "
+        "floats"
     )
 
 

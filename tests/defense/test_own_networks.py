@@ -1,0 +1,258 @@
+"""Networks of the user's own, whatever their code does: every defense works, or says why not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import defense
+from models.views import has_own_code
+from tests.every_defense import module, shortened
+from utils.errors import UserError
+
+every_defense = pytest.mark.parametrize("name", defense.names())
+
+
+class Own(nn.Module):
+    """Two convolutions and a head, written for images in torch's usual order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.two, self.other = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6 * 16, 4)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.one(images)).relu()
+        return nn.functional.max_pool2d(self.other(self.two(x)).relu(), 2)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        x = self.features(images)
+        return self.head(x.view(x.size(0), -1))
+
+
+class Counting(Own):
+    """Counts its calls in a buffer, also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, images: torch.Tensor) -> Any:
+        self.calls += 1
+        return super().forward(images)
+
+
+class InPlace(Own):
+    """Normalizes the caller's images."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return super().forward(images.sub_(0.5).div_(0.25))
+
+
+class Auxiliary(Own):
+    """Gives a second output in train mode."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(0)
+    return torch.rand(24, 3, 8, 8, generator=source), torch.arange(24) % 4
+
+
+def purified(name: str, model: nn.Module, pixels: torch.Tensor | None = None) -> nn.Module:
+    given, labels = images()
+    config = shortened(name, model, n_rounds=1, batch_size=8)
+    return module(name).purify(model, given if pixels is None else pixels, labels, config)
+
+
+def made(kind: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind()
+
+
+def test_code_of_the_user_s_is_told_from_ours_and_torch_s() -> None:
+    assert has_own_code(nn.Sequential(nn.Sequential(Own())))
+    assert not has_own_code(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten()))
+
+
+@every_defense
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_a_view_in_the_forward_pass_works(name: str, as_bytes: bool) -> None:
+    """Our images are channels-last in memory, where `x.view(len(x), -1)` is not possible."""
+    pixels = (images()[0] * 255).to(torch.uint8)
+    result = purified(name, made(Own), pixels if as_bytes else pixels / 255)
+    assert result(pixels / 255).isfinite().all()
+
+
+@every_defense
+def test_buffers_that_calls_change_stay_as_they_were(name: str) -> None:
+    model = made(Counting)
+    first, again = purified(name, model), purified(name, model)
+    assert model.calls == 0  # type: ignore[comparison-overlap]
+    pairs = zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+@every_defense
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_the_caller_s_images_get_no_gradient(name: str, is_leaf: bool) -> None:
+    leaf = images()[0].requires_grad_()
+    purified(name, made(Own), leaf if is_leaf else leaf * 1)
+    assert leaf.grad is None
+
+
+@every_defense
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off_it_works_too(name: str, without: Callable[[], Any]) -> None:
+    model = made(Own)
+    expected = purified(name, model)
+    with without():
+        found = purified(name, model, images()[0])
+    pairs = zip(expected.state_dict().values(), found.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_network_of_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = made(Own)
+    with pytest.raises(UserError, match=r"made under torch\.inference_mode"):
+        purified("ft", model)
+
+
+@every_defense
+def test_a_network_that_changes_its_images_is_refused(name: str) -> None:
+    given = images()[0]
+    if module(name).Config.load("digits").sees == "nothing":
+        given = given[:0]
+    else:
+        with pytest.raises(UserError, match="the network changes the images that it is given"):
+            purified(name, made(InPlace), given)
+        assert torch.equal(given, images()[0])
+
+
+@every_defense
+def test_weights_that_are_not_finite_are_refused(name: str) -> None:
+    model = made(Own)
+    with torch.no_grad():
+        model.two.weight[0, 0, 0, 0] = torch.nan  # type: ignore[union-attr, index]
+    with pytest.raises(UserError, match=r"model: two\.weight is not finite"):
+        purified(name, model)
+
+
+def test_another_output_in_train_mode_is_refused() -> None:
+    with pytest.raises(UserError, match="the network gives tuple for 2 images in train mode"):
+        purified("ft", made(Auxiliary))
+
+
+def test_a_network_that_raises_in_train_mode_is_refused() -> None:
+    class Breaks(Own):
+        def train(self, mode: bool = True) -> "Breaks":
+            self.breaks = mode
+            return super().train(mode)
+
+        def forward(self, images: torch.Tensor) -> Any:
+            if self.breaks:
+                raise KeyError("teacher")
+            return super().forward(images)
+
+    with pytest.raises(UserError, match=r"cannot be called in train mode .KeyError: 'teacher'"):
+        purified("ft", made(Breaks).eval())
+
+
+@every_defense
+def test_the_configuration_of_another_defense_is_refused(name: str) -> None:
+    other = "bnp" if name != "bnp" else "clp"
+    config = module(other).Config.load("digits")
+    with pytest.raises(UserError, match=rf"config: Config of \S+ is no .*defense.{name}.Config"):
+        module(name).purify(made(Own), *images(), config)
+
+
+# --- layers whose weights cannot be changed ------------------------------------------------------
+
+
+def with_parametrized(part: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = Own()
+        parametrizations.weight_norm(getattr(model, part))
+        return model
+
+    return make
+
+
+def tied() -> nn.Module:
+    model = Own()
+    model.other.weight = model.norm.weight
+    third = nn.Conv2d(6, 6, 3, padding=1)
+    third.weight = model.two.weight
+    return nn.Sequential(model.one, model.norm, model.two, third, model.other, Tail())
+
+
+class Tail(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("fp", "head"), ("d3", "head"), ("fst", "head"), ("ims", "two")],
+)
+def test_a_weight_that_is_computed_from_others_is_refused(name: str, part: str) -> None:
+    with pytest.raises(UserError, match=r"the weight of the layer .* is computed from others"):
+        purified(name, made(with_parametrized(part)))
+
+
+@pytest.mark.parametrize("name", ["anp", "rnp", "bnp", "clp", "ep", "ims"])
+def test_layers_that_share_a_weight_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"the layers \d and \d share a weight"):
+        purified(name, made(tied))
+
+
+@every_defense
+def test_batchnorm_without_biases_works(name: str) -> None:
+    def make() -> nn.Module:
+        model = Own()
+        model.norm = nn.BatchNorm2d(6, bias=False)
+        return model
+
+    assert purified(name, made(make))(images()[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["anp", "rnp", "ims"])
+def test_a_dataparallel_network_is_refused_where_it_cannot_work(name: str) -> None:
+    with pytest.raises(UserError, match="give the network that is in it"):
+        purified(name, nn.DataParallel(made(Own)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_neural_cleanse_takes_the_network_s_type(dtype: torch.dtype) -> None:
+    given, labels = images()
+    model = made(Own).to(dtype)
+    config = shortened("nc", model, n_rounds=1, batch_size=8)
+    result = module("nc").purify(model, given.to(dtype), labels, config)
+    assert {value.dtype for value in result.parameters()} == {dtype}
+
+
+def test_a_run_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its losses are finite, since BatchNorm keeps them small, and its statistics are not."""
+    model = made(Own)
+
+    def diverge(model: nn.Module, *_: Any) -> nn.Module:
+        model.norm.running_var[0] = torch.inf  # type: ignore[index, union-attr]
+        return model
+
+    monkeypatch.setattr(diverge, "__module__", "defense.ft", raising=False)
+    from defense.base import checked
+
+    with pytest.raises(UserError, match=r"norm\.running_var of the purified network is not finite"):
+        checked(diverge)(model, *images(), module("ft").Config.load("digits"))
