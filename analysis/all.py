@@ -4,8 +4,9 @@
 
 Each analysis runs with its own values of `config/analysis/`; to change one, run it by itself. What
 a record cannot have is skipped with a line: a clean model has no trigger, for example. With
-`--resume`, analyses that are finished stay as they are. `--overwrite` first removes the earlier
-results of all of them, so that `--resume` can tell what is still to be made anew.
+`--resume`, analyses that are finished stay as they are. With `--overwrite` each is made anew, and
+replaces the earlier one when it is finished; after an interruption, `--resume` keeps those earlier
+ones that were not reached.
 """
 
 import dataclasses
@@ -81,8 +82,6 @@ def look_at_all(config: Config) -> None:
         try:
             folder = places.analysis_folder(subject.attack.folder, kind.name)
             folder.claim(config.overwrite, config.resume)
-            if config.overwrite:  # else --resume would take it for finished, if this is interrupted
-                folder.empty()
             waiting.append(kind)
         except NothingToDo as done:
             try:

@@ -27,6 +27,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,13 +52,15 @@ from models import is_user_file
 from utils.config import Config, read_yaml
 from utils.errors import UserError, listed, quoted, suggestion
 from utils.files import read_object
+from utils.records import places
 from utils.records.checkpoint import files_of
 from utils.records.contents import NAME
-from utils.records.folders import FREE_TO_CHANGE
+from utils.records.folders import FREE_TO_CHANGE, is_same
 from utils.records.places import CLEAN
 from utils.training.ending import paths_of
 
 _OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
+_FILES = ("index", "trigger_image")  # flags that name one
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
 
 
@@ -193,7 +196,12 @@ class Cell:
     def arguments(self) -> list[str]:
         """The script's arguments; the same for a fresh run and for the continuation of one."""
         values = {**self.flags, "resume": True}
-        return [part for name, value in values.items() for part in (f"--{name}", _as_text(value))]
+        parts = [(f"--{name}", _as_text(value)) for name, value in values.items()]
+        return [
+            text
+            for name, value in parts
+            for text in ([f"{name}={value}"] if value.startswith("-") else [name, value])
+        ]
 
     @property
     def is_done(self) -> bool:
@@ -273,6 +281,7 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
         key = f"{cell.script} {given}"
         problems += _problems(cell) if key not in checked else []
         checked.add(key)
+        problems += _problems_of_name(cell)
         problems += _differences(cell)
     count = Counter(cell.name for cell in cells)
     problems += [
@@ -385,6 +394,26 @@ def _problems(cell: Cell) -> list[str]:
         config.load(flags.pop("dataset", None), **flags)  # a defense has it from the record
     except UserError as error:
         return [f"{cell.script}: {text.removeprefix('override: ')}" for text in error.problems]
+    return [
+        f"{cell.script}: --{flag}: {cell.flags[flag]} is not there; give a file that is"
+        for flag in _FILES
+        if cell.flags.get(flag) is not None and not os.path.exists(str(cell.flags[flag]))
+    ]
+
+
+def _problems_of_name(cell: Cell) -> list[str]:
+    """The errors that the cell's script would report about the name of its folder."""
+    name = cell.folder.name
+    try:
+        if cell.attack is None:
+            places.attack_folder(name, cell.folder.parent)
+        elif cell.script.startswith("defense/"):
+            places.defense_folder(cell.attack.folder, name)
+        else:
+            places.analysis_folder(cell.attack.folder, name)
+    except UserError as error:
+        said = [text.removeprefix("--save_folder_name: ") for text in error.problems]
+        return [f"{cell.name}: {text}" for text in said]
     return []
 
 
@@ -425,7 +454,9 @@ def _differences(cell: Cell) -> list[str]:
     differing = {
         name: value
         for name, value in cell.flags.items()
-        if name not in _FREE and name in before and before[name] != value
+        if name not in _FREE
+        and name in before
+        and not is_same(cell.folder, name, value, before[name])
     }
     shown = ", ".join(f"{name} {before[name]}, not {value}" for name, value in differing.items())
     if shown:

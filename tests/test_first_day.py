@@ -112,6 +112,10 @@ def test_the_target_may_be_given_by_its_name(
     flags = defense_flags(place, "x", batch_size=4)
     assert run_script(ROOT / "defense/ft.py", *flags) == 0
     assert "ft against badnet on folder, target 1 (dog)" in capsys.readouterr().err
+    assert attack(place, "x", attack_target="dog", batch_size=4, resume=True) == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert attack(place, "x", attack_target="emu", batch_size=4, resume=True) == 2
+    assert "was run with --attack_target 1; give the same" in capsys.readouterr().err
 
 
 def test_pictures_name_the_target(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +142,7 @@ def test_pictures_name_the_target(place: Path, monkeypatch: pytest.MonkeyPatch) 
         ("3", "3 is no class of folder; give 0 to 2, or a name: cat, dog, emu"),
         ("-1", "-1 is not allowed; give int >= 0 or the name of a class"),
         ("1.5", "1.5 is not allowed"),
-        ("", "is not allowed"),
+        ("", "--attack_target: a value is missing; give int >= 0 or the name of a class"),
     ],
 )
 def test_a_target_that_is_none_is_told(

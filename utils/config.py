@@ -174,7 +174,7 @@ class Config:
         given = {key: value for key, value in vars(parsed).items() if value is not None}
         wants_help = given.pop("help")
         problems = _unknown_flags(unknown, [*_hints(cls), *USER_FILES, "help"])
-        for name in [name for name, value in given.items() if value == _NO_VALUE]:
+        for name in [name for name, value in given.items() if value in (_NO_VALUE, "")]:
             allowed = "a file" if name in USER_FILES else allowed_values(_hints(cls)[name])
             problems.append(f"--{name}: a value is missing; give {allowed}")
             del given[name]

@@ -14,7 +14,7 @@ from utils.errors import UserError, one_line
 from utils.files import read_text
 from utils.process.script import logger
 from utils.records.folders import RunFolder
-from utils.records.places import made_folder
+from utils.records.places import made_folder, refuse_foreign
 
 _MARKED = {"table.md": tables.markdown, "leaderboard.md": leaderboard.markdown}
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")
@@ -36,6 +36,8 @@ def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[s
     if is_kept:
         sources.check_kept(to, list(runs["run"]))
     folder = made_folder(to)
+    if "html" in formats:
+        refuse_foreign(to / "report.html", page.START, "--to")
     write_tables(all_tables, runs, folder, formats)
     if is_kept:
         sources.keep(runs["run"], folder)
@@ -72,16 +74,26 @@ def write_tables(
     folder: RunFolder,
     formats: Collection[str],
 ) -> None:
-    """Writes the tables, in all chosen formats that are for tables."""
+    """Writes the tables, in all chosen formats that are for tables.
+
+    Raises:
+        UserError: if a file of such a name is there that is no table.
+    """
+    texts: dict[str, str] = {}
     if "md" in formats:
-        for name, as_markdown in _MARKED.items():
-            folder.write_text(name, as_markdown(all_tables))
+        texts |= {name: as_markdown(all_tables) for name, as_markdown in _MARKED.items()}
     if "tex" in formats:
-        folder.write_text("table.tex", tables.latex(all_tables))
+        texts["table.tex"] = tables.latex(all_tables)
     if "csv" in formats:
-        folder.write_text("table.csv", tables.tidy(all_tables))
-        folder.write_text("runs.csv", tables.runs_csv(runs))
-        folder.write_text("backdoorbench.csv", leaderboard.backdoorbench_csv(all_tables))
+        texts["table.csv"] = tables.tidy(all_tables)
+        texts["runs.csv"] = tables.runs_csv(runs)
+        texts["backdoorbench.csv"] = leaderboard.backdoorbench_csv(all_tables)
+    unsure = {} if (folder.path / sources.RUNS).exists() else texts
+    for name, text in unsure.items():  # before any is replaced
+        start = "**" if name.endswith(".md") else re.split(r"[,\n]", text, maxsplit=1)[0]
+        refuse_foreign(folder.path / name, start, "--to")
+    for name, text in texts.items():
+        folder.write_text(name, text)
 
 
 def rebuild(texts: Sequence[Path]) -> None:

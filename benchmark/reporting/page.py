@@ -31,6 +31,13 @@ _PICTURES = {
 }
 
 # Rows are put in the order of a column, empty cells last; once more turns the order around.
+# What every page begins with, and hardly another one.
+START = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:"""
 _SCRIPT = """
 for (const button of document.querySelectorAll(".numbers thead button")) {
   button.addEventListener("click", () => {

@@ -49,7 +49,8 @@ Text = Annotated[
 Line = Annotated[str, AfterValidator(lambda text: text[:300])]  # cut, not refused
 Place = Annotated[str, AfterValidator(lambda text: Path(without_places(text)).name[:300])]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
+MOST = 1 << 53  # beyond it, tables of floats would round whole numbers
+Count = Annotated[int, Field(ge=0, le=MOST)]
 
 
 class _Scores(BaseModel):
@@ -70,7 +71,7 @@ class _Facts(BaseModel):
     attack: Text
     dataset: Text
     model: Text | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-MOST, le=MOST)] | None = None
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     device: Text = "-"
     device_name: Text = "-"

@@ -298,7 +298,7 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
             r"--clean_record: nobody is no record; train a cl",
         ),
         ("retune", ["--clean_record", "bd"], r"--clean_record: bd is the record of an attack \(ba"),
-        ("retune", ["--poisoned_images", ""], r"--poisoned_images: a value is needed; give numb"),
+        ("retune", ["--poisoned_images", ""], r"--poisoned_images: a value is missing; give a list"),
         ("retune", ["--lr", "1e30"], r"--lr: with 1e\+30 the loss is not finite; give a smaller"),
         ("retune", ["--poisoned_images", "300"], r"--poisoned_images: 300: there are only 20 ima"),
         ("gradcam", ["--layer", "conv7"], r"--layer: conv7 is no layer of this network"),
@@ -332,19 +332,22 @@ def fresh(records: Path, tmp_path: Path) -> Path:
 def test_what_an_overwriting_run_has_not_reached_is_not_finished(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the first of two, and resumed: the second one is computed again, too."""
-    flags = ["--kinds", "path,weights", "--defenses", "ft"]
-    assert run(fresh, "all", *flags) == 0
+    """Interrupted in the first of two: the earlier ones stay until they are made anew."""
+    flags = ["--kinds", "path,weights"]
+    assert run(fresh, "all", *flags, "--defenses", "ft") == 0
 
     def dying(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(base.Results, "step", dying)
-        assert run(fresh, "all", "--kinds", "path,weights", "--overwrite") == 130
-    assert run(fresh, "all", "--kinds", "path,weights", "--resume") == 0
+        assert run(fresh, "all", *flags, "--overwrite") == 130
+    for kind in ("path", "weights"):
+        assert result(fresh, kind)["defenses"] == ["ft"], kind
+    assert run(fresh, "all", *flags, "--overwrite") == 0
     for kind in ("path", "weights"):
         assert result(fresh, kind)["defenses"] == ["ft", "npd", "sau"], kind
+        assert not (fresh / f"bd/analysis/.{kind}.replaced").exists(), kind
 
 
 def test_an_analysis_of_all_goes_on_by_its_own_script(

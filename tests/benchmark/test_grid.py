@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import torch
 
 import attack
 import defense
+from attack.badnet import Config
 from benchmark import run, workers
 from benchmark.grid import Cell, cells_of, read_grid
 from benchmark.narrow import build as narrow_network
@@ -75,6 +77,41 @@ def test_arguments_are_what_a_user_would_type(tmp_path: Path) -> None:
         *("--save_folder_name", "sau_x"),
         *("--resume", "true"),
     ]
+
+
+def test_a_value_that_begins_like_a_flag_stays_a_value(tmp_path: Path) -> None:
+    text = TEXT.replace("  badnet:\n", '  badnet: {attack_target: "-dash"}\n')
+    (first, *_) = grid_of(text, tmp_path)
+    assert "--attack_target=-dash" in first.arguments()
+    config = Config.from_command_line(first.arguments(), "")
+    assert config.attack_target == "-dash"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("  ft:\n", "  before: {script: ft}\n", "s0/before: before is what tables call the model"),
+        ("  fixed:", f"  {'f' * 195}:", "has 220 letters; give at most 200"),
+        ("  ft:\n", "  ft: {index: nowhere.txt}\n", "--index: nowhere.txt is not there"),
+    ],
+)
+def test_what_scripts_would_refuse_is_refused_first(
+    before: str, after: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        grid_of(TEXT.replace(before, after), tmp_path)
+
+
+def test_a_target_may_be_given_by_its_name(tmp_path: Path) -> None:
+    """config.yaml has its label, and summary.json has its name."""
+    text = TEXT.replace("  badnet:\n", "  badnet: {attack_target: apfel}\n")
+    (cell, *_) = grid_of(text, tmp_path)
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text("attack_target: 3\n")
+    (cell.folder / "summary.json").write_text('{"attack_target_name": "apfel"}')
+    assert grid_of(text, tmp_path)[0].is_done
+    with pytest.raises(UserError, match="was made with attack_target 3, not birne"):
+        grid_of(text.replace("apfel", "birne"), tmp_path)
 
 
 def test_analyses_come_last_with_clean_models_as_controls(tmp_path: Path) -> None:

@@ -79,6 +79,38 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
     return folder
 
 
+TABLES = ("table.md", "leaderboard.md", "table.tex", "table.csv", "runs.csv", "report.html")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_file_that_is_no_report_is_not_replaced(
+    name: str, two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is any other file written then; a report replaces an earlier one."""
+    to = tmp_path / "to"
+    to.mkdir()
+    (to / name).write_text("my own notes\n")
+    flags = ["--under", two_attacks, "--to", to, "--formats", "md,tex,csv,html"]
+    assert report(*flags) == 2
+    assert f"{to / name} is no table of this script" in capsys.readouterr().err
+    assert [path.name for path in to.iterdir()] == [name]
+    (to / name).unlink()
+    assert report(*flags) == 0
+    assert report(*flags) == 0
+
+
+@pytest.mark.parametrize("changes", [{"seed": 10**30}, {"asr_total": 10**30}])
+def test_numbers_beyond_all_bounds_skip_a_record(
+    changes: dict[str, Any], two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = two_attacks / "blended-1/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    flags = ["--under", two_attacks, "--to", tmp_path / "to", "--formats", "md,csv"]
+    assert report(*flags) == 0
+    assert "blended-1" in capsys.readouterr().err
+    assert "blended-1" not in (tmp_path / "to/runs.csv").read_text()
+
+
 @pytest.fixture
 def two_attacks(tmp_path: Path) -> Path:
     """Two attacks with two seeds, each purified by two defenses, and a clean model."""

@@ -339,6 +339,7 @@ def test_text_that_belongs_to_no_flag_is_named() -> None:
 )
 def test_a_flag_without_its_value_is_named(flag: str, allowed: str) -> None:
     assert problems(f"--{flag}") == [f"--{flag}: a value is missing; give {allowed}"]
+    assert problems(f"--{flag}", "") == problems(f"--{flag}")  # an unset variable of a shell
     assert problems(f"--{flag}", "--rounds", "2") == problems(f"--{flag}")
 
 

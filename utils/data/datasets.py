@@ -83,6 +83,11 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
         )
     if path is not None and path.exists() and not path.is_dir():
         raise UserError(f"--dataset_path: {path} is no folder; give the one that holds the dataset")
+    if path is not None and name in _BUILT_IN:
+        raise UserError(
+            f"--dataset_path: {path}, but {name} is part of the program and reads no folder; drop "
+            "the flag, or give --dataset folder"
+        )
     dataset = _LOADERS[name](path, image_size)
     for split, kind in ((dataset.train, "training"), (dataset.test, "test")):
         if len(split) == 0:
@@ -465,6 +470,8 @@ def _measured(name: str, train: Labelled, test: Labelled, classes: tuple[str, ..
     constants = (tuple(round(value, 4) for value in values.tolist()) for values in (mean, std))
     return Dataset(name, train, test, classes, *constants)
 
+
+_BUILT_IN = ("digits", "random")  # they read no folder
 
 _LOADERS: dict[str, Callable[[Path | None, int], Dataset]] = {
     "digits": _digits,

@@ -14,7 +14,14 @@ import torch
 from utils import locks
 from utils.config import parse_yaml, read_yaml
 from utils.errors import NothingToDo, UserError, shown
-from utils.files import not_written, refuse_link, remove_strays, replaced, writable
+from utils.files import (
+    not_written,
+    read_object,
+    refuse_link,
+    remove_strays,
+    replaced,
+    writable,
+)
 from utils.process import distributed
 from utils.process.script import logger
 from utils.records.checkpoint import CHECKPOINT, Origin
@@ -151,7 +158,9 @@ class RunFolder:
         differing = [
             name
             for name, value in _recipe(now).items()
-            if name not in _PLACES and value is not None and before.get(name, value) != value
+            if name not in _PLACES
+            and value is not None
+            and not is_same(self.path, name, value, before.get(name, value))
         ]
         if differing:
             given = ", ".join(f"--{name} {shown(before[name], 200)}" for name in differing[:20])
@@ -301,15 +310,6 @@ class RunFolder:
                 self.write_text("config.yaml", config)
         return None
 
-    def empty(self) -> None:
-        """Removes what runs have written; the folder is claimed.
-
-        Raises:
-            UserError: if it cannot be removed, or if the folder holds a file that no run wrote.
-        """
-        with writable(self.path):
-            self._own_contents().remove()
-
     def _begin(self, names: Sequence[str]) -> None:
         """Lists the files of the run."""
         self._names = list(names)
@@ -437,6 +437,21 @@ class RunFolder:
         """Says that the run is done."""
         self.write_text("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         self._checkpoint.unlink(missing_ok=True)
+
+
+def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
+    """Whether a finished run had the value of a flag that is given now.
+
+    Args:
+        before: as the run's config.yaml has it, where a target that was given by the name of its
+            class is a label; summary.json has the name.
+    """
+    if given == before or name != "attack_target" or not isinstance(given, str):
+        return bool(given == before)
+    try:
+        return given == read_object(folder / "summary.json").get("attack_target_name", str(before))
+    except (OSError, ValueError):
+        return False
 
 
 def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from utils.data.batches import as_float, augment, mapped, release
+from utils.data.datasets import load_dataset
 from utils.data.labelled import Dataset, Labelled
+from utils.errors import UserError
 from utils.process import distributed
 
 # --- batches ------------------------------------------------------------------------------------
@@ -201,3 +203,9 @@ def test_release_leaves_ordinary_tensors_alone(monkeypatch: pytest.MonkeyPatch) 
     images = torch.arange(100, dtype=torch.uint8)
     release(images)
     assert images.tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("name", ["digits", "random"])
+def test_a_folder_for_a_dataset_that_reads_none_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{name} is part of the program and reads no folder"):
+        load_dataset(name, tmp_path, 16)

@@ -203,18 +203,3 @@ def test_only_names_that_can_be_given_are_offered(tmp_path: Path) -> None:
         (tmp_path / name / "attack_result.pt").write_text("")
     with pytest.raises(UserError, match=r"nobody is no record in .*; give one of good$"):
         find_record("nobody", tmp_path)
-
-
-def test_empty_removes_what_runs_have_written(tmp_path: Path) -> None:
-    """A file of the user stays, and is named."""
-    folder = RunFolder(tmp_path / "record")
-    folder.claim(overwrite=False)
-    folder.start("seed: 0\n")
-    folder.write_text("summary.json", "{}")
-    folder.empty()
-    assert not folder.is_done
-    folder.start("seed: 0\n")
-    (folder.path / "mine.txt").write_text("")
-    with pytest.raises(UserError, match=r"it holds mine.txt"):
-        folder.empty()
-    assert (folder.path / "config.yaml").exists()
