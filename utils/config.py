@@ -102,6 +102,11 @@ class _Layer(NamedTuple):
     def where(self, key: str) -> str:
         return f"--{quoted(key)}" if self.is_flags else f"{self.source}: {quoted(key)}"
 
+    def shown(self, value: object) -> str:
+        """A value for a message; of a YAML file with quotes, if it is a text that has some."""
+        is_number_as_text = isinstance(value, str) and re.fullmatch(r"[-+.\deE]+|true|false", value)
+        return repr(value) if is_number_as_text and not self.is_flags else quoted(value)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -423,9 +428,8 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                     allowed += f", of at most {LONGEST} characters and without NUL"
                 choices = _choices(hints[key]) if isinstance(value, str) else ()
                 close = suggestion(str(value), choices) if choices else ""
-                errors.append(
-                    f"{layer.where(key)}: {quoted(value)} is not allowed{close}; give {allowed}"
-                )
+                given = f"{layer.where(key)}: {layer.shown(value)}"
+                errors.append(f"{given} is not allowed{close}; give {allowed}")
     missing = [key for key in hints if key not in values and key not in refused]
     if "dataset" in refused:  # whose own file has the others
         missing = []

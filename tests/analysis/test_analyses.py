@@ -298,7 +298,11 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
             r"--clean_record: nobody is no record; train a cl",
         ),
         ("retune", ["--clean_record", "bd"], r"--clean_record: bd is the record of an attack \(ba"),
-        ("retune", ["--poisoned_images", ""], r"--poisoned_images: a value is missing; give a list"),
+        (
+            "retune",
+            ["--poisoned_images", ""],
+            r"--poisoned_images: a value is missing; give",
+        ),
         ("retune", ["--lr", "1e30"], r"--lr: with 1e\+30 the loss is not finite; give a smaller"),
         ("retune", ["--poisoned_images", "300"], r"--poisoned_images: 300: there are only 20 ima"),
         ("gradcam", ["--layer", "conv7"], r"--layer: conv7 is no layer of this network"),

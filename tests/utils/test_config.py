@@ -333,6 +333,12 @@ def test_text_that_belongs_to_no_flag_is_named() -> None:
     assert problem.startswith("stray: ")
 
 
+def test_a_number_in_quotes_is_shown_with_them(toy: Path) -> None:
+    """In a YAML file, the quotes are what is wrong."""
+    path = write(toy, 'rounds: "3"\n', "quotes.yaml")
+    assert problems("--yaml_path", path) == [f"{path}: rounds: '3' is not allowed; give int >= 1"]
+
+
 @pytest.mark.parametrize(
     ("flag", "allowed"),
     [("lr", "float in (0, 1]"), ("yaml_path", "a file"), ("bd_yaml_path", "a file")],
