@@ -153,7 +153,7 @@ def test_load_reports_every_bad_override() -> None:
     assert len(lines) == 2
     assert "rouns" in lines[0]
     assert "did you mean rounds?" in lines[0]
-    assert "lr: 0.5 is not allowed; give float in (0, 1]" in lines[1]
+    assert "lr: '0.5' is not allowed; give float in (0, 1]" in lines[1]
 
 
 def test_a_class_of_a_module_without_a_file_has_no_shipped_values(
