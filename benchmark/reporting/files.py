@@ -90,8 +90,8 @@ def write_tables(
         texts["backdoorbench.csv"] = leaderboard.backdoorbench_csv(all_tables)
     unsure = {} if (folder.path / sources.RUNS).exists() else texts
     for name, text in unsure.items():  # before any is replaced
-        start = "**" if name.endswith(".md") else re.split(r"[,\n]", text, maxsplit=1)[0]
-        refuse_foreign(folder.path / name, start, "--to")
+        first = re.split(r"[,\n]", text, maxsplit=1)[0]
+        refuse_foreign(folder.path / name, (first, "**") if name in _MARKED else first, "--to")
     for name, text in texts.items():
         folder.write_text(name, text)
 

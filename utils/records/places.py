@@ -143,11 +143,11 @@ def made_folder(path: Path, flag: str = "--to") -> RunFolder:
     return RunFolder(path)
 
 
-def refuse_foreign(path: Path, start: str, flag: str) -> None:
+def refuse_foreign(path: Path, start: str | tuple[str, ...], flag: str) -> None:
     """That a table is not there yet, or is an earlier one of the same script.
 
     Args:
-        start: what the script's tables begin with.
+        start: what the script's tables begin with; several if it has several kinds.
         flag: that names the place.
 
     Raises:

@@ -149,20 +149,20 @@ def _check_network(model: nn.Module) -> None:
         raise UserError("model: the network has no weights; give one that was trained")
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, value in tensors.items() if is_lazy(value)]
+    if lazy:
+        raise UserError(
+            f"model: {shown(lazy[0], 100)} has no values yet, because its lazy layer was never "
+            "called; call the network once, and load the weights that were trained"
+        )
     if any(value.is_inference() for value in tensors.values()):
         raise UserError(
             "model: it was made under torch.inference_mode, where nothing can be trained; make it "
             "outside"
         )
-    broken = [name for name, value in tensors.items() if not (is_lazy(value) or _is_finite(value))]
+    broken = [name for name, value in tensors.items() if not _is_finite(value)]
     if broken:
         raise UserError(
             f"model: {shown(broken[0], 100)} is not finite; give a network whose weights are"
-        )
-    if lazy:
-        raise UserError(
-            f"model: {shown(lazy[0], 100)} has no values yet, because its lazy layer was never "
-            "called; call the network once, and load the weights that were trained"
         )
 
 
