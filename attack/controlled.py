@@ -91,7 +91,7 @@ K = TypeVar("K", bound=ControlledConfig)
 def run_controlled(config_class: type[K], make_control: Callable[[K, Setting], Control]) -> None:
     """Runs the script of an attack that controls training: flags -> record.
 
-    As published, int(pratio * B) images of a batch of B are poisoned. The record's poisoned
+    int(pratio * B) images of a batch of B are poisoned, as published. The record's poisoned
     training set is made after training, by the same rule on the images in their own order; the
     batches that the model saw are never stored.
     """

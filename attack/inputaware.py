@@ -106,8 +106,8 @@ def augmented(images: torch.Tensor, config: Config, rng: torch.Generator) -> tor
 
 def adam(network: nn.Module, lr: float, setting: Setting) -> torch.optim.Adam:
     """The optimizer of both networks; on a GPU a single kernel."""
-    is_gpu = setting.device.type == "cuda"
-    return torch.optim.Adam(network.parameters(), lr=lr, betas=BETAS, fused=is_gpu)
+    fused = True if setting.device.type == "cuda" else None
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=BETAS, fused=fused)
 
 
 def train_mask(

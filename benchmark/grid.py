@@ -196,12 +196,7 @@ class Cell:
     def arguments(self) -> list[str]:
         """The script's arguments; the same for a fresh run and for the continuation of one."""
         values = {**self.flags, "resume": True}
-        parts = [(f"--{name}", _as_text(value)) for name, value in values.items()]
-        return [
-            text
-            for name, value in parts
-            for text in ([f"{name}={value}"] if value.startswith("-") else [name, value])
-        ]
+        return [f"--{name}={_as_text(value)}" for name, value in values.items()]
 
     @property
     def is_done(self) -> bool:
@@ -281,7 +276,7 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
         key = f"{cell.script} {given}"
         problems += _problems(cell) if key not in checked else []
         checked.add(key)
-        problems += _problems_of_name(cell)
+        problems += [] if cell.is_done else [*_problems_of_name(cell), *_lacking_files(cell)]
         problems += _differences(cell)
     count = Counter(cell.name for cell in cells)
     problems += [
@@ -394,11 +389,7 @@ def _problems(cell: Cell) -> list[str]:
         config.load(flags.pop("dataset", None), **flags)  # a defense has it from the record
     except UserError as error:
         return [f"{cell.script}: {text.removeprefix('override: ')}" for text in error.problems]
-    return [
-        f"{cell.script}: --{flag}: {cell.flags[flag]} is not there; give a file that is"
-        for flag in _FILES
-        if cell.flags.get(flag) is not None and not os.path.exists(str(cell.flags[flag]))
-    ]
+    return []
 
 
 def _problems_of_name(cell: Cell) -> list[str]:
@@ -415,6 +406,15 @@ def _problems_of_name(cell: Cell) -> list[str]:
         said = [text.removeprefix("--save_folder_name: ") for text in error.problems]
         return [f"{cell.name}: {text}" for text in said]
     return []
+
+
+def _lacking_files(cell: Cell) -> list[str]:
+    """The errors about files that the cell's flags name and that are not there."""
+    return [
+        f"{cell.script}: --{flag}: {cell.flags[flag]} is not there; give a file that is"
+        for flag in _FILES
+        if cell.flags.get(flag) is not None and not os.path.isfile(str(cell.flags[flag]))
+    ]
 
 
 def _scripts(folder: str) -> list[str]:

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_type_hints
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from models import prepare
-from models.views import any_order, has_own_code
+from models.views import has_own_code
 from utils.config import Group
 from utils.data.batches import as_float, keep_on, spread
 from utils.data.labelled import Dataset, Triggered
@@ -43,6 +43,7 @@ from utils.training.findings import Findings
 from utils.training.guard import (
     apart,
     check_given,
+    in_any_order,
     learning,
     require_finite,
     seeded,
@@ -282,8 +283,6 @@ def checked(purify: Purify[C]) -> Purify[C]:
         The same, which raises UserError if what it is given does not fit together.
     """
 
-    expected = getattr(sys.modules[purify.__module__], "Config", DefenseConfig)
-
     @functools.wraps(purify)
     def wrapped(
         model: nn.Module,
@@ -292,12 +291,13 @@ def checked(purify: Purify[C]) -> Purify[C]:
         config: C,
         loop: Loop | None = None,
     ) -> nn.Module:
-        if not isinstance(config, expected):
+        expected = get_type_hints(purify).get("config", DefenseConfig)
+        if isinstance(expected, type) and not isinstance(config, expected):
             raise UserError(
                 f"config: {type(config).__name__} of {type(config).__module__} is no configuration "
                 f"of this defense; give {expected.__module__}.{expected.__name__}.load(...)"
             )
-        with seeded(config.random_seed), single_images_told(), learning():
+        with seeded(config.random_seed), single_images_told():
             check_given(
                 model,
                 images,
@@ -306,12 +306,11 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 needs_labels=isinstance(config, CleanData),
                 batch_size=config.batch_size if isinstance(config, (FineTuned, Inverted)) else None,
             )
-            own_code = has_own_code(model)
-            given = copy.deepcopy(model) if own_code else model
-            with any_order(own_code):
-                purified = purify(given, apart(images), apart(labels), config, loop)
-            require_finite(purified)
-            return purified
+        with seeded(config.random_seed), single_images_told(), learning(), in_any_order(model):
+            given = copy.deepcopy(model) if has_own_code(model) else model
+            purified = purify(given, apart(images), apart(labels), config, loop)
+        require_finite(purified)
+        return purified
 
     return wrapped
 

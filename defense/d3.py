@@ -111,7 +111,7 @@ def pushed_weights(model: nn.Module, name: str | None) -> list[torch.Tensor]:
     """
     chosen = layer_or_last(model, name, "--select_layer_name")
     inside = {
-        part_name or name or "that is the last linear one": part
+        ".".join(filter(None, (name, part_name))) or "that is the last linear one": part
         for part_name, part in chosen.named_modules()
         if isinstance(part, (nn.Linear, nn.Conv2d))
     }

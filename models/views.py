@@ -35,7 +35,8 @@ def any_order(own_code: bool) -> Iterator[None]:
     """Inside, a network of the user's own may be written for images in torch's usual order.
 
     Ours are channels-last in memory, because convolutions are faster so. There, the usual
-    `x.view(len(x), -1)` before a linear layer would raise an error. Here it is `x.reshape`.
+    `x.view(len(x), -1)` before a linear layer would raise an error. Here it is `x.reshape`, which
+    copies: what is then changed in place does not change x.
 
     Args:
         own_code: see `has_own_code`; if not, nothing changes, and nothing is slower.

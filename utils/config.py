@@ -103,9 +103,11 @@ class _Layer(NamedTuple):
         return f"--{quoted(key)}" if self.is_flags else f"{self.source}: {quoted(key)}"
 
     def shown(self, value: object) -> str:
-        """A value for a message; of a YAML file with quotes, if it is a text that has some."""
-        is_number_as_text = isinstance(value, str) and re.fullmatch(r"[-+.\deE]+|true|false", value)
-        return repr(value) if is_number_as_text and not self.is_flags else quoted(value)
+        """A value for a message; a number, or true or false, that is a text in YAML has quotes."""
+        is_as_text = isinstance(value, str) and re.fullmatch(
+            r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", value
+        )
+        return f"'{quoted(value)}'" if is_as_text and not self.is_flags else quoted(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ class Config:
         given = {key: value for key, value in vars(parsed).items() if value is not None}
         wants_help = given.pop("help")
         problems = _unknown_flags(unknown, [*_hints(cls), *USER_FILES, "help"])
-        for name in [name for name, value in given.items() if value in (_NO_VALUE, "")]:
+        for name in [name for name, value in given.items() if _lacks_value(cls, name, value)]:
             allowed = "a file" if name in USER_FILES else allowed_values(_hints(cls)[name])
             problems.append(f"--{name}: a value is missing; give {allowed}")
             del given[name]
@@ -200,6 +202,12 @@ class Config:
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
         return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _lacks_value(cls: type[Config], name: str, value: str) -> bool:
+    """Whether a flag was given without a value; a list may be empty."""
+    is_list = name in _hints(cls) and get_origin(_base(_hints(cls)[name])) is tuple
+    return value == _NO_VALUE or (value == "" and not is_list)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -30,7 +30,6 @@ _PICTURES = {
     "triggers.png": "the smallest triggers, by class",
 }
 
-# Rows are put in the order of a column, empty cells last; once more turns the order around.
 # What every page begins with, and hardly another one.
 START = """<!DOCTYPE html>
 <html lang="en">
@@ -38,6 +37,7 @@ START = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:"""
+# Rows are put in the order of a column, empty cells last; once more turns the order around.
 _SCRIPT = """
 for (const button of document.querySelectorAll(".numbers thead button")) {
   button.addEventListener("click", () => {

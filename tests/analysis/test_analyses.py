@@ -301,7 +301,7 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
         (
             "retune",
             ["--poisoned_images", ""],
-            r"--poisoned_images: a value is missing; give",
+            r"--poisoned_images: a value is needed; give numb",
         ),
         ("retune", ["--lr", "1e30"], r"--lr: with 1e\+30 the loss is not finite; give a smaller"),
         ("retune", ["--poisoned_images", "300"], r"--poisoned_images: 300: there are only 20 ima"),
@@ -333,7 +333,7 @@ def fresh(records: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_an_overwriting_run_has_not_reached_is_not_finished(
+def test_what_an_overwriting_run_has_not_replaced_is_kept(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the first of two: the earlier ones stay until they are made anew."""
@@ -348,6 +348,7 @@ def test_what_an_overwriting_run_has_not_reached_is_not_finished(
         assert run(fresh, "all", *flags, "--overwrite") == 130
     for kind in ("path", "weights"):
         assert result(fresh, kind)["defenses"] == ["ft"], kind
+    assert run(fresh, "all", *flags, "--defenses", "ft", "--resume") == 0
     assert run(fresh, "all", *flags, "--overwrite") == 0
     for kind in ("path", "weights"):
         assert result(fresh, kind)["defenses"] == ["ft", "npd", "sau"], kind

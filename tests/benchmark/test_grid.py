@@ -14,6 +14,7 @@ import torch
 
 import attack
 import defense
+from analysis.inspect import Config as Inspection
 from attack.badnet import Config
 from benchmark import run, workers
 from benchmark.grid import Cell, cells_of, read_grid
@@ -70,12 +71,12 @@ def test_every_combination_is_a_cell_and_defenses_follow_their_attack(tmp_path: 
 def test_arguments_are_what_a_user_would_type(tmp_path: Path) -> None:
     cell = grid_of(TEXT, tmp_path)[2]
     assert cell.arguments() == [
-        *("--adv_steps", "1"),
-        *("--record_path", str(tmp_path / "records")),
-        *("--random_seed", "0"),
-        *("--result_file", "digits-preactresnet18-badnet-p0.1-s0"),
-        *("--save_folder_name", "sau_x"),
-        *("--resume", "true"),
+        "--adv_steps=1",
+        f"--record_path={tmp_path / 'records'}",
+        "--random_seed=0",
+        "--result_file=digits-preactresnet18-badnet-p0.1-s0",
+        "--save_folder_name=sau_x",
+        "--resume=true",
     ]
 
 
@@ -85,6 +86,14 @@ def test_a_value_that_begins_like_a_flag_stays_a_value(tmp_path: Path) -> None:
     assert "--attack_target=-dash" in first.arguments()
     config = Config.from_command_line(first.arguments(), "")
     assert config.attack_target == "-dash"
+
+
+def test_an_analysis_without_defenses_takes_its_arguments(tmp_path: Path) -> None:
+    """An empty list is an empty value."""
+    text = TEXT.replace(DEFENSES, "analyses:\n  inspect:")
+    cell = next(c for c in grid_of(text, tmp_path) if c.script == "analysis/inspect.py")
+    assert "--defenses=" in cell.arguments()
+    assert Inspection.from_command_line(cell.arguments(), "").defenses == ()
 
 
 @pytest.mark.parametrize(
@@ -140,8 +149,8 @@ def test_analyses_come_last_with_clean_models_as_controls(tmp_path: Path) -> Non
     assert mine.flags["clean_records"] == ["digits-preactresnet18-prototype-s3"]
     assert mine.folder == tmp_path / "records/digits-preactresnet18-prototype-s0/analysis/mine"
     arguments = by_name["digits-preactresnet18-fixed-s0/analysis/path"].arguments()
-    assert arguments[:2] == ["--t_steps", "5"]
-    assert arguments[arguments.index("--defenses") + 1] == "ft,sau_x"
+    assert arguments[0] == "--t_steps=5"
+    assert "--defenses=ft,sau_x" in arguments
     seeds = [by_name[f"digits-preactresnet18-badnet-s{seed}/analysis/retune"] for seed in (0, 3)]
     assert seeds[0].kind == seeds[1].kind  # so that what one takes foretells the other
 
@@ -338,7 +347,7 @@ def test_a_record_made_with_other_flags_is_not_passed_off_as_the_grid_s(tmp_path
 
 STUB = """
 import pathlib, signal, sys, time
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+flags = dict(word.split("=", 1) for word in sys.argv[1:])
 root, kind = pathlib.Path(flags["--record_path"]), pathlib.Path(__file__).parent.name
 folder = root / (flags.get("--result_file") or flags["--save_folder_name"])
 folder = folder if kind == "attack" else folder / "defense" / flags["--save_folder_name"]
@@ -582,8 +591,7 @@ def test_a_budget_that_is_too_short_for_all_that_is_left_is_named(
 def test_a_flag_may_be_a_list(tmp_path: Path) -> None:
     text = TEXT + "analyses:\n  retune: {poisoned_images: [0, 5]}\n"
     cell = next(cell for cell in grid_of(text, tmp_path) if cell.script == "analysis/retune.py")
-    arguments = cell.arguments()
-    assert arguments[arguments.index("--poisoned_images") + 1] == "0,5"
+    assert "--poisoned_images=0,5" in cell.arguments()
 
 
 def test_kinds_of_cells(tmp_path: Path) -> None:

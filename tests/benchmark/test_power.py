@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_written_is_refused_first(
     for path, message in (
         (tmp_path / "no/p.csv", "cannot be written; give a file in an existing folder"),
         (tmp_path, "cannot be written; give a file in an existing folder"),
-        (tmp_path / "mine.csv", "mine.csv is no table of this script; give another"),
+        (tmp_path / "mine.csv", "mine.csv was not written by this script; give another"),
     ):
         assert run_script(POWER, "--under", tmp_path, "--csv", path) == 2
         said = capsys.readouterr()

@@ -92,11 +92,22 @@ def test_a_file_that_is_no_report_is_not_replaced(
     (to / name).write_text("my own notes\n")
     flags = ["--under", two_attacks, "--to", to, "--formats", "md,tex,csv,html"]
     assert report(*flags) == 2
-    assert f"{to / name} is no table of this script" in capsys.readouterr().err
+    assert f"{to / name} was not written by this script" in capsys.readouterr().err
     assert [path.name for path in to.iterdir()] == [name]
     (to / name).unlink()
     assert report(*flags) == 0
     assert report(*flags) == 0
+
+
+def test_a_report_without_defenses_replaces_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder where the command is given, too."""
+    attack(tmp_path / "record", "blended-0", 0.9, 1.0)
+    monkeypatch.chdir(tmp_path)
+    for to in (tmp_path / "to", "."):
+        for _ in range(2):
+            assert report("--under", tmp_path / "record", "--to", to, "--formats", "md") == 0
 
 
 @pytest.mark.parametrize("changes", [{"seed": 10**30}, {"asr_total": 10**30}])

@@ -129,12 +129,9 @@ def test_a_network_of_inference_mode_is_refused() -> None:
 @every_defense
 def test_a_network_that_changes_its_images_is_refused(name: str) -> None:
     given = images()[0]
-    if module(name).Config.load("digits").sees == "nothing":
-        given = given[:0]
-    else:
-        with pytest.raises(UserError, match="the network changes the images that it is given"):
-            purified(name, made(InPlace), given)
-        assert torch.equal(given, images()[0])
+    with pytest.raises(UserError, match="the network changes the images that it is given"):
+        purified(name, made(InPlace), given)
+    assert torch.equal(given, images()[0])
 
 
 @every_defense
@@ -256,3 +253,18 @@ def test_a_run_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(UserError, match=r"norm\.running_var of the purified network is not finite"):
         checked(diverge)(model, *images(), module("ft").Config.load("digits"))
+
+
+def test_a_mask_of_minus_infinity_is_no_weight() -> None:
+    model = made(Own)
+    model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    assert purified("ft", model)(images()[0]).isfinite().all()
+
+
+def test_what_is_checked_first_changes_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout draws the same, whether or not the network was called before."""
+    dropout = nn.Sequential(made(Own), nn.Dropout())
+    found = purified("ft", dropout).state_dict()
+    monkeypatch.setattr("defense.base.check_given", lambda *_, **__: None)
+    expected = purified("ft", dropout).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())

@@ -69,8 +69,8 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
 
     Args:
         name: one of `DatasetName`.
-        path: the folder of images for `folder`; where downloads are kept for the others, None for
-            `data/` of this checkout.
+        path: the folder of images for `folder`; None for the sets of `BUILT_IN`; where downloads
+            are kept for the others, None for `data/` of this checkout.
         image_size: side of the images in pixels; other sizes are resized (bilinear, antialiased).
 
     Raises:
@@ -83,7 +83,7 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
         )
     if path is not None and path.exists() and not path.is_dir():
         raise UserError(f"--dataset_path: {path} is no folder; give the one that holds the dataset")
-    if path is not None and name in _BUILT_IN:
+    if path is not None and name in BUILT_IN:
         raise UserError(
             f"--dataset_path: {path}, but {name} is part of the program and reads no folder; drop "
             "the flag, or give --dataset folder"
@@ -471,7 +471,7 @@ def _measured(name: str, train: Labelled, test: Labelled, classes: tuple[str, ..
     return Dataset(name, train, test, classes, *constants)
 
 
-_BUILT_IN = ("digits", "random")  # they read no folder
+BUILT_IN = ("digits", "random")  # they read no folder
 
 _LOADERS: dict[str, Callable[[Path | None, int], Dataset]] = {
     "digits": _digits,

@@ -245,7 +245,7 @@ def unpoisoned(clean: Labelled) -> PoisonedSet:
 
 
 def count_in_batch(ratio: float, batch_size: int, rng: torch.Generator) -> int:
-    """How many images of a batch an attack that controls training takes, as published.
+    """How many images of a batch an attack that controls training takes.
 
     See `whole_share`. If ratio * batch_size is below 1, it is the probability that the batch
     has one such image: with 8 % and batches of ten, four of five batches have one.
@@ -272,7 +272,10 @@ def said_of_batches(ratio: float, batch_size: int) -> str:
 
 
 def whole_share(ratio: float, batch_size: int) -> int:
-    """int(ratio * batch_size) of the exact product; as published, 0.29 * 100 is 28."""
+    """int(ratio * batch_size) of the exact product: 29 for 0.29 and 100.
+
+    The published code has 28 there.
+    """
     return int(ratio * batch_size + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 

@@ -14,7 +14,7 @@ import torch
 from models import Classifier, build_model, check_model, is_user_file, model_identity
 from models.changes import apply_changes
 from utils.data.archives import nothing_written
-from utils.data.datasets import DatasetName, load_dataset
+from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError, one_line
@@ -244,7 +244,7 @@ class AttackRecord(ABC):
             path: where it is now; None for the place in the record, where nothing is written.
         """
         may_write = bool(path) or not self.dataset_path
-        path = path or self.dataset_path
+        path = path or (None if self.dataset in BUILT_IN else self.dataset_path)
         is_folder = self.dataset == "folder"  # of others some archive may be anywhere
         if not may_write and is_folder and not Path(str(path)).is_dir():
             raise UserError(

@@ -55,7 +55,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = Lock(path)
         self._added: dict[str, Any] = {}  # to each checkpoint
         self._origin = Origin()
         self._names: list[str] | None = None  # what run.json lists, once this process has begun
@@ -186,6 +185,10 @@ class RunFolder:
                 "or move it away"
             )
         return contents
+
+    @property
+    def _lock(self) -> Lock:
+        return Lock(self.path)
 
     @property
     def _checkpoint(self) -> Path:

@@ -144,10 +144,10 @@ def made_folder(path: Path, flag: str = "--to") -> RunFolder:
 
 
 def refuse_foreign(path: Path, start: str | tuple[str, ...], flag: str) -> None:
-    """That a table is not there yet, or is an earlier one of the same script.
+    """Checks that a file is not there yet, or is an earlier one of the same script.
 
     Args:
-        start: what the script's tables begin with; several if it has several kinds.
+        start: what the script's files begin with, in one way or several.
         flag: that names the place.
 
     Raises:
@@ -158,4 +158,4 @@ def refuse_foreign(path: Path, start: str | tuple[str, ...], flag: str) -> None:
             return
     except (OSError, ValueError):
         pass
-    raise UserError(f"{flag}: {path} is no table of this script; give another place")
+    raise UserError(f"{flag}: {path} was not written by this script; give another place")

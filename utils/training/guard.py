@@ -1,7 +1,7 @@
 """What holds around every defense's `purify`: sound input, and draws that repeat."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from typing import TypeVar
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from models import Classifier
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
 from utils.errors import UserError, one_line, shown
@@ -43,6 +44,11 @@ def learning() -> Iterator[None]:
         yield
 
 
+def in_any_order(model: nn.Module) -> AbstractContextManager[None]:
+    """`any_order` for a network with code of the user's own; a `Classifier` sees to it itself."""
+    return any_order(not isinstance(model, Classifier) and has_own_code(model))
+
+
 def apart(images: torch.Tensor) -> torch.Tensor:
     """The same images, through which no gradient reaches the caller's."""
     return images.clone() if images.is_inference() else images.detach()
@@ -53,12 +59,28 @@ def require_finite(purified: nn.Module) -> None:
 
     Losses do not always say so, because BatchNorm keeps them small.
     """
-    for name, value in purified.state_dict().items():
-        if isinstance(value, torch.Tensor) and not value.isfinite().all():
-            raise UserError(
-                f"{shown(name, 100)} of the purified network is not finite; give smaller learning "
-                "rates, or take back what else makes steps large"
-            )
+    if (name := _not_finite(purified)) is not None:
+        raise UserError(
+            f"{shown(name, 100)} of the purified network is not finite; give smaller learning "
+            "rates, or take back what else makes steps large"
+        )
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """The name of a weight, or of BatchNorm's statistics, that is not finite."""
+    values = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+    }
+    return next(
+        (
+            name
+            for name, value in values.items()
+            if not (value.is_meta or value.detach().isfinite().all())
+        ),
+        None,
+    )
 
 
 @contextmanager
@@ -112,11 +134,11 @@ def check_given(
     copy.eval()
     given = as_float(some, _device(model)).clone()
     before = given.clone()
-    with torch.no_grad(), any_order(has_own_code(model)):
+    with torch.no_grad(), in_any_order(model):
         logits = _told(
             f"take images of shape {tuple(some.shape)} and type {some.dtype}", lambda: copy(given)
         )
-    if not torch.equal(given, before):
+    if not (given.is_meta or torch.equal(given, before)):
         raise UserError(
             "model: the network changes the images that it is given; give one that does not "
             "normalize in place"
@@ -134,7 +156,7 @@ def check_given(
     if batch_size is not None:
         count = min(len(some), batch_size)
         copy.train()
-        with single_images_told(), torch.no_grad(), any_order(has_own_code(model)):
+        with single_images_told(), torch.no_grad(), in_any_order(model):
             if count == 1:
                 logits = copy(before[:1])
             else:
@@ -159,15 +181,10 @@ def _check_network(model: nn.Module) -> None:
             "model: it was made under torch.inference_mode, where nothing can be trained; make it "
             "outside"
         )
-    broken = [name for name, value in tensors.items() if not _is_finite(value)]
-    if broken:
+    if (broken := _not_finite(model)) is not None:
         raise UserError(
-            f"model: {shown(broken[0], 100)} is not finite; give a network whose weights are"
+            f"model: {shown(broken, 100)} is not finite; give a network whose weights are"
         )
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    return value.is_meta or bool(value.detach().isfinite().all())
 
 
 def _check_images(images: torch.Tensor, needs_images: bool) -> None:
