@@ -14,7 +14,7 @@ from defense.sau import Config, purify, shared_perturbation
 from models import Classifier, build_model
 from tests.miniatures import official
 from utils.data.batches import as_float
-from utils.data.datasets import DatasetName, load_dataset
+from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import unpoisoned
 from utils.process.seeds import generator
@@ -52,9 +52,9 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
                         for i in range(COUNT):
                             image = Image.new("RGB", (20, 24), (60 * i, 9, 99))
                             image.save(folder / split / label / f"{i}.png")
-            elif name not in ("digits", "random"):
+            elif name not in BUILT_IN:
                 official(name, folder, patch)
-            data = load_dataset(name, folder, 32)
+            data = load_dataset(name, None if name in BUILT_IN else folder, 32)
             some = torch.arange(COUNT) * (len(data.train) // COUNT)
             noise = torch.randint(256, (COUNT, 3, 32, 32), dtype=torch.uint8)
             train = Labelled(noise, data.train.labels[some])
