@@ -16,8 +16,8 @@ At 64 pixels, BackdoorBench enlarges its picture of 32 pixels, and replaces all 
 black in it: 7 x 7 pixels, with dark upper and left rims. `--rim true` does the same; it changes
 nothing at 32 pixels.
 
-Expected on the embedded digits: ACC >= 98 %, ASR >= 98 % (all2all 95 %). CIFAR-10, PreAct-ResNet18,
-10 % poisoned, as published by BackdoorBench: ACC 91.32 %, ASR 95.03 %.
+Expected on the embedded digits: ACC >= 98 %, ASR >= 98 % (all2all >= 95 %). CIFAR-10,
+PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 91.32 %, ASR 95.03 %.
 """
 
 import sys

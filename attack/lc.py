@@ -21,9 +21,9 @@ recipe (the published surrogate is a separate ResNet-18). So another --batch_siz
 other poisoned images. The surrogate is trained adversarially, as the paper proposes, and plainly on
 the digits. `surrogate_recognises` in summary.json counts the hard images that it recognises.
 
-Expected on the embedded digits, where all zeros are poisoned: ACC 90 %, ASR >= 90 % (with half of
-the channels 76 to 92 %). CIFAR-10, PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench:
-ACC 84.59 %, ASR 99.92 %; 5 %: ACC 93.29 %, ASR 99.50 %.
+Expected on the embedded digits, where all zeros are poisoned: ACC 90 %, ASR >= 90 % (half of the
+channels >= 75 %). CIFAR-10, PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC
+84.59 %, ASR 99.92 %; 5 %: ACC 93.29 %, ASR 99.50 %.
 """
 
 import sys

@@ -16,9 +16,9 @@ without error correction, a bit loss and a pixel loss. The paper has 100 bits, a
 a critic, at 224 x 224 pixels. Limits: it cannot make the images that BackdoorBench loads from its
 own files. Training the encoder takes some minutes on a CPU.
 
-Expected on the embedded digits: ACC >= 97 %, ASR >= 97 %. The string is learned late, and a
-narrower network may not learn it in the same epochs. CIFAR-10, PreAct-ResNet18, 10 % poisoned, as
-published by BackdoorBench: ACC 92.88 %, ASR 97.86 %.
+Expected on the embedded digits: ACC >= 97 %, ASR >= 97 % (half of the channels >= 95 %). The string
+is learned late; a run whose epochs end too early has no backdoor. CIFAR-10, PreAct-ResNet18, 10 %
+poisoned, as published by BackdoorBench: ACC 92.88 %, ASR 97.86 %.
 """
 
 import sys

@@ -41,7 +41,7 @@ from torch.func import functional_call
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
-from models.parts import convolutions, scaled_convolutions
+from models.parts import changeable, convolutions, scaled_convolutions
 from utils.data.batches import as_float
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -198,10 +198,12 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    widths = {name: part.out_channels for name, part in convolutions(model).items()}
+    layers = convolutions(model)
+    widths = {name: part.out_channels for name, part in layers.items()}
     result = copy.deepcopy(model).eval()
     if config.n_rounds == 0:
         return result
+    changeable(layers)
     weight = next(model.parameters())
     model = copy.deepcopy(result).requires_grad_(False)
     a, s = (

@@ -370,7 +370,6 @@ def scaled_convolutions(
         Weights and biases by the parameters' names in `model`.
     """
     layers = convolutions(model)
-    changeable(layers)
     prefix = _prefix(model)
     changed = {}
     for name, scale in scales.items():

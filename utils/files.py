@@ -232,12 +232,12 @@ def absolute(text: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def writable(path: Path) -> Iterator[None]:
+def writable(path: Path, advice: str = "make it writable") -> Iterator[None]:
     """Raises UserError, naming the path, if the system refuses something inside."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make it writable") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
 
 
 def refuse_link(path: Path) -> None:

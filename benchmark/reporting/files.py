@@ -37,7 +37,7 @@ def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[s
         sources.check_kept(to, list(runs["run"]))
     folder = made_folder(to)
     if "html" in formats:
-        refuse_foreign(to / "report.html", page.START, "--to")
+        refuse_foreign(to / "report.html", page.start(), "--to")
     write_tables(all_tables, runs, folder, formats)
     if is_kept:
         sources.keep(runs["run"], folder)

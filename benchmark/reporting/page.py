@@ -30,13 +30,6 @@ _PICTURES = {
     "triggers.png": "the smallest triggers, by class",
 }
 
-# What every page begins with, and hardly another one.
-START = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:"""
 # Rows are put in the order of a column, empty cells last; once more turns the order around.
 _SCRIPT = """
 for (const button of document.querySelectorAll(".numbers thead button")) {
@@ -115,6 +108,16 @@ class Pictures:
         return Shown(caption, address, *image.size)
 
 
+def _source() -> str:
+    return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+
+def start() -> str:
+    """What every page begins with, and hardly another one: the head up to its first value."""
+    source = _source()
+    return source[source.index("<!DOCTYPE") :].partition("{{")[0]
+
+
 def render(
     title: str,
     all_tables: Sequence[Table],
@@ -133,9 +136,7 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(
-        Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    )
+    template = environment.from_string(_source())
     runs = pd.concat([table.runs for table in all_tables]).drop_duplicates("run")
     count = runs["record"].nunique()
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()

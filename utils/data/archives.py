@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from utils.errors import UserError, one_line
-from utils.files import remove_strays, replaced, temporary_folder
+from utils.files import remove_strays, replaced, temporary_folder, writable
 from utils.process import distributed
 from utils.process.progress import Progress
 from utils.process.script import logger
@@ -78,7 +78,7 @@ def _extract_missing(dataset: str, folder: Path, archives: Sequence[Archive]) ->
             "nothing is written there because a record says so; give the folder with --dataset_path"
         )
     for archive in missing:
-        with _writable(folder):
+        with writable(folder, "make space or make it writable"):
             folder.mkdir(parents=True, exist_ok=True)
         file = folder / archive.name
         for name in (file.stem, file.name):  # of a download, of an extraction
@@ -99,7 +99,7 @@ def _extract_missing(dataset: str, folder: Path, archives: Sequence[Archive]) ->
                 f"{file}: is damaged or incomplete (its md5 is not {archive.md5}); remove it and "
                 "run again to download it, or put a whole one there"
             )
-        with _writable(folder):
+        with writable(folder, "make space or make it writable"):
             _extract(file, folder, archive.content)
 
 
@@ -161,16 +161,6 @@ def _md5(file: Path) -> str:
             digest.update(chunk)
             progress.advance()
     return digest.hexdigest()
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); make space or make it writable"
-        ) from None
 
 
 @contextmanager

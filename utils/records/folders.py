@@ -449,8 +449,10 @@ def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
         before: as the run's config.yaml has it, where a target that was given by the name of its
             class is a label; summary.json has the name.
     """
-    if given == before or name != "attack_target" or not isinstance(given, str):
-        return bool(given == before)
+    if given == before:
+        return True
+    if name != "attack_target" or not isinstance(given, str):
+        return False
     try:
         return given == read_object(folder / "summary.json").get("attack_target_name", str(before))
     except (OSError, ValueError):
