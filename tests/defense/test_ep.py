@@ -312,3 +312,9 @@ def test_a_network_without_batchnorm_is_refused_in_a_line() -> None:
     for rounds in (0, 1):
         with pytest.raises(UserError, match=r"^[^\n]*BatchNorm[^\n]*$"):
             purify(network, mixture(12), NO_LABELS, Config.load(n_rounds=rounds))
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_value_of_a_channel_has_no_entropy() -> None:
+    """As NaN, like values that are all the same, and without a warning of torch."""
+    assert channel_entropy(torch.zeros(3, 1), 0.1).isnan().all()
