@@ -13,7 +13,8 @@ import torch
 import analysis
 from analysis import base
 from tests.test_end_to_end import run_script
-from utils.files import ROOT
+from utils.files import ROOT, file_sha256
+from utils.records.attack import load_attack
 from utils.records.folders import RunFolder
 
 NAMES = ("ft", "npd", "sau")  # of the defenses' results
@@ -535,3 +536,15 @@ def test_a_checkpoint_of_something_else_is_refused(records: Path) -> None:
     with pytest.raises(base.UserError, match="the checkpoint is not of this run"):
         base._done_before({"loop": {"done": {"a": 3}}})
     assert not folder.path.exists()
+
+
+def test_a_record_of_a_built_in_set_that_names_a_folder_is_read(fresh: Path) -> None:
+    """Earlier versions took `--dataset_path` with them, and ignored it."""
+    path = fresh / "bd/attack_result.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "dataset_path": str(fresh / "gone")}, path)
+    summary = fresh / "bd/summary.json"
+    stored = json.loads(summary.read_text())
+    stored["files"]["attack_result.pt"] = file_sha256(path)
+    summary.write_text(json.dumps(stored))
+    assert load_attack(fresh / "bd").load_dataset().name == "random"
