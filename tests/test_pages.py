@@ -128,15 +128,16 @@ def test_the_figures_of_the_readme_are_those_of_the_evidence() -> None:
         for column, cell in zip(columns, cells, strict=True)
         if (number := re.search(r"\d+\.\d\d", cell))
     }
-    figures = re.findall(r"(\d+\.\d\d) %\s\((BadNets|Blended|SIG|SSBA|LF|WaNet)\)", page)
-    assert len(figures) == 6
+    figures = re.findall(r"(\d+\.\d\d) %\s\((BadNets|Blended|SIG|SSBA|LF|WaNet|Input-Aware)\)", page)
+    assert len(figures) == 7
     for asr, attack in figures:
-        name = attack.lower().replace("badnets", "badnet")
+        name = attack.lower().replace("badnets", "badnet").replace("-", "")
         assert asr == measured[name, "sau ASR"], attack
     for attack, pattern in (
         ("ssba", r"On SSBA, ([\w, -]+) leave less"),
         ("lf", r"on LF, ([\w,\s-]+) do;"),
-        ("blended", r"on\s+Blended, ([\w,\s-]+) do\."),
+        ("blended", r"on\s+Blended, ([\w,\s-]+) do;"),
+        ("inputaware", r"on\s+Input-Aware, ([\w,\s-]+) do\."),
     ):
         better = re.search(pattern, page)
         assert better
