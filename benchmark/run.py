@@ -36,7 +36,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark import slurm
-from benchmark.grid import Cell, cells_of, read_grid
+from benchmark.cells import Cell
+from benchmark.checks import cells_of
+from benchmark.grid import read_grid
 from benchmark.workers import Worker, Workers
 from utils.config import Parser
 from utils.errors import UserError, shown

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark.grid import Cell, Slurm
+from benchmark.cells import Cell
+from benchmark.grid import Slurm
 from benchmark.workers import Workers
 from utils.errors import UserError
 from utils.files import ROOT

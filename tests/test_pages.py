@@ -128,7 +128,8 @@ def test_the_figures_of_the_readme_are_those_of_the_evidence() -> None:
         for column, cell in zip(columns, cells, strict=True)
         if (number := re.search(r"\d+\.\d\d", cell))
     }
-    figures = re.findall(r"(\d+\.\d\d) %\s\((BadNets|Blended|SIG|SSBA|LF|WaNet|Input-Aware)\)", page)
+    attacks = "BadNets|Blended|SIG|SSBA|LF|WaNet|Input-Aware"
+    figures = re.findall(rf"(\d+\.\d\d) %\s\(({attacks})\)", page)
     assert len(figures) == 7
     for asr, attack in figures:
         name = attack.lower().replace("badnets", "badnet").replace("-", "")

@@ -17,7 +17,9 @@ import defense
 from analysis.inspect import Config as Inspection
 from attack.badnet import Config
 from benchmark import run, workers
-from benchmark.grid import Cell, cells_of, read_grid
+from benchmark.cells import Cell
+from benchmark.checks import cells_of
+from benchmark.grid import read_grid
 from benchmark.narrow import build as narrow_network
 from models.preactresnet import preactresnet18
 from utils.errors import UserError

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmark.grid import Cell, cells_of, read_grid
+from benchmark.cells import Cell
+from benchmark.checks import cells_of
+from benchmark.grid import read_grid
 from benchmark.reporting import tables
 from benchmark.reporting.means import summarize
 from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from benchmark import run, slurm
-from benchmark.grid import Slurm, cells_of, read_grid
+from benchmark.checks import cells_of
+from benchmark.grid import Slurm, read_grid
 from tests.test_end_to_end import cache, workplace
 from utils.errors import UserError
 from utils.files import ROOT

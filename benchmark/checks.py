@@ -1,0 +1,180 @@
+"""What is wrong with a grid's cells, said before the first one starts."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmark.cells import Cell, cells_in, config_class, fields, scripts, summary_of
+from benchmark.grid import OF_GRID, Grid
+from models import is_user_file
+from utils.config import read_yaml
+from utils.errors import UserError, listed, suggestion
+from utils.records import places
+from utils.records.checkpoint import files_of
+from utils.records.folders import FREE_TO_CHANGE, is_same
+from utils.records.places import CLEAN
+from utils.training.ending import paths_of
+
+_FILES = ("index", "trigger_image")  # flags that name one
+_FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
+
+
+def cells_of(grid: Grid, root: Path) -> list[Cell]:
+    """Every run of a grid, each attack followed by its defenses.
+
+    Args:
+        root: folder of the grid's records.
+
+    Raises:
+        UserError: naming every flag that its script does not take, and every record there that was
+            made with other flags.
+    """
+    cells = cells_in(grid, root)
+    taken = {
+        name
+        for result, flags in grid.defenses.items()
+        for name in fields("defense", str(flags.get("script", result)))
+    }
+    problems = [
+        f"defense_flags: {name}: no defense of the grid takes it{suggestion(name, taken)}"
+        for name in grid.defense_flags
+        if name not in taken
+    ]
+    checked: set[str] = set()  # a defense is given the same flags for every attack
+    for cell in cells:
+        given = {name: value for name, value in cell.flags.items() if name not in OF_GRID}
+        key = f"{cell.script} {given}"
+        problems += _problems(cell) if key not in checked else []
+        checked.add(key)
+        problems += [] if cell.is_done else [*_problems_of_name(cell), *_lacking_files(cell)]
+        problems += _differences(cell)
+    count = Counter(cell.name for cell in cells)
+    problems += [
+        f"{name}: {many} cells of the grid have this name, since what tells them apart is not in "
+        "it; give values that differ in their first six digits, and networks with other letters"
+        for name, many in count.items()
+        if many > 1
+    ]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return cells
+
+
+def _problems(cell: Cell) -> list[str]:
+    """The errors that the cell's script would report about its flags."""
+    folder, _, name = cell.script.removesuffix(".py").partition("/")
+    config = config_class(folder, name)
+    if config is None:
+        names = ", ".join(scripts(folder))
+        return [f"{cell.script}: there is no such script; {folder} has {names}"]
+    flags = dict(cell.flags)
+    try:
+        config.load(flags.pop("dataset", None), **flags)  # a defense has it from the record
+    except UserError as error:
+        return [f"{cell.script}: {text.removeprefix('override: ')}" for text in error.problems]
+    return []
+
+
+def _problems_of_name(cell: Cell) -> list[str]:
+    """The errors that the cell's script would report about the name of its folder."""
+    name = cell.folder.name
+    try:
+        if cell.attack is None:
+            places.attack_folder(name, cell.folder.parent)
+        elif cell.script.startswith("defense/"):
+            places.defense_folder(cell.attack.folder, name)
+        else:
+            places.analysis_folder(cell.attack.folder, name)
+    except UserError as error:
+        said = [text.removeprefix("--save_folder_name: ") for text in error.problems]
+        return [f"{cell.name}: {text}" for text in said]
+    return []
+
+
+def _lacking_files(cell: Cell) -> list[str]:
+    """The errors about files that the cell's flags name and that are not there."""
+    return [
+        f"{cell.script}: --{flag}: {cell.flags[flag]} is not there; give a file that is"
+        for flag in _FILES
+        if cell.flags.get(flag) is not None and not os.path.isfile(str(cell.flags[flag]))
+    ]
+
+
+def _differences(cell: Cell) -> list[str]:
+    """How a finished record differs from what the grid asks for."""
+    if not cell.is_done:
+        return []
+    before = read_yaml(cell.folder / "config.yaml")
+    differing = {
+        name: value
+        for name, value in cell.flags.items()
+        if name not in _FREE
+        and name in before
+        and not is_same(cell.folder, name, value, before[name])
+    }
+    shown = ", ".join(f"{name} {before[name]}, not {value}" for name, value in differing.items())
+    if shown:
+        return [f"{cell.folder}: was made with {shown}; delete it, or give the grid another name"]
+    changed = [
+        f"{flag} {cell.flags[flag.removeprefix('--')]}"
+        for flag, sha256 in _inputs(cell).items()
+        if _inputs_of_record(cell.folder).get(flag, sha256) != sha256
+    ]
+    if changed:
+        return [
+            f"{cell.folder}: was made with another content of {', '.join(changed)}; delete it, or "
+            "give the grid another name"
+        ]
+    if cell.attack is not None and _sha256s(cell.folder) != _sha256s(cell.attack.folder):
+        return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
+    models = summary_of(cell.folder).get("models")
+    if not isinstance(models, dict):
+        if not cell.others:
+            return []
+        return [f"{cell.folder}: does not say what it was made with; delete it"]
+    renewed = [
+        other.folder.name
+        for other in cell.others
+        for name in (other.folder.name, *([CLEAN] if other.is_clean else []))
+        if other.is_done and models.get(name, _model_sha256(other)) != _model_sha256(other)
+    ]
+    if renewed:
+        return [
+            f"{cell.folder}: was made with another {listed(renewed)} than is there now; delete it"
+        ]
+    return []
+
+
+def _inputs(cell: Cell) -> dict[str, str]:
+    """sha256 of the files that a cell's flags name, as they are now, by flag."""
+    folder, _, name = cell.script.removesuffix(".py").partition("/")
+    config = config_class(folder, name)
+    names = set() if config is None else paths_of(config)
+    named = {flag: value for flag, value in cell.flags.items() if flag in names}
+    model = str(cell.flags.get("model"))
+    if is_user_file(model):
+        named["model"] = model.rpartition(":")[0]
+    return files_of(named)
+
+
+def _inputs_of_record(folder: Path) -> dict[str, Any]:
+    """sha256 of the files that a finished run has read; empty if its summary does not say it."""
+    inputs = summary_of(folder).get("inputs")
+    return inputs if isinstance(inputs, dict) else {}
+
+
+def _sha256s(folder: Path) -> str | None:
+    """sha256 of the attack's model, which a defense's summary also has."""
+    summary = summary_of(folder)
+    try:
+        return summary.get("attack_sha256") or summary["files"]["attack_result.pt"]
+    except (KeyError, TypeError):
+        return None
+
+
+def _model_sha256(cell: Cell) -> str | None:
+    """sha256 of the model of an attack or a defense, as its summary has it."""
+    files = summary_of(cell.folder).get("files")
+    name = "attack_result.pt" if cell.attack is None else "defense_result.pt"
+    return files.get(name) if isinstance(files, dict) else None
