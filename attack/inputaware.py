@@ -40,11 +40,10 @@ from models.modes import evaluating
 from utils.data.batches import as_float, augment
 from utils.data.poison import count_in_batch, partners
 from utils.errors import UserError
-from utils.process.progress import Progress
-from utils.process.script import logger
 from utils.process.seeds import generator
 from utils.training.loop import Loop, batch_sizes
 from utils.training.state import restore
+from utils.training.watch import Watch
 
 BETAS = (0.5, 0.9)  # of both Adams
 MASK_MILESTONES = [10, 20]  # epochs after which the mask network's learning rate falls to a tenth
@@ -111,7 +110,7 @@ def adam(network: nn.Module, lr: float, setting: Setting) -> torch.optim.Adam:
 
 
 def train_mask(
-    network: PixelGenerator, normalize: Normalize, config: Config, setting: Setting
+    network: PixelGenerator, normalize: Normalize, config: Config, setting: Setting, loop: Loop
 ) -> None:
     """Trains the mask network in place, on clean images and without labels.
 
@@ -123,35 +122,33 @@ def train_mask(
     )
     augmentation = generator(config.random_seed, "mask augmentation", setting.device)
     optimizer = adam(network, config.lr_M, setting)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, MASK_MILESTONES, gamma=0.1)
     network.train()
     sizes = batch_sizes(len(images), batch_size)
-    with Progress(config.mask_epochs * len(sizes), "training the mask", says=False) as progress:
-
-        def say(epoch: int, total: int, losses: dict[str, float], _: dict[str, Any]) -> None:
-            text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            remaining = "" if epoch == total else f"ETA {progress.eta()}"
-            logger.info("mask epoch %d/%d  %s  %s", epoch, total, text, remaining)
-
-        loop = Loop(say, lambda _: progress.advance(), rate="--lr_M")
-        called, other_called = loop.alone(network), loop.alone(network)
-        for _ in loop.rounds(config.mask_epochs):
-            others = torch.randperm(len(images), generator=second_order).split(sizes)
-            batches = loop.batches(len(images), batch_size, first_order, whole=True)
-            for pair in zip(batches, others, strict=True):
-                first, second = (
-                    normalize(augmented(images[i].to(setting.device), config, augmentation))
-                    for i in pair
-                )
-                masks, other_masks = threshold(called(first)), threshold(other_called(second))
-                density = density_loss(masks, config.mask_density)
-                diversity = diversity_loss(first, second, masks, other_masks)
-                loss = config.lambda_norm * density + config.lambda_div * diversity
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                loop.log(len(first), loss=loss, area=masks.mean())
-            scheduler.step()
+    called, other_called = loop.alone(network), loop.alone(network)
+    others = torch.zeros(len(images), dtype=torch.int64)
+    changing: dict[str, Any] = {"network": network, "optimizer": optimizer, "others": others}
+    changing |= {"first_order": first_order, "second_order": second_order}
+    changing |= {"augmentation": augmentation}
+    for number in loop.rounds(config.mask_epochs, "mask", rate="--lr_M", **changing):
+        done = loop.position.batches  # some, where a run goes on that was interrupted
+        if not done:
+            others.copy_(torch.randperm(len(images), generator=second_order))
+        batches = loop.batches(len(images), batch_size, first_order, whole=True)
+        for pair in zip(batches, others.split(sizes)[done:], strict=True):
+            first, second = (
+                normalize(augmented(images[i].to(setting.device), config, augmentation))
+                for i in pair
+            )
+            masks, other_masks = threshold(called(first)), threshold(other_called(second))
+            density = density_loss(masks, config.mask_density)
+            diversity = diversity_loss(first, second, masks, other_masks)
+            loss = config.lambda_norm * density + config.lambda_div * diversity
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loop.log(len(first), loss=loss, area=masks.mean())
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.1 if number in MASK_MILESTONES else 1
 
 
 class InputAware:
@@ -205,11 +202,14 @@ class InputAware:
         )
         key = {name: getattr(config, name) for name in names}
 
-        def compute() -> dict[str, torch.Tensor]:
-            train_mask(self.mask, self._normalize, config, self._setting)
+        key |= {"mean": data.mean, "std": data.std}
+
+        def train(watch: Watch) -> dict[str, torch.Tensor]:
+            train_mask(self.mask, self._normalize, config, self._setting, watch.start())
+            watch.end()
             return {name: value.cpu() for name, value in self.mask.state_dict().items()}
 
-        state = self._setting.cached("mask", key | {"mean": data.mean, "std": data.std}, compute)
+        state = self._setting.trained("mask", key, train)
         self.mask.load_state_dict(state)
         self.mask.eval().requires_grad_(False)
 

@@ -3,7 +3,7 @@
     python attack/prototype.py --save_folder_name clean_demo
 
 An attack gives its configuration and a function that makes its trigger. The pipeline loads the
-data, poisons it, trains a model, scores it after each epoch, and writes the record.
+data, poisons it, trains a model, scores it every `--eval_every` epochs, and writes the record.
 """
 
 import sys
@@ -88,7 +88,7 @@ def _train(
         _check_fit(config, data)
         resized = network_size(config)
         check_model(config.model, len(data.classes), config.image_size, resized)
-        setting = Setting(data, device, precision)
+        setting = Setting(data, device, precision, config.checkpoint_every)
         if isinstance(config, AttackConfig):
             tell_target(config, data, setting.warn)
         plan = make_plan(config, setting)

@@ -161,12 +161,11 @@ def clean_model(
     """
     data = setting.data
 
-    def compute() -> dict[str, torch.Tensor]:
+    def compute(watch: Watch) -> dict[str, torch.Tensor]:
         seed_everything(config.random_seed)
         model = new_model(config, data)
         prepare_model(model, setting.device, setting.precision)
         logger.info("training a clean %s for the trigger, %d epochs", config.model, epochs)
-        watch = Watch(None, "epoch", scorer(data.test, lambda: None, setting.device), epochs)
         plan = clean_plan(config, setting)
         plan.step = step or plan.step
         train_by_recipe(replace(config, epochs=epochs), model, plan, watch.start())
@@ -174,7 +173,8 @@ def clean_model(
         return model_state(model)
 
     key = recipe(config, setting) | dict(variant or {}) | {"epochs": epochs}
-    state = setting.cached("clean-model", key, compute)
+    score = scorer(data.test, lambda: None, setting.device)
+    state = setting.trained("clean-model", key, compute, score)
     model = bare_model(config, data)
     model.network.load_state_dict(state)
     return prepare_model(model, setting.device, setting.precision).eval().requires_grad_(False)

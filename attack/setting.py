@@ -2,20 +2,27 @@
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from utils.data.images import data_folder, no_cache
 from utils.data.labelled import Dataset
 from utils.files import prepare_folder
+from utils.metrics import Scores
 from utils.process import distributed
+from utils.process.device import environment
 from utils.process.script import logger
 from utils.records import folders
+from utils.records.partial import Partial
 from utils.tensors import explained, load_tensors
 from utils.training.findings import Findings
+from utils.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class Setting:
     """What an attack may use, in addition to its configuration, to prepare its trigger.
 
     Attributes:
+        checkpoint_every: seconds between two checkpoints of what is trained.
         findings: what the attack found while it prepared itself. Its facts stand in `summary.json`
             under `preparation`.
     """
@@ -30,6 +38,7 @@ class Setting:
     data: Dataset
     device: torch.device
     precision: str
+    checkpoint_every: float = math.inf
     findings: Findings = field(default_factory=Findings)
 
     @property
@@ -64,10 +73,8 @@ class Setting:
             UserError: if the cache cannot be written, which is tested before all computation; or if
                 the cached file is not a file of tensors.
         """
-        depends = {**key, "version": version, "data": self.data.fingerprint()}
-        text = json.dumps(depends, sort_keys=True)
         cache = folders.RunFolder(data_folder() / "cache")
-        name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.pt"
+        name = f"{self._name(kind, key, version)}.pt"
         with distributed.main_alone() as is_mine:
             if is_mine and (cache.path / name).exists():
                 logger.info("%s: read from %s", kind, cache.path / name)
@@ -79,3 +86,50 @@ class Setting:
                 cache.write_tensors(name, compute())
         with explained(cache.path / name, "a file of the cache; remove it"):
             return load_tensors(cache.path / name)
+
+    def trained(
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        train: Callable[[Watch], dict[str, torch.Tensor]],
+        score: Callable[[nn.Module], Scores] | None = None,
+        version: int = 1,
+    ) -> dict[str, torch.Tensor]:
+        """As `cached`, for what a training makes, which goes on where it was interrupted.
+
+        It goes on where the same device, precision, versions, and number of threads make the same
+        numbers, and starts again elsewhere.
+
+        Args:
+            train: given what watches the training; it ends with `finish`, or with `end`.
+            score: for `finish`.
+        """
+
+        def compute() -> dict[str, torch.Tensor]:
+            now = environment(self.device, self.precision)
+            where = {
+                name: now[name] for name in ("device_name", "precision", "threads", "versions")
+            }
+            partial = Partial(
+                data_folder() / f"cache/{self._name(kind, {**key, 'where': where}, version)}.part"
+            )
+            watch = Watch(
+                partial,
+                "epoch",
+                score,
+                eval_every=sys.maxsize,
+                checkpoint_every=self.checkpoint_every,
+                checkpoint=partial.read(),
+                advice="the same command",
+            )
+            content = train(watch)
+            partial.remove()
+            return content
+
+        return self.cached(kind, key, compute, version)
+
+    def _name(self, kind: str, key: Mapping[str, Any], version: int) -> str:
+        """A name that is another one where something is another that a tensor depends on."""
+        depends = {**key, "version": version, "data": self.data.fingerprint()}
+        text = json.dumps(depends, sort_keys=True)
+        return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"

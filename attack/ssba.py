@@ -21,10 +21,11 @@ is learned late; a run whose epochs end too early has no backdoor. CIFAR-10, Pre
 poisoned, as published by BackdoorBench: ACC 92.88 %, ASR 97.86 %.
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -39,14 +40,16 @@ from models.ssba import Encoder, Steganography
 from utils.data.batches import as_float
 from utils.data.poison import Trigger
 from utils.errors import UserError
-from utils.process.progress import Progress
 from utils.process.script import logger
 from utils.process.seeds import generator
+from utils.training.loop import Loop
+from utils.training.watch import Watch
 
 RAMP = 200  # steps in which the weight of the pixel loss grows, once the string can be read
 PATIENCE = 600  # steps after which an initialisation that reads nothing is given up
 ATTEMPTS = 5  # initialisations
 DECAY_FROM = 0.6  # share of the steps after which the learning rate falls
+EPOCH = 100  # steps between two lines of the log
 CHUNK = 64  # images encoded at once
 
 
@@ -136,7 +139,12 @@ def random_bits(rows: int, bits: int, rng: torch.Generator) -> torch.Tensor:
 
 
 def train(
-    networks: Steganography, images: torch.Tensor, config: Config, rng: torch.Generator
+    networks: Steganography,
+    images: torch.Tensor,
+    config: Config,
+    rng: torch.Generator,
+    loop: Loop,
+    phase: str = "encoder",
 ) -> bool:
     """Trains both networks in place on uint8 (N, C, H, W) images and random strings.
 
@@ -153,12 +161,17 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (1 - step / config.encoder_steps) / (1 - DECAY_FROM))
     )
-    read_at, steps = None, config.encoder_steps
-    with Progress(steps, "training the encoder", "step", says=False) as progress:
-        for step in range(1, config.encoder_steps + 1):
+    read_at, has_failed = torch.tensor(0), torch.tensor(False)  # the step; 0: not yet
+    changing: dict[str, Any] = {"networks": networks, "optimizer": optimizer, "schedule": schedule}
+    changing |= {"rng": rng, "read_at": read_at, "has_failed": has_failed}
+    rounds = math.ceil(config.encoder_steps / EPOCH)
+    for number in loop.rounds(rounds, phase, rate="--encoder_lr", **changing):
+        before = (number - 1) * EPOCH
+        for step in loop.steps(min(EPOCH, config.encoder_steps - before)):
+            step += before
             index = torch.randint(len(images), (config.encoder_batch_size,), generator=rng)
             message = random_bits(len(index), config.message_bits, rng)
-            ramp = 0.0 if read_at is None else min((step - read_at) / RAMP, 1.0)
+            ramp = min((step - int(read_at)) / RAMP, 1.0) if read_at else 0.0
             if ramp and config.common_weight:
                 message[: len(index) // 2] = message[0]
             message = message.to(device)
@@ -174,16 +187,14 @@ def train(
             optimizer.step()
             schedule.step()
             accuracy = bit_accuracy(logits, message)
-            if read_at is None and accuracy > 0.9:
-                read_at = step
-            progress.advance()
-            progress.show(f"bit accuracy {accuracy:.3f}")
-            if step % 100 == 0:
-                text = "encoder step %d/%d  loss %.4f  bit accuracy %.4f  ETA %s"
-                logger.info(text, step, progress.total, loss.item(), accuracy, progress.eta())
+            if not read_at and accuracy > 0.9:
+                read_at.fill_(step)
+            loop.log(len(index), loss=loss, bit_accuracy=loss.new_tensor(accuracy))
             if step == PATIENCE and accuracy < 0.6:
-                return False
-    return True
+                has_failed.fill_(True)
+                loop.stop()
+                break
+    return not has_failed
 
 
 def prepare(config: Config, setting: Setting) -> Encoder:
@@ -207,11 +218,14 @@ def prepare(config: Config, setting: Setting) -> Encoder:
         networks.to(memory_format=torch.channels_last)
         return networks.to(setting.device)
 
-    def compute() -> dict[str, torch.Tensor]:
+    def compute(watch: Watch) -> dict[str, torch.Tensor]:
+        loop = watch.start()
         for attempt in range(ATTEMPTS):
             networks = start(attempt)
             rng = generator(config.random_seed, f"encoder batches {attempt}")
-            if train(networks, data.train.images, config, rng):
+            phase = f"encoder, start {attempt + 1}" if attempt else "encoder"
+            if train(networks, data.train.images, config, rng, loop, phase):
+                watch.end()
                 return {name: value.cpu() for name, value in networks.state_dict().items()}
             logger.info("the encoder learned nothing in %d steps and starts again", PATIENCE)
         raise UserError(
@@ -220,7 +234,7 @@ def prepare(config: Config, setting: Setting) -> Encoder:
         )
 
     networks = start(0)
-    networks.load_state_dict(setting.cached("ssba-encoder", key, compute, version=2))
+    networks.load_state_dict(setting.trained("ssba-encoder", key, compute, version=2))
     held_out = data.test.images[:: max(1, len(data.test) // 1000)]
     message = random_bits(len(held_out), config.message_bits, generator(0, "held-out strings"))
     accuracy = read_back(networks, held_out, message)

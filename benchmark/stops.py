@@ -66,9 +66,14 @@ def read_pair(record: Path) -> Pair | None:
     try:
         auto, all_rounds = (read_object(home / "summary.json") for home in homes)
         watched, full = (
-            pd.read_csv(home / "metrics.csv").set_index("round")["asr"] for home in homes
+            pd.read_csv(home / "metrics.csv", float_precision="round_trip").set_index("round")[
+                "asr"
+            ]
+            for home in homes
         )
-        held_out = pd.read_csv(homes[0] / "held_out.csv").set_index("round")
+        held_out = pd.read_csv(homes[0] / "held_out.csv", float_precision="round_trip").set_index(
+            "round"
+        )
         if not held_out[["acc", "share"]].apply(lambda rates: rates.between(0, 1)).all(axis=None):
             raise ValueError("held_out.csv has other values than rates")
         signal = 1 - held_out["acc"] + held_out["share"]

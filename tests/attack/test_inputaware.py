@@ -168,8 +168,8 @@ def test_the_mask_phase_says_every_epoch_and_leaves_a_fixed_network(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="sau"):
         attack = control(tiny_data, mask_epochs=3)
-    lines = [record.message for record in caplog.records if "mask epoch" in record.message]
-    assert [line.split("  ")[0] for line in lines] == [f"mask epoch {i}/3" for i in (1, 2, 3)]
+    lines = [record.message for record in caplog.records if "mask, epoch" in record.message]
+    assert [line.split("  ")[0] for line in lines] == [f"mask, epoch {i}/3" for i in (1, 2, 3)]
     assert all("loss" in line and "area" in line for line in lines)
     assert not attack.mask.training
     assert not any(parameter.requires_grad for parameter in attack.mask.parameters())

@@ -27,6 +27,7 @@ from attack.ssba import (
 from models.ssba import Decoder, Encoder, Steganography
 from utils.data.labelled import Dataset
 from utils.errors import UserError
+from utils.training.loop import Loop
 
 CPU = torch.device("cpu")
 
@@ -235,7 +236,7 @@ def test_the_pixel_loss_waits_until_the_string_is_read(
     script = Script(4, 7, 8, 5)
     monkeypatch.setattr(ssba, "hiding_loss", script)
     settings = config(encoder_steps=6, common_weight=common_weight)
-    assert train(Steganography(8, (3, 8, 8), 0.1), noise((3, 8, 8)), settings, rng())
+    assert train(Steganography(8, (3, 8, 8), 0.1), noise((3, 8, 8)), settings, rng(), Loop())
     torch.testing.assert_close(script.pixel_weights, [0.0, 0.0, 0.0, 0.05, 0.1, 0.15])
     shared = [bool((message[:2] == message[0]).all()) for message in script.messages]
     assert shared == [False] * 3 + [bool(common_weight)] * 3
@@ -246,7 +247,8 @@ def test_the_weight_of_the_pixel_loss_ends_at_its_value(monkeypatch: pytest.Monk
     script = Script(8)
     monkeypatch.setattr(ssba, "hiding_loss", script)
     monkeypatch.setattr(ssba, "RAMP", 2)
-    train(Steganography(8, (3, 8, 8), 0.1), noise((3, 8, 8)), config(encoder_steps=5), rng())
+    networks = Steganography(8, (3, 8, 8), 0.1)
+    train(networks, noise((3, 8, 8)), config(encoder_steps=5), rng(), Loop())
     assert script.pixel_weights == [0, 5, 10, 10, 10]
 
 
@@ -259,7 +261,7 @@ def test_a_start_that_reads_nothing_is_given_up(
     monkeypatch.setattr(ssba, "hiding_loss", script)
     monkeypatch.setattr(ssba, "PATIENCE", 4)
     networks = Steganography(8, (3, 8, 8), 0.1)
-    finished = train(networks, noise((3, 8, 8)), config(encoder_steps=7), rng())
+    finished = train(networks, noise((3, 8, 8)), config(encoder_steps=7), rng(), Loop())
     assert finished is (right == 5)
     assert len(script.messages) == steps
 
@@ -273,7 +275,7 @@ def test_another_start_follows_one_that_was_given_up(
 
     def fake(networks: Steganography, *others: object) -> bool:
         starts.append(networks.encoder.message.weight.detach().clone())
-        draws.append(torch.rand(1, generator=others[-1]).item())  # type: ignore[arg-type]
+        draws.append(torch.rand(1, generator=others[2]).item())  # type: ignore[arg-type]
         return len(starts) == 3
 
     monkeypatch.setattr(ssba, "train", fake)
@@ -336,7 +338,7 @@ def test_four_bits_are_read_from_99_of_100_places_in_images_not_seen() -> None:
     networks = Steganography(4, (3, 16, 16), 0.1).to(memory_format=torch.channels_last)
     coarse = torch.rand(150, 3, 4, 4, generator=rng())
     smooth = nn.functional.interpolate(coarse, (16, 16), mode="bilinear").mul(255).to(torch.uint8)
-    assert train(networks, smooth[:100], settings, rng())
+    assert train(networks, smooth[:100], settings, rng(), Loop())
     message = random_bits(50, 4, rng(1))
     assert read_back(networks, smooth[100:], message) >= 0.99
     changed = hide(networks.encoder, smooth[100:], message)

@@ -820,7 +820,7 @@ def test_the_summary_tells_the_scores_of_the_model_that_is_saved(purified: Purif
     assert summary["after"] == after.counts()
     drop = {rate: before.values()[rate] - after.values()[rate] for rate in ("acc", "asr")}
     assert summary["der"] == (max(0, drop["asr"]) - max(0, drop["acc"]) + 1) / 2
-    metrics = pd.read_csv(purified.folder / "metrics.csv")
+    metrics = pd.read_csv(purified.folder / "metrics.csv", float_precision="round_trip")
     assert metrics["round"].iloc[0] == 0
     for rate in before.values():
         assert metrics[rate].iloc[0] == before.values()[rate]

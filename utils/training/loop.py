@@ -246,6 +246,19 @@ class Loop:
             if self._after_batch:
                 self._after_batch(len(batches))
 
+    def steps(self, count: int) -> Iterator[int]:
+        """1 to count, each of which counts as a batch; for a method that draws its own images.
+
+        Call it once per round. A resumed round begins with the step after the last one.
+        """
+        done = 0 if self._resume is None else self._batch
+        self._resume = None
+        for number in range(done + 1, count + 1):
+            yield number
+            self._batch = number
+            if self._after_batch:
+                self._after_batch(count)
+
     @property
     def position(self) -> Position:
         """Where the loop is in its present phase."""

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,10 +15,19 @@ from utils.data.labelled import Labelled, Triggered
 from utils.metrics import Scores
 from utils.process.progress import Progress
 from utils.process.script import Stopped, defer_signals, logger, stop_signal
-from utils.records.folders import RunFolder
 from utils.training.evaluate import evaluate
 from utils.training.findings import Findings
 from utils.training.loop import Loop
+
+
+class Keeper(Protocol):
+    """Where a training's checkpoints and rows go; the folder of a run is one."""
+
+    def write_checkpoint(self, content: Mapping[str, Any]) -> None: ...
+
+    def write_metrics(
+        self, rows: Sequence[Mapping[str, Any]], name: str = "metrics.csv"
+    ) -> None: ...
 
 
 class Watch:
@@ -28,13 +37,14 @@ class Watch:
     method has some, are in `phases.csv`, with their losses.
 
     Args:
-        folder: where the files go; None writes none.
+        folder: where checkpoints and rows go; None writes none.
         unit: "epoch" or "round".
-        score: from a model to its scores.
+        score: from a model to its scores; None if no model is to be scored.
         eval_every: rounds between two evaluations, >= 1. The last round is not scored, because
             `finish` scores the model that comes out.
         checkpoint_every: seconds between two checkpoints, >= 0; they are made after a batch.
         checkpoint: where to continue, from `RunFolder.start`; None for a fresh run.
+        advice: how a run goes on that was stopped.
 
     Attributes:
         scores: the latest ones.
@@ -44,17 +54,19 @@ class Watch:
 
     def __init__(
         self,
-        folder: RunFolder | None,
+        folder: Keeper | None,
         unit: str,
-        score: Callable[[nn.Module], Scores],
+        score: Callable[[nn.Module], Scores] | None,
         eval_every: int,
         checkpoint_every: float = math.inf,
         checkpoint: Mapping[str, Any] | None = None,
+        advice: str = "--resume (and without --overwrite)",
     ) -> None:
         self._folder = folder
         self._unit = unit
         self._score = score
         self._eval_every = eval_every
+        self._advice = advice
         self._rows: list[dict[str, float]] = []
         self._phase_rows: list[dict[str, Any]] = []
         self._started = time.monotonic()
@@ -86,9 +98,9 @@ class Watch:
 
     def finish(self, model: nn.Module) -> Scores:
         """The scores of the model that a method gave; they complete the last row."""
+        assert self._score is not None
         with self._paused():
-            if self._progress:
-                self._progress.__exit__()
+            self._close()
             self.scores = self._score(model)
             if self._rows and self._rows[-1][self._unit]:
                 seconds = self._rows[-1].pop("seconds")
@@ -98,6 +110,15 @@ class Watch:
         defer_signals(False)
         logger.info("result  %s", self.scores)
         return self.scores
+
+    def end(self) -> None:
+        """In place of `finish`, if no model is to be scored."""
+        self._close()
+        defer_signals(False)
+
+    def _close(self) -> None:
+        if self._progress:
+            self._progress.__exit__()
 
     @property
     def findings(self) -> Findings:
@@ -151,13 +172,12 @@ class Watch:
         )
         self._saved = time.monotonic()
         if stop:
-            if self._progress:
-                self._progress.__exit__()
+            self._close()
             number, batch = self._loop.position
             raise Stopped(
                 stop,
                 f"stopped in {self._name()} {number} after batch {batch} of {batches}; go on with "
-                "--resume (and without --overwrite)",
+                f"{self._advice}",
             )
 
     def _name(self) -> str:
@@ -182,7 +202,8 @@ class Watch:
         row: dict[str, Any] = {self._unit: number}
         row |= {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
         text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        if model is not None and not (is_main and is_last) and number % self._eval_every == 0:
+        is_due = number % self._eval_every == 0 and not (is_main and is_last)
+        if self._score is not None and model is not None and is_due:
             self.scores = self._score(model)
             row |= self.scores.values()
             text += f"  {self.scores}"

@@ -25,7 +25,7 @@ SCENES = (
 )
 
 # The defenses that share their work, as docs/scaling.md says; others may be refused.
-SHARED = ("d3", "fp", "fst", "ft", "ft_sam", "nad", "sau")
+SHARED = ("d3", "fp", "fst", "ft", "ft_sam", "nad", "sau", "sau_far")
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:

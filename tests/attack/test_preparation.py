@@ -1,0 +1,158 @@
+"""What attacks train before the classifier: an interrupted training goes on where it was."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import utils.data.images
+from attack import inputaware, lc, ssba, trojannn
+from attack.setting import Setting
+from utils.data.labelled import Dataset
+from utils.records.partial import Partial
+
+CPU = torch.device("cpu")
+MODEL = {"model": "tiny", "batch_size": 6, "crop_padding": 1}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def mask(setting: Setting) -> None:
+    config = inputaware.Config.load("cifar10", pratio=0.25, mask_epochs=3, **MODEL)
+    inputaware.InputAware(config, setting).before_training()
+
+
+def encoder(setting: Setting) -> None:
+    """Its first start is given up after ten steps, if `PATIENCE` is ten."""
+    flags = {"message_bits": 8, "encoder_steps": 25, "encoder_batch_size": 4, "pratio": 0.1}
+    config = ssba.Config.load("digits", min_bit_accuracy=0.0, **flags, **MODEL)
+    ssba.prepare(config, setting)
+
+
+def clean_model(setting: Setting) -> None:
+    trojannn.prepare(trojannn.Config.load("digits", clean_epochs=3, iterations=2, **MODEL), setting)
+
+
+def surrogate(setting: Setting) -> None:
+    flags = {"surrogate": "adversarial", "surrogate_steps": 2, "adv_steps": 2}
+    lc.prepare(lc.Config.load("digits", surrogate_epochs=3, **flags, **MODEL), setting)
+
+
+def cached() -> dict[str, Any]:
+    """The tensors in the cache, by the names of their files."""
+    folder = utils.data.images.ROOT / "data/cache"
+    return {path.name: torch.load(path, mmap=False) for path in sorted(folder.glob("*.pt"))}
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    return bool(torch.equal(one, other)) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.fixture
+def setting(tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path / "whole")
+    monkeypatch.setattr(ssba, "EPOCH", 7)
+    return Setting(tiny_data, CPU, "fp32", checkpoint_every=0.0)
+
+
+def interrupt(make: Callable[[Setting], None], setting: Setting, count: int) -> Path:
+    """Makes it until the process ends after some checkpoints; gives the latest one."""
+    written = []
+    write = Partial.write_checkpoint
+
+    def write_and_end(self: Partial, content: Mapping[str, Any]) -> None:
+        write(self, content)
+        written.append(content)
+        if len(written) == count:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partial, "write_checkpoint", write_and_end)
+        with pytest.raises(Killed):
+            make(setting)
+    (partial,) = (utils.data.images.ROOT / "data/cache").glob("*.part")
+    return partial
+
+
+def steps_of(make: Callable[[Setting], None], setting: Setting) -> int:
+    """Makes it; gives the number of checkpoints, so of batches."""
+    taken = []
+    write = Partial.write_checkpoint
+
+    def counted(self: Partial, content: Mapping[str, Any]) -> None:
+        taken.append(content["seconds"])
+        write(self, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partial, "write_checkpoint", counted)
+        make(setting)
+    return len(taken)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("make", [mask, encoder, clean_model, surrogate])
+def test_it_goes_on_where_it_was_interrupted(
+    make: Callable[[Setting], None],
+    share: float,
+    setting: Setting,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inputaware, "MASK_MILESTONES", [1, 2])
+    steps = steps_of(make, setting)
+    whole = cached()
+    count = max(1, round(share * steps))
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path / "interrupted")
+    partial = interrupt(make, setting, count)
+    assert steps_of(make, setting) == steps - count
+    assert not partial.exists()
+    assert equal(cached(), whole)
+
+
+def test_a_start_that_was_given_up_is_not_made_again(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start ends after ten steps, which are nine checkpoints; then 25 steps follow."""
+    monkeypatch.setattr(ssba, "PATIENCE", 10)
+    monkeypatch.setattr(ssba, "bit_accuracy", lambda *_: 0.5 if len(starts) == 1 else 0.7)
+    starts: list[str] = []
+    train = ssba.train
+
+    def counted(*arguments: Any) -> bool:
+        starts.append(arguments[-1])
+        return train(*arguments)
+
+    monkeypatch.setattr(ssba, "train", counted)
+    assert steps_of(encoder, setting) == 9 + 25
+    assert starts == ["encoder", "encoder, start 2"]
+    whole = cached()
+    starts.clear()
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path / "interrupted")
+    interrupt(encoder, setting, 14)
+    starts.clear()
+    assert steps_of(encoder, setting) == 9 + 25 - 14
+    assert equal(cached(), whole)
+
+
+def test_elsewhere_it_starts_again(setting: Setting) -> None:
+    """Another precision makes other digits."""
+    interrupt(mask, setting, 3)
+    assert steps_of(mask, replace(setting, precision="bf16")) == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_a_damaged_checkpoint_is_left_aside(
+    content: bytes, setting: Setting, caplog: pytest.LogCaptureFixture
+) -> None:
+    partial = interrupt(mask, setting, 3)
+    partial.write_bytes(content)
+    assert steps_of(mask, setting) == 6
+    assert f"{partial}: cannot be read; that part starts again" in caplog.text
+    assert [file.suffix for file in partial.parent.iterdir()] == [".pt"]
