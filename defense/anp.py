@@ -28,13 +28,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, Masked, Rounds, checked, run
-from models.parts import scaled, silenced
+from models.parts import called_with, scaled, silenced
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -104,7 +103,7 @@ def mask_loss(
     Returns:
         A scalar with a gradient for the masks.
     """
-    logits = functional_call(model, scaled(model, masks), (images,))
+    logits = called_with(model, scaled(model, masks), images)
     loss = config.anp_alpha * F.cross_entropy(logits, labels)
     if noise is None:
         return loss
@@ -117,8 +116,7 @@ def _noisy(model: nn.Module, images: torch.Tensor, masks: Tensors, noise: Tensor
     for name, mask in masks.items():
         of_scale, of_shift = noise[name]
         scales[name], shifts[name] = mask + of_scale, 1 + of_shift
-    logits: torch.Tensor = functional_call(model, scaled(model, scales, shifts), (images,))
-    return logits
+    return called_with(model, scaled(model, scales, shifts), images)
 
 
 def learned_masks(

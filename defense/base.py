@@ -45,6 +45,7 @@ from utils.training.guard import (
     check_given,
     in_any_order,
     learning,
+    made_on_the_cpu,
     require_finite,
     seeded,
     single_images_told,
@@ -297,7 +298,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 f"config: {type(config).__name__} of {type(config).__module__} is no configuration "
                 f"of this defense; give {expected.__module__}.{expected.__name__}.load(...)"
             )
-        with seeded(config.random_seed), single_images_told():
+        with seeded(config.random_seed), single_images_told(), made_on_the_cpu():
             check_given(
                 model,
                 images,
@@ -306,10 +307,16 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 needs_labels=isinstance(config, CleanData),
                 batch_size=config.batch_size if isinstance(config, (FineTuned, Inverted)) else None,
             )
-        with seeded(config.random_seed), single_images_told(), learning(), in_any_order(model):
+        with (
+            seeded(config.random_seed),
+            single_images_told(),
+            learning(),
+            in_any_order(model),
+            made_on_the_cpu(),
+        ):
             given = copy.deepcopy(model) if has_own_code(model) else model
             purified = purify(given, apart(images), apart(labels), config, loop)
-        require_finite(purified)
+            require_finite(purified)
         return purified
 
     return wrapped

@@ -95,11 +95,15 @@ def start_of(initial: torch.Tensor, method: Start, draws: torch.Generator) -> to
         W, of W0's shape.
     """
     if method == "random":
-        drawn = (torch.rand(initial.shape, generator=draws) - 0.5).to(initial)
+        drawn = (torch.rand(initial.shape, generator=draws, dtype=torch.float32) - 0.5).to(initial)
         rescale(drawn, torch.linalg.vector_norm(initial))
         return drawn
     if method == "noise":
-        return initial + torch.randn(initial.shape, generator=draws).to(initial) * initial.std()
+        return (
+            initial
+            + torch.randn(initial.shape, generator=draws, dtype=torch.float32).to(initial)
+            * initial.std()
+        )
     return initial * {"far": -1, "middle": 0, "near": 1}[method]
 
 
@@ -115,7 +119,7 @@ def pushed_weights(model: nn.Module, name: str | None) -> list[torch.Tensor]:
         for part_name, part in chosen.named_modules()
         if isinstance(part, (nn.Linear, nn.Conv2d))
     }
-    changeable(inside)
+    changeable(inside, model)
     layers = list(inside.values())
     if not layers:
         raise UserError(

@@ -91,7 +91,7 @@ def purify(
     """
     loop = loop or Loop()
     name, linear = head(model)
-    changeable({name: linear})
+    changeable({name: linear}, model)
     count = linear.in_features
     purified = copy.deepcopy(model).eval()
     if config.n_rounds == 0:

@@ -78,7 +78,7 @@ def head_of(model: nn.Module, name: str | None) -> nn.Linear:
             f"--select_layer_name: {name} is a {type(head).__name__}, but the head is shifted; "
             "give a linear layer, or null for the last one"
         )
-    changeable({name or "that is the last linear one": head})
+    changeable({name or "that is the last linear one": head}, model)
     if not head.weight.requires_grad:
         raise UserError(
             "the head's weight is frozen, but this method trains it; set its requires_grad, or "
@@ -124,7 +124,9 @@ def purify(
     if config.reset_head:
         draws = generator(config.random_seed, "head")
         for parameter in head.parameters():
-            uniform = torch.rand(parameter.shape, generator=draws).to(parameter)
+            uniform = torch.rand(parameter.shape, generator=draws, dtype=torch.float32).to(
+                parameter
+            )
             with torch.no_grad():
                 parameter.copy_((2 * uniform - 1) / math.sqrt(head.in_features))
 

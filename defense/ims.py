@@ -36,12 +36,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import nn
-from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
-from models.parts import changeable, convolutions, scaled_convolutions
+from models.parts import called_with, changeable, convolutions, scaled_convolutions, usual_weight
 from utils.data.batches import as_float
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -203,8 +202,8 @@ def purify(
     result = copy.deepcopy(model).eval()
     if config.n_rounds == 0:
         return result
-    changeable(layers)
-    weight = next(model.parameters())
+    changeable(layers, model)
+    weight = usual_weight(model)
     model = copy.deepcopy(result).requires_grad_(False)
     a, s = (
         torch.ones(sum(widths.values()), device=weight.device, dtype=weight.dtype).requires_grad_()
@@ -217,7 +216,7 @@ def purify(
 
     def network_of(side: torch.Tensor) -> Network:
         changed = scaled_convolutions(model, by_layer(side))
-        return lambda x: functional_call(model, changed, (x,))
+        return lambda x: called_with(model, changed, x)
 
     order = generator(config.random_seed, "batches")
     for phase, steps in (("stage 1", config.stage1_steps), ("", config.n_rounds)):

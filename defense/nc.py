@@ -103,8 +103,8 @@ def invert_trigger(
     device = next(model.parameters()).device
     shape = images.shape[1:]
     theta = {
-        "mask": torch.ones(1, *shape[1:], device=device, requires_grad=True),
-        "pattern": torch.ones(shape, device=device, requires_grad=True),
+        "mask": torch.ones(1, *shape[1:], device=device, dtype=torch.float32, requires_grad=True),
+        "pattern": torch.ones(shape, device=device, dtype=torch.float32, requires_grad=True),
     }
     optimizer = torch.optim.Adam(theta.values(), lr=config.mask_lr, betas=(0.5, 0.9))
     order = generator(config.random_seed, f"batches of class {target}")

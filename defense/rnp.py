@@ -32,13 +32,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, Masked, Rounds, checked, run
-from models.parts import scaled, silenced
+from models.parts import called_with, scaled, silenced
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -87,7 +86,9 @@ def unlearned(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    model = copy.deepcopy(model).train().requires_grad_()
+    model = copy.deepcopy(model).train()
+    for weight in model.parameters():
+        weight.requires_grad_(weight.is_floating_point())
     learner = loop.alone(model)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -168,7 +169,7 @@ def recovered_masks(
         for index in loop.batches(len(images), config.batch_size, order):
             batch = augment(images[index], config.crop_padding, config.flip, crops)
             x, y = as_float(batch, device), labels[index].to(device)
-            logits = functional_call(model, scaled(model, masks), (x,))
+            logits = called_with(model, scaled(model, masks), x)
             loss = config.alpha * F.cross_entropy(logits, y)
             optimizer.zero_grad()
             loss.backward()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.parts import usual_weight
 from utils.errors import UserError
 
 
@@ -60,14 +61,16 @@ def insert(network: nn.Module, kind: str, layer: str, channels: int) -> nn.Modul
     Returns:
         The part, on the network's device and in the layer's mode.
     """
-    parent_name, _, name = layer.rpartition(".")
-    parent = network.get_submodule(parent_name)
-    old = parent.get_submodule(name)
-    like = next(network.parameters())
+    old = network.get_submodule(layer)
+    like = usual_weight(network)
     # Its weights are set, not drawn: the global generator stays where it is.
     with torch.random.fork_rng(devices=[]):
         part = KINDS[kind](channels).to(like.device, like.dtype)
-    setattr(parent, name, Preceded(part, old).train(old.training))
+    preceded = Preceded(part, old).train(old.training)
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:  # a network may have a layer under several names
+                setattr(parent, name, preceded)
     return part
 
 

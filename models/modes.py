@@ -24,6 +24,17 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """Inside, new weights are drawn in float32, whatever the caller's default type is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def frozen(*models: nn.Module) -> Iterator[None]:
     """No weight needs a gradient inside; each gets its own `requires_grad` back after."""
     weights = [w for model in models for w in model.parameters() if w.requires_grad]

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import Classifier, Resize
@@ -76,9 +77,26 @@ def head(model: nn.Module) -> tuple[str, nn.Linear]:
     )
 
 
-def changeable(layers: Mapping[str, nn.Module]) -> None:
-    """Raises UserError if not each of the layers has a weight of its own, which can be changed."""
-    owners: dict[int, str] = {}
+def usual_weight(model: nn.Module) -> nn.Parameter:
+    """The weight that says device and type of images and features: of a layer, if there is one.
+
+    A network may begin with a scale of another type.
+    """
+    floats = [weight for weight in model.parameters() if weight.is_floating_point()]
+    of_layers = [weight for weight in floats if weight.dim() > 1]
+    return [*of_layers, *floats, *model.parameters()][0]
+
+
+def changeable(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Raises UserError if not each of the layers has a weight of its own, which can be changed.
+
+    Args:
+        layers: of the network, by the names that the message has.
+    """
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in bare(model).named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append((name, module))
     for name, module in layers.items():
         weight = module._parameters.get("weight")
         if weight is None:
@@ -87,10 +105,11 @@ def changeable(layers: Mapping[str, nn.Module]) -> None:
                 "spectral_norm or the like), and this method changes it; remove this from the "
                 "network, or give another method"
             )
-        if (other := owners.setdefault(id(weight), name)) != name:
+        other = next((name for name, owner in owners[id(weight)] if owner is not module), None)
+        if other is not None:
             raise UserError(
-                f"the layers {other} and {name} share a weight, and this method changes each on "
-                "its own; give each its own, or give another method"
+                f"the layers {name} and {other} share a weight, and this method would change both; "
+                "give each its own, or give another method"
             )
 
 
@@ -145,7 +164,7 @@ def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
             "this method works on the channels of BatchNorm layers (BatchNorm2d), and this network "
             "has none; give another method or network"
         )
-    changeable(layers)
+    changeable(layers, model)
     return layers
 
 
@@ -190,7 +209,7 @@ def convolutions_before(
                 before[name] = last
     else:
         all_convolutions = convolutions(model)
-        weight = next(model.parameters())
+        weight = usual_weight(model)
         image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
         with (
             recording(model, all_convolutions) as outputs,
@@ -263,7 +282,7 @@ def last_map(model: nn.Module, image_shape: Sequence[int]) -> str:
         UserError: if there is none.
     """
     names = [name for name, _ in bare(model).named_modules() if name]
-    weight = next(model.parameters())
+    weight = usual_weight(model)
     image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
     with recording(model, names) as outputs, evaluating(model), torch.no_grad():
         model(image)
@@ -307,6 +326,18 @@ def _prefix(model: nn.Module) -> str:
             "that is in it (model.module)"
         )
     return "network." if isinstance(model, Classifier) else ""
+
+
+def called_with(
+    model: nn.Module, changed: Mapping[str, torch.Tensor], images: torch.Tensor
+) -> torch.Tensor:
+    """The network's output with other weights or biases, from `scaled` or `scaled_convolutions`.
+
+    A layer that the network registers under several names is changed under the first one, and so
+    under all: torch must not change it again, see `tie_weights`.
+    """
+    output: torch.Tensor = functional_call(model, dict(changed), (images,), tie_weights=False)
+    return output
 
 
 def scaled(

@@ -47,7 +47,10 @@ class _Loader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import}
+        before = sys.path.count(str(ROOT))
         super().exec_module(module)
+        while sys.path.count(str(ROOT)) > before:  # scripts put it first, for their own imports
+            sys.path.remove(str(ROOT))
 
 
 def _import(

@@ -140,8 +140,10 @@ def test_pictures_name_the_target(place: Path, monkeypatch: pytest.MonkeyPatch) 
         ("dgo", "dgo is no class of folder (did you mean dog?); give one of cat, dog, emu"),
         ("Dog", "Dog is no class of folder (did you mean dog?)"),
         ("3", "3 is no class of folder; give 0 to 2, or a name: cat, dog, emu"),
-        ("-1", "-1 is not allowed; give int >= 0 or the name of a class"),
-        ("1.5", "1.5 is not allowed"),
+        ("-1", "-1 is no class of folder; give one of cat, dog, emu"),
+        ("1.5", "1.5 is no class of folder"),
+        ("007", "007 is no class of folder"),
+        ("+1", "+1 is no class of folder"),
         ("", "--attack_target: a value is missing; give int >= 0 or the name of a class"),
     ],
 )
@@ -151,6 +153,28 @@ def test_a_target_that_is_none_is_told(
     make_images(place / "images", ["cat", "dog", "emu"], 1)
     assert attack(place, "x", attack_target=target, batch_size=2) == 2
     assert told in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("names", "target", "label"),
+    [
+        (["0001", "0002", "0003"], "0001", 0),
+        (["0001", "0002", "0003"], "0003", 2),
+        (["0001", "0002", "0003"], "1", 1),
+        (["1.0", "10.0", "2.0"], "1.0", 0),
+        (["3", "5", "7"], "5", 1),
+        (["-1", "a", "b"], "-1", 0),
+    ],
+)
+def test_a_name_may_look_like_a_number(
+    place: Path, names: list[str], target: str, label: int
+) -> None:
+    """What is written like a label is one, where there is such a label."""
+    make_images(place / "images", names)
+    assert attack(place, "x", attack_target=target, batch_size=4) == 0
+    summary = json.loads((place / "record/x/summary.json").read_text())
+    assert (summary["attack_target"], summary["attack_target_name"]) == (label, names[label])
+    assert not [text for text in summary["warnings"] if "--attack_target" in text]
 
 
 def test_a_number_that_names_another_class_is_warned_of(

@@ -112,3 +112,25 @@ def test_installing_it_puts_no_other_name_on_the_import_path() -> None:
     packages, folders = setuptools["packages"], setuptools["package-dir"]
     assert editable_wheel._simple_layout(["sau"], {"sau": "sau"}, ROOT)
     assert not editable_wheel._simple_layout(packages, folders, ROOT)
+
+
+def test_a_script_may_import_its_own_models_after_sau(folder: Path) -> None:
+    """Nor does the checkout stand in the path of processes that it starts."""
+    (folder / "script.py").write_text(
+        """
+import sys
+
+before = list(sys.path)
+import sau
+from sau.defense import anp, sau_far
+assert sys.path == before
+import models, utils.misc
+assert models.WHOSE == utils.misc.WHOSE == "mine"
+""",
+        encoding="utf-8",
+    )
+    program = f"import sys; sys.path.append({str(ROOT)!r}); exec(open('script.py').read())"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr

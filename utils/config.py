@@ -138,6 +138,9 @@ class Config:
         Raises:
             UserError: naming every unknown field and every value that is not allowed.
         """
+        hint = _hints(cls).get("dataset")
+        if dataset is not None and not (hint and _choices(hint)):  # else it is said later
+            _require_known(cls, dataset)
         if dataset is None:
             dataset = {**_merge(_shipped(cls)), **overrides}.get("dataset")
         elif "dataset" in _hints(cls):
@@ -397,6 +400,18 @@ def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
     return list(layers.values())
 
 
+def _require_known(cls: type[Config], dataset: str) -> None:
+    """Raises UserError if no YAML file is of this dataset; each one has some."""
+    files = getattr(sys.modules[cls.__module__], "__file__", None)
+    root = Path(files).resolve().parents[1] / "config" if files else Path()
+    known = {path.stem for path in root.glob("*/*/*.yaml")} - {"default", "config"}
+    if known and dataset not in known:
+        raise UserError(
+            f"dataset: {shown(dataset, 100)} is unknown{suggestion(str(dataset), known)}; give one "
+            f"of {', '.join(sorted(known))}"
+        )
+
+
 def _fields_of_module(owner: type[Config]) -> frozenset[str]:
     """The names of the fields of all configuration classes that the module of one defines."""
     classes = [
@@ -459,7 +474,7 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
     if isinstance(value, str) and not _is_text(value):
         raise ValueError("no text that a system takes")
     if _may_be_a_name(annotation) and isinstance(value, str) and value.strip():
-        if not re.fullmatch(r"[-+]?\d+(\.\d*)?", value.strip()):
+        if not re.fullmatch(r"0|[1-9][0-9]*", value.strip()):  # 007 and 1.0 are names
             return value
         is_text = True  # a number in quotes is one
     checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)

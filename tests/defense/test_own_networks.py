@@ -1,6 +1,7 @@
 """Networks of the user's own, whatever their code does: every defense works, or says why not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import defense
 from models.views import has_own_code
 from tests.every_defense import module, shortened
 from utils.errors import UserError
+from utils.training.loop import Loop
 
 every_defense = pytest.mark.parametrize("name", defense.names())
 
@@ -117,6 +119,148 @@ def test_where_gradients_are_off_it_works_too(name: str, without: Callable[[], A
         found = purified(name, model, images()[0])
     pairs = zip(expected.state_dict().values(), found.state_dict().values(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+@contextmanager
+def default_type(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@every_defense
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        lambda: default_type(torch.float64),
+        lambda: default_type(torch.bfloat16),
+        lambda: torch.device("meta"),  # stands for a GPU
+    ],
+)
+def test_the_caller_s_defaults_change_nothing(
+    name: str, defaults: Callable[[], AbstractContextManager[None]]
+) -> None:
+    model, (pixels, _) = made(Own), images()
+    expected = purified(name, model)
+    given, labels = images()
+    config = shortened(name, model, n_rounds=1, batch_size=8)
+    with defaults():
+        found = module(name).purify(model, given, labels, config)
+    pairs = zip(expected.state_dict().values(), found.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert torch.equal(expected(pixels), found(pixels))
+
+
+class Scaled(Own):
+    """Its first parameter is of another type than its layers."""
+
+    dtype = torch.float64
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = dict(self.named_children())
+        for name in layers:
+            delattr(self, name)
+        self.scale = nn.Parameter(torch.ones((), dtype=self.dtype), requires_grad=False)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return (super().forward(images) * self.scale.real).float()
+
+
+class Counted(Scaled):
+    dtype = torch.int64
+
+
+class Complex(Scaled):
+    dtype = torch.complex64
+
+
+@every_defense
+@pytest.mark.parametrize("kind", [Scaled, Counted, Complex])
+def test_a_parameter_of_another_type_may_come_first(name: str, kind: type[Scaled]) -> None:
+    model = made(kind)
+    assert next(model.parameters()).dtype == kind.dtype
+    assert purified(name, model)(images()[0]).isfinite().all()
+
+
+class Listed(Own):
+    """Has its layers under a second name, too; `forward` uses either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(self.one, self.norm, nn.ReLU(), self.two, self.other)
+        self.again = nn.ModuleList([self.norm, self.other])
+        head = self.head
+        del self.head
+        self.last = self.head = head  # the last part that is registered
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.max_pool2d(self.layers(images).relu(), 2)
+
+
+@every_defense
+def test_a_layer_may_have_two_names(name: str) -> None:
+    """It is one layer, and the result is that of the network without the second name."""
+    expected, found = purified(name, made(Own)), purified(name, made(Listed))
+    for key, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[key]), key
+
+
+class Twins(Own):
+    """Its head shares the weight of another linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(6 * 16, 4)
+        self.twin.weight = self.head.weight
+
+    def forward(self, images: torch.Tensor) -> Any:
+        x = self.features(images).flatten(1)
+        return self.twin(x) + self.head(x)
+
+
+@pytest.mark.parametrize("name", ["d3", "fp", "fst"])
+def test_a_head_that_shares_its_weight_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"share a weight, and this method would change both"):
+        purified(name, made(Twins))
+
+
+@every_defense
+@pytest.mark.parametrize(
+    "made_of", [torch.jit.script, lambda model: torch.jit.trace(model, torch.rand(2, 3, 8, 8))]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_network_is_refused(name: str, made_of: Callable[[nn.Module], Any]) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(216, 4))
+    given, labels = images()
+    config = shortened(name, plain, n_rounds=1, batch_size=8)
+    with pytest.raises(UserError, match=r"torch\.jit\.script or trace"):
+        module(name).purify(made_of(plain.eval()), given, labels, config)
+
+
+@pytest.mark.parametrize("name", ["anp", "fp", "rnp"])
+def test_where_no_image_can_be_held_out_the_warning_says_so(name: str) -> None:
+    model, (pixels, _) = made(Own), images()
+    loop = Loop()
+    config = shortened(name, model, batch_size=8)
+    result = module(name).purify(model, pixels[:4], torch.arange(4), config, loop)
+    assert "no image can be held out" in loop.findings.warnings[-1]
+    assert "held_out_accs" not in loop.findings.facts
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, result.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", ["anp", "fp", "rnp"])
+def test_too_large_a_held_out_part_is_told_by_its_flag(name: str) -> None:
+    model = made(Own)
+    config = shortened(name, model, batch_size=8, val_ratio=0.999999)
+    with pytest.raises(UserError, match=r"--val_ratio: 0.999999 of 24 images leaves none"):
+        module(name).purify(model, *images(), config)
 
 
 def test_a_network_of_inference_mode_is_refused() -> None:

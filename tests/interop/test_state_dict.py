@@ -220,6 +220,19 @@ def test_a_pickled_model_is_not_loaded(
     assert "torch.save(model.state_dict(), path)" in error
 
 
+def test_values_that_are_too_large_for_the_network_are_told(
+    workplace: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of float64 may hold what no float32 can; nothing is written."""
+    state = {name: value.double() for name, value in network().state_dict().items()}
+    largest = max(state, key=lambda name: state[name].numel())
+    state[largest] += 1e300
+    path = wrapped(tmp_path / "other.pth", state, "state_dict")
+    assert run(*flags(workplace, own, path, "too_large")) == 2
+    assert f"too large for the network: {largest}; give another file" in one_error(capsys)
+    assert not (workplace / "record/too_large/summary.json").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

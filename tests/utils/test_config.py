@@ -16,6 +16,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from attack.recipe import TrainingConfig
+from defense import sau
 from utils import config as configuration
 from utils.config import Config, allowed_values, read_yaml
 from utils.data.datasets import DatasetName
@@ -792,3 +793,11 @@ def test_references_and_huge_files_are_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=reason):
             read_yaml(path)
+
+
+@pytest.mark.parametrize("name", ["cifr10", "../x", "default", "", "\0", "CIFAR10"])
+def test_a_dataset_without_a_file_is_refused_by_name(name: str) -> None:
+    """A defense has no list of datasets, since records name theirs."""
+    with pytest.raises(UserError, match=r"^dataset: .* is unknown.*; give one of cifar10, "):
+        sau.Config.load(name)
+    assert sau.Config.load("cifar10").n_rounds == 100

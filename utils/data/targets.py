@@ -15,10 +15,14 @@ W = TypeVar("W", bound=configuration.Config)
 def with_target(config: W, data: Dataset) -> W:
     """The configuration with the label of the target class, which may have been given by its name.
 
+    A plain number is a label, if there is one, and else a name; 007 and 1.0 are names.
+
     Raises:
         UserError: if the dataset has no such class.
     """
     target = getattr(config, "attack_target", None)
+    if isinstance(target, int) and target >= len(data.classes) and str(target) in data.classes:
+        target = str(target)
     if not isinstance(target, str):
         return config
     if target not in data.classes:

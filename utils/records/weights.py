@@ -108,6 +108,9 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
             "image size"
         )
     model.network.load_state_dict({**network_state, **state})
+    if broken := not_finite(model.network.state_dict()):  # too large for their type here
+        names = listed(broken, limit=200)
+        raise UserError(f"--state_dict: too large for the network: {names}; give another file")
 
 
 def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:

@@ -44,6 +44,16 @@ def learning() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def made_on_the_cpu() -> Iterator[None]:
+    """Inside, tensors whose device is not named are made on the CPU, whatever the caller's is."""
+    if torch.empty(0).device.type == "cpu":
+        yield
+    else:
+        with torch.device("cpu"):
+            yield
+
+
 def in_any_order(model: nn.Module) -> AbstractContextManager[None]:
     """`any_order` for a network with code of the user's own; a `Classifier` sees to it itself."""
     return any_order(not isinstance(model, Classifier) and has_own_code(model))
@@ -169,6 +179,11 @@ def _check_network(model: nn.Module) -> None:
         raise UserError(f"model: {type(model).__name__} is no network; give an nn.Module")
     if next(model.parameters(), None) is None:
         raise UserError("model: the network has no weights; give one that was trained")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError(
+            "model: it was made by torch.jit.script or trace, whose code cannot be changed; give "
+            "the network that it was made from"
+        )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, value in tensors.items() if is_lazy(value)]
     if lazy:

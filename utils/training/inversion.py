@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.inputaware import to_unit
-from models.modes import evaluating, frozen
-from models.parts import last_map, recording, weighted
+from models.modes import evaluating, frozen, in_float32
+from models.parts import last_map, recording, usual_weight, weighted
 from models.unet import UNet
 from utils.data.batches import as_float
 from utils.process.seeds import generator
@@ -144,11 +144,11 @@ class Inversion:
     ) -> None:
         self.layer = last_map(model, images.shape[1:])
         self._images, self._labels, self._config, self._loop = images, labels, config, loop
-        weight = next(model.parameters())
+        weight = usual_weight(model)
         self._device, self._dtype = weight.device, weight.dtype
-        self._generator = UNet(images.shape[1], config.generator_width).to(
-            self._device, self._dtype
-        )
+        with in_float32():
+            unet = UNet(images.shape[1], config.generator_width)
+        self._generator = unet.to(self._device, self._dtype)
         self._order = generator(config.random_seed, "batches of the inversion")
         self._target: int | None = None
         self._learn_identity()

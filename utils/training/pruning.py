@@ -109,6 +109,11 @@ def pruned_by_masks(
         masks = learn(model, images, labels, config, loop)
         return _pruned(model, masks, config, loop, config.pruning_number)
     fit, held = hold_out(labels, config.val_ratio, config.random_seed)
+    if len(fit) == 0:
+        raise UserError(
+            f"--val_ratio: {config.val_ratio:g} of {len(images)} images leaves none to learn from; "
+            "give a smaller one, or more images (--ratio)"
+        )
     masks = learn(model, images[fit], labels[fit], config, loop)
     levels = [round(number * config.pruning_step, 10) for number in range(int(steps + 1e-9) + 1)]
 
@@ -151,6 +156,12 @@ def chosen_level(
     Returns:
         The level; None if no level is good.
     """
+    if len(images) == 0:
+        loop.findings.warn(
+            "no image can be held out to choose a level with, so the model is given back as it "
+            "was; give more images (--ratio)"
+        )
+        return None
     device = next(model.parameters()).device
 
     def accuracy(network: nn.Module) -> float:
