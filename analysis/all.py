@@ -81,7 +81,8 @@ def look_at_all(config: Config) -> None:
             continue
         try:
             folder = places.analysis_folder(subject.attack.folder, kind.name)
-            folder.claim(config.overwrite, config.resume)
+            own = config_of(kind, config, subject.data.name).dump()
+            folder.claim(config.overwrite, config.resume, config=own)
             waiting.append(kind)
         except NothingToDo as done:
             try:
@@ -106,7 +107,7 @@ def look_at_all(config: Config) -> None:
 
 def main() -> None:
     """Looks at a record in every way."""
-    look_at_all(Config.from_command_line(sys.argv[1:], str(__doc__), dataset_of_record))
+    look_at_all(Config.from_command_line(sys.argv[1:], __doc__ or "", dataset_of_record))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from utils.errors import UserError, listed, shown
 from utils.files import as_path, read_object
 from utils.metrics import Scores
 from utils.process.device import pick_device, pick_precision
+from utils.process.script import logger
 from utils.process.seeds import generator
 from utils.records import places
 from utils.records.attack import SUMMARY, AttackRecord, checked_hashes, load_attack
@@ -306,6 +307,9 @@ def results_of(
             f"--defenses: {listed(missing)}: no finished result in {home}; "
             + (f"give some of {listed(finished)}" if finished else "run a defense first")
         )
+    begun = {path.parent.name for path in home.glob("[!.]*/config.yaml")} - {*finished}
+    if begun and not config.defenses:
+        logger.warning("warning: left out, because not finished: %s", listed(sorted(begun)))
     purified = []
     for name in dict.fromkeys(config.defenses or finished):
         if name == places.BEFORE:

@@ -42,7 +42,7 @@ from benchmark.grid import read_grid
 from benchmark.workers import Worker, Workers
 from utils.config import Parser
 from utils.errors import UserError, shown
-from utils.files import ROOT
+from utils.files import ROOT, as_path
 from utils.process.device import usable_cores
 from utils.process.progress import Progress, clock
 from utils.process.script import logger, run_script
@@ -252,7 +252,7 @@ def main() -> None:
         "--jobs", type=int, default=1, help="processes at once (local), >= 1; share the cores"
     )
     parser.add_argument("--executor", choices=("local", "slurm"), default="local")
-    parser.add_argument("--record_path", type=Path, help="folder of the grid's records")
+    parser.add_argument("--record_path", type=as_path, help="folder of the grid's records")
     parser.add_argument("--status", action="store_true", help="say how far it is, start nothing")
     parser.add_argument("--budget", type=float, help="seconds after which it ends (local), > 0")
     parser.add_argument("--detach", action="store_true", help="slurm: submit, and do not wait")

@@ -23,6 +23,7 @@ from typing import Protocol
 import analysis
 import attack
 import defense
+from utils.errors import UserError
 from utils.files import ROOT
 
 CAN_FORK = sys.platform == "linux"
@@ -82,9 +83,15 @@ class Workers:
         self._ensure_server()
         hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup sets it
         process = multiprocessing.get_context("forkserver").Process(
-            target=_run, args=(script, arguments, log, environment, hang_up)
+            target=_run, args=(script, arguments, log, environment, Path.cwd(), hang_up)
         )
-        process.start()
+        try:
+            process.start()
+        except (EOFError, ConnectionError):
+            raise UserError(
+                "no cell could be started, since the process that they are forked from has ended "
+                "(its last words are above); give the command again"
+            ) from None
         return _Forked(process)
 
     def _ensure_server(self) -> None:
@@ -94,10 +101,13 @@ class Workers:
         variables = {**self._threads, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
+        here = Path.cwd()
         try:
+            os.chdir(ROOT)  # the folder it starts in is the first of its path, before Python's own
             with _ignored([*_TO_END, *_NOTICE]):
                 forkserver.ensure_running()
         finally:
+            os.chdir(here)
             for name, value in before.items():
                 os.environ.pop(name)
                 if value is not None:
@@ -159,11 +169,13 @@ def _run(
     arguments: Sequence[str],
     log: Path | None,
     environment: Mapping[str, str],
+    folder: Path,
     is_deaf: bool,
 ) -> None:
     """What a fork does: it becomes the process that the user's command would be.
 
     Args:
+        folder: that it runs in.
         is_deaf: whether a closed terminal is no reason to end.
     """
     os.setsid()
@@ -178,6 +190,8 @@ def _run(
     if log is not None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 1)
         os.dup2(1, 2)
+    os.chdir(folder)
+    sys.path[:] = [str(script.parent), *(entry for entry in sys.path if entry)]
     sys.argv = [str(script), *arguments]
     atexit._clear()  # what the server does at its end
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -117,13 +118,16 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if the file cannot be written.
     """
-    partial = path.with_name(f".{path.stem}.{_token()}.tmp{path.suffix}")
-    with _removed_at_end(partial):
-        with partial.open("w+b") as file:
-            _lock(file.fileno())
-            yield partial
-            os.fsync(file.fileno())
-        locks.patiently(lambda: os.replace(partial, path))
+    while True:
+        partial = path.with_name(f".{path.stem}.{_token()}.tmp{path.suffix}")
+        with _removed_at_end(partial):
+            with partial.open("w+b") as file:
+                if not _lock(file.fileno()):
+                    continue
+                yield partial
+                os.fsync(file.fileno())
+            locks.patiently(functools.partial(os.replace, partial, path))
+            return
 
 
 @contextlib.contextmanager
@@ -133,18 +137,24 @@ def temporary_folder(folder: Path, name: str) -> Iterator[Path]:
     Raises:
         OSError: if it cannot be made.
     """
-    partial = folder / f".{name}.{_token()}.tmp"
-    with contextlib.ExitStack() as stack:
-        if locks.WINDOWS:
-            guard = stack.enter_context(_removed_at_end(_guard_of(partial)))
-            stack.enter_context(guard.open("wb"))
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)
-        partial.mkdir()
-        if not locks.WINDOWS:
-            handle = os.open(partial, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            _lock(handle)
-        yield partial
+    while True:
+        partial = folder / f".{name}.{_token()}.tmp"
+        with contextlib.ExitStack() as stack:
+            if locks.WINDOWS:
+                guard = stack.enter_context(_removed_at_end(_guard_of(partial)))
+                stack.enter_context(guard.open("wb"))
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            partial.mkdir()
+            if not locks.WINDOWS:
+                try:
+                    handle = os.open(partial, os.O_RDONLY)
+                except FileNotFoundError:  # another process took it for a stray
+                    continue
+                stack.callback(os.close, handle)
+                if not _lock(handle):
+                    continue
+            yield partial
+            return
 
 
 def prepare_folder(folder: Path) -> None:
@@ -215,20 +225,24 @@ def _remove(stray: Path) -> None:
     shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
 
 
-def _lock(handle: int) -> None:
-    if not locks.WINDOWS:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            locks.lock(handle, shared=True)
+def _lock(handle: int) -> bool:
+    """Whether the file is locked; if not, another process takes it for a stray, or took it."""
+    if locks.WINDOWS:
+        return True
+    try:
+        return locks.lock(handle, shared=True) and os.fstat(handle).st_nlink > 0
+    except OSError:  # some network file systems have no locks
+        return True
 
 
 def as_path(text: str | None) -> Path | None:
-    """A flag's path."""
-    return None if text is None else Path(text)
+    """A flag's path; `~` is the user's home, which a shell does not see to after a `=`."""
+    return None if text is None else Path(os.path.expanduser(text))
 
 
 def absolute(text: str | None) -> str | None:
     """A flag's path as a record keeps it."""
-    return None if text is None else os.path.abspath(text)
+    return None if text is None else os.path.abspath(os.path.expanduser(text))
 
 
 @contextlib.contextmanager

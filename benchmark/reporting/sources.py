@@ -32,7 +32,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from utils.config import read_yaml
-from utils.errors import UserError, one_line, shown
+from utils.errors import UserError, listed, one_line, shown
 from utils.files import read_bytes, read_object, read_text
 from utils.process.script import logger
 from utils.records.folders import RunFolder
@@ -232,13 +232,18 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
     """
     records: dict[Path, list[Path]] = {}
     grids: list[Path] = []
+    unfinished: list[str] = []
     excluded = without.resolve() if without is not None else None
     for path, folders, files in os.walk(under):
         here = Path(path)
         folders[:] = [n for n in folders if n[0] != "." and here.joinpath(n).resolve() != excluded]
         if RUNS in files:
             grids.append(here)
-        if "summary.json" not in files or here.parent.name == "analysis":
+        if here.parent.name == "analysis":
+            continue
+        if "summary.json" not in files:
+            if "config.yaml" in files and "run.json" in files:
+                unfinished.append(_below(here, under))
             continue
         if here.parent.name == "defense":
             records.setdefault(here.parent.parent, []).append(here)
@@ -251,7 +256,9 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
         runs.append(RunInFolder(name, None, where, folder))
         for result in sorted(results):
             runs.append(RunInFolder(name, shown(result.name), _below(result, under), result))
-    problems: list[str] = []
+    problems = []
+    if unfinished:
+        problems.append(f"left out, because not finished: {listed(sorted(unfinished))}")
     for grid in sorted(grids):
         lines, wrong = read_lines(grid, under)
         runs += lines

@@ -423,6 +423,25 @@ def test_a_finished_analysis_of_a_result_that_was_made_anew_is_not_taken_for_don
         assert "was made with another ft than is there now; give --overwrite" in said
 
 
+def test_all_does_not_take_an_analysis_with_other_flags_for_its_own(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(fresh, "all", "--kinds", "confusion,weights") == 0
+    flags = ["--kinds", "confusion,weights", "--resume", "--random_seed", 5]
+    assert run(fresh, "all", *flags) == 2
+    assert "was run with --random_seed 0; give the same" in refusal(capsys)
+    assert run(fresh, "all", *flags[:-2]) == 0
+
+
+def test_a_result_that_is_not_finished_is_left_out_with_a_word(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fresh / "bd/defense/sau/summary.json").unlink()
+    assert run(fresh, "weights") == 0
+    assert "warning: left out, because not finished: sau" in capsys.readouterr().err
+    assert "sau" not in result(fresh, "weights")["defenses"]
+
+
 def test_all_goes_on_beside_what_it_may_not_take_for_done(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

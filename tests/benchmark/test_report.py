@@ -468,6 +468,16 @@ def test_a_broken_summary_is_named_in_one_line_and_the_rest_goes_on(
     assert "\n" not in problem
 
 
+def test_runs_that_are_not_finished_are_named(two_attacks: Path) -> None:
+    for place in ("sig-0/defense/half", "late"):
+        folder = two_attacks / place
+        folder.mkdir(parents=True)
+        for name in ("run.json", "config.yaml"):
+            (folder / name).write_text("{}")
+    problems = read_runs(two_attacks)[1]
+    assert problems == ["left out, because not finished: late, sig-0/defense/half"]
+
+
 def test_what_cannot_be_trusted_is_skipped_and_said(two_attacks: Path, tmp_path: Path) -> None:
     """A second record of one seed, a result of a model that is gone, links."""
     attack(two_attacks, "sig-7", 0.5, 0.5, seed=0)

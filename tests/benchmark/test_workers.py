@@ -15,6 +15,7 @@ import pytest
 
 from benchmark import workers
 from benchmark.workers import Worker, Workers
+from utils.errors import UserError
 from utils.files import ROOT
 
 PRELOADED = list(workers.PRELOADED)
@@ -96,6 +97,38 @@ def test_a_worker_is_a_process_as_a_user_starts_it(
     assert (told["session"], told["interrupt"], told["terminate"]) == (True, hears, True)
     assert (told["hang_up"], told["notice"]) == (is_ignored, True)
     assert rest == ["a message", "at exit"]
+
+
+@pytest.mark.parametrize("is_warm", [True, False], ids=["forked", "fresh"])
+def test_modules_of_the_working_directory_are_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_warm: bool
+) -> None:
+    """A file called `random.py` lies there; a script has its own folder in its path instead."""
+    (tmp_path / "there").mkdir()
+    for name in ("random", "tempfile", "attack", "statistics"):
+        (tmp_path / f"there/{name}.py").write_text("raise ValueError('of the working directory')\n")
+    (tmp_path / "beside.py").write_text("")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, random, tempfile, statistics, sys, beside\nprint(os.getcwd(), '' in sys.path)\n"
+    )
+    monkeypatch.chdir(tmp_path / "there")
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    worker = Workers(1, is_warm).start(script, [], tmp_path / "log.txt")
+    assert ended(worker) == 0
+    assert (tmp_path / "log.txt").read_text() == f"{tmp_path / 'there'} False\n"
+    assert Path.cwd() == tmp_path / "there"
+
+
+def test_a_server_that_has_ended_is_told(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended_early(*_: object) -> None:
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", ended_early)
+    with pytest.raises(UserError, match="no cell could be started"):
+        Workers(1).start(script, ["0"], tmp_path / "log.txt")
 
 
 @pytest.mark.parametrize("is_warm", [True, False], ids=["forked", "fresh"])

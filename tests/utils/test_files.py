@@ -9,7 +9,14 @@ from typing import NoReturn
 import pytest
 
 from utils import locks
-from utils.files import ROOT, not_written, prepare_folder, remove_strays, replaced
+from utils.files import (
+    ROOT,
+    not_written,
+    prepare_folder,
+    remove_strays,
+    replaced,
+    temporary_folder,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -65,6 +72,37 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
         process.kill()
     assert len(names_in(tmp_path)) == 1
     remove_strays(tmp_path)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.skipif(locks.WINDOWS, reason="open files cannot be removed there")
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_file_that_another_process_takes_for_a_stray_gets_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gone: bool
+) -> None:
+    """Between opening and locking it, the other process has locked, or already removed it."""
+    lock, taken = locks.lock, []
+
+    def late(handle: int, shared: bool = False) -> bool:
+        if len(taken) < 4:
+            taken.append(handle)
+            if is_gone:
+                for path in tmp_path.iterdir():
+                    path.rmdir() if path.is_dir() else path.unlink()
+                return lock(handle, shared)
+            return False
+        return lock(handle, shared)
+
+    monkeypatch.setattr(locks, "lock", late)
+    with replaced(tmp_path / "x.txt") as partial:
+        partial.write_text("new")
+    assert names_in(tmp_path) == ["x.txt"]
+    assert (tmp_path / "x.txt").read_text() == "new"
+    (tmp_path / "x.txt").unlink()
+    assert len(taken) == 4
+    taken.clear()
+    with temporary_folder(tmp_path, "made") as folder:
+        assert names_in(tmp_path) == [folder.name]
     assert names_in(tmp_path) == []
 
 

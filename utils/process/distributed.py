@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.fast.batchnorm import BatchNorm2d
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 # While the first process prepares something alone, e.g. decodes images, the others wait so long.
 _PATIENCE = timedelta(hours=12)
@@ -26,14 +26,19 @@ _PATIENCE = timedelta(hours=12)
 _alone = False
 
 
+def is_launched() -> bool:
+    """Whether torchrun, or a launcher like it, has started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, this process is one of those that torchrun started; without torchrun nothing happens.
 
     Raises:
-        UserError: if a machine has fewer GPUs than processes.
+        UserError: if a machine has fewer GPUs than processes, or the processes cannot meet.
     """
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if not is_launched():
         yield
         return
     if torch.cuda.is_available():
@@ -44,7 +49,13 @@ def joined() -> Iterator[None]:
             )
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"RANK, WORLD_SIZE and MASTER_ADDR are set, but the processes cannot meet "
+            f"({one_line(error)}); start them with torchrun, or unset these variables"
+        ) from None
     try:
         yield
         barrier()  # none closes its connections while the first one still writes

@@ -34,6 +34,16 @@ class Line(logging.Formatter):
         return shown(super().format(record))
 
 
+def _open_closed() -> None:
+    """Opens the standard streams that were closed; else a file of ours would take their place."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and turns its end into an exit code.
 
@@ -43,6 +53,10 @@ def run_script(main: Callable[[], None]) -> None:
     terminal with 129, Ctrl-Break (Windows) with 149. If there are several processes, the first one
     prints for all; another one prints only errors that it alone has met.
     """
+    _open_closed()
+    # Figures are drawn into files. A notebook names a backend that this interpreter may lack, and
+    # matplotlib would refuse to be loaded.
+    os.environ.pop("MPLBACKEND", None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else it is not a terminal's, nor a file's
             stream.reconfigure(errors="backslashreplace")  # where LANG has not all letters
@@ -50,7 +64,7 @@ def run_script(main: Callable[[], None]) -> None:
     console.setFormatter(Line("%(message)s"))
     logger.addHandler(console)
     logger.setLevel(logging.INFO)
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = not distributed.is_launched() or os.environ["RANK"] == "0"
     if not is_first:
         logger.setLevel(logging.ERROR)
     try:

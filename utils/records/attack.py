@@ -20,6 +20,7 @@ from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError, one_line
 from utils.files import TABLE, file_sha256, read_text
 from utils.records import backdoorbench, schema
+from utils.records.contents import said_of_replaced
 from utils.records.folders import RunFolder
 from utils.tensors import explained, load_tensors
 
@@ -402,8 +403,8 @@ def _load_ours(folder: Path) -> AttackRecord:
     result, poison = folder / RESULT, folder / POISON
     if not (folder / SUMMARY).exists():
         raise UserError(
-            f"{folder}: has no summary.json, so its attack did not finish, or it is no record; run "
-            "the attack again, or give another folder"
+            f"{folder}: has no summary.json, so its attack did not finish, or it is no record"
+            f"{said_of_replaced(folder)}; run the attack again, or give another folder"
         )
     hashes = checked_hashes(folder, (RESULT, POISON))
     with explained(result, _EXPECTED):

@@ -49,9 +49,14 @@ class Origin:
 
 
 def files_of(flags: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of the files that flags name, by the names of the flags."""
+    """sha256 of the files that flags name, by the names of the flags.
+
+    A network of the user's own is named by its file and a function: `my_net.py:build`.
+    """
     hashes = {}
     for name, value in flags.items():
+        if name == "model" and isinstance(value, str):
+            value = value.rpartition(":")[0]
         with contextlib.suppress(OSError, ValueError):  # what is no path names no file
             if isinstance(value, str) and Path(value).is_file():
                 hashes[f"--{name}"] = file_sha256(Path(value))

@@ -154,6 +154,12 @@ def replaced_name(name: str) -> str:
     return f".{name}.replaced"
 
 
+def said_of_replaced(folder: Path) -> str:
+    """For the message that a run is not finished: where the one is that it replaces, if any."""
+    kept = folder.with_name(replaced_name(folder.name))
+    return f" (the run that it replaces is kept in {kept})" if kept.is_dir() else ""
+
+
 def is_file_name(name: str) -> bool:
     """Whether a mark may list a name."""
     return re.match(_FILE, name) is not None and not name.endswith("\n")

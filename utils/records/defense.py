@@ -21,6 +21,7 @@ from utils.records.attack import (
     make_model,
     model_state,
 )
+from utils.records.contents import said_of_replaced
 from utils.records.folders import RunFolder
 from utils.tensors import explained, load_tensors
 
@@ -80,8 +81,8 @@ def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
     folder = Path(folder)
     if not (folder / SUMMARY).exists():
         raise UserError(
-            f"{folder}: has no summary.json, so it is no finished result of a defense; run the "
-            "defense again, or give another folder"
+            f"{folder}: has no summary.json, so it is no finished result of a defense"
+            f"{said_of_replaced(folder)}; run the defense again, or give another folder"
         )
     checked_hashes(folder, [RESULT])
     with explained(folder / RESULT, "a defense's result of this program"):

@@ -13,7 +13,7 @@ import torch
 
 from utils import locks
 from utils.config import parse_yaml, read_yaml
-from utils.errors import NothingToDo, UserError, shown
+from utils.errors import NothingToDo, UserError, listed, shown
 from utils.files import (
     not_written,
     read_object,
@@ -24,7 +24,7 @@ from utils.files import (
 )
 from utils.process import distributed
 from utils.process.script import logger
-from utils.records.checkpoint import CHECKPOINT, Origin
+from utils.records.checkpoint import CHECKPOINT, Origin, files_of
 from utils.records.contents import (
     MARK,
     Contents,
@@ -167,6 +167,25 @@ class RunFolder:
                 f"--resume: {self.path} is finished, and was run with {given}; give the same, or "
                 "--overwrite to replace it"
             )
+        changed = [
+            f"{flag} {shown(now[flag.removeprefix('--')], 200)}"
+            for flag, sha256 in files_of(now).items()
+            if self._inputs.get(flag, sha256) != sha256
+        ]
+        if changed:
+            raise UserError(
+                f"--resume: {self.path} is finished, and was run with another content of "
+                f"{listed(changed)}; give it as it was, or --overwrite to replace it"
+            )
+
+    @property
+    def _inputs(self) -> Mapping[str, Any]:
+        """sha256 of the files that the finished run has read, by flag."""
+        try:
+            inputs = read_object(self.path / "summary.json").get("inputs")
+        except (OSError, ValueError):
+            return {}
+        return inputs if isinstance(inputs, dict) else {}
 
     def _own_contents(self) -> Contents:
         """The content of the folder.

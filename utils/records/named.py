@@ -10,6 +10,7 @@ from pydantic import Field
 from utils import config as configuration
 from utils.config import Group, read_yaml
 from utils.errors import UserError
+from utils.files import as_path
 from utils.process.device import Precision
 from utils.records import backdoorbench
 from utils.records.attack import is_backdoorbench
@@ -67,7 +68,7 @@ def named_record(result_file: str | None, record_path: str | None) -> Path:
     """
     if result_file is None:
         raise UserError("--result_file: a value is needed; give the name of an attack's record")
-    return find_record(result_file, Path(record_path) if record_path else None)
+    return find_record(result_file, as_path(record_path or None))
 
 
 def dataset_of_record(values: Mapping[str, Any]) -> str | None:

@@ -365,3 +365,73 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
         said = process.stderr.read()
     assert process.returncode == 1
     assert said == b""
+
+
+SCRIPT = """
+import logging, os, sys
+from utils.process.script import logger, run_script
+
+def main():
+    logger.info("said")
+    print(os.open(os.devnull, os.O_RDONLY) > 2, os.environ.get("MPLBACKEND"))
+    from utils import plot
+    print("printed", file=open("out.txt", "w"))
+
+run_script(main)
+"""
+
+
+def started(folder: Path, redirections: str = "", **variables: str) -> subprocess.CompletedProcess:
+    """A script that a shell starts in a folder."""
+    (folder / "script.py").write_text(SCRIPT)
+    return subprocess.run(
+        f"{sys.executable} script.py {redirections}",
+        shell=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_cost_nothing(tmp_path: Path, closed: str) -> None:
+    """No file of ours gets the number of a closed stream, into which libraries may write."""
+    done = started(tmp_path, closed)
+    assert done.returncode == 0
+    assert (tmp_path / "out.txt").read_text() == "printed\n"
+    if ">&-" not in closed.split():
+        assert done.stdout.startswith("True")
+
+
+def test_a_notebook_s_backend_is_no_matter_of_ours(tmp_path: Path) -> None:
+    """An interpreter of its own need not have it; matplotlib would refuse to be loaded."""
+    done = started(tmp_path, MPLBACKEND="module://matplotlib_inline.no_such_backend")
+    assert (done.returncode, done.stderr) == (0, "said\n")
+    assert done.stdout == "True None\n"
+
+
+@pytest.mark.parametrize("rank", ["1", "abc"])
+def test_a_rank_without_a_launcher_silences_nothing(tmp_path: Path, rank: str) -> None:
+    assert started(tmp_path, RANK=rank).stderr == "said\n"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MASTER_PORT": "x"},
+        {"MASTER_PORT": ""},
+        {"MASTER_PORT": "29511", "WORLD_SIZE": "none"},
+    ],
+)
+def test_a_launcher_s_variables_that_lead_nowhere_are_told(
+    tmp_path: Path, variables: dict[str, str]
+) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"} | variables
+    done = started(tmp_path, **given)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "the processes cannot meet" in line
+    assert line.endswith("start them with torchrun, or unset these variables")

@@ -216,7 +216,11 @@ def refusal(folder: Path, model: str | None = None) -> str:
 
 def test_a_run_that_is_not_finished_is_refused(folder: Path) -> None:
     (folder / "summary.json").unlink()
-    assert "no finished result of a defense" in refusal(folder)
+    assert "no finished result of a defense; run" in refusal(folder)
+    kept = folder.with_name(f".{folder.name}.replaced")
+    kept.mkdir()
+    assert f"a defense (the run that it replaces is kept in {kept}); run" in refusal(folder)
+    kept.rmdir()
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import make_small
 from tests.test_end_to_end import run_script
 from utils.errors import NothingToDo, UserError
-from utils.files import ROOT
+from utils.files import ROOT, file_sha256
 from utils.records.contents import Contents
 from utils.records.folders import RunFolder
 
@@ -108,6 +108,23 @@ def test_a_finished_run_is_resumed_with_its_own_flags_alone(run: RunFolder, tmp_
     same = "dataset: old\nsince: a later version\nresume: true\n"
     with pytest.raises(NothingToDo):
         run.claim(overwrite=False, resume=True, config=same)
+
+
+@pytest.mark.parametrize("flag", ["trigger_image", "model"])
+def test_a_finished_run_is_resumed_with_its_own_files_alone(
+    run: RunFolder, tmp_path: Path, flag: str
+) -> None:
+    """The same flags name another content; the user would take the old model for the new one."""
+    file = tmp_path / "given.py"
+    file.write_text("one")
+    config = f"{flag}: {file}{':build' if flag == 'model' else ''}\n"
+    run.start(config)
+    run.write_summary({"inputs": {f"--{flag}": file_sha256(file), "dataset": "0" * 64}})
+    with pytest.raises(NothingToDo):
+        run.claim(overwrite=False, resume=True, config=config)
+    file.write_text("two")
+    with pytest.raises(UserError, match=rf"was run with another content of --{flag} .*given\.py"):
+        run.claim(overwrite=False, resume=True, config=config)
 
 
 def test_a_process_that_was_killed_at_its_end_leaves_the_new_run(
