@@ -317,6 +317,9 @@ def checked(purify: Purify[C]) -> Purify[C]:
             given = copy.deepcopy(model) if has_own_code(model) else model
             purified = purify(given, apart(images), apart(labels), config, loop)
             require_finite(purified)
+            if purified is not model:
+                for weight in purified.parameters():
+                    weight.grad = None  # of the last step
         return purified
 
     return wrapped
@@ -433,7 +436,8 @@ def _defend(
         )
         loop = watch.start(before)
         if config.sees == "clean":
-            _warn_of_classes(given, data, loop.findings)
+            has_index = getattr(config, "index", None) is not None
+            _warn_of_classes(given, data, loop.findings, has_index)
         images = keep_on(device, given.images)
         model = purify(backdoored, images, given.labels, config, loop)
         after = watch.finish(model)
@@ -603,16 +607,19 @@ def _said_of_verdict(verdict: Mapping[str, Any], data: Dataset) -> str:
     return text
 
 
-def _warn_of_classes(given: Given, data: Dataset, findings: Findings) -> None:
+def _warn_of_classes(
+    given: Given, data: Dataset, findings: Findings, has_index: bool = False
+) -> None:
     """Warns of classes without an image."""
     counts = torch.bincount(given.labels, minlength=len(data.classes))
     lacking = [
         name for name, count in zip(data.classes, counts.tolist(), strict=True) if count == 0
     ]
     if lacking:
+        advice = "add some of them to --index" if has_index else "raise --ratio"
         findings.warn(
             f"the clean subset lacks {len(lacking)} of {len(data.classes)} classes "
-            f"({', '.join(lacking[:10])}); raise --ratio"
+            f"({', '.join(lacking[:10])}); {advice}"
         )
 
 

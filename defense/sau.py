@@ -134,7 +134,7 @@ def shared_perturbation(
     delta = initial_perturbation(
         config.pgd_init, config.trigger_norm, config.norm_type, images, generator
     )
-    with evaluating(model, reference), frozen(model, reference):
+    with torch.enable_grad(), evaluating(model, reference), frozen(model, reference):
         with torch.no_grad():
             predictions = model(images).argmax(1)
             if ref_predictions is None:

@@ -146,8 +146,11 @@ def build_model(
         network_size: side to which the network resizes the images first; None for no such layer.
 
     Raises:
-        UserError: for an unknown name, listing the valid ones; if the user's file fails.
+        UserError: for an unknown name, listing the valid ones; for no number of classes; if the
+            network cannot be made for such images; if the user's file fails.
     """
+    if type(num_classes) is not int or num_classes < 1:
+        raise UserError(f"num_classes: {num_classes} is not allowed; give int >= 1")
     if is_user_file(name):
         network = build_user_model(name, num_classes, network_size or image_size)
     elif name in CONSTRUCTORS:
@@ -174,7 +177,13 @@ def _torchvision_network(name: str, num_classes: int, image_size: int | None) ->
         extra = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_") and image_size is not None:
         extra = {"image_size": image_size}
-    return get_model(name, weights=None, num_classes=num_classes, **extra)
+    try:
+        return get_model(name, weights=None, num_classes=num_classes, **extra)
+    except (AssertionError, ValueError) as error:  # of a ViT, whose patches have a size
+        raise UserError(
+            f"--model: {name} cannot be made for images of {image_size} pixels "
+            f"({one_line(error)}); give another --image_size"
+        ) from None
 
 
 def check_model(

@@ -177,6 +177,13 @@ def test_a_name_may_look_like_a_number(
     assert not [text for text in summary["warnings"] if "--attack_target" in text]
 
 
+def test_a_name_may_be_spelled_with_other_bytes(place: Path) -> None:
+    """An accent is a character of its own, or part of its letter."""
+    make_images(place / "images", ["a\u0301", "b"])
+    for number, spelled in enumerate(("a\u0301", "\u00e1")):
+        assert attack(place, f"x{number}", attack_target=spelled, batch_size=4) == 0
+
+
 def test_a_number_that_names_another_class_is_warned_of(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,7 +80,9 @@ def test_both_warnings_may_be_given() -> None:
 def test_lacking_classes_are_named(tiny_data: Dataset) -> None:
     findings = Findings()
     base._warn_of_classes(given([1, 1, 1]), tiny_data, findings)
-    assert findings.warnings == ["the clean subset lacks 2 of 3 classes (ant, cat); raise --ratio"]
+    base._warn_of_classes(given([1, 1, 1]), tiny_data, findings, has_index=True)
+    said = "the clean subset lacks 2 of 3 classes (ant, cat)"
+    assert findings.warnings == [f"{said}; raise --ratio", f"{said}; add some of them to --index"]
 
 
 def test_ten_lacking_classes_are_named_at_most(tiny_data: Dataset) -> None:
@@ -499,7 +501,7 @@ def test_lacking_classes_are_warned_of_where_the_images_are_clean(
     path.write_text("0\n3\n")
     folder = base.defend(config(record, index=str(path)), "never", never_ant)
     assert summary_of(folder)["warnings"][0] == (
-        "the clean subset lacks 2 of 3 classes (bee, cat); raise --ratio"
+        "the clean subset lacks 2 of 3 classes (bee, cat); add some of them to --index"
     )
 
 

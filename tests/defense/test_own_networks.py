@@ -121,6 +121,16 @@ def test_where_gradients_are_off_it_works_too(name: str, without: Callable[[], A
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+@every_defense
+def test_the_result_carries_no_gradient(name: str) -> None:
+    """Whoever trains it further begins without that of our last step; the given one keeps its."""
+    model = made(Own)
+    model.head.bias.grad = torch.ones(4)
+    result = purified(name, model)
+    assert all(weight.grad is None for weight in result.parameters())
+    assert torch.equal(model.head.bias.grad, torch.ones(4))
+
+
 @contextmanager
 def default_type(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()

@@ -594,3 +594,11 @@ def test_the_wanted_rows_come_first_in_their_order(monkeypatch: pytest.MonkeyPat
     assert rows_of(wanted & False).tolist() == []
     monkeypatch.setattr("utils.process.device.rounded_up", lambda device, count: count + 1)
     assert rows_of(wanted).tolist() == [1, 3, 4, 0]
+
+
+def test_perturbations_are_found_where_gradients_are_off() -> None:
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), torch.rand(4, 3, 4, 4)
+    labels, config = torch.arange(4) % 3, Config.load()
+    expected = shared_perturbation(model, model, images, labels, config)
+    with torch.no_grad():
+        assert torch.equal(shared_perturbation(model, model, images, labels, config), expected)

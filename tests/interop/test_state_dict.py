@@ -241,7 +241,7 @@ def test_values_that_are_too_large_for_the_network_are_told(
         ({"w": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}, "not finite: w"),
         ({"w": torch.empty(1, dtype=torch.bits8)}, "w is of torch.bits8, which is not read"),
         ({"w": torch.ones(1), "module.w": torch.ones(1)}, "both with and without 'module.'"),
-        ({}, "nothing is no tensor"),
+        ({}, r"holds no state dict \(it is empty\)"),
         ([1, 2], "holds no dictionary"),
     ],
 )

@@ -452,3 +452,14 @@ def test_a_user_s_file_with_an_error_in_it_is_told_in_one_line(own: Path) -> Non
     with pytest.raises(UserError, match="SyntaxError") as caught:
         check_model(f"{own}:build", 4, 8)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.0, True])
+def test_a_number_of_classes_that_is_none_is_refused(number: object) -> None:
+    with pytest.raises(UserError, match=r"num_classes: .* is not allowed; give int >= 1"):
+        build_model("tiny", number)  # type: ignore[arg-type]
+
+
+def test_images_that_a_vit_cannot_cut_are_told() -> None:
+    with pytest.raises(UserError, match=r"vit_b_16 cannot be made for images of 20 pixels"):
+        build_model("vit_b_16", 3, image_size=20)

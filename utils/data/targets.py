@@ -1,5 +1,6 @@
 """The target class of an attack: given by label or name, checked, and logged."""
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ def with_target(config: W, data: Dataset) -> W:
         target = str(target)
     if not isinstance(target, str):
         return config
+    target = unicodedata.normalize("NFC", target)  # as names of classes are
     if target not in data.classes:
         raise UserError(
             f"--attack_target: {shown(target, 100)} is no class of {data.name}"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from utils.data.archives import nothing_written
 from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, shown
 from utils.files import TABLE, file_sha256, read_text
 from utils.records import backdoorbench, schema
 from utils.records.contents import said_of_replaced
@@ -470,7 +471,7 @@ def checked_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def read_index(path: Path, count: int) -> torch.Tensor:
-    """Indices of the clean subset, one integer per line.
+    """Indices of the clean subset, integers with space or lines between them.
 
     Returns:
         int64 (N,), ascending.
@@ -480,7 +481,11 @@ def read_index(path: Path, count: int) -> torch.Tensor:
     """
     try:
         text = read_text(path, TABLE).removeprefix("\ufeff")  # which some editors put before it
-        numbers = [int(line) for line in text.split()]
+        words = text.split()
+        wrong = [word for word in words if not re.fullmatch("-?[0-9]{1,18}", word)]
+        if wrong:
+            raise ValueError(shown(wrong[0], 100))
+        numbers = [int(word) for word in words]
     except OSError as error:
         raise UserError(
             f"--index: {path} cannot be read ({error.strerror}); give a text file"

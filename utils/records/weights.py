@@ -49,10 +49,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor)
     ]
     if others or not state:
-        what = listed(others, limit=200) or "nothing"
+        what = f"{listed(others, limit=200)} is no tensor" if others else "it is empty"
         raise UserError(
-            f"--state_dict: {path} holds no state dict ({what} is no tensor); give one, bare or "
-            f"under {', '.join(WRAPPERS)}"
+            f"--state_dict: {path} holds no state dict ({what}); give one, bare or under "
+            f"{', '.join(WRAPPERS)}"
         )
     try:
         broken = not_finite(state)
