@@ -13,6 +13,7 @@ from torch import nn
 
 from utils.data.images import data_folder, no_cache
 from utils.data.labelled import Dataset
+from utils.errors import UserError
 from utils.files import prepare_folder
 from utils.metrics import Scores
 from utils.process import distributed
@@ -22,6 +23,7 @@ from utils.records import folders
 from utils.records.partial import Partial
 from utils.tensors import explained, load_tensors
 from utils.training.findings import Findings
+from utils.training.loop import NotOfThisRun
 from utils.training.watch import Watch
 
 
@@ -122,7 +124,12 @@ class Setting:
                 checkpoint=partial.read(),
                 advice="the same command",
             )
-            content = train(watch)
+            try:
+                content = train(watch)
+            except NotOfThisRun as error:
+                raise UserError(
+                    f"{partial.path}: is no checkpoint of this training ({error.reason}); remove it"
+                ) from None
             partial.remove()
             return content
 

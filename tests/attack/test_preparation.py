@@ -12,6 +12,7 @@ import utils.data.images
 from attack import inputaware, lc, ssba, trojannn
 from attack.setting import Setting
 from utils.data.labelled import Dataset
+from utils.errors import UserError
 from utils.records.partial import Partial
 
 CPU = torch.device("cpu")
@@ -156,3 +157,15 @@ def test_a_damaged_checkpoint_is_left_aside(
     assert steps_of(mask, setting) == 6
     assert f"{partial}: cannot be read; that part starts again" in caplog.text
     assert [file.suffix for file in partial.parent.iterdir()] == [".pt"]
+
+
+def test_a_checkpoint_of_another_training_is_named(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of another version of the code, which forgot to say that it is one."""
+    partial = interrupt(mask, setting, 3)
+    content = torch.load(partial, weights_only=True)
+    content["loop"]["round"] = 99
+    torch.save(content, partial)
+    with pytest.raises(UserError, match=r"\.part: is no checkpoint of this training .*; remove it"):
+        mask(setting)

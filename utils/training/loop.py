@@ -220,7 +220,7 @@ class Loop:
                 generator.set_state(now)  # tried before anything is drawn
                 generator.set_state(self._resume["order"])  # for the same permutation once more
             except (KeyError, TypeError, RuntimeError) as error:
-                raise _not_of_this_run(error) from None
+                raise NotOfThisRun(error) from None
             done, self._resume = self._batch, None
         self._generator, self._order = generator, generator.get_state()
         if steps is None:
@@ -300,7 +300,7 @@ class Loop:
             done = self._resume["done"]  # type: ignore[index]
             return {str(phase): dict(state) for phase, state in done.items()}
         except Exception as error:  # a damaged file holds anything
-            raise _not_of_this_run(error) from None
+            raise NotOfThisRun(error) from None
 
     def _put_back(self, kept: Mapping[str, Any]) -> None:
         """Restores the objects of the present phase, and the global generators.
@@ -316,7 +316,7 @@ class Loop:
             self.findings.load_state_dict(kept["findings"])
             restore_random(kept["random"])
         except Exception as error:  # optimizers and generators raise whatever they stumble over
-            raise _not_of_this_run(error) from None
+            raise NotOfThisRun(error) from None
 
     def _restore(self, snapshot: Mapping[str, Any], total: int) -> int:
         """Puts a snapshot into the objects of the round that it was taken in; returns its number.
@@ -340,7 +340,7 @@ class Loop:
                 self._sums[name] = value.to(device).reshape(())
             return number
         except Exception as error:  # a damaged file holds anything
-            raise _not_of_this_run(error) from None
+            raise NotOfThisRun(error) from None
 
     def losses(self) -> dict[str, float]:
         """The mean losses of the round so far, over all processes; waits for the device."""
@@ -389,11 +389,15 @@ def _kept(value: Any) -> Any:
     return value
 
 
-def _not_of_this_run(error: Exception) -> UserError:
-    reason = one_line(error)
-    return UserError(
-        f"--resume: the checkpoint is not of this run ({reason}); give --overwrite to start anew"
-    )
+class NotOfThisRun(UserError):
+    """A snapshot is of another run."""
+
+    def __init__(self, error: Exception) -> None:
+        self.reason = one_line(error)
+        super().__init__(
+            f"--resume: the checkpoint is not of this run ({self.reason}); give --overwrite to "
+            "start anew"
+        )
 
 
 def largest_batch(count: int) -> int:
