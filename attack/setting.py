@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from utils.process import distributed
 from utils.process.device import environment
 from utils.process.script import logger
 from utils.records import folders
+from utils.records.lock import Lock
 from utils.records.partial import Partial
 from utils.tensors import explained, load_tensors
 from utils.training.findings import Findings
@@ -66,6 +68,8 @@ class Setting:
     ) -> dict[str, torch.Tensor]:
         """Tensors that take long to make: computed once, then read from `data/cache/`.
 
+        If another process makes the same, this one waits for it.
+
         Args:
             kind: what they are; part of the file's name.
             key: all that they depend on, except the dataset and the code.
@@ -85,7 +89,13 @@ class Setting:
                     prepare_folder(cache.path)
                 except OSError as error:
                     raise no_cache(cache.path, error) from None
-                cache.write_tensors(name, compute())
+                lock = Lock(cache.path / name)
+                _wait_for(lock, kind)
+                try:
+                    if not (cache.path / name).exists():
+                        cache.write_tensors(name, compute())
+                finally:
+                    lock.release()
         with explained(cache.path / name, "a file of the cache; remove it"):
             return load_tensors(cache.path / name)
 
@@ -140,3 +150,19 @@ class Setting:
         depends = {**key, "version": version, "data": self.data.fingerprint()}
         text = json.dumps(depends, sort_keys=True)
         return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def _wait_for(lock: Lock, kind: str) -> None:
+    """Takes a lock once no other process has it; where there are no locks, it goes on without."""
+    is_said = False
+    while True:
+        try:
+            lock.take()
+            return
+        except UserError:
+            if not lock.is_taken:
+                return
+        if not is_said:
+            logger.info("%s: another process makes it; waiting for it", kind)
+            is_said = True
+        time.sleep(0.5)

@@ -1,5 +1,8 @@
 """What attacks train before the classifier: an interrupted training goes on where it was."""
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from attack import inputaware, lc, ssba, trojannn
 from attack.setting import Setting
 from utils.data.labelled import Dataset
 from utils.errors import UserError
+from utils.files import ROOT
 from utils.records.partial import Partial
 
 CPU = torch.device("cpu")
@@ -169,3 +173,53 @@ def test_a_checkpoint_of_another_training_is_named(
     torch.save(content, partial)
     with pytest.raises(UserError, match=r"\.part: is no checkpoint of this training .*; remove it"):
         mask(setting)
+
+
+TWICE = """
+import sys, time
+from pathlib import Path
+import torch
+import utils.data.images
+from attack.setting import Setting
+from utils.data.datasets import load_dataset
+from utils.process.script import run_script
+
+folder, number = Path(sys.argv[1]), sys.argv[2]
+utils.data.images.ROOT = folder
+
+def compute():
+    (folder / f"made by {number}").touch()
+    while not (folder / "enough").exists():
+        time.sleep(0.05)
+    return {"x": torch.tensor(int(number))}
+
+def main():
+    setting = Setting(load_dataset("digits", None, 16), torch.device("cpu"), "fp32")
+    print(setting.cached("x", {}, compute)["x"].item())
+
+run_script(main)
+"""
+
+
+def test_of_two_processes_one_waits_for_what_the_other_makes(tmp_path: Path) -> None:
+    def begin(number: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", TWICE, tmp_path, str(number)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first = begin(1)
+    end = time.monotonic() + 120
+    while not (tmp_path / "made by 1").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    second = begin(2)
+    assert second.stderr is not None
+    assert "x: another process makes it; waiting for it" in second.stderr.readline()
+    (tmp_path / "enough").touch()
+    assert [process.communicate(timeout=120)[0] for process in (first, second)] == ["1\n", "1\n"]
+    assert not (tmp_path / "made by 2").exists()
+    assert [path.suffix for path in (tmp_path / "data/cache").glob("*x-*")] == [".pt"]
