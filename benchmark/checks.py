@@ -154,7 +154,7 @@ def _inputs(cell: Cell) -> dict[str, str]:
     named = {flag: value for flag, value in cell.flags.items() if flag in names}
     model = str(cell.flags.get("model"))
     if is_user_file(model):
-        named["model"] = model.rpartition(":")[0]
+        named["model"] = model
     return files_of(named)
 
 

@@ -56,7 +56,7 @@ def files_of(flags: Mapping[str, Any]) -> dict[str, str]:
     hashes = {}
     for name, value in flags.items():
         if name == "model" and isinstance(value, str):
-            value = value.rpartition(":")[0]
+            value = value.rpartition(":")[0] or value
         with contextlib.suppress(OSError, ValueError):  # what is no path names no file
             if isinstance(value, str) and Path(value).is_file():
                 hashes[f"--{name}"] = file_sha256(Path(value))
