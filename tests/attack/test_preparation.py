@@ -14,6 +14,7 @@ import torch
 import utils.data.images
 from attack import inputaware, lc, ssba, trojannn
 from attack.setting import Setting
+from tests.test_end_to_end import run_script
 from utils.data.labelled import Dataset
 from utils.errors import UserError
 from utils.files import ROOT
@@ -173,6 +174,23 @@ def test_a_checkpoint_of_another_training_is_named(
     torch.save(content, partial)
     with pytest.raises(UserError, match=r"\.part: is no checkpoint of this training .*; remove it"):
         mask(setting)
+
+
+def test_a_script_makes_checkpoints_as_often_as_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def trained(self: Setting, *_: object, **__: object) -> None:
+        seen.append(self.checkpoint_every)
+        raise Killed
+
+    monkeypatch.setattr(Setting, "trained", trained)
+    flags = ["--dataset", "random", "--model", "tiny", "--epochs", 1, "--checkpoint_every", 7]
+    place = ["--record_path", tmp_path, "--save_folder_name", "x"]
+    with pytest.raises(Killed):
+        run_script(ROOT / "attack/ssba.py", *flags, *place)
+    assert seen == [7.0]
 
 
 TWICE = """

@@ -11,6 +11,8 @@ import pytest
 from utils import locks
 from utils.files import (
     ROOT,
+    absolute,
+    as_path,
     not_written,
     prepare_folder,
     remove_strays,
@@ -146,3 +148,13 @@ def test_errors_of_writing_are_told_in_one_line(error: Exception, reason: str) -
     assert str(not_written(Path("a/x.pt"), error)).startswith(
         f"a/x.pt: could not be written ({reason}"
     )
+
+
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell does not see to it in `--record_path=~/records`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert as_path("~/records") == tmp_path / "records"
+    assert absolute("~/records") == str(tmp_path / "records")
+    assert as_path("a~b") == Path("a~b")
+    assert as_path(None) is None
