@@ -147,6 +147,19 @@ def test_a_start_that_was_given_up_is_not_made_again(
     assert equal(cached(), whole)
 
 
+def test_the_growing_weight_of_the_pixels_goes_on(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It grows from the step on in which the string could be read."""
+    monkeypatch.setattr(ssba, "bit_accuracy", lambda *_: 0.95)
+    encoder(setting)
+    whole = cached()
+    monkeypatch.setattr(utils.data.images, "ROOT", tmp_path / "interrupted")
+    interrupt(encoder, setting, 12)
+    encoder(setting)
+    assert equal(cached(), whole)
+
+
 def test_elsewhere_it_starts_again(setting: Setting) -> None:
     """Another precision makes other digits."""
     interrupt(mask, setting, 3)

@@ -214,3 +214,16 @@ def test_the_model_stays_as_it_is() -> None:
     same = purify(network, *problem(), config(n_rounds=0))
     assert differing(same.state_dict(), before) == []
     assert not any(module.training for module in same.modules())
+
+
+@pytest.mark.parametrize("method", ["random", "noise"])
+def test_a_start_does_not_depend_on_the_default_type(method: Start) -> None:
+    initial = torch.rand(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    expected = start_of(initial, method, torch.Generator().manual_seed(0))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = start_of(initial, method, torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
