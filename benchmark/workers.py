@@ -83,7 +83,7 @@ class Workers:
         self._ensure_server()
         hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup sets it
         process = multiprocessing.get_context("forkserver").Process(
-            target=_run, args=(script, arguments, log, environment, Path.cwd(), hang_up)
+            target=_run, args=(script, arguments, log, environment, hang_up)
         )
         try:
             process.start()
@@ -169,13 +169,11 @@ def _run(
     arguments: Sequence[str],
     log: Path | None,
     environment: Mapping[str, str],
-    folder: Path,
     is_deaf: bool,
 ) -> None:
     """What a fork does: it becomes the process that the user's command would be.
 
     Args:
-        folder: that it runs in.
         is_deaf: whether a closed terminal is no reason to end.
     """
     os.setsid()
@@ -190,8 +188,7 @@ def _run(
     if log is not None:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 1)
         os.dup2(1, 2)
-    os.chdir(folder)
-    sys.path[:] = [str(script.parent), *(entry for entry in sys.path if entry)]
+    sys.path.insert(0, str(script.parent))
     sys.argv = [str(script), *arguments]
     atexit._clear()  # what the server does at its end
     try:

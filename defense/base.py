@@ -317,9 +317,8 @@ def checked(purify: Purify[C]) -> Purify[C]:
             given = copy.deepcopy(model) if has_own_code(model) else model
             purified = purify(given, apart(images), apart(labels), config, loop)
             require_finite(purified)
-            if purified is not model:
-                for weight in purified.parameters():
-                    weight.grad = None  # of the last step
+            for weight in purified.parameters():
+                weight.grad = None  # of the last step
         return purified
 
     return wrapped

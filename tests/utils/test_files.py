@@ -108,6 +108,24 @@ def test_a_file_that_another_process_takes_for_a_stray_gets_another_name(
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.skipif(locks.WINDOWS, reason="folders cannot be opened there")
+def test_a_folder_that_is_removed_before_it_is_locked_gets_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, made = Path.mkdir, []
+
+    def made_and_removed(self: Path, *arguments: int, **flags: bool) -> None:
+        mkdir(self, *arguments, **flags)
+        made.append(self.name)
+        if len(made) == 1:
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", made_and_removed)
+    with temporary_folder(tmp_path, "made") as folder:
+        assert names_in(tmp_path) == [folder.name]
+    assert len(set(made)) == 2
+
+
 def test_only_strays_are_removed(tmp_path: Path) -> None:
     """Of the names asked for, folders too; nothing of the user's, and nothing that is locked."""
     for name in (".x.0123abcd.tmp.pt", ".y.89abcdef.tmp", ".vimrc.tmp", "x.tmp", "notes.txt"):

@@ -369,10 +369,13 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
 
 SCRIPT = """
 import logging, os, sys
+from utils.process.progress import Progress
 from utils.process.script import logger, run_script
 
 def main():
     logger.info("said")
+    with Progress(1, "a step") as progress:
+        progress.advance()
     print(os.open(os.devnull, os.O_RDONLY) > 2, os.environ.get("MPLBACKEND"))
     from utils import plot
     print("printed", file=open("out.txt", "w"))
