@@ -112,9 +112,9 @@ def wrong(annotation: Any) -> list[str]:
     if get_origin(base) is Literal or kind is bool:
         values.append("sideways")
     elif kind is int:
-        values += ["1.5", str(2**63)]
+        values.append(str(2**63))
         if not _may_be_a_name(annotation):
-            values.append("much")
+            values += ["1.5", "much"]
     elif kind is float:
         values += ["nan", "inf", "-inf", "1e39", "much"]
     if values and type(None) not in get_args(base) and not _may_be_a_name(annotation):

@@ -474,7 +474,7 @@ def _check(annotation: Any, value: Any, is_text: bool) -> Any:
     if isinstance(value, str) and not _is_text(value):
         raise ValueError("no text that a system takes")
     if _may_be_a_name(annotation) and isinstance(value, str) and value.strip():
-        if not re.fullmatch(r"0|[1-9][0-9]*", value.strip()):  # 007 and 1.0 are names
+        if not re.fullmatch(r"0|-?[1-9][0-9]*", value.strip()):  # 007 and 1.0 are names
             return value
         is_text = True  # a number in quotes is one
     checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
