@@ -112,9 +112,8 @@ def wrong(annotation: Any) -> list[str]:
     if get_origin(base) is Literal or kind is bool:
         values.append("sideways")
     elif kind is int:
-        values.append(str(2**63))
-        if not _may_be_a_name(annotation):
-            values += ["1.5", "much"]
+        is_name = _may_be_a_name(annotation)
+        values += [str(2**63)] if is_name else ["1.5", str(2**63), "much"]
     elif kind is float:
         values += ["nan", "inf", "-inf", "1e39", "much"]
     if values and type(None) not in get_args(base) and not _may_be_a_name(annotation):
