@@ -72,30 +72,29 @@ def look_at_all(config: Config) -> None:
     wanted = chosen(config)
     subject = open_subject(config)
     assert subject.attack is not None
-    waiting = []
+    waiting: list[tuple[Kind, AnalysisConfig]] = []
     problems: list[str] = []
     for kind in wanted:
         lacking = what_lacks(kind.config, subject)
         if lacking:
             logger.info("%s: skipped, since the record %s", kind.name, lacking)
             continue
+        of_kind = config_of(kind, config, subject.data.name)
         try:
             folder = places.analysis_folder(subject.attack.folder, kind.name)
-            own = config_of(kind, config, subject.data.name).dump()
-            folder.claim(config.overwrite, config.resume, config=own)
-            waiting.append(kind)
+            folder.claim(config.overwrite, config.resume, config=of_kind.dump())
+            waiting.append((kind, of_kind))
         except NothingToDo as done:
             try:
-                check_current(folder, subject, config_of(kind, config, subject.data.name))
+                check_current(folder, subject, of_kind)
                 logger.info("%s", done)
             except UserError as error:
                 problems += error.problems
-    for number, kind in enumerate(waiting, start=1):
+    for number, (kind, of_kind) in enumerate(waiting, start=1):
         begun = places.analysis_folder(subject.attack.folder, kind.name).path / "checkpoint.pt"
         started = time.monotonic()
         logger.info("%d of %d: %s", number, len(waiting), kind.name)
         try:
-            of_kind = config_of(kind, config, subject.data.name)
             of_kind = dataclasses.replace(of_kind, resume=config.resume and begun.exists())
             analyse(of_kind, kind.name, kind.look, subject)
         except UserError as error:

@@ -201,7 +201,6 @@ class InputAware:
             *("random_seed", "batch_size", "crop_padding", "flip"),
         )
         key = {name: getattr(config, name) for name in names}
-
         key |= {"mean": data.mean, "std": data.std}
 
         def train(watch: Watch) -> dict[str, torch.Tensor]:

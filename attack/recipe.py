@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from attack.setting import Setting
 from models import (
@@ -21,13 +22,15 @@ from utils.config import Group
 from utils.data import poison
 from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
+from utils.metrics import Scores
 from utils.process.device import Precision
 from utils.process.script import logger
 from utils.process.seeds import generator, seed_everything
 from utils.records.attack import model_state
+from utils.training.evaluate import evaluate
 from utils.training.loop import Loop, Step
 from utils.training.sgd import Schedule, Supervised, train_classifier
-from utils.training.watch import Watch, scorer
+from utils.training.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +176,10 @@ def clean_model(
         return model_state(model)
 
     key = recipe(config, setting) | dict(variant or {}) | {"epochs": epochs}
-    score = scorer(data.test, lambda: None, setting.device)
+
+    def score(model: nn.Module) -> Scores:
+        return evaluate(model, data.test, None, setting.device)
+
     state = setting.trained("clean-model", key, compute, score)
     model = bare_model(config, data)
     model.network.load_state_dict(state)

@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,8 +79,8 @@ class Setting:
             UserError: if the cache cannot be written, which is tested before all computation; or if
                 the cached file is not a file of tensors.
         """
-        cache = folders.RunFolder(data_folder() / "cache")
         name = f"{self._name(kind, key, version)}.pt"
+        cache = folders.RunFolder(_cache())
         with distributed.main_alone() as is_mine:
             if is_mine and (cache.path / name).exists():
                 logger.info("%s: read from %s", kind, cache.path / name)
@@ -123,7 +123,7 @@ class Setting:
                 name: now[name] for name in ("device_name", "precision", "threads", "versions")
             }
             partial = Partial(
-                data_folder() / f"cache/{self._name(kind, {**key, 'where': where}, version)}.part"
+                _cache() / f"{self._name(kind, {**key, 'where': where}, version)}.part"
             )
             watch = Watch(
                 partial,
@@ -152,8 +152,15 @@ class Setting:
         return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
+def _cache() -> Path:
+    return data_folder() / "cache"
+
+
 def _wait_for(lock: Lock, kind: str) -> None:
-    """Takes a lock once no other process has it; where there are no locks, it goes on without."""
+    """Takes a lock once no other process has it; where there are no locks, it goes on without.
+
+    `take` itself tries for half a second.
+    """
     is_said = False
     while True:
         try:
@@ -165,4 +172,3 @@ def _wait_for(lock: Lock, kind: str) -> None:
         if not is_said:
             logger.info("%s: another process makes it; waiting for it", kind)
             is_said = True
-        time.sleep(0.5)

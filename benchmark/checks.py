@@ -3,18 +3,14 @@
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from benchmark.cells import Cell, cells_in, config_class, fields, scripts, summary_of
 from benchmark.grid import OF_GRID, Grid
-from models import is_user_file
 from utils.config import read_yaml
 from utils.errors import UserError, listed, suggestion
 from utils.records import places
-from utils.records.checkpoint import files_of
-from utils.records.folders import FREE_TO_CHANGE, is_same
+from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
 from utils.records.places import CLEAN
-from utils.training.ending import paths_of
 
 _FILES = ("index", "trigger_image")  # flags that name one
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
@@ -116,12 +112,7 @@ def _differences(cell: Cell) -> list[str]:
     shown = ", ".join(f"{name} {before[name]}, not {value}" for name, value in differing.items())
     if shown:
         return [f"{cell.folder}: was made with {shown}; delete it, or give the grid another name"]
-    changed = [
-        f"{flag} {cell.flags[flag.removeprefix('--')]}"
-        for flag, sha256 in _inputs(cell).items()
-        if _inputs_of_record(cell.folder).get(flag, sha256) != sha256
-    ]
-    if changed:
+    if changed := changed_files(cell.folder, cell.flags):
         return [
             f"{cell.folder}: was made with another content of {', '.join(changed)}; delete it, or "
             "give the grid another name"
@@ -144,24 +135,6 @@ def _differences(cell: Cell) -> list[str]:
             f"{cell.folder}: was made with another {listed(renewed)} than is there now; delete it"
         ]
     return []
-
-
-def _inputs(cell: Cell) -> dict[str, str]:
-    """sha256 of the files that a cell's flags name, as they are now, by flag."""
-    folder, _, name = cell.script.removesuffix(".py").partition("/")
-    config = config_class(folder, name)
-    names = set() if config is None else paths_of(config)
-    named = {flag: value for flag, value in cell.flags.items() if flag in names}
-    model = str(cell.flags.get("model"))
-    if is_user_file(model):
-        named["model"] = model
-    return files_of(named)
-
-
-def _inputs_of_record(folder: Path) -> dict[str, Any]:
-    """sha256 of the files that a finished run has read; empty if its summary does not say it."""
-    inputs = summary_of(folder).get("inputs")
-    return inputs if isinstance(inputs, dict) else {}
 
 
 def _sha256s(folder: Path) -> str | None:

@@ -58,6 +58,10 @@ class Pair:
         return {**row, "time": seconds[0] / seconds[1]}
 
 
+def _by_round(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, float_precision="round_trip").set_index("round")
+
+
 def read_pair(record: Path) -> Pair | None:
     """The two results of a record; None without both, or, with a warning, if one is damaged."""
     homes = [record / "defense" / name for name in (AUTO, ALL)]
@@ -65,15 +69,8 @@ def read_pair(record: Path) -> Pair | None:
         return None
     try:
         auto, all_rounds = (read_object(home / "summary.json") for home in homes)
-        watched, full = (
-            pd.read_csv(home / "metrics.csv", float_precision="round_trip").set_index("round")[
-                "asr"
-            ]
-            for home in homes
-        )
-        held_out = pd.read_csv(homes[0] / "held_out.csv", float_precision="round_trip").set_index(
-            "round"
-        )
+        watched, full = (_by_round(home / "metrics.csv")["asr"] for home in homes)
+        held_out = _by_round(homes[0] / "held_out.csv")
         if not held_out[["acc", "share"]].apply(lambda rates: rates.between(0, 1)).all(axis=None):
             raise ValueError("held_out.csv has other values than rates")
         signal = 1 - held_out["acc"] + held_out["share"]

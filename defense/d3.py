@@ -99,11 +99,8 @@ def start_of(initial: torch.Tensor, method: Start, draws: torch.Generator) -> to
         rescale(drawn, torch.linalg.vector_norm(initial))
         return drawn
     if method == "noise":
-        return (
-            initial
-            + torch.randn(initial.shape, generator=draws, dtype=torch.float32).to(initial)
-            * initial.std()
-        )
+        noise = torch.randn(initial.shape, generator=draws, dtype=torch.float32).to(initial)
+        return initial + noise * initial.std()
     return initial * {"far": -1, "middle": 0, "near": 1}[method]
 
 

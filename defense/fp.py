@@ -33,12 +33,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from defense.base import FineTuned, HeldOut, checked, hold_out, run
+from defense.base import FineTuned, HeldOut, checked, run
 from models.parts import changeable, head, named_channels
-from utils.errors import UserError
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
 from utils.training.pruning import chosen_level, say_pruned
+from utils.training.selection import fit_and_held_out
 from utils.training.sgd import fine_tune
 
 
@@ -101,12 +101,9 @@ def purify(
         order = pruning_order(head_features(model, images))
         level: int | None = round(config.prune_ratio * count)
     else:
-        fit, held = hold_out(labels, config.val_ratio, config.random_seed)
-        if len(fit) == 0:
-            raise UserError(
-                f"--val_ratio: {config.val_ratio:g} of {len(images)} images leaves none to order "
-                "the features by; give a smaller one, or more images (--ratio)"
-            )
+        fit, held = fit_and_held_out(
+            labels, config.val_ratio, config.random_seed, "order the features by"
+        )
         order = pruning_order(head_features(model, images[fit]))
         step = max(1, math.ceil(config.once_prune_ratio * count - 1e-9))  # 0.07 * 100 is over 7
 

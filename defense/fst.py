@@ -124,9 +124,8 @@ def purify(
     if config.reset_head:
         draws = generator(config.random_seed, "head")
         for parameter in head.parameters():
-            uniform = torch.rand(parameter.shape, generator=draws, dtype=torch.float32).to(
-                parameter
-            )
+            drawn = torch.rand(parameter.shape, generator=draws, dtype=torch.float32)
+            uniform = drawn.to(parameter)
             with torch.no_grad():
                 parameter.copy_((2 * uniform - 1) / math.sqrt(head.in_features))
 

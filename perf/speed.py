@@ -348,11 +348,7 @@ def measure_growth(bench: Bench) -> list[Row]:
 
     On a GPU, a start and its first round are subtracted from six rounds: graphs are recorded then.
     """
-    shape, classes, batch_size = (
-        bench.data.image_shape,
-        len(bench.data.classes),
-        len(bench.clean) // 2,
-    )
+    shape, classes, few = bench.data.image_shape, len(bench.data.classes), len(bench.clean) // 2
     later = 5 if bench.device.type == "cuda" else 0
 
     def seconds(images: int, steps: int, classes: int, size: int) -> float:
@@ -363,7 +359,7 @@ def measure_growth(bench: Bench) -> list[Row]:
         pixels = torch.randint(0, 256, (images, 3, size, size), generator=source).to(torch.uint8)
         labels = torch.randint(0, classes, (images,), generator=source)
         # A bound of 0 leaves every image unshared, so that each step works on all of them.
-        config = replace(bench.config, adv_steps=steps, trigger_norm=0.0, batch_size=batch_size)
+        config = replace(bench.config, adv_steps=steps, trigger_norm=0.0, batch_size=few)
 
         def took(rounds: int) -> float:
             config_now = replace(config, n_rounds=rounds)
@@ -373,7 +369,6 @@ def measure_growth(bench: Bench) -> list[Row]:
         took(1)
         return (took(1 + later) - took(1)) / later if later else took(1)
 
-    few = batch_size
     plans: dict[str, list[tuple[int, int, int, int]]] = {
         "clean images": [(n, 2, classes, shape[1]) for n in (few, 2 * few, 4 * few)],
         "steps": [(few, n, classes, shape[1]) for n in (1, 3, 5)],

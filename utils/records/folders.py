@@ -167,25 +167,11 @@ class RunFolder:
                 f"--resume: {self.path} is finished, and was run with {given}; give the same, or "
                 "--overwrite to replace it"
             )
-        changed = [
-            f"{flag} {shown(now[flag.removeprefix('--')], 200)}"
-            for flag, sha256 in files_of(now).items()
-            if self._inputs.get(flag, sha256) != sha256
-        ]
-        if changed:
+        if changed := changed_files(self.path, now):
             raise UserError(
                 f"--resume: {self.path} is finished, and was run with another content of "
                 f"{listed(changed)}; give it as it was, or --overwrite to replace it"
             )
-
-    @property
-    def _inputs(self) -> Mapping[str, Any]:
-        """sha256 of the files that the finished run has read, by flag."""
-        try:
-            inputs = read_object(self.path / "summary.json").get("inputs")
-        except (OSError, ValueError):
-            return {}
-        return inputs if isinstance(inputs, dict) else {}
 
     def _own_contents(self) -> Contents:
         """The content of the folder.
@@ -476,6 +462,24 @@ def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
         return given == read_object(folder / "summary.json").get("attack_target_name", str(before))
     except (OSError, ValueError):
         return False
+
+
+def changed_files(folder: Path, flags: Mapping[str, Any]) -> list[str]:
+    """The flags, and the files that they name, whose content a finished run did not read.
+
+    A run whose summary does not say what it read has read the same.
+    """
+    try:
+        inputs = read_object(folder / "summary.json").get("inputs")
+    except (OSError, ValueError):
+        return []
+    read = inputs if isinstance(inputs, dict) else {}
+    now = files_of({name: value for name, value in flags.items() if f"--{name}" in read})
+    return [
+        f"{flag} {shown(flags[flag.removeprefix('--')], 200)}"
+        for flag, sha256 in now.items()
+        if read[flag] != sha256
+    ]
 
 
 def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
 from utils.training.loop import Loop
-from utils.training.selection import acceptable, hold_out, tried
+from utils.training.selection import acceptable, fit_and_held_out, tried
 
 MOST_LEVELS = 10_000
 
@@ -108,12 +108,7 @@ def pruned_by_masks(
     if config.selection == "fixed":
         masks = learn(model, images, labels, config, loop)
         return _pruned(model, masks, config, loop, config.pruning_number)
-    fit, held = hold_out(labels, config.val_ratio, config.random_seed)
-    if len(fit) == 0:
-        raise UserError(
-            f"--val_ratio: {config.val_ratio:g} of {len(images)} images leaves none to learn from; "
-            "give a smaller one, or more images (--ratio)"
-        )
+    fit, held = fit_and_held_out(labels, config.val_ratio, config.random_seed, "learn from")
     masks = learn(model, images[fit], labels[fit], config, loop)
     levels = [round(number * config.pruning_step, 10) for number in range(int(steps + 1e-9) + 1)]
 

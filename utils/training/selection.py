@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from utils.errors import UserError
 from utils.process.seeds import generator
 
 L = TypeVar("L", int, float)  # a level
@@ -33,6 +34,26 @@ def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tenso
     is_held = torch.zeros(len(labels), dtype=torch.bool)
     is_held[held] = True
     return torch.nonzero(~is_held).flatten(), held
+
+
+def fit_and_held_out(
+    labels: torch.Tensor, val_ratio: float, seed: int, purpose: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `hold_out`, where an image to fit on is needed.
+
+    Args:
+        purpose: what the images to fit on are for, for the message: "learn from".
+
+    Raises:
+        UserError: if all images are held out.
+    """
+    fit, held = hold_out(labels, val_ratio, seed)
+    if len(fit) == 0:
+        raise UserError(
+            f"--val_ratio: {val_ratio:g} of {len(labels)} images leaves none to {purpose}; give a "
+            "smaller one, or more images (--ratio)"
+        )
+    return fit, held
 
 
 def drawn_by_class(labels: torch.Tensor, share: float, rng: torch.Generator) -> torch.Tensor:
