@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +71,7 @@ class Setting:
 
         Args:
             kind: what they are; part of the file's name.
-            key: all that they depend on, except the dataset and the code.
+            key: all that they depend on, except the dataset, the kind of device, and the code.
             version: must be raised with every change of the code that changes the result.
 
         Raises:
@@ -129,7 +128,7 @@ class Setting:
                 partial,
                 "epoch",
                 score,
-                eval_every=sys.maxsize,
+                eval_every=None,
                 checkpoint_every=self.checkpoint_every,
                 checkpoint=partial.read(),
                 advice="the same command",
@@ -147,7 +146,8 @@ class Setting:
 
     def _name(self, kind: str, key: Mapping[str, Any], version: int) -> str:
         """A name that is another one where something is another that a tensor depends on."""
-        depends = {**key, "version": version, "data": self.data.fingerprint()}
+        about = {"version": version, "data": self.data.fingerprint(), "device": self.device.type}
+        depends = {**key, **about}
         text = json.dumps(depends, sort_keys=True)
         return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 

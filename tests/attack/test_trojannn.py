@@ -1,6 +1,7 @@
 """TrojanNN: the disc, the neurons, the inversion and the three ways to place the patch."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,14 @@ def test_another_version_of_the_code_reads_no_earlier_file(setting: Setting) -> 
         found = setting.cached("x", {"a": 1}, lambda: {"v": next(made)}, version)
         assert int(found["v"]) == version
     assert len(list((utils.data.images.ROOT / "data/cache").iterdir())) == 2
+
+
+def test_what_another_kind_of_device_made_is_not_read(setting: Setting) -> None:
+    """Its numbers are others; a run would depend on which device ran first."""
+    made = iter([torch.tensor(1), torch.tensor(2)])
+    for kind, expected in (("cpu", 1), ("cuda", 2), ("cpu", 1)):
+        there = replace(setting, device=torch.device(kind))
+        assert int(there.cached("x", {}, lambda: {"v": next(made)})["v"]) == expected
 
 
 def test_the_patch_is_grey_levels_inside_the_disc(

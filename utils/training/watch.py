@@ -40,8 +40,8 @@ class Watch:
         folder: where checkpoints and rows go; None writes none.
         unit: "epoch" or "round".
         score: from a model to its scores; None if no model is to be scored.
-        eval_every: rounds between two evaluations, >= 1. The last round is not scored, because
-            `finish` scores the model that comes out.
+        eval_every: rounds between two evaluations, >= 1; None for none. The last round is not
+            scored, because `finish` scores the model that comes out.
         checkpoint_every: seconds between two checkpoints, >= 0; they are made after a batch.
         checkpoint: where to continue, from `RunFolder.start`; None for a fresh run.
         advice: how a run goes on that was stopped.
@@ -57,7 +57,7 @@ class Watch:
         folder: Keeper | None,
         unit: str,
         score: Callable[[nn.Module], Scores] | None,
-        eval_every: int,
+        eval_every: int | None,
         checkpoint_every: float = math.inf,
         checkpoint: Mapping[str, Any] | None = None,
         advice: str = "--resume (and without --overwrite)",
@@ -202,7 +202,7 @@ class Watch:
         row: dict[str, Any] = {self._unit: number}
         row |= {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
         text = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        is_due = number % self._eval_every == 0 and not (is_main and is_last)
+        is_due = self._eval_every and number % self._eval_every == 0 and not (is_main and is_last)
         if self._score is not None and model is not None and is_due:
             self.scores = self._score(model)
             row |= self.scores.values()

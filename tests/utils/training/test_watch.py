@@ -81,6 +81,14 @@ def test_rounds_between_two_evaluations_are_not_scored(folder: RunFolder) -> Non
     assert [row.get("acc") for row in rows(folder)] == [None, 0.5, None, 0.5, 0.6]
 
 
+def test_no_round_is_scored_where_none_shall_be(folder: RunFolder) -> None:
+    watch = Watch(folder, "round", score, eval_every=None)
+    for _ in watch.start().rounds(2, model=Numbered(50)):
+        pass
+    watch.finish(Numbered(60))
+    assert [row.get("acc") for row in rows(folder)] == [None, 0.6]
+
+
 def test_a_model_that_no_round_has_changed_is_scored_all_the_same(folder: RunFolder) -> None:
     """Row 0 stays what was before."""
     watch = Watch(folder, "round", score, eval_every=1)
