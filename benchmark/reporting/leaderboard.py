@@ -227,7 +227,7 @@ def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> 
     clean = table.runs[(table.runs["label"] == label) & table.runs["row"].map(is_clean)]
     runs, clean = (part.assign(acc_lost=part["acc_before"] - part["acc"]) for part in (runs, clean))
     by_attack = runs.groupby("row")["asr"].mean()
-    seconds = runs["purify_seconds"].mean()
+    seconds = _mean(runs, "purify_seconds")
     der, asr, ra, acc_lost = (_mean(runs, name) for name in ("der", "asr", "ra", "acc_lost"))
     if der is None or asr is None or acc_lost is None:
         raise ValueError(f"{label} has no scores")
@@ -242,7 +242,7 @@ def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> 
         ra=ra,
         acc_lost=acc_lost,
         clean_acc_lost=_mean(clean, "acc_lost"),
-        purify_seconds=None if pd.isna(seconds) else float(seconds),
+        purify_seconds=None if seconds is None else seconds.mean,
         sees=", ".join(sorted(set(runs["sees"]))),
         flags=flags,
         analyses=_analyses(runs),

@@ -17,7 +17,7 @@ FLAGS = {
     "a": "the attack failed: for a seed, ASR is under 50 % undefended; ASR and DER say little",
     "c": "the defense collapsed: for a seed, ACC is under half of what it was",
     "g": "another commit than most of this table",
-    "m": "mean over fewer attacks than without a defense",
+    "m": "mean over fewer attacks than without a defense, or fewer seeds than of another defense",
     "n": "the defense sees no images",
     "p": "the defense sees a part of the poisoned training set, which the others do not see",
     "s": "one seed only",
@@ -42,12 +42,17 @@ class Number:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a grid: numbers by (heading, metric); `seeds` is None if it has no number."""
+    """A line of a grid: numbers by (heading, metric).
+
+    `seeds` is None if it has no number. `attacks` is that of a row of means over attacks; the
+    `seeds` of a number in it are the attacks that have the number.
+    """
 
     name: str
     seeds: int | None
     flags: str
     numbers: Mapping[tuple[str, str], Number]
+    attacks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -239,8 +244,10 @@ def _row_of(name: str, groups: Mapping[str, Mapping[str, Number]]) -> Row:
 
 
 def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.DataFrame) -> Row:
-    """Means of the attacks' means; a column with fewer attacks than without a defense says so.
+    """Means of the attacks' means.
 
+    A column says so if it has fewer attacks than without a defense, or fewer seeds of one than
+    another defense.
     The deviation is that of the seeds' means over the attacks, if every attack has every seed.
     """
     numbers = {}
@@ -249,7 +256,14 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
         of = (UNDEFENDED, "asr" if metric == "der" else metric)
         if cells:
             flags = "".join(f for f in "acgnpv" if any(f in n.flags for n in cells))
-            if len(cells) < sum(of in row.numbers for row in rows):
+            lacks_seeds = any(
+                n.seeds > row.numbers[heading, metric].seeds
+                for row in rows
+                if heading != UNDEFENDED and (heading, metric) in row.numbers
+                for (other, its), n in row.numbers.items()
+                if other != UNDEFENDED and its == metric
+            )
+            if lacks_seeds or len(cells) < sum(of in row.numbers for row in rows):
                 flags += "m"
             if metric == "acc" and all(n.seeds == 1 for n in cells):
                 flags += "s"
@@ -263,7 +277,7 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
             )
             sd = float(by_seed.mean(axis=1).std()) if is_whole else None
             numbers[heading, metric] = Number(mean, sd, len(cells), flags)
-    return Row(f"mean of {len(rows)} attacks", None, "", numbers)
+    return Row(f"mean of {len(rows)} attacks", None, "", numbers, attacks=len(rows))
 
 
 def _with_best_in_row(row: Row) -> Row:

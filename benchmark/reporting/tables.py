@@ -30,13 +30,13 @@ _LATEX = {
 def value_text(number: Number, row: Row) -> str:
     """Percent with two decimals, the deviation, and the number of seeds if it is not the row's.
 
-    In a row of means, the number of attacks instead, if there are fewer than in the row.
+    In a row of means, the number of attacks instead.
     """
     text = f"{number.rounded():.2f}"
     if number.sd is not None:
         text += f" ± {100 * number.sd:.2f}"
-    differs = "m" in number.flags if row.seeds is None else number.seeds != row.seeds
-    return f"{text} ({number.seeds})" if differs else text
+    usual = row.seeds if row.attacks is None else row.attacks
+    return f"{text} ({number.seeds})" if number.seeds != usual else text
 
 
 def headings(grid: Grid) -> list[tuple[str, str]]:

@@ -281,8 +281,9 @@ def test_flags_stand_beside_the_numbers_that_need_them(two_attacks: Path) -> Non
     mean = numbers(table, "mean of 3 attacks")
     assert mean["sau", "der"].flags == "m"
     assert not mean["sau", "der"].is_best
-    assert mean["ft", "acc"].flags == "c"
-    assert mean["ft", "asr"].flags == "a"
+    # FT lacks a seed of blended that SAU has.
+    assert mean["ft", "acc"].flags == "cm"
+    assert mean["ft", "asr"].flags == "am"
 
     legend = "\n".join(tables.legend([table.main]))
     assert [line[0] for line in legend.splitlines()[1:]] == list("acgmsv")
@@ -319,6 +320,28 @@ def test_a_mean_over_seeds_that_some_attacks_lack_has_no_deviation(two_attacks: 
     shutil.rmtree(two_attacks / "sig-1")
     table = the_table(two_attacks)
     assert printed(table, "mean of 2 attacks", UNDEFENDED)[0] == "92.00"
+
+
+def test_a_mean_without_the_worse_seed_does_not_win(two_attacks: Path) -> None:
+    """SAU again, as a result of another name, but without its worse seed against blended."""
+    for name in ("blended-0", "blended-1", "sig-0", "sig-1"):
+        shutil.copytree(two_attacks / name / "defense/sau", two_attacks / name / "defense/other")
+    shutil.rmtree(two_attacks / "blended-0/defense/other")
+    mean = numbers(the_table(two_attacks), "mean of 2 attacks")
+    assert mean["other", "asr"].mean < mean["sau", "asr"].mean
+    assert (mean["other", "asr"].flags, mean["other", "asr"].is_best) == ("m", False)
+    assert (mean["sau", "asr"].flags, mean["sau", "asr"].is_best) == ("", True)
+    assert mean[UNDEFENDED, "asr"].flags == ""
+
+
+def test_a_mean_says_of_how_many_attacks_it_is(two_attacks: Path) -> None:
+    """A model of unknown origin has an ACC alone, and no defense was run on it."""
+    attack(two_attacks, "external-0", 0.92, None)
+    table = the_table(two_attacks)
+    name = "mean of 3 attacks"
+    assert "(" not in printed(table, name, UNDEFENDED)[0]
+    assert [cell.split(" (")[1] for cell in printed(table, name, UNDEFENDED)[1:]] == ["2)", "2)"]
+    assert [" (2)" in cell for cell in printed(table, name, "sau")] == [True] * 4
 
 
 def test_clean_models_alone_are_a_table_too(tmp_path: Path) -> None:
