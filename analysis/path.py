@@ -139,8 +139,9 @@ def barrier(ts: Sequence[float], rates: Sequence[float]) -> float:
 
 
 def places(t_end: float, t_steps: int) -> list[float]:
-    """t from 0 in steps of 1 / t_steps up to t_end; 0 and 1 are exactly these."""
-    return [number / t_steps for number in range(int(t_end * t_steps + 1e-9) + 1)]
+    """t from 0 in steps of 1 / t_steps, and t_end; 0 and 1 are exactly these."""
+    steps = [number / t_steps for number in range(int(t_end * t_steps + 1e-9) + 1)]
+    return steps if t_end - steps[-1] < 1e-9 else [*steps, t_end]
 
 
 def look(subject: Subject, config: Config, results: Results) -> None:

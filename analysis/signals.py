@@ -251,7 +251,7 @@ def p_value(margins: Sequence[float]) -> float:
     The law has mean and variance (sample) of the other K - 1 margins; p = 1 - F(largest)^K.
 
     Returns:
-        In [0, 1]; 1 if the others are no sample of a gamma law: not positive, or all equal.
+        In [0, 1]; 1 if the others fit no gamma law: their mean is not positive, or all are equal.
     """
     values = torch.tensor(sorted(margins), dtype=torch.float64)
     others, largest = values[:-1], values[-1]

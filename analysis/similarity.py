@@ -41,6 +41,8 @@ from utils.data.batches import as_float, spread
 if TYPE_CHECKING:
     from utils.plot import Figure
 
+ROUNDING = 1e-9  # of CKA's sums, and more
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AnalysisConfig, Controlled):
@@ -106,10 +108,10 @@ def backdoor_existence(similarity: Mapping[str, float]) -> dict[str, float | Non
         similarity: S by model, without the backdoored one.
 
     Returns:
-        None for each if all are 1.
+        None for each if all are 1, up to the rounding of sums.
     """
     least = min(similarity.values(), default=1.0)
-    if least >= 1:
+    if least > 1 - ROUNDING:
         return dict.fromkeys(similarity)
     return {name: (value - least) / (1 - least) for name, value in similarity.items()}
 

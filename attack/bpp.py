@@ -36,6 +36,7 @@ from attack.controlled import (
     labels_of_batch,
     run_controlled,
     stored,
+    warn_of_room,
 )
 from attack.setting import Setting
 from utils.data.batches import as_float
@@ -106,6 +107,7 @@ class Bpp(Draws):
         self._partner = generator(seed, "negative partners")
         self._fixed_partners = partners(count, generator(seed, "partners of stored images"))
         self._coin = generator(seed, "poisoned batches")
+        warn_of_room(setting, config.pratio, config.neg_ratio, "--neg_ratio: negative samples")
 
     def before_training(self) -> None:
         pass

@@ -178,6 +178,20 @@ def stored(images: torch.Tensor, data: Dataset, truncate: bool) -> torch.Tensor:
     return returned.clamp(0, 1).mul(255).to(torch.uint8)
 
 
+def warn_of_room(setting: Setting, pratio: float, share: float, what: str) -> None:
+    """Warns if a batch has too little room beside its poisoned images.
+
+    Args:
+        share: what the attack wants of each batch in addition to `pratio`, in [0, inf).
+        what: the flag that says so, and how these images are called.
+    """
+    if pratio + share > 1 + 1e-9:
+        setting.warn(
+            f"{what} are {100 * (1 - pratio):.4g} % of a batch instead of {100 * share:.4g} %, "
+            f"because --pratio {pratio:g} leaves no more; lower one of them"
+        )
+
+
 def labels_of_batch(
     config: AttackConfig, labels: torch.Tensor, poisoned: int, num_classes: int
 ) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.controlled import ControlledConfig, labels_of_batch, run_controlled
+from attack.controlled import ControlledConfig, labels_of_batch, run_controlled, warn_of_room
 from attack.setting import Setting
 from models import Normalize
 from models.inputaware import EPSILON, Painter, PixelGenerator, threshold, widths_for
@@ -192,6 +192,7 @@ class InputAware:
         self._batches = 0
         self._batches_per_epoch = len(batch_sizes(len(data.train), config.batch_size))
         self._has_gradient = False
+        warn_of_room(setting, config.pratio, config.pratio, "--pratio: cross samples")
 
     def before_training(self) -> None:
         """Trains the mask network, or reads it from the cache; from now on it is fixed."""

@@ -94,7 +94,7 @@ def last_linear(network: nn.Module) -> nn.Linear:
 
 def strongest(weight: torch.Tensor, count: int) -> torch.Tensor:
     """int64 (count,): the columns of a (classes, features) weight with the largest sum of |w|."""
-    return weight.detach().abs().sum(dim=0).topk(min(count, weight.shape[1])).indices
+    return weight.detach().abs().sum(dim=0).topk(count).indices
 
 
 def penultimate(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -154,8 +154,17 @@ def invert(
 
 
 def prepare(config: Config, setting: Setting) -> torch.Tensor:
-    """The patch, uint8 (C, H, W), 0 outside the disc; its features before and after are logged."""
-    last_linear(bare_model(config, setting.data).network)  # refused before training one
+    """The patch, uint8 (C, H, W), 0 outside the disc; its features before and after are logged.
+
+    Raises:
+        UserError: if the network has no linear layer, or fewer features than --neurons.
+    """
+    layer = last_linear(bare_model(config, setting.data).network)  # refused before training one
+    if config.neurons > layer.in_features:
+        raise UserError(
+            f"--neurons: {config.neurons}, but the last linear layer of {config.model} has "
+            f"{layer.in_features} features; give that or fewer"
+        )
     names = (
         *("neurons", "neuron_choice", "feature_target", "iterations", "step_size"),
         *("start", "reach", "normalize", "clean_epochs"),

@@ -31,7 +31,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.controlled import AffineConfig, affine_augmentation, labels_of_batch, run_controlled
+from attack.controlled import (
+    AffineConfig,
+    affine_augmentation,
+    labels_of_batch,
+    run_controlled,
+    warn_of_room,
+)
 from attack.setting import Setting
 from utils.data.batches import as_float
 from utils.data.poison import count_in_batch
@@ -133,6 +139,12 @@ class WaNet(Draws):
         self.grid = warping_grid(field, config.s, config.grid_rescale).to(setting.device)
         self._noise = generator(seed, "warp noise", setting.device)
         self._coin = generator(seed, "poisoned batches")
+        warn_of_room(
+            setting,
+            config.pratio,
+            config.pratio * config.cross_ratio,
+            "--cross_ratio: cross samples",
+        )
 
     def before_training(self) -> None:
         pass

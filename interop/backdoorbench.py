@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from interop.layout import attack_result, is_in_place, model_result, split_state, write_images
 from utils.config import Parser, read_yaml
+from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError
@@ -253,7 +254,7 @@ def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None
 def _refuse_unknown(attack: AttackRecord) -> None:
     """Refuses records that BackdoorBench has no name for, or would normalize in another way."""
     for what, name, names in (
-        ("dataset", attack.dataset, NORMALIZATION),
+        ("dataset", attack.dataset, [n for n in get_args(DatasetName) if n in NORMALIZATION]),
         ("network", attack.model_name, MODELS),
     ):
         if name not in names:

@@ -134,22 +134,26 @@ def test_the_figures_of_the_readme_are_those_of_the_evidence() -> None:
     for asr, attack in figures:
         name = attack.lower().replace("badnets", "badnet").replace("-", "")
         assert asr == measured[name, "sau ASR"], attack
+    told = {}
     for attack, pattern in (
         ("ssba", r"On SSBA, ([\w, -]+) leave less"),
         ("lf", r"on LF, ([\w,\s-]+) do;"),
         ("blended", r"on\s+Blended, ([\w,\s-]+) do;"),
-        ("inputaware", r"on\s+Input-Aware, ([\w,\s-]+) do\."),
+        ("inputaware", r"on\s+Input-Aware, ([\w,\s-]+) do;"),
     ):
         better = re.search(pattern, page)
         assert better
         said = better[1].lower().replace("i-bau", "ibau").replace("-", "_")
-        names = re.split(r",\s|\sand\s", said)
+        told[attack] = set(re.split(r",\s|\sand\s", said))
+    assert "on SIG and WaNet, where only fine-tuning was run beside it, fine-tuning does." in page
+    told |= {"sig": {"ft"}, "wanet": {"ft"}, "badnet": set()}
+    for attack, names in told.items():
         scores = {
             column.removesuffix(" ASR"): float(asr)
             for (name, column), asr in measured.items()
             if name == attack and column.endswith(" ASR")
         }
-        assert {defense for defense, asr in scores.items() if asr < scores["sau"]} == set(names)
+        assert {defense for defense, asr in scores.items() if asr < scores["sau"]} == names
 
 
 def test_the_table_of_what_comes_back_has_the_figures_of_the_evidence() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,10 +67,18 @@ def test_barrier_is_the_deepest_point_under_the_straight_line() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 10, 49])
 def test_the_places_of_a_path_have_0_and_1(steps: int) -> None:
-    ts = path.places(1.5, steps)
-    assert ts[0] == 0
-    assert 1.0 in ts
-    assert ts[-1] <= 1.5 < ts[-1] + 1 / steps + 1e-9
+    for end in (1.0, 1.5, 1.05):
+        ts = path.places(end, steps)
+        assert ts[0] == 0
+        assert 1.0 in ts
+        assert ts[-1] == pytest.approx(end)
+        assert all(0 < after - before < 1 / steps + 1e-9 for before, after in pairwise(ts))
+
+
+def test_the_last_place_of_a_path_stands_once() -> None:
+    """1.1 * 10 is 11.000000000000002."""
+    assert path.places(1.1, 10)[-2:] == [1.0, 1.1]
+    assert path.places(1.05, 10)[-2:] == [1.0, 1.05]
 
 
 def test_statistics_are_measured_as_means_of_batches() -> None:
@@ -189,6 +198,16 @@ def test_bec_is_relative_to_the_least_similar_model() -> None:
     bec = similarity.backdoor_existence({"a": 0.8, "b": 0.6})
     assert bec == {"a": pytest.approx(0.5), "b": 0}
     assert similarity.backdoor_existence({"a": 1.0}) == {"a": None}
+    assert similarity.backdoor_existence({}) == {}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_model_that_nothing_has_changed_has_no_bec(seed: int) -> None:
+    """CKA of a matrix with itself is 1 up to rounding, now a little less, now a little more."""
+    features = torch.randn(40, 30, generator=torch.Generator().manual_seed(seed))
+    same = similarity.cka(similarity.gram(features), similarity.gram(features))
+    bec = similarity.backdoor_existence({"a": same, "b": 1.0, "c": 1 - 1e-14})
+    assert bec == {"a": None, "b": None, "c": None}
 
 
 def test_the_convolutions_inside_the_blocks() -> None:

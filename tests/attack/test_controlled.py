@@ -342,6 +342,29 @@ def test_every_control_works_at_every_size(
         assert not torch.equal(stored(changed, data, truncate=False), images)
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "told"),
+    [
+        ("wanet", {"pratio": 0.25, "cross_ratio": 3.0}, None),
+        ("wanet", {"pratio": 0.3, "cross_ratio": 3.0}, "--cross_ratio: cross samples are 70 % of"),
+        ("wanet", {"pratio": 0.5}, "instead of 100 %, because --pratio 0.5 leaves no more"),
+        ("bpp", {"pratio": 0.9, "neg_ratio": 0.1}, None),
+        ("bpp", {"pratio": 1.0, "neg_ratio": 1.0}, "--neg_ratio: negative samples are 0 % of"),
+        ("inputaware", {"pratio": 0.5}, None),
+        ("inputaware", {"pratio": 0.6}, "--pratio: cross samples are 40 % of a batch instead of"),
+    ],
+)
+def test_other_samples_that_have_no_room_are_told(
+    tiny_data: Dataset, name: str, flags: dict[str, float], told: str | None
+) -> None:
+    module = importlib.import_module(f"attack.{name}")
+    kind = {"wanet": "WaNet", "inputaware": "InputAware", "bpp": "Bpp"}[name]
+    where = setting(tiny_data)
+    getattr(module, kind)(module.Config.load("cifar10", **flags), where)
+    assert len(where.warnings) == (told is not None)
+    assert all(told in text for text in where.warnings if told)
+
+
 def test_what_cannot_work_is_refused_before_training(
     tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,7 @@ def test_the_strongest_neurons_have_the_largest_sums_of_weights() -> None:
     """Columns sum to 3, 0.5, 7 and 4 in magnitude."""
     weight = torch.tensor([[1.0, 0.5, -3.0, 4.0], [-2.0, 0.0, 4.0, 0.0]])
     assert strongest(weight, 2).tolist() == [2, 3]
-    assert strongest(weight, 9).tolist() == [2, 3, 0, 1]
+    assert strongest(weight, 4).tolist() == [2, 3, 0, 1]
 
 
 def test_features_are_what_the_last_linear_layer_reads(tiny_model: Classifier) -> None:
@@ -130,6 +130,11 @@ def test_features_are_what_the_last_linear_layer_reads(tiny_model: Classifier) -
     assert features.shape == (2, 4)
     assert torch.equal(last_linear(network)(features), network(images))
     assert not last_linear(network)._forward_pre_hooks
+
+
+def test_more_neurons_than_features_are_refused_before_training(setting: Setting) -> None:
+    with pytest.raises(UserError, match=r"--neurons: 513, but .* has 512 features; give that or"):
+        prepare(Config.load("cifar10", neurons=513), setting)
 
 
 def test_a_network_without_a_linear_layer_is_refused() -> None:

@@ -286,7 +286,13 @@ def test_what_backdoorbench_cannot_read_is_not_exported(
     digits = dataclasses.replace(data, name="digits")
     other = dataclasses.replace(data, mean=(0.1, 0.2, 0.3))
     for name, source, changes, reason in (
-        ("a", digits, {}, "BackdoorBench has no dataset digits"),
+        (
+            "a",
+            digits,
+            {},
+            "BackdoorBench has no dataset digits, so it could not read this; give a "
+            "record with one of cifar10, cifar100, gtsrb, tiny",
+        ),
         ("b", data, {"model_name": "my_net.py:build"}, "has no network my_net.py:build"),
         ("c", other, {}, "its network normalizes with (0.1, 0.2, 0.3)"),
     ):

@@ -400,6 +400,13 @@ def _replaced(
         raise ValueError(
             f"poison_indicator and container of {where} differ, e.g. on image {odd[0]}"
         )
+    if where == "bd_train" and len(exposed) < count:
+        logger.info(
+            "%s exposes %d of %d training images; what it leaves out counts as a clean image here",
+            where,
+            len(exposed),
+            count,
+        )
     index = sorted(exposed[indicator[exposed] == 1].tolist())
     labels, files = [], []
     for number in index:
@@ -566,6 +573,8 @@ def _check_split(
             f"{replaced.root}: made with {replaced.count} {what}, but {name} has {len(labels)} "
             f"here; {advice}"
         )
+    if len(replaced.index) == 0:
+        return  # there is nothing to compare
     differ = torch.nonzero(labels[replaced.index] != replaced.originals).flatten()
     if len(differ):
         row = int(differ[0])

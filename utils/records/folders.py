@@ -4,6 +4,7 @@ import contextlib
 import csv
 import glob
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -442,8 +443,9 @@ class RunFolder:
         self.write(name, write)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Says that the run is done."""
-        self.write_text("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        """Says that the run is done. JSON has neither NaN nor infinity; they become null."""
+        text = json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_text("summary.json", text + "\n")
         self._checkpoint.unlink(missing_ok=True)
 
 
@@ -485,6 +487,15 @@ def changed_files(folder: Path, flags: Mapping[str, Any]) -> list[str]:
 def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags on which a run's numbers may depend."""
     return {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
+
+
+def _finite(value: Any) -> Any:
+    """The same with None in the place of each number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_plain(path: Path, content: Any) -> None:

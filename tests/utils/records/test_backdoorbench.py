@@ -208,6 +208,32 @@ def test_an_attack_without_a_poisoned_training_set_is_read(tmp_path: Path, data:
     assert len(found.poisoned_set(found.load_dataset()).index) == 0
 
 
+def test_a_training_set_without_a_replaced_image_is_read(tmp_path: Path, data: Dataset) -> None:
+    train = writer.Rows(TRAIN, {}, True, "bd_train_dataset")
+    for listed in (True, False):
+        record = badnet(data, train=train, poison_list=listed)
+        found = load_attack(writer.write(tmp_path / str(listed), record))
+        assert found.poison_index is not None
+        assert len(found.poison_index) == 0
+        assert len(found.poisoned_set(found.load_dataset()).index) == 0
+
+
+def test_a_training_set_that_leaves_images_out_says_so(
+    tmp_path: Path, data: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Our records have no place for it: images 0, 2, ... are all that the model was trained on."""
+    caplog.set_level("INFO", "sau")
+
+    def expose(content: dict[str, Any]) -> None:
+        content["bd_train"]["original_index_array"] = np.arange(0, TRAIN, 2)
+
+    load_attack(writer.write(tmp_path / "all", badnet(data)))
+    assert "exposes" not in caplog.text
+    record = badnet(data, change=expose, poison_list=False)
+    load_attack(writer.write(tmp_path / "half", record))
+    assert "bd_train exposes 30 of 60 training images; what it leaves out" in caplog.text
+
+
 def test_all_to_all_and_other_maps_are_recognised(tmp_path: Path, data: Dataset) -> None:
     for name, label, expected in (
         ("next", lambda y: (y + 1) % 10, (0, "all2all")),

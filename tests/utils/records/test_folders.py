@@ -1,6 +1,7 @@
 """Folders of runs: whole files or none, nothing replaced unasked, names that stay inside."""
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -108,6 +109,21 @@ def test_a_summary_is_json_and_makes_the_run_done(run: RunFolder) -> None:
     text = (run.path / "summary.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"class": "猫", "acc": 0.5}
     assert "猫" in text
+
+
+def test_a_summary_has_null_for_what_json_has_no_number_for(run: RunFolder) -> None:
+    """Python would write NaN and Infinity, which other languages refuse to read."""
+    facts = {"z": math.inf, "p": [0.5, math.nan, (-math.inf, 1)], "deep": {"x": {"y": math.nan}}}
+    run.write_summary({**facts, "is": True, "n": None, "text": "nan"})
+    written = json.loads((run.path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert written == {
+        "z": None,
+        "p": [0.5, None, [None, 1]],
+        "deep": {"x": {"y": None}},
+        "is": True,
+        "n": None,
+        "text": "nan",
+    }
 
 
 def test_a_finished_run_is_overwritten_only_if_asked(run: RunFolder) -> None:
