@@ -59,13 +59,15 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """A map for each model.
 
     Tables: `features` (model, x, y, label, is_triggered). Headline: `nearest_is_target` and
-    `nearest_is_true`: of the triggered images, the share whose nearest clean one is of that class.
+    `nearest_is_true`: of the triggered images, the share whose nearest clean one is of that class;
+    the first is None where there is no clean image of a target class.
     """
     data, triggered = subject.data, subject.triggered
     clean = spread(len(data.test), config.clean_images)
     chosen = spread(len(triggered.index), config.triggered_images)
     labels = torch.cat([data.test.labels[clean], triggered.labels[chosen]])
     images = torch.cat([data.test.images[clean], triggered.images[chosen]])
+    has_target = bool(torch.isin(triggered.targets[chosen], labels[: len(clean)]).any())
     models = subject.before_and_purified()
     rows = []
     for name, load in models.items():
@@ -75,7 +77,9 @@ def look(subject: Subject, config: Config, results: Results) -> None:
             features[len(clean) :], features[: len(clean)], labels[: len(clean)]
         )
         results.headline[name] = {
-            "nearest_is_target": float((nearest == triggered.targets[chosen]).double().mean()),
+            "nearest_is_target": float((nearest == triggered.targets[chosen]).double().mean())
+            if has_target
+            else None,
             "nearest_is_true": float((nearest == triggered.labels[chosen]).double().mean()),
         }
         places = embedded(features, config.perplexity, config.random_seed).tolist()
@@ -84,11 +88,14 @@ def look(subject: Subject, config: Config, results: Results) -> None:
             for number, ((x, y), label) in enumerate(zip(places, labels.tolist(), strict=True))
         ]
     results.tables["features"] = rows
+    if not has_target:
+        results.conclude("no clean test image is of the target class, so none can be the nearest")
     for name, numbers in results.headline.items():
+        of_target = numbers["nearest_is_target"]
         results.conclude(
-            f"{name}: the nearest clean image of a triggered one is of the target class in "
-            f"{percent(numbers['nearest_is_target'])}, of the true class in "
-            f"{percent(numbers['nearest_is_true'])}"
+            f"{name}: the nearest clean image of a triggered one is of the "
+            + (f"target class in {percent(of_target)}, of the " if has_target else "")
+            + f"true class in {percent(numbers['nearest_is_true'])}"
         )
     names = results.drawn(list(models))
     results.figures["features"] = lambda: draw(rows, names, data.classes)

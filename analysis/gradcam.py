@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import BEFORE, AnalysisConfig, Results, run
 from analysis.subject import Subject, examples
+from models.lastmap import last_map
 from models.modes import evaluating
-from models.parts import last_map, layer, recording
+from models.parts import layer, recording
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """
     triggered = subject.triggered
     clean, changed = examples(triggered, subject.data, config.images)
-    name = config.layer or last_map(subject.model, subject.data.image_shape)
+    name = config.layer or last_map(subject.model, subject.data.image_shape, least_pixels=2)
     layer(subject.model, name, "--layer")  # refuses
     models = subject.before_and_purified()
     drawn = results.drawn(list(models))

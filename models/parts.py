@@ -266,41 +266,6 @@ def recording(
             hook.remove()
 
 
-def last_map(model: nn.Module, image_shape: Sequence[int]) -> str:
-    """The layer whose output is the network's last map of features, which is pooled or flattened.
-
-    It is searched in a pass of one black image: the last output (1, C, H, W) of more than one
-    pixel, after which no tokens (1, L, D) come. For PreAct-ResNet18 it is `layer4`.
-
-    Args:
-        image_shape: (C, H, W) of that image.
-
-    Returns:
-        The layer's name.
-
-    Raises:
-        UserError: if there is none.
-    """
-    names = [name for name, _ in bare(model).named_modules() if name]
-    weight = usual_weight(model)
-    image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
-    with recording(model, names) as outputs, evaluating(model), torch.no_grad():
-        model(image)
-    last = ""
-    for name, output in outputs.items():
-        shape = output.shape if isinstance(output, torch.Tensor) else ()
-        if len(shape) == 4 and shape[2] * shape[3] > 1:
-            last = name
-        elif len(shape) == 3:
-            last = ""
-    if not last:
-        raise UserError(
-            "this method works on the map of features (N, C, H, W) before global pooling, and this "
-            "network has none; give another method or a convolutional network"
-        )
-    return last
-
-
 @contextmanager
 def weighted(model: nn.Module, name: str, factor: torch.Tensor) -> Iterator[None]:
     """Inside, the output of a layer of the bare network is multiplied by a factor.

@@ -411,11 +411,18 @@ def _rows(board: Leaderboard) -> str:
 def backdoorbench_csv(all_tables: Sequence[Table]) -> str:
     """CSV in the columns of BackdoorBench's results: a row for each attack and defense.
 
-    Rates are means over seeds in [0, 1], not rounded. Models without a backdoor are not in it.
+    Rates are means over seeds in [0, 1], not rounded. Models without a backdoor are not in it. If
+    rows differ only in the sizes of images or sets, the columns that tell them apart follow.
     """
     columns = {"model": "backbone", "acc": "test_acc", "asr": "test_asr", "ra": "test_ra"}
     keys = ["dataset", "model", "attack", "label", "pratio"]
     rates = ["acc", "asr", "ra"]
     attacked = [table.runs[~table.runs["attack"].map(is_clean)] for table in all_tables]
-    means = [runs.groupby(keys, as_index=False, dropna=False)[rates].mean() for runs in attacked]
-    return tables.as_csv(pd.concat(means).rename(columns={**columns, "label": "defense"}))
+    sizes = ["image_size", "train_images", "test_images"]
+    means = pd.concat(
+        runs.groupby([*keys, *sizes], as_index=False, dropna=False)[rates].mean()
+        for runs in attacked
+    )
+    of_one = means.groupby(keys, dropna=False)[sizes].nunique(dropna=False).max()
+    shown = means[[*keys, *rates, *(size for size in sizes if of_one[size] > 1)]]
+    return tables.as_csv(shown.rename(columns={**columns, "label": "defense"}))

@@ -387,6 +387,9 @@ def test_rows_in_the_columns_of_backdoorbench(two_attacks: Path, tmp_path: Path)
     rows = pd.read_csv(tmp_path / "to/backdoorbench.csv")
     undefended = rows[(rows["attack"] == "blended") & (rows["defense"] == "no defense")]
     assert sorted(undefended["test_acc"]) == [0.5, pytest.approx(0.92)]
+    # What tells the two apart follows, and nothing else.
+    assert ",".join(rows.columns) == f"{columns},train_images"
+    assert sorted(undefended["train_images"]) == [100, 50_000]
 
 
 def test_a_report_has_leaderboards_and_heat_maps(two_attacks: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from models.parts import (
     convolutions_before,
     head,
     keeping_statistics,
-    last_map,
     layer,
     named_channels,
     norms,
@@ -486,60 +485,6 @@ def test_convolutions_are_found_where_the_network_is() -> None:
     network = conv_net().to("meta")
     found = convolutions_before(network, "direct", (3, 8, 8))
     assert found == {"bn1": network.conv1, "bn2": network.conv2}
-
-
-# the last map of features
-
-
-@pytest.mark.parametrize(
-    ("model", "size", "name"),
-    [
-        ("preactresnet18", 32, "layer4"),
-        ("resnet18", 64, "layer4"),
-        ("vgg11", 32, "avgpool"),  # to 7 x 7, whatever comes in
-        ("mobilenet_v3_small", 64, "features"),
-    ],
-)
-def test_the_last_map_of_other_networks(model: str, size: int, name: str) -> None:
-    network = build_model(model, 4).eval()
-    assert last_map(network, (3, size, size)) == name
-
-
-class Looks(nn.Module):
-    """Two maps, one of a single pixel, and, if wanted, tokens between or behind them."""
-
-    def __init__(self, tokens: str = "") -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.patches, self.flat = nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(2)
-        self.map, self.pool = nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(5, 4)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.patches(images)
-        if self.tokens == "between":
-            self.flat(features)
-        features = self.map(features)
-        if self.tokens == "behind":
-            self.flat(features)
-        return self.linear(self.pool(features).flatten(1))
-
-
-@pytest.mark.parametrize("tokens", ["", "between"])
-def test_the_last_map_has_more_than_a_pixel(tokens: str) -> None:
-    network = Looks(tokens).train()
-    network.map.eval()
-    assert last_map(network, (3, 8, 8)) == "map"
-    assert last_map(Classifier(network, (0.5,), (0.5,)), (3, 8, 2)) == "map"
-    assert network.patches.training
-    assert not network.map.training
-    assert hooks(network) == 0
-
-
-def test_a_network_without_a_last_map_is_refused_in_a_line() -> None:
-    for network, side in ((Looks("behind"), 8), (Looks(), 2)):
-        with pytest.raises(UserError, match=r"^[^\n]*map of features[^\n]*has none[^\n]*$"):
-            last_map(network, (3, side, side))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.inputaware import to_unit
+from models.lastmap import last_map
 from models.modes import evaluating, frozen, in_float32
-from models.parts import last_map, recording, usual_weight, weighted
+from models.parts import recording, usual_weight, weighted
 from models.unet import UNet
 from utils.data.batches import as_float
 from utils.process.seeds import generator

@@ -1,0 +1,125 @@
+"""The last map of features of any network: what it pools, or flattens, at its end."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from models.modes import evaluating
+from models.parts import bare, top_level, usual_weight
+from utils.errors import UserError
+
+_MEANS = ("mean", "sum", "amax", "max", "logsumexp")  # and what has `pool` in its name
+_KEEPING = (
+    *("__getitem__", "clone", "contiguous", "dropout", "float", "permute", "relu", "to"),
+    *("batch_norm", "group_norm", "layer_norm"),
+)
+
+
+class _Pooling(TorchFunctionMode):
+    """Inside, keeps the last map (N, C, H, W) that is pooled, or flattened, to (N, D).
+
+    Pooling and flattening may be two calls. Maps that become tokens (N, L, D) do not count, nor
+    those that are pooled to weigh channels, as squeeze and excitation does.
+
+    Attributes:
+        found: the map; None so far.
+        place: what `place` gave when it was pooled.
+    """
+
+    def __init__(self, place: Callable[[], int]) -> None:
+        super().__init__()
+        self.found: torch.Tensor | None = None
+        self.place = 0
+        self._place = place
+        # Results that a map was pooled or flattened to, with the map and its place. Each result is
+        # kept, because else another tensor might get its id.
+        self._results: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        source = args[0] if args else None
+        if isinstance(source, torch.Tensor) and isinstance(result, torch.Tensor):
+            self._look(getattr(func, "__name__", ""), source, result)
+        return result
+
+    def _look(self, name: str, source: torch.Tensor, result: torch.Tensor) -> None:
+        own = (source, self._place())
+        origin, place = self._results.get(id(source), (None, *own))[1:]
+        if origin.ndim != 4:
+            return
+        is_whole = "adaptive" in name or result.shape[2:].numel() == 1
+        if result.ndim == 2:
+            self.found, self.place = origin, place
+        elif result.ndim == 4 and is_whole and ("pool" in name or name in _MEANS):
+            self._results[id(result)] = (result, *own)
+        elif result.ndim == 4 and name in _KEEPING and origin is not source:
+            self._results[id(result)] = (result, origin, place)
+        elif result.ndim == 3 and source.ndim == 4:
+            self._results[id(result)] = (result, origin, place)
+            self.found = None  # tokens, unless the next call pools or flattens them
+
+
+def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1) -> str:
+    """The layer whose output is the last map of features, which is pooled over all pixels.
+
+    A network that does not pool may flatten its map. The map is searched in a pass of black images.
+    If it is no layer's output, because a function such as `F.relu` made it, the last layer before
+    it with an output of that shape is taken. A layer that is used more than once is never taken.
+    For PreAct-ResNet18 it is `layer4`.
+
+    Args:
+        image_shape: (C, H, W) of an image.
+        least_pixels: if the map has fewer, the last part of the network before it that has more.
+
+    Returns:
+        The layer's name in the bare network.
+
+    Raises:
+        UserError: if there is none.
+    """
+    weight = usual_weight(model)
+    images = torch.zeros(2, *image_shape, device=weight.device, dtype=weight.dtype)
+    seen: list[tuple[str, torch.Tensor]] = []
+    hooks = [
+        module.register_forward_hook(
+            lambda _, inputs, output, name=name: seen.append((name, output))
+        )
+        for name, module in bare(model).named_modules()
+        if name
+    ]
+    try:
+        with evaluating(model), torch.no_grad(), _Pooling(lambda: len(seen)) as pooling:
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = Counter(name for name, _ in seen)
+    maps = [
+        (name, output)
+        for name, output in seen[: pooling.place]
+        if times[name] == 1 and isinstance(output, torch.Tensor) and output.ndim == 4
+    ]
+    names: list[str] = []
+    if (found := pooling.found) is None:
+        pass
+    elif found.shape[2:].numel() < least_pixels:
+        parts = top_level(model)
+        names = [n for n, x in maps if n in parts and x.shape[2:].numel() >= least_pixels]
+    else:
+        names = [n for n, x in maps if x is found] or [n for n, x in maps if x.shape == found.shape]
+    if not names:
+        raise UserError(
+            "this method works on the map of features (N, C, H, W) before global pooling, and this "
+            "network has none; give another method or a convolutional network"
+        )
+    return names[-1]

@@ -1,0 +1,131 @@
+"""The last map of features of networks of all kinds."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models import Classifier, build_model
+from models.lastmap import last_map
+from tests.models.test_parts import hooks
+from utils.errors import UserError
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("preactresnet18", "layer4"),
+        ("resnet18", "layer4"),
+        ("vgg11", "features"),  # not its pooling to 7 x 7, whatever comes in
+        ("mobilenet_v3_small", "features"),  # its blocks pool, too, to weigh their channels
+        ("densenet121", "features"),  # a function pools
+        ("convnext_tiny", "features"),  # blocks work on (N, H, W, C), a norm follows the pooling
+        ("squeezenet1_1", "classifier.2"),  # it pools logits
+        ("swin_t", "permute"),
+        ("tiny", "bn"),  # of a function, F.relu
+    ],
+)
+def test_the_last_map_is_what_global_pooling_reads(model: str, size: int, name: str) -> None:
+    """Also if it is a single pixel: ResNet18's `layer4` at 32."""
+    network = build_model(model, 4, image_size=size).eval()
+    assert last_map(network, (3, size, size)) == name
+
+
+class Net(nn.Module):
+    """Two convolutions, of which the first weighs its channels, and any head."""
+
+    def __init__(self, head: Head, tokens: bool = False) -> None:
+        super().__init__()
+        self.patches, self.weigh = nn.Conv2d(3, 5, 2, stride=2), nn.AdaptiveAvgPool2d(1)
+        self.map, self.relu, self.head = nn.Conv2d(5, 5, 1), nn.ReLU(), head
+        self.tokens = tokens
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.patches(images)
+        features = self.relu(features * self.weigh(features).flatten(1)[:, :, None, None])
+        if self.tokens:
+            return self.map(features).flatten(2).permute(0, 2, 1)[:, 0]
+        return self.head(
+            self.relu(self.map(features)) if self.head is early else self.map(features)
+        )
+
+
+def early(features: torch.Tensor) -> torch.Tensor:
+    return features.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        early,  # of what a layer gives that is used twice
+        lambda x: x.mean((2, 3)),
+        lambda x: x.mean(-1).mean(-1),
+        lambda x: x.flatten(2).mean(-1),
+        lambda x: x.amax(dim=(2, 3), keepdim=True).flatten(1),
+        lambda x: x.flatten(1),
+        lambda x: x.reshape(len(x), -1),
+        lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(),
+        lambda x: F.dropout(F.avg_pool2d(x, x.shape[2:]), training=False)[:, :].flatten(1),
+        lambda x: F.layer_norm(F.adaptive_max_pool2d(x, 1), (1, 1)).flatten(1),
+        lambda x: F.adaptive_avg_pool2d(x, 3).flatten(1),
+        lambda x: F.max_pool2d(x.relu(), x.shape[2:]).flatten(1),
+    ],
+)
+def test_any_way_to_pool_or_to_flatten_is_seen(head: Head) -> None:
+    network = Net(head).train()
+    network.map.eval()
+    assert last_map(network, (3, 8, 8)) == "map"
+    assert last_map(Classifier(network, (0.5,), (0.5,)), (3, 8, 2)) == "map"
+    assert network.patches.training
+    assert not network.map.training
+    assert hooks(network) == 0
+
+
+class Branches(nn.Module):
+    """Two maps of one shape, of which the first is pooled; the second comes before or behind."""
+
+    def __init__(self, is_behind: bool) -> None:
+        super().__init__()
+        self.pooled, self.other = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.is_behind = is_behind
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.pooled(images)
+        if self.is_behind:
+            features = features.relu()  # of no layer
+            pooled = features.mean((2, 3))
+            self.other(images)
+            return pooled
+        self.other(images)
+        return features.mean((2, 3))
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_a_map_beside_that_is_not_pooled_does_not_count(is_behind: bool) -> None:
+    assert last_map(Branches(is_behind), (3, 8, 8)) == "pooled"
+
+
+def test_a_network_without_a_last_map_is_refused_in_a_line() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    for network in (Net(early, tokens=True), flat):
+        with pytest.raises(UserError, match=r"^[^\n]*map of features[^\n]*has none[^\n]*$"):
+            last_map(network, (3, 8, 8))
+        assert hooks(network) == 0
+
+
+def test_the_last_part_with_more_pixels_may_be_asked_for() -> None:
+    """For pictures of a map; ResNet18's last map has a single pixel at 32."""
+    network = build_model("resnet18", 4)
+    assert last_map(network, (3, 32, 32), least_pixels=2) == "layer3"
+    assert last_map(network, (3, 64, 64), least_pixels=2) == "layer4"
+    inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 8))
+    parts = nn.Sequential(nn.Conv2d(3, 3, 1), inner, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert last_map(parts, (3, 8, 8)) == "1"
+    assert last_map(parts, (3, 8, 8), least_pixels=2) == "0"  # "1.0" is inside a part
+    with pytest.raises(UserError, match="has none"):
+        last_map(network, (3, 8, 8), least_pixels=100)
