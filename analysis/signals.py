@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.seeds import generator
 from utils.training.evaluate import head_features
-from utils.training.labelshare import LabelShare, add, label_share, new_tally, robust_z
+from utils.training.labelshare import LabelShare, Tally, add, label_share, robust_z
 
 LARGE, SMALL, TRANSFER, HEAD, NOISE, CLEANSE = "A", "A'", "B", "C", "D", "E"
 TITLES = {
@@ -340,7 +340,7 @@ def signals_of(
 
     def share(name: str) -> dict[str, Any]:
         with evaluating(model), torch.no_grad():
-            tally = new_tally(model(images[:1]).shape[1])
+            tally = Tally(model(images[:1]).shape[1])
         add(tally, labels, labels_of(images), labels_of(images + adversarial(name)))
         return {**asdict(of_share(label_share(tally))), "matrix": tally["matrix"].tolist()}
 

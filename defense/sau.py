@@ -49,7 +49,7 @@ from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.device import rows_of
 from utils.process.seeds import generator
 from utils.training.findings import Findings, Picture
-from utils.training.labelshare import Tally, add, label_share, new_tally
+from utils.training.labelshare import Tally, add, label_share
 from utils.training.loop import Loop
 from utils.training.selection import Best, hold_out
 
@@ -113,6 +113,7 @@ def shared_perturbation(
     *,
     ref_predictions: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    is_part: bool = False,
 ) -> torch.Tensor:
     """Perturbations that make images shared adversarial examples (inner problem, PGD).
 
@@ -127,12 +128,13 @@ def shared_perturbation(
         labels: (N,) int64 true labels.
         ref_predictions: (N,) int64 labels that h_bd gives the clean images, if known.
         generator: source of the start `random`, on the CPU.
+        is_part: see `initial_perturbation`.
 
     Returns:
         delta: (N, C, H, W) float, pixel units. images + delta may leave [0, 1].
     """
     delta = initial_perturbation(
-        config.pgd_init, config.trigger_norm, config.norm_type, images, generator
+        config.pgd_init, config.trigger_norm, config.norm_type, images, generator, is_part
     )
     with torch.enable_grad(), evaluating(model, reference), frozen(model, reference):
         with torch.no_grad():
@@ -311,20 +313,27 @@ def purify(
     start = generator(config.random_seed, "perturbation")
 
     loop.findings.pictures["perturbations"] = lambda: examples(reference, images, labels, config)
-    sent = new_tally(ref_logits.shape[1])
+    sent = Tally(ref_logits.shape[1])
     changing: dict[str, Any] = {"optimizer": optimizer, "order": order, "start": start}
     changing |= {"sent": sent, **({"best": best.state} if best else {})}
     for number in loop.rounds(config.n_rounds, model=model, **changing):
         for index in loop.batches(len(images), config.batch_size, order, least=1):
             x, y = as_float(images[index], device), labels[index].to(device)
             ref_clean = ref_logits[index.to(device)]
+            ref_predictions = ref_clean.argmax(1)
             delta = shared_perturbation(
-                *attacked, x, y, config, ref_predictions=ref_clean.argmax(1), generator=start
+                *attacked,
+                x,
+                y,
+                config,
+                ref_predictions=ref_predictions,
+                generator=start,
+                is_part=True,
             )
             with torch.no_grad():
                 ref_adv = reference(x + delta)
             if number == 1:
-                add(sent, y, ref_clean.argmax(1), ref_adv.argmax(1))
+                add(sent, y, ref_predictions, ref_adv.argmax(1))
             for _ in range(config.outer_steps):
                 model.train(config.train_mode)
                 logits, adv_logits = learner(torch.cat([x, x + delta])).chunk(2)

@@ -91,7 +91,13 @@ def purify(
             with torch.no_grad():
                 ref_clean = reference(x)
             delta = shared_perturbation(
-                *attacked, x, y, config, ref_predictions=ref_clean.argmax(1), generator=start
+                *attacked,
+                x,
+                y,
+                config,
+                ref_predictions=ref_clean.argmax(1),
+                generator=start,
+                is_part=True,
             )
             with torch.no_grad():
                 ref_adv = reference(x + delta)

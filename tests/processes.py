@@ -4,6 +4,8 @@ python tests/processes.py FILE
 python -m torch.distributed.run --nproc_per_node 2 tests/processes.py FILE
 """
 
+import contextlib
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -136,20 +138,54 @@ def controlled(module: Any, control: Any, **changes: Any) -> Callable[[Dataset],
 
 
 def defended(name: str, **changes: Any) -> Callable[[Dataset], dict[str, Any]]:
-    """A defense on all training images; the last batch has 5, which two processes share unevenly.
-
-    Without what each process draws by itself: SAU's random start.
-    """
+    """A defense on all training images; the last batch has 5, which two share unevenly."""
 
     def run(data: Dataset) -> dict[str, Any]:
         model, loop = network(data), Recorder()
-        config = shortened(name, model, **{"pgd_init": "max", **changes})
+        config = shortened(name, model, **changes)
         images, labels = data.train.images, data.train.labels
         try:
             model = module(name).purify(model, images, labels, config, loop)
         except UserError as error:
             return {"refused": str(error)}
         return {"steps": loop.steps, "weights": weights(model)}
+
+    return run
+
+
+class Cut(Exception):
+    """A run ends here."""
+
+
+def resumed(name: str, **changes: Any) -> Callable[[Dataset], dict[str, Any]]:
+    """A defense that is cut off after its third batch, and goes on after the second one.
+
+    All processes go on from the snapshot of the first one, as from a file.
+    """
+
+    def run(data: Dataset) -> dict[str, Any]:
+        images, labels = data.train.images, data.train.labels
+        kept: list[Any] = []
+        rounds: list[dict[str, float]] = []
+
+        def cut(batches: int) -> None:
+            kept.append(copy.deepcopy(loop.snapshot()))
+            if len(kept) == 3:
+                raise Cut
+
+        model = network(data)
+        config = shortened(name, model, **changes)
+        loop = Loop(after_batch=cut)
+        with contextlib.suppress(Cut):
+            module(name).purify(model, images, labels, config, loop)
+        loop = Loop(
+            lambda number, total, losses, state: rounds.append(dict(losses)),
+            resume=distributed.from_main(kept[1]),
+        )
+        purified = module(name).purify(network(data), images, labels, config, loop)
+        whole = module(name).purify(network(data), images, labels, config)
+        assert weights(purified) == weights(whole)
+        return {"rounds": rounds, "facts": loop.findings.facts, "weights": weights(purified)}
 
     return run
 
@@ -238,6 +274,9 @@ SCENES: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "inputaware": controlled(inputaware, inputaware.InputAware),
     **{f"defense {name}": defended(name) for name in defense.names()},
     "sau, train mode": defended("sau", train_mode=True),
+    "sau, random start": defended("sau", pgd_init="random"),
+    "sau, resumed": resumed("sau"),
+    "ft, resumed": resumed("ft", lr_scheduler="reduce_on_plateau"),
     "scores": scores,
     "preparation": preparation,
     "preparation that fails": preparation_that_fails,

@@ -25,7 +25,7 @@ from utils.errors import UserError
 from utils.process.device import rows_of
 from utils.process.seeds import generator
 from utils.tensors import load_tensors
-from utils.training.labelshare import add, label_share, new_tally
+from utils.training.labelshare import Tally, add, label_share
 from utils.training.loop import Loop
 from utils.training.selection import hold_out
 
@@ -563,7 +563,7 @@ def test_where_adversarial_images_went_is_stated_after_the_first_round() -> None
     loop = Loop()
     purify(reference, images, labels, config, loop)
     delta = shared_perturbation(reference.eval(), reference, images, labels, config)
-    tally = new_tally(4)
+    tally = Tally(4)
     with torch.no_grad():
         sent = [reference(x).argmax(1) for x in (images, images + delta)]
     add(tally, labels, *sent)

@@ -127,6 +127,28 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def agreed(number: int, is_due: bool) -> tuple[int, bool]:
+    """The largest number of any process, and whether it is due for the first one; in all of them.
+
+    Args:
+        number: >= 0.
+    """
+    if processes() == 1:
+        return number, is_due
+    both = torch.tensor([number, int(is_due and is_main())])
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return int(both[0]), bool(both[1])
+
+
+def whole(count: int) -> tuple[int, slice]:
+    """How many images a batch has of which this process has `count`, and which of them these are.
+
+    Parts may differ by one image, so what is drawn per image is drawn for the whole batch.
+    """
+    together = int(total(torch.tensor(count)))
+    return together, part(together)
+
+
 def part(count: int) -> slice:
     """This process's part of `count` things in a row; parts differ by one at most."""
     return slice(count * rank() // processes(), count * (rank() + 1) // processes())

@@ -167,7 +167,8 @@ def make_model(
         if not is_user_file(name):  # on "meta" a network is its shapes alone
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 check(build())
-        model = build()
+        with torch.random.fork_rng(devices=[]):  # new weights are drawn, which nobody sees
+            model = build()
         check(model)
         model.network.load_state_dict(state)
     except (RuntimeError, UserError) as error:

@@ -24,7 +24,7 @@ from utils.files import (
     writable,
 )
 from utils.process import distributed
-from utils.process.script import logger
+from utils.process.script import defer_signals, logger
 from utils.records.checkpoint import CHECKPOINT, Origin, files_of
 from utils.records.contents import (
     MARK,
@@ -225,6 +225,8 @@ class RunFolder:
                         self._replaced.path,
                     )
             raise
+        finally:
+            defer_signals(False)  # of a method that was left in the middle of a round
         if distributed.is_main():
             self._drop_replaced()
 

@@ -1,16 +1,35 @@
-"""Where adversarial images go: a backdoor draws them to its target.
-
-Counts are kept in a dictionary of tensors, so that a checkpoint can have them.
-"""
+"""Where adversarial images go: a backdoor draws them to its target."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from utils.process import distributed
 
-Tally = dict[str, torch.Tensor]
+
+class Tally(dict[str, torch.Tensor]):
+    """Counts, at first 0: int64 `matrix` (K, K) from true class to adversarial label, and `sent`,
+    `others` (K,).
+
+    Each of several processes counts its own images. A state has those of all; what goes on from it
+    has them in the first process, and nothing in the others.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(
+            matrix=torch.zeros(classes, classes, dtype=torch.int64),
+            sent=torch.zeros(classes, dtype=torch.int64),
+            others=torch.zeros(classes, dtype=torch.int64),
+        )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: distributed.total(counts).clone() for name, counts in self.items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, counts in self.items():
+            counts.copy_(state[name] if distributed.is_main() else torch.zeros_like(counts))
 
 
 @dataclass(frozen=True)
@@ -30,20 +49,6 @@ class LabelShare:
     top: int
     entropy: float
     z: float
-
-
-def new_tally(classes: int) -> Tally:
-    """A tally of nothing.
-
-    Returns:
-        int64: `matrix` (K, K) from true class to adversarial label; `sent` (K,), `others` (K,).
-    """
-    zeros = torch.zeros(classes, dtype=torch.int64)
-    return {
-        "matrix": torch.zeros(classes, classes, dtype=torch.int64),
-        "sent": zeros,
-        "others": zeros.clone(),
-    }
 
 
 def add(

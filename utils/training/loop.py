@@ -272,6 +272,8 @@ class Loop:
     def snapshot(self) -> dict[str, Any]:
         """Plain data and tensors from which a loop like this one can continue after this batch.
 
+        Sums are those of all processes, which call it together.
+
         Raises:
             TypeError: if a part of the state is of a kind that cannot be kept.
         """
@@ -282,8 +284,8 @@ class Loop:
             "batch": self._batch,
             "order": self._order,
             "order_after": None if self._generator is None else self._generator.get_state(),
-            "sums": dict(self._sums),
-            "images": self._images,
+            "sums": {name: distributed.total(value) for name, value in self._sums.items()},
+            "images": int(distributed.total(torch.tensor(self._images))),
             **self._objects(),
         }
 
@@ -338,6 +340,9 @@ class Loop:
                 if not LOSS.fullmatch(name):
                     raise ValueError(f"a loss is called {name}")
                 self._sums[name] = value.to(device).reshape(())
+            if not distributed.is_main():  # the first process has the sums of all
+                self._images = 0
+                self._sums = {name: torch.zeros_like(sum_) for name, sum_ in self._sums.items()}
             return number
         except Exception as error:  # a damaged file holds anything
             raise NotOfThisRun(error) from None
@@ -353,10 +358,14 @@ class Loop:
         return {name: value / images for name, value in zip(self._sums, values, strict=True)}
 
     def log(self, count: int, **losses: torch.Tensor) -> None:
-        """Adds a batch's mean losses, weighted by its images; does not wait for the device."""
+        """Adds a batch's mean losses, weighted by its images; does not wait for the device.
+
+        Sums of half precision would lose small parts, or be infinite; they are in float32.
+        """
         self._images += count
         for name, loss in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + loss.detach() * count
+            wide = torch.promote_types(loss.dtype, torch.float32)
+            self._sums[name] = self._sums.get(name, 0) + loss.detach().to(wide) * count
 
 
 def batch_sizes(count: int, batch_size: int, least: int = 2) -> list[int]:

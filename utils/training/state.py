@@ -43,10 +43,10 @@ def state_of(name: str, value: Any) -> Any:
         return value.get_state()
     if isinstance(value, torch.Tensor):
         return value.detach()
-    if isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()):
-        return {key: tensor.detach() for key, tensor in value.items()}
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return value.state_dict()
+    if isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()):
+        return {key: tensor.detach() for key, tensor in value.items()}
     raise TypeError(
         f"{name}: {type(value).__name__} is no state that can be kept; give what has a state_dict, "
         "a generator, a tensor, or a dictionary of tensors"
@@ -74,6 +74,8 @@ def _restore(name: str, value: Any, state: Any) -> None:
         value.copy_(state)
     elif isinstance(value, dict):
         _restore_tensors(name, value, state)
+        if hasattr(value, "load_state_dict"):  # not every process starts with all of it
+            value.load_state_dict(state)
     elif isinstance(value, nn.Module):
         expected = value.state_dict()
         _require_names(name, expected, state)

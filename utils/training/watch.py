@@ -13,6 +13,7 @@ from torch import nn
 from utils.data.batches import keep_on
 from utils.data.labelled import Labelled, Triggered
 from utils.metrics import Scores
+from utils.process import distributed
 from utils.process.progress import Progress
 from utils.process.script import Stopped, defer_signals, logger, stop_signal
 from utils.training.evaluate import evaluate
@@ -151,14 +152,15 @@ class Watch:
             total, name = self._loop.total * batches, self._phase or self._unit
             self._progress = Progress(total, name, initial=done).__enter__()
         self._progress.advance()
-        stop = stop_signal()
-        if not stop and time.monotonic() - self._saved < self._checkpoint_every:
+        if self._folder is None:
             return
-        if self._folder is not None:
+        is_due = time.monotonic() - self._saved >= self._checkpoint_every
+        stop, is_due = distributed.agreed(stop_signal() or 0, is_due)
+        if stop or is_due:
             with self._paused():
                 self._save(stop, batches)
 
-    def _save(self, stop: int | None, batches: int) -> None:
+    def _save(self, stop: int, batches: int) -> None:
         """Writes a checkpoint; raises Stopped if this is the end."""
         assert self._folder is not None
         self._folder.write_checkpoint(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import defense
 from utils.files import ROOT
@@ -20,6 +21,9 @@ SCENES = (
     "bpp",
     "inputaware",
     "sau, train mode",
+    "sau, random start",
+    "sau, resumed",
+    "ft, resumed",
     "scores",
     "preparation",
 )
@@ -78,7 +82,14 @@ def test_two_processes_are_one(found: dict[str, Any], scene: str) -> None:
 @pytest.mark.slow
 def test_the_scenes_train(found: dict[str, Any]) -> None:
     """Equal would also be what stands still."""
-    for name in ("supervised", "wanet", "bpp", "inputaware", "sau, train mode"):
+    for name in (
+        "supervised",
+        "wanet",
+        "bpp",
+        "inputaware",
+        "sau, train mode",
+        "sau, random start",
+    ):
         steps = [step[0] for step in found["two"][name]["steps"]]
         assert len(set(steps)) == len(steps)
 
@@ -134,6 +145,25 @@ def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(distributed, "rank", lambda number=number: number)
         parts.append(list(range(7))[distributed.part(7)])
     assert parts == [[0, 1], [2, 3], [4, 5, 6]]
+
+
+def test_processes_agree_on_what_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that any process got, and the clock of the first one; alone, both are its own."""
+    assert distributed.agreed(15, False) == (15, False)
+    assert distributed.agreed(0, True) == (0, True)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    sent = []
+
+    def reduce(values: torch.Tensor, how: Any) -> None:
+        sent.append(values.tolist())
+        values.copy_(torch.maximum(values, torch.tensor([2, 0])))
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", reduce)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert distributed.agreed(0, True) == (2, False)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    assert distributed.agreed(15, True) == (15, True)
+    assert sent == [[0, 0], [15, 1]]
 
 
 @pytest.mark.slow

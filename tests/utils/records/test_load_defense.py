@@ -96,6 +96,14 @@ def test_a_purified_model_comes_back(folder: Path, tiny_model: Classifier) -> No
     assert torch.equal(logits(load_defense(str(folder))), logits(model))
 
 
+def test_what_is_drawn_later_does_not_depend_on_what_was_loaded(folder: Path) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load_defense(folder)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_result_is_plain_data(folder: Path) -> None:
     """It says from which record it was made, and by which defense."""
     content = torch.load(folder / RESULT, weights_only=True)

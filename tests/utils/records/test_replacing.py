@@ -1,5 +1,6 @@
 """A finished run that is overwritten is lost only when the new one is there."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tests.conftest import make_small
 from tests.test_end_to_end import run_script
 from utils.errors import NothingToDo, UserError
 from utils.files import ROOT, file_sha256
+from utils.process.script import _Stop, defer_signals
 from utils.records.contents import Contents
 from utils.records.folders import RunFolder
 
@@ -69,6 +71,16 @@ def test_a_run_that_fails_leaves_the_old_one(
     with pytest.raises(type(error)):
         replace(run, "log.txt", error=error)
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [None, UserError("too large")])
+def test_signals_are_at_once_again_after_a_run(run: RunFolder, error: UserError | None) -> None:
+    """A method defers them; what fails in the middle of it does not."""
+    with contextlib.suppress(UserError), run.replacing():
+        defer_signals(True)
+        if error is not None:
+            raise error
+    assert not _Stop.is_deferred
 
 
 @pytest.mark.parametrize("error", [UserError("refused"), KeyboardInterrupt()])

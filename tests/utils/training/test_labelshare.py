@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.training.labelshare import add, label_share, new_tally, robust_z
+from utils.training.labelshare import Tally, add, label_share, robust_z
 
 
 def test_shares_are_of_images_that_are_of_other_classes() -> None:
@@ -15,7 +15,7 @@ def test_shares_are_of_images_that_are_of_other_classes() -> None:
     class 1 goes image 0, of images 0, 1 and 4: a third. Nothing goes to 2. Three images are sent,
     2 : 1 : 0. The image that stays and the one that was a 0 before are not counted as sent.
     """
-    tally = new_tally(3)
+    tally = Tally(3)
     labels = torch.tensor([0, 0, 1, 1, 2])
     predictions = torch.tensor([0, 0, 1, 1, 0])
     adversarial = torch.tensor([1, 0, 0, 0, 0])
@@ -31,7 +31,7 @@ def test_shares_are_of_images_that_are_of_other_classes() -> None:
 
 
 def test_a_tally_of_nothing() -> None:
-    share = label_share(new_tally(3))
+    share = label_share(Tally(3))
     assert all(math.isnan(value) for value in share.share)
     assert (share.top, share.z) == (0, 0)
     assert share.entropy == pytest.approx(1)

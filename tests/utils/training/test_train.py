@@ -76,6 +76,17 @@ def test_rounds_count_from_one_and_report_mean_losses() -> None:
     assert seen == [(1, 2, {"loss": 2.0}, {"model": "m"}), (2, 2, {"loss": 4.0}, {"model": "m"})]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_means_of_many_batches_do_not_depend_on_the_type_of_the_loss(dtype: torch.dtype) -> None:
+    """A sum of 60,000 losses of 2 is infinite in float16, and stands still at 512 in bfloat16."""
+    loop = Loop()
+    for _ in range(600):
+        loop.log(100, loss=torch.tensor(2.0, dtype=dtype))
+    assert loop.losses() == {"loss": 2.0}
+    loop.log(60_000, loss=torch.tensor(3.0, dtype=dtype))
+    assert loop.losses() == {"loss": 2.5}
+
+
 def test_rounds_report_each_loss_by_its_name() -> None:
     seen = []
     loop = Loop(after_round=lambda number, total, losses, state: seen.append(losses))
