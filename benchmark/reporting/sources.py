@@ -239,13 +239,13 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
         folders[:] = [n for n in folders if n[0] != "." and here.joinpath(n).resolve() != excluded]
         if RUNS in files:
             grids.append(here)
-        if here.parent.name == "analysis":
+        if _is_in_record(here, "analysis"):
             continue
         if "summary.json" not in files:
             if "config.yaml" in files and "run.json" in files:
                 unfinished.append(_below(here, under))
             continue
-        if here.parent.name == "defense":
+        if _is_in_record(here, "defense"):
             records.setdefault(here.parent.parent, []).append(here)
         else:
             records.setdefault(here, [])
@@ -264,6 +264,21 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
         runs += lines
         problems += wrong
     return runs, problems
+
+
+def _is_in_record(folder: Path, kind: str) -> bool:
+    """Whether a folder is a result inside a record: of a defense, or of an analysis.
+
+    A folder of records may have such a name, too; then what is above it is no record.
+
+    Args:
+        kind: "defense" or "analysis".
+    """
+    if folder.parent.name != kind:
+        return False
+    record = folder.parent.parent
+    is_record = any((record / name).exists() for name in ("run.json", "attack_result.pt"))
+    return is_record or kind in _read_plain(folder)
 
 
 def analysis_folders(record: Path) -> list[Path]:

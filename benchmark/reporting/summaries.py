@@ -24,7 +24,7 @@ from benchmark.reporting.sources import (
     first_fault,
     without_places,
 )
-from utils.errors import UserError, one_line, shown
+from utils.errors import UserError, listed, one_line, shown
 
 UNDEFENDED = "no defense"
 CLEAN = "clean model"
@@ -450,18 +450,20 @@ def _names(keys: pd.Series, hints: pd.Series, is_mixed: bool = False) -> dict[st
 
 
 def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
-    """Two records of one cell and seed would look like two seeds: the first by name is used.
+    """Two records of one cell and seed would look like two seeds: one is used.
 
-    The same holds for two records of one model that was trained elsewhere.
+    It is the one with the most results, and of these the first by name. The same holds for two records of one model that was trained elsewhere.
     """
     undefended = runs[runs["label"] == UNDEFENDED]
     seeds = undefended["seed"].astype(object)
     seeds = seeds.where(undefended["seed"].notna(), undefended["_recipe"])
     comparable = undefended.assign(_same=seeds)[seeds != _UNKNOWN]
+    results = runs[runs["label"] != UNDEFENDED].groupby("record")["label"].agg(list)
     for _, same in comparable.groupby([*_CELL, "_same"], dropna=False, sort=False):
-        first = same.iloc[0]
-        what = "attack and seed" if pd.notna(first["seed"]) else "model"
-        for repeat in same["record"].iloc[1:]:
-            problems.append(f"{repeat}: is of the same {what} as {first['record']}; skipped")
+        names = sorted(same["record"], key=lambda name: -len(results.get(name, [])))  # is stable
+        what = "attack and seed" if pd.notna(same["seed"].iloc[0]) else "model"
+        for repeat in names[1:]:
+            its = f", with its {listed(results[repeat])}" if repeat in results else ""
+            problems.append(f"{repeat}: is of the same {what} as {names[0]}; skipped{its}")
             runs = runs[runs["record"] != repeat]
     return runs.reset_index(drop=True), problems

@@ -322,6 +322,21 @@ def test_a_mean_over_seeds_that_some_attacks_lack_has_no_deviation(two_attacks: 
     assert printed(table, "mean of 2 attacks", UNDEFENDED)[0] == "92.00"
 
 
+@pytest.mark.parametrize("name", ["defense", "analysis"])
+@pytest.mark.parametrize("below", ["", "grid"])
+def test_a_folder_of_records_may_have_the_name_of_a_folder_inside_one(
+    two_attacks: Path, tmp_path: Path, name: str, below: str
+) -> None:
+    expected = the_table(two_attacks).runs
+    moved = tmp_path / "other" / below / name
+    moved.parent.mkdir(parents=True)
+    two_attacks.rename(moved)
+    found = the_table(tmp_path / "other").runs
+    assert len(found) == len(expected)
+    assert sorted(found["acc"]) == sorted(expected["acc"])
+    assert sorted(found["label"]) == sorted(expected["label"])
+
+
 def test_a_mean_without_the_worse_seed_does_not_win(two_attacks: Path) -> None:
     """SAU again, as a result of another name, but without its worse seed against blended."""
     for name in ("blended-0", "blended-1", "sig-0", "sig-1"):
@@ -379,6 +394,16 @@ def test_another_recipe_of_the_same_seed_is_a_row_of_its_own(two_attacks: Path) 
     counts = runs[runs["label"] == UNDEFENDED].groupby("attack").size().to_dict()
     assert counts == {"blended": 2, CLEAN: 1, "sig": 2, "sig (sig_s2)": 1, "sig (sig_strong)": 3}
     assert problems == ["sig-00: is of the same attack and seed as sig-0; skipped"]
+
+
+def test_of_two_records_of_one_model_the_one_with_more_results_is_used(two_attacks: Path) -> None:
+    """Whatever its name; what is lost with the other one is said."""
+    shutil.copytree(two_attacks / "sig-0", two_attacks / "zzz")
+    shutil.rmtree(two_attacks / "sig-0/defense/ft")
+    runs, problems = read_runs(two_attacks)
+    assert problems == ["sig-0: is of the same attack and seed as zzz; skipped, with its sau"]
+    assert set(runs.loc[runs["record"] == "zzz", "label"]) == {UNDEFENDED, "ft", "sau"}
+    assert "sig-0" not in set(runs["record"])
 
 
 def test_sizes_of_test_sets_are_said_and_small_ones_flagged(two_attacks: Path) -> None:
