@@ -452,7 +452,8 @@ def _names(keys: pd.Series, hints: pd.Series, is_mixed: bool = False) -> dict[st
 def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
     """Two records of one cell and seed would look like two seeds: one is used.
 
-    It is the one with the most results, and of these the first by name. The same holds for two records of one model that was trained elsewhere.
+    It is the one with the most results, and of these the first by name. The same holds for two
+    records of one model that was trained elsewhere.
     """
     undefended = runs[runs["label"] == UNDEFENDED]
     seeds = undefended["seed"].astype(object)
