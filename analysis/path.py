@@ -21,7 +21,6 @@ Controls: the scores at t = 0 and t = 1 are compared with the summaries. The pat
 shows what lies between two models that have nothing but the data in common.
 """
 
-import copy
 import functools
 import itertools
 import sys
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.base import CLEAN, AnalysisConfig, Results, percent, run
 from analysis.subject import Controlled, Subject
 from models import Classifier
+from models.copies import copied
 from models.modes import evaluating
 from utils.data.batches import as_float
 
@@ -169,7 +169,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         if model is None:
             continue
         if model is subject.clean:
-            model = copy.deepcopy(model)  # other analyses use it, too
+            model = copied(model)  # other analyses use it, too
         end = {key: value.clone() for key, value in model.state_dict().items()}
 
         def scores_at(

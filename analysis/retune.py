@@ -18,7 +18,6 @@ SGD without weight decay, in train mode; clean images are augmented, poisoned on
 that control training store poisoned images that the model has not seen; these are used.
 """
 
-import copy
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import CLEAN, EXACT, AnalysisConfig, Results, percent, run
 from analysis.subject import Controlled, Subject
+from models.copies import copied
 from utils.config import Group
 from utils.data.batches import as_float, augment
 from utils.errors import UserError, listed
@@ -93,7 +93,7 @@ def tuned(model: nn.Module, data: Mixture, config: Config) -> nn.Module:
     Returns:
         The copy, in eval mode.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     device = next(model.parameters()).device
     weights = list(model.parameters())
     optimizer = torch.optim.SGD(weights, lr=config.lr, momentum=config.sgd_momentum)

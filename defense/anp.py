@@ -18,7 +18,6 @@ Neither sees the ASR. Published tables often chose the level by the ASR on trigg
 they cannot be compared with any other choice. ANP is sensitive to learning rate, level and seed.
 """
 
-import copy
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, Masked, Rounds, checked, run
+from models.copies import copied
 from models.parts import called_with, scaled, silenced
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
@@ -137,7 +137,7 @@ def learned_masks(
         UserError: if the network has no BatchNorm.
     """
     loop = loop or Loop()
-    model = copy.deepcopy(model).train().requires_grad_(False)
+    model = copied(model).train().requires_grad_(False)
     device = next(model.parameters()).device
     masks = full_masks(model)
     optimizer = torch.optim.SGD(list(masks.values()), lr=config.lr, momentum=config.sgd_momentum)

@@ -7,7 +7,6 @@ Dataset, model, normalization and target come from the record. Test images and t
 only for the report.
 """
 
-import copy
 import functools
 import sys
 import time
@@ -21,6 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from models import prepare
+from models.copies import copied
 from models.views import has_own_code
 from utils.config import Group
 from utils.data.batches import as_float, keep_on, spread
@@ -76,6 +76,9 @@ class DefenseConfig(OfRecord):
     ]
 
     advice = "change its flags, see --help"  # what to do where ACC falls by more than 10 points
+    learns = True  # whether it takes gradients of weights, or of images
+    moves_images = False  # whether it takes gradients of images
+    reads_labels = False
 
     @property
     def sees(self) -> Sees:
@@ -96,6 +99,7 @@ class CleanData(DefenseConfig):
     ]
 
     advice = "give more images (--ratio), or change its flags, see --help"
+    reads_labels = True
 
     @property
     def sees(self) -> Sees:
@@ -221,6 +225,7 @@ class Inverted(CleanData, Rounds):
     ]
 
     advice = "lower --lr or --generated_ratio, or give more images (--ratio)"
+    moves_images = True
 
 
 @dataclass(frozen=True)
@@ -273,9 +278,9 @@ def checked(purify: Purify[C]) -> Purify[C]:
     Model, images and labels are checked first (`check_given`), and at the end whether the weights
     are finite. In every call, the global generators start with `random_seed`, so dropout draws the
     same; they are restored at the end. Gradients are computed wherever it is called from, but never
-    those of the caller's images. A network with code of the user's own is copied first, since this
-    code may change it in each call. If a network cannot learn from one image at a time, one line
-    says so.
+    those of the caller's images; a network that gives none is refused. A network with code of the
+    user's own is copied first, since this code may change it in each call. If a network cannot
+    learn from one image at a time, one line says so.
 
     Args:
         purify: the method.
@@ -298,13 +303,15 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 f"config: {type(config).__name__} of {type(config).__module__} is no configuration "
                 f"of this defense; give {expected.__module__}.{expected.__name__}.load(...)"
             )
-        with seeded(config.random_seed), single_images_told(), made_on_the_cpu():
+        with seeded(config.random_seed), single_images_told(), learning(), made_on_the_cpu():
             check_given(
                 model,
                 images,
                 labels,
                 needs_images=config.sees != "nothing",
-                needs_labels=isinstance(config, CleanData),
+                needs_labels=config.reads_labels,
+                learns=config.learns,
+                moves_images=config.moves_images,
                 batch_size=config.batch_size if isinstance(config, (FineTuned, Inverted)) else None,
             )
         with (
@@ -314,7 +321,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
             in_any_order(model),
             made_on_the_cpu(),
         ):
-            given = copy.deepcopy(model) if has_own_code(model) else model
+            given = copied(model) if has_own_code(model) else model
             purified = purify(given, apart(images), apart(labels), config, loop)
             require_finite(purified)
             for weight in purified.parameters():

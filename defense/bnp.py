@@ -46,6 +46,8 @@ class Config(CleanData, Rounds):
     prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
 
     advice = "raise --u"
+    learns = False
+    reads_labels = False
 
 
 @dataclass(frozen=True)

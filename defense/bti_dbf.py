@@ -22,7 +22,6 @@ and the noise at the detection is 0.03 pixel units. Each inversion and each unle
 new Adam. Both passes of a step of unlearning are in train mode and change BatchNorm's statistics.
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Inverted, checked, run
+from models.copies import copied
 from models.parts import learning_weights, recording
 from utils.process.seeds import generator
 from utils.training.inversion import Inversion
@@ -102,7 +102,7 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     if config.n_rounds == 0:
         return model
     weights = learning_weights(model)

@@ -48,6 +48,7 @@ class Config(DefenseConfig):
     ]
 
     advice = "raise --u"
+    learns = False
 
 
 def channel_lipschitz(

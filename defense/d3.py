@@ -19,7 +19,6 @@ held-out images. D3 sees the clean subset, and works on every network. It costs 
 images or many classes.
 """
 
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
+from models.copies import copied
 from models.parts import changeable, layer_or_last
 from utils.errors import UserError
 from utils.process.seeds import generator
@@ -159,7 +159,7 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     weights = pushed_weights(model, config.select_layer_name)
     if config.n_rounds == 0:
         return model

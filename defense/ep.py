@@ -50,6 +50,7 @@ class Config(PoisonedData, Rounds):
     prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
 
     advice = "raise --u"
+    learns = False
 
 
 def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:

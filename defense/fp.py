@@ -19,7 +19,6 @@ subset, and works on every network whose last part has a linear layer. It fails 
 uses features that clean images use, too (Blended, LF, SSBA).
 """
 
-import copy
 import math
 import sys
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from defense.base import FineTuned, HeldOut, checked, run
+from models.copies import copied
 from models.parts import changeable, head, named_channels
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
@@ -93,7 +93,7 @@ def purify(
     name, linear = head(model)
     changeable({name: linear}, model)
     count = linear.in_features
-    purified = copy.deepcopy(model).eval()
+    purified = copied(model).eval()
     if config.n_rounds == 0:
         return purified
 
@@ -108,7 +108,7 @@ def purify(
         step = max(1, math.ceil(config.once_prune_ratio * count - 1e-9))  # 0.07 * 100 is over 7
 
         def of_level(level: int) -> nn.Module:
-            pruned = copy.deepcopy(model)
+            pruned = copied(model)
             _prune(pruned, order[:level])
             return pruned
 

@@ -18,7 +18,6 @@ every network with a linear layer. It costs accuracy if there are many classes, 
 be learned again from a few triggered images.
 """
 
-import copy
 import math
 import sys
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
+from models.copies import copied
 from models.parts import changeable, layer_or_last
 from utils.errors import UserError
 from utils.process.seeds import generator
@@ -115,7 +115,7 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     head = head_of(model, config.select_layer_name)
     if config.n_rounds == 0:
         return model

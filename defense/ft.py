@@ -11,7 +11,6 @@ ACC hardly changes; ASR often stays high (mean over ten attacks on CIFAR-10, Pre
 paper of FT-SAM: ACC 91.83 %, ASR 38.81 %).
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
+from models.copies import copied
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
 from utils.training.loop import Loop, batch_sizes
@@ -60,7 +60,7 @@ def purify(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    model = copy.deepcopy(model)
+    model = copied(model)
     learner = loop.parallel(model)
     optimizer = torch.optim.SGD(
         model.parameters(),

@@ -19,7 +19,6 @@ take the largest that costs less than 2 % of the accuracy on held-out images. It
 attackers who train with SAM.
 """
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
+from models.copies import copied
 from models.parts import keeping_statistics
 from utils.training.loop import Loop
 from utils.training.sgd import fine_tune
@@ -107,7 +107,7 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    model = copy.deepcopy(model)
+    model = copied(model)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
 
     def gradient(loss: Callable[[], torch.Tensor]) -> torch.Tensor:

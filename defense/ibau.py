@@ -24,7 +24,6 @@ sees. It costs a few points of accuracy, often misses Blended and LF, differs fr
 needs about three times the memory of fine-tuning. It runs in float32 with every `--precision`.
 """
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, CleanData, Rounds, checked, run
 from models import Classifier
+from models.copies import copied
 from models.modes import evaluating, frozen, twice_differentiable
 from models.parts import learning_weights
 from utils.data.batches import as_float, augment, spread
@@ -67,6 +67,7 @@ class Config(CleanData, Rounds, Augmented):
     map_lr: Annotated[float, Field(gt=0, description="step size of Phi")]
 
     advice = "lower --lr, or give more images (--ratio)"
+    moves_images = True
 
 
 def universal_perturbation(
@@ -205,7 +206,7 @@ def purify(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     weights = learning_weights(model)
     optimizer = torch.optim.Adam(
         weights,

@@ -26,7 +26,6 @@ the gradient for a is 0, so s moves first. AdamW has torch's decay, 0.01. x + d 
 Networks without a convolution are refused.
 """
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
+from models.copies import copied
 from models.parts import called_with, changeable, convolutions, scaled_convolutions, usual_weight
 from utils.data.batches import as_float
 from utils.process.seeds import generator
@@ -65,6 +65,8 @@ class Config(CleanData, Rounds):
     trigger_norm: Annotated[float, Field(ge=0, description="its largest value, pixels in [0, 1]")]
 
     advice = "give fewer rounds, or more images (--ratio)"
+    reads_labels = False
+    moves_images = True
 
 
 def factors(a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -199,12 +201,12 @@ def purify(
     loop = loop or Loop()
     layers = convolutions(model)
     widths = {name: part.out_channels for name, part in layers.items()}
-    result = copy.deepcopy(model).eval()
+    result = copied(model).eval()
     if config.n_rounds == 0:
         return result
     changeable(layers, model)
     weight = usual_weight(model)
-    model = copy.deepcopy(result).requires_grad_(False)
+    model = copied(result).requires_grad_(False)
     a, s = (
         torch.ones(sum(widths.values()), device=weight.device, dtype=weight.dtype).requires_grad_()
         for _ in range(2)

@@ -18,7 +18,6 @@ is always 0, and skips an earlier stage: `--attention_layers layer3,layer4` give
 the clean subset. A teacher that keeps the backdoor teaches it, so NAD fails where FT does.
 """
 
-import copy
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
+from models.copies import copied
 from models.modes import evaluating
 from models.parts import layer, recording, top_level
 from utils.data.batches import as_float, augment
@@ -154,7 +154,7 @@ def purify(
     device = next(model.parameters()).device
     names = stages(model, images, config.attention_layers)
     betas = dict(zip(names, (config.beta1, config.beta2, config.beta3), strict=False))
-    teacher, student = copy.deepcopy(model), copy.deepcopy(model)
+    teacher, student = copied(model), copied(model)
     fine_tune(teacher, images, labels, config, loop, phase="teacher", rounds=config.te_epochs)
 
     learner = loop.parallel(student)

@@ -18,7 +18,6 @@ to image, or that have several targets. Clean models can be flagged, too, so the
 is not a proof. The search costs `nc_epoch` passes per class.
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
+from models.copies import copied
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
@@ -63,6 +63,7 @@ class Config(FineTuned):
     mad_threshold: Annotated[float, Field(ge=0, description="index above which to flag a class")]
 
     advice = "lower --lr or --unlearning_ratio, or give more images (--ratio)"
+    moves_images = True
 
 
 def bounded(theta: torch.Tensor) -> torch.Tensor:
@@ -249,7 +250,7 @@ def purify(
     norms = torch.stack([mask.sum().cpu() for mask, _ in triggers])
     flagged = flagged_classes(norms, config.mad_threshold)
     _report(loop, images, triggers, norms, flagged)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     if not flagged:
         loop.findings.say("no class is flagged, so the model is given back as it was")
         return model

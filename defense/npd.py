@@ -20,7 +20,6 @@ again. `layer4.1.conv1` is for PreAct-ResNet18; for other networks, name a late 
 fails if the trigger's class is not the second most likely one.
 """
 
-import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
 from models.changes import insert
+from models.copies import copied
 from models.modes import evaluating
 from models.parts import bare, keeping_statistics, layer, recording
 from utils.data.batches import as_float
@@ -69,6 +69,7 @@ class Config(CleanData, Rounds):
     ]
 
     advice = "lower --lr or --trigger_norm, or give more images (--ratio)"
+    moves_images = True
 
 
 def target_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -197,7 +198,7 @@ def purify(
     """
     loop = loop or Loop()
     channels = input_channels(model, config.target_layer_name, images)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     if config.n_rounds == 0:
         return model
     device = next(model.parameters()).device

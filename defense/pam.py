@@ -21,7 +21,6 @@ backdoor back, raise `--rho` or `--generated_ratio`; if ACC falls, lower `--rho`
 inversion are BTI-DBF's: see `defense/bti_dbf.py`.
 """
 
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Inverted, checked, run
+from models.copies import copied
 from models.modes import moved
 from models.parts import learning_weights
 from utils.process.seeds import generator
@@ -102,7 +102,7 @@ def purify(
     """
     loop = loop or Loop()
     reference = [weight.detach() for weight in model.parameters() if weight.requires_grad]
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     if config.n_rounds == 0:
         return model
     weights = learning_weights(model)

@@ -23,7 +23,6 @@ all masks stay near 1. Published code clips a gradient before it is computed, wh
 here no gradient is clipped.
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, Masked, Rounds, checked, run
+from models.copies import copied
 from models.parts import called_with, scaled, silenced
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
@@ -86,7 +86,7 @@ def unlearned(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    model = copy.deepcopy(model).train()
+    model = copied(model).train()
     for weight in model.parameters():
         weight.requires_grad_(weight.is_floating_point())
     learner = loop.alone(model)
@@ -151,7 +151,7 @@ def recovered_masks(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    model = copy.deepcopy(model).train().requires_grad_(False)
+    model = copied(model).train().requires_grad_(False)
     masks = full_masks(model)
     optimizer = torch.optim.SGD(
         masks.values(), lr=config.recovering_lr, momentum=config.sgd_momentum

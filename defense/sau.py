@@ -29,7 +29,6 @@ paper's protocol (one seed, CIFAR-10 as JPEG), BadNets' ASR fell from 93.63 to 1
 from 87.72 to 85.81 %. RESULTS.md has all other results, and says where SAU fails.
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
+from models.copies import copied
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float, spread
 from utils.perturb import Norm, Start, initial_perturbation, project
@@ -75,6 +75,7 @@ class SharedAdversarial(CleanData, Rounds):
     amsgrad: Annotated[bool, Field(description="AMSGrad variant of Adam")]
 
     advice = "lower --lr, or give more images (--ratio)"
+    moves_images = True
 
     def adam(self, model: nn.Module) -> torch.optim.Adam:
         """The optimizer of the weights that learn."""
@@ -300,8 +301,8 @@ def purify(
         else:
             loop.findings.warn("no image can be held out, so all rounds are run; give more images")
     device = next(model.parameters()).device
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    model = copy.deepcopy(model).eval()
+    reference = copied(model).eval().requires_grad_(False)
+    model = copied(model).eval()
     learner = loop.parallel(model)
     attacked = loop.alone(model), loop.alone(reference)
     optimizer = config.adam(model)

@@ -16,7 +16,6 @@ changes in how the weights learn:
 It was developed on BadNets and Blended. RESULTS.md says how it does on other attacks.
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, checked, run
 from defense.sau import SharedAdversarial, shared_perturbation, unlearning_loss
+from models.copies import copied
 from models.parts import keeping_statistics
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
@@ -72,8 +72,8 @@ def purify(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    model = copy.deepcopy(model).eval()
+    reference = copied(model).eval().requires_grad_(False)
+    model = copied(model).eval()
     learner = loop.parallel(model)
     attacked = loop.alone(model), loop.alone(reference)
     optimizer = config.adam(model)

@@ -1,6 +1,5 @@
 """Classifiers by name: ours for small images, every torchvision classifier, and the user's own."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.copies import copied
 from models.preactresnet import preactresnet18, preactresnet18_half
 from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
@@ -249,9 +249,9 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
         lambda: again.network.load_state_dict(model.network.state_dict()),
         "load the weights of another one that the same call has built",
     )
-    copied = trial.says(lambda: copy.deepcopy(model), "be copied by copy.deepcopy, as defenses do")
-    shared = {*map(id, copied.parameters())} & {*map(id, model.parameters())}
-    if shared or trial.names_of(copied) != before:
+    second = trial.says(lambda: copied(model), "be copied by copy.deepcopy, as defenses do")
+    shared = {*map(id, second.parameters())} & {*map(id, model.parameters())}
+    if shared or trial.names_of(second) != before:
         raise UserError(f"--model: {name} gives copy.deepcopy no copy with weights of its own")
 
 

@@ -4,7 +4,6 @@ A defense adds such a part with `insert`. A record keeps `changes_of` the networ
 `apply_changes` makes the same network again, so that its weights fit.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.copies import copied
 from models.parts import usual_weight
 from utils.errors import UserError
 
@@ -111,7 +111,7 @@ def apply_changes(network: nn.Module, changes: Sequence[Mapping[str, Any]]) -> n
     Raises:
         UserError: for a kind, or a layer, that is not known.
     """
-    network = copy.deepcopy(network)
+    network = copied(network)
     for change in changes:
         kind, layer, channels = (change.get(key) for key in ("kind", "layer", "channels"))
         if (

@@ -74,8 +74,8 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
 
     A network that does not pool may flatten its map. The map is searched in a pass of black images.
     If it is no layer's output, because a function such as `F.relu` made it, the last layer before
-    it with an output of that shape is taken. A layer that is used more than once is never taken.
-    For PreAct-ResNet18 it is `layer4`.
+    it with an output of that shape is taken, or else with at least as many pixels. A layer that is
+    used more than once is never taken. For PreAct-ResNet18 it is `layer4`.
 
     Args:
         image_shape: (C, H, W) of an image.
@@ -116,7 +116,8 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
         parts = top_level(model)
         names = [n for n, x in maps if n in parts and x.shape[2:].numel() >= least_pixels]
     else:
-        names = [n for n, x in maps if x is found] or [n for n, x in maps if x.shape == found.shape]
+        same = [n for n, x in maps if x is found] or [n for n, x in maps if x.shape == found.shape]
+        names = same or [n for n, x in maps if x.shape[2:].numel() >= found.shape[2:].numel()]
     if not names:
         raise UserError(
             "this method works on the map of features (N, C, H, W) before global pooling, and this "

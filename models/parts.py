@@ -4,7 +4,6 @@ Names are those of the bare network (`Classifier.network`, else the module itsel
 record's state dict: `layer4.1.bn2`. A network that lacks what is asked for is refused in one line.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -15,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import Classifier, Resize
+from models.copies import copied
 from models.modes import evaluating
 from utils.errors import UserError, suggestion
 
@@ -388,7 +388,7 @@ def silenced(model: nn.Module, channels: Mapping[str, torch.Tensor], with_bias: 
     Returns:
         The copy, in eval mode.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     layers = norms(model)
     with torch.no_grad():
         for name, is_pruned in channels.items():

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 import defense
 from models.views import has_own_code
 from tests.every_defense import module, shortened
+from tests.networks import differing
 from utils.errors import UserError
 from utils.training.loop import Loop
 
@@ -315,6 +316,69 @@ def test_a_network_that_raises_in_train_mode_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"cannot be called in train mode .KeyError: 'teacher'"):
         purified("ft", made(Breaks).eval())
+
+
+class Cut(nn.Module):
+    """Cuts off gradients in a way that wrappers of networks often have."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.inner = how, Own()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "detach":
+            return self.inner(x.detach() * 2 - 1)
+        if self.how == "numpy":
+            return self.inner(torch.from_numpy(x.detach().numpy() * 2 - 1))
+        with torch.no_grad():
+            return self.inner(x)
+
+
+MOVE_IMAGES = ("bti_dbf", "ibau", "ims", "nc", "npd", "pam", "sau", "sau_far")
+LEARN_NOTHING = ("bnp", "clp", "ep")
+
+
+@every_defense
+@pytest.mark.parametrize("how", ["detach", "numpy", "no_grad"])
+def test_a_network_that_cuts_off_gradients_is_refused_where_they_are_needed(
+    name: str, how: str
+) -> None:
+    """Without its trigger, a method would find something else, or raise torch's own error."""
+    what = "weights" if how == "no_grad" else "images"
+    if name in (MOVE_IMAGES if what == "images" else set(defense.names()) - set(LEARN_NOTHING)):
+        with pytest.raises(UserError, match=f"^model: no gradient reaches the {what}, because"):
+            purified(name, made(lambda: Cut(how)))
+    else:
+        purified(name, made(lambda: Cut(how)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("name", [n for n in defense.names() if n != "ims"])
+def test_weights_that_hooks_compute_in_each_pass_are_copied(
+    name: str, norm: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Torch refuses to copy what they are after a pass with gradients."""
+
+    def make() -> nn.Module:
+        model = Own()
+        norm(model.one)
+        return model
+
+    purified(name, made(make))
+
+
+@pytest.mark.parametrize("name", ["bnp", "ep", "ims"])
+@pytest.mark.parametrize("change", [lambda y: y + 100, lambda y: y[:0], lambda y: y.float()])
+def test_labels_that_are_not_read_are_not_looked_at(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    model = made(Own)
+    given, labels = images()
+    config = shortened(name, model)
+    found = module(name).purify(model, given, change(labels), config)
+    expected = module(name).purify(model, given, labels, config)
+    assert differing(found.state_dict(), expected.state_dict()) == []
 
 
 @every_defense

@@ -74,13 +74,14 @@ def early(features: torch.Tensor) -> torch.Tensor:
         lambda x: F.layer_norm(F.adaptive_max_pool2d(x, 1), (1, 1)).flatten(1),
         lambda x: F.adaptive_avg_pool2d(x, 3).flatten(1),
         lambda x: F.max_pool2d(x.relu(), x.shape[2:]).flatten(1),
+        lambda x: F.max_pool2d(x.relu(), 2).flatten(1),
     ],
 )
 def test_any_way_to_pool_or_to_flatten_is_seen(head: Head) -> None:
     network = Net(head).train()
     network.map.eval()
     assert last_map(network, (3, 8, 8)) == "map"
-    assert last_map(Classifier(network, (0.5,), (0.5,)), (3, 8, 2)) == "map"
+    assert last_map(Classifier(network, (0.5,), (0.5,)), (3, 8, 4)) == "map"
     assert network.patches.training
     assert not network.map.training
     assert hooks(network) == 0

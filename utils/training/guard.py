@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
 from typing import TypeVar
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from models import Classifier
+from models.copies import copied
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
 from utils.errors import UserError, one_line, shown
@@ -119,28 +119,32 @@ def check_given(
     *,
     needs_images: bool,
     needs_labels: bool,
+    learns: bool,
+    moves_images: bool,
     batch_size: int | None = None,
 ) -> None:
     """Checks the arguments of a `purify`; a copy of the network is called with two images.
 
     Args:
         needs_images: whether there must be at least one image.
-        needs_labels: whether there must be a label for each image; else there may be none at all.
+        needs_labels: whether there must be a label for each image; else labels are not looked at.
+        learns: whether gradients must reach weights that require them, if any does.
+        moves_images: whether gradients must reach the images.
         batch_size: of methods that train the whole network in train mode; None for others.
 
     Raises:
         UserError: if the network has no weights, or not finite ones, or its lazy layers have none
             yet; if images are no (N, C, H, W) of floats in [0, 1] or uint8; if labels are no (N,)
             of int64 below the number of classes; if the network cannot take the images, changes
-            them, gives no logits (N, K) although there are labels, or cannot be trained on so few
-            images.
+            them, gives no logits (N, K), cuts off gradients that are needed, or cannot be trained
+            on so few images.
     """
     _check_network(model)
     _check_images(images, needs_images)
-    if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
+    if needs_labels:
         _check_labels(labels, len(images))
     some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
-    copy = _told("be copied by copy.deepcopy", lambda: deepcopy(model))
+    copy = _told("be copied by copy.deepcopy", lambda: copied(model))
     copy.eval()
     given = as_float(some, _device(model)).clone()
     before = given.clone()
@@ -153,12 +157,14 @@ def check_given(
             "model: the network changes the images that it is given; give one that does not "
             "normalize in place"
         )
-    if len(labels) == 0:
+    if not needs_images:
         return
     classes = _classes(logits, len(some))
     if classes < 2:
         raise UserError("model: it tells one class; give a network with two or more")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if learns:
+        _check_gradients(copy, before, moves_images)
+    if needs_labels and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise UserError(
             f"labels: {int(labels.min())} to {int(labels.max())}, but the network has {classes} "
             f"classes; give 0 to {classes - 1}"
@@ -172,6 +178,27 @@ def check_given(
             else:
                 logits = _told("be called in train mode", lambda: copy(before[:count]))
         _classes(logits, count, " in train mode")
+
+
+def _check_gradients(model: nn.Module, images: torch.Tensor, moves_images: bool) -> None:
+    """Raises UserError if no gradient of the logits reaches the weights, or the images."""
+    can_learn = any(weight.requires_grad for weight in model.parameters())
+    with learning(), in_any_order(model):
+        images = images.detach().clone().requires_grad_(moves_images)
+        logits = model(images)
+        gradient = None
+        if moves_images and logits.requires_grad:
+            (gradient,) = torch.autograd.grad(logits.sum(), images, allow_unused=True)
+    for what, is_cut in (
+        ("weights", can_learn and not logits.requires_grad),
+        ("images", moves_images and gradient is None),
+    ):
+        if is_cut:
+            raise UserError(
+                f"model: no gradient reaches the {what}, because its code detaches something, "
+                "leaves torch, or runs under no_grad; this method needs it, so give a network "
+                "without that"
+            )
 
 
 def _check_network(model: nn.Module) -> None:

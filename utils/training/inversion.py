@@ -12,7 +12,6 @@ So the benign features stay as they are, and the others change as much as they c
 images or the benign features of a batch too much, G learns the identity on this batch instead.
 """
 
-import copy
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.copies import copied
 from models.inputaware import to_unit
 from models.lastmap import last_map
 from models.modes import evaluating, frozen, in_float32
@@ -215,7 +215,7 @@ class Inversion:
         drawn = torch.randn(shape, generator=rng, dtype=self._dtype)
         theta = drawn.to(self._device).requires_grad_()
         optimizer = torch.optim.Adam([theta], lr=self._config.mask_lr)
-        model = copy.deepcopy(model).train().requires_grad_(False)
+        model = copied(model).train().requires_grad_(False)
         for _ in self._loop.rounds(
             self._config.mask_epochs,
             f"mask {number}",
