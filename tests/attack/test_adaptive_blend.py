@@ -66,6 +66,13 @@ def test_cover_ratio(cover_ratio: float | None, count: int) -> None:
     assert len(set(choice.index.tolist())) == 10 + count
 
 
+def test_numbers_of_images_are_rounded() -> None:
+    """Of 1,437 digits 5 % are 71.85, and 2 % are 28.74; the authors have 71 and 28."""
+    choice = chosen(torch.arange(1437) % 10, pratio=0.05, cover_ratio=0.02)
+    counts = [int((choice.kinds == KINDS.index(kind)).sum()) for kind in ("poison", "cover")]
+    assert counts == [72, 29]
+
+
 def test_all_to_all_maps_the_payload_alone() -> None:
     labels = torch.arange(100) % 10
     choice = chosen(labels, pratio=0.2, attack_label_trans="all2all")

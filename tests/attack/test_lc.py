@@ -216,6 +216,50 @@ def test_the_surrogate_learns_adversarial_images(tiny_model: Classifier) -> None
     assert all(weight.grad is not None for weight in tiny_model.parameters())
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_surrogate_s_images_reach_the_bound_from_any_start(steps: int) -> None:
+    """The steps together are 2.5 radii long, and the ball is two radii wide.
+
+    Class 0 is bright, so each pixel of its images ends at the lower end, and of class 1 at the
+    upper one.
+    """
+
+    class Recorder(Brightness):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.images = images
+            return super().forward(images)
+
+    model, labels = Recorder(), torch.tensor([0, 1])
+    images = torch.full((2, 3, 8, 8), 102, dtype=torch.uint8)
+    flags = config(adv_bound=25.5, surrogate_steps=steps)
+    AdversarialTraining(flags, torch.Generator().manual_seed(0)).loss(model, images, labels)
+    for row, value in enumerate((0.3, 0.5)):
+        torch.testing.assert_close(model.images[row], torch.full((3, 8, 8), value))
+
+
+def test_the_surrogate_s_images_start_anywhere_in_the_ball() -> None:
+    """A model without a gradient leaves them there: 20,000 numbers uniform in 0.4 +- 0.1.
+
+    Their deviation is 0.1 / sqrt(3). Another batch has other starts.
+    """
+
+    class Indifferent(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.images = images
+            return 0 * images.flatten(1)[:, :2]
+
+    model, images = Indifferent(), torch.full((104, 3, 8, 8), 102, dtype=torch.uint8)
+    step = AdversarialTraining(config(adv_bound=25.5), torch.Generator().manual_seed(0))
+    batches = []
+    for _ in range(2):
+        step.loss(model, images, torch.zeros(104, dtype=torch.int64))
+        batches.append(model.images - 0.4)
+    assert 0.099 < batches[0].abs().max() <= 0.1 + 1e-6
+    assert batches[0].mean().item() == pytest.approx(0, abs=2e-3)
+    assert batches[0].std().item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
+    assert not torch.equal(batches[0], batches[1])
+
+
 @pytest.mark.parametrize("surrogate", ["adversarial", "plain"])
 def test_hard_images_are_those_of_the_target_made_once(
     setting: Setting,

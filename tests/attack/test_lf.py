@@ -222,6 +222,26 @@ def test_the_search_finds_a_smooth_pattern_of_the_strength() -> None:
     assert (model(images + pattern).argmax(1) == 0).float().mean() >= 0.2
 
 
+def test_images_that_are_already_fooled_teach_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Black images are class 1. With a faint pattern they are class 2, and that is not the target.
+
+    So the first image of the pass, which brings the pattern, is the only one that is led anywhere.
+    """
+    weights = torch.zeros(3, 3, 8, 8)
+    weights[2] = 1 / 192
+    model = Linear(weights, torch.tensor([-9.0, 0.02, 0.0]))
+    led: list[int] = []
+
+    def deepfool(_: nn.Module, image: torch.Tensor, label: int, *__: int) -> torch.Tensor:
+        led.append(label)
+        return torch.ones_like(image)
+
+    monkeypatch.setattr(lf, "deepfool", deepfool)
+    pattern = search(model, torch.zeros(20, 3, 8, 8), search_passes=1)
+    assert model(pattern.unsqueeze(0)).argmax(1).tolist() == [2]
+    assert led == [1]
+
+
 def test_the_search_depends_on_its_seed_alone() -> None:
     model = two_classes(bias=20)  # so far that it takes all passes
     first, again, other = (

@@ -252,6 +252,24 @@ def test_the_weight_of_the_pixel_loss_ends_at_its_value(monkeypatch: pytest.Monk
     assert script.pixel_weights == [0, 5, 10, 10, 10]
 
 
+def test_the_learning_rate_falls_to_zero_over_the_last_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of ten steps the first seven have the whole rate; each of the others has a quarter less."""
+    rates: list[float] = []
+    step = torch.optim.Adam.step
+
+    def watched(self: torch.optim.Adam, *arguments: object) -> object:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    monkeypatch.setattr(ssba, "hiding_loss", Script(8))
+    settings = config(encoder_steps=10, encoder_lr=0.4)
+    train(Steganography(8, (3, 8, 8), 0.1), noise((3, 8, 8)), settings, rng(), Loop())
+    assert rates == pytest.approx([0.4] * 7 + [0.3, 0.2, 0.1])
+
+
 @pytest.mark.parametrize(("right", "steps"), [(4, 4), (5, 7)])
 def test_a_start_that_reads_nothing_is_given_up(
     right: int, steps: int, monkeypatch: pytest.MonkeyPatch

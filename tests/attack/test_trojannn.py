@@ -160,6 +160,23 @@ def test_the_chosen_features_grow(tiny_model: Classifier) -> None:
     torch.testing.assert_close(start, before)
 
 
+@pytest.mark.parametrize("iterations", [2, 3, 4, 5])
+def test_the_best_patch_is_kept(iterations: int) -> None:
+    """The feature is the mean of the disc: 0.5, 0.6, 0.7, then 0.8 and 0.7 in turn; 0.72 is wanted.
+
+    Whichever step is the last one, the patch is that of 0.7.
+    """
+    mask = disc(8, 8).float().expand(3, -1, -1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 1, bias=False), nn.Linear(1, 2))
+    network[1].weight.data = mask.reshape(1, -1) / mask.sum()
+    model = Classifier(network, (0.5,) * 3, (0.5,) * 3).eval()
+    flags = config(feature_target=0.72, iterations=iterations, normalize=False)
+    patch, before, after = invert(model, torch.tensor([0]), mask, flags)
+    torch.testing.assert_close(patch, 0.7 * mask)
+    assert before.item() == pytest.approx(0.5)
+    assert after.item() == pytest.approx(0.7)
+
+
 def test_the_published_steps_leave_four_values(tiny_model: Classifier) -> None:
     """From 1, steps of 0.1 within 0.3 of the start and within [0, 1]: 1, 0.9, 0.8 or 0.7."""
     tiny_model.eval()

@@ -157,6 +157,15 @@ def test_published_counts_of_a_batch(
     assert control(tiny_data, pratio=pratio).poisoned_per_batch(128) == counts
 
 
+@pytest.mark.parametrize(("cross_ratio", "crossed"), [(0.3, 0), (0.9, 2), (1.5, 4), (5.0, 9)])
+def test_a_part_of_a_cross_image_is_none(
+    tiny_data: Dataset, cross_ratio: float, crossed: int
+) -> None:
+    """As published. Three of 12 are poisoned: 0.9, 2.7 and 4.5 are cut down; nine are left."""
+    attack = control(tiny_data, cross_ratio=cross_ratio)
+    assert attack.poisoned_per_batch(12) == (3, crossed)
+
+
 def test_a_batch_is_poisoned_cross_and_clean(tiny_data: Dataset) -> None:
     """A quarter of 12 images is 3; twice as many are cross; 3 are left.
 
