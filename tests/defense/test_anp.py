@@ -522,8 +522,12 @@ def test_a_larger_loss_allows_a_higher_level(
 
 
 def test_the_levels_go_up_to_the_largest_one() -> None:
-    """0, 0.3, 0.6, 0.9 and no more; 0.4 by thirds ends at 0.3."""
-    for step, most, expected in ((0.3, 0.9, [0, 0.3, 0.6, 0.9]), (0.3, 0.4, [0, 0.3])):
+    """0, 0.3, 0.6, 0.9 and no more; 0.4 by 0.3 ends at 0.3. 0.3 / 0.1 is 2.9999999999999996."""
+    for step, most, expected in (
+        (0.3, 0.9, [0, 0.3, 0.6, 0.9]),
+        (0.3, 0.4, [0, 0.3]),
+        (0.1, 0.3, [0, 0.1, 0.2, 0.3]),
+    ):
         outcome = selected([1.0] * 3, pruning_step=step, pruning_max=most)
         assert [row["level"] for row in outcome.loop.findings.tables["levels"]] == expected
 

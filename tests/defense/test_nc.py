@@ -583,6 +583,16 @@ def test_a_stamped_share_for_each_flagged_class(
         assert torch.equal(call.labels[part], labels[numbers])
 
 
+def test_the_number_of_stamped_images_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of 19 images is 3.8: four are stamped for each of two classes, and 15 stay."""
+    norms = [31.0, 2, 30, 1, 32, 33, 34]
+    given_triggers(monkeypatch, norms)
+    calls = spied_tuning(monkeypatch)
+    network = conv_net(classes=len(norms)).float()
+    purify(network, *numbered(19), Config.load(unlearning_ratio=0.2))
+    assert len(calls[0].images) == len(calls[0].labels) == 15 + 2 * 4
+
+
 def test_the_share_is_drawn_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     given_triggers(monkeypatch, [1.0, 31, 30, 32])
     calls = spied_tuning(monkeypatch)

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from defense import sau
 from defense.sau import (
     Config,
     examples,
@@ -348,20 +350,92 @@ def test_signals_by_hand() -> None:
     assert signals["total"] == pytest.approx(signals["clean"] + 3 * signals["shared"], abs=1e-6)
 
 
+def test_signals_of_images_that_only_the_model_is_fooled_on() -> None:
+    """Logits (x, 0.5) and, of the reference, (x, 0.3), at 0.4 and at 0.4 + 0.35.
+
+    The model's label goes from 1 to 0, which is the reference's label before and after. So it is no
+    shared adversarial example.
+    """
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(1, 2)) for _ in range(2)]
+    for network, bias in zip(networks, (0.5, 0.3), strict=True):
+        network[1].weight.data = torch.tensor([[1.0], [0.0]])
+        network[1].bias.data = torch.tensor([0.0, bias])
+    config = Config.load(trigger_norm=0.35, adv_steps=0)
+    image, label = torch.full((1, 1, 1, 1), 0.4), torch.tensor([1])
+    assert held_out_signals(*networks, image, label, config)["share"] == 0
+    assert held_out_signals(networks[0], networks[0], image, label, config)["share"] == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_images_start_where_the_seed_says(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the same places in each round."""
+    started: list[torch.Tensor] = []
+
+    def perturbation(*arguments: Any, **more: Any) -> torch.Tensor:
+        started.append(shared_perturbation(*arguments, **more))
+        return started[-1]
+
+    monkeypatch.setattr(sau, "shared_perturbation", perturbation)
+    model, (images, labels) = small_network(0, batch_norm=True).eval(), problem(0)
+    config = Config.load(pgd_init="random", adv_steps=0, random_seed=seed, batch_size=100)
+    for _ in range(2):
+        held_out_signals(model, model, images, labels, config)
+    expected = shared_perturbation(
+        model, model, images, labels, config, generator=generator(seed, "held-out perturbation")
+    )
+    assert torch.equal(started[0], expected)
+    assert torch.equal(started[1], expected)
+
+
+def test_stop_auto_goes_by_accuracy_and_share_and_then_by_the_outer_objective(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wrong: 0.75, 0.5, 0.75, 0.5, 0.5. The smallest objective of rounds 2, 4 and 5 is that of 4.
+
+    Accuracy alone would choose round 3, the loss on clean images round 5, and the share round 1.
+    The smallest value is there in round 2, so patience ends after round 5.
+    """
+    names = ("acc", "share", "clean", "shared", "total")
+    rounds = [
+        (0.25, 0.0, 0.1, 0.1, 0.1),
+        (0.75, 0.25, 1.0, 2.0, 3.0),
+        (1.0, 0.75, 0.1, 0.1, 0.1),
+        (0.75, 0.25, 1.5, 0.5, 2.0),
+        (0.75, 0.25, 0.5, 2.0, 2.5),
+    ]
+    signals = iter([dict(zip(names, values, strict=True)) for values in rounds])
+    monkeypatch.setattr(sau, "held_out_signals", lambda *_: next(signals))
+    model, (images, labels), loop = small_network(2, batch_norm=True), problem(2), Loop()
+    auto = Config.load(stop="auto", patience=3, n_rounds=30)
+    result = purify(model, images, labels, auto, loop).state_dict()
+    assert loop.findings.facts["best_round"] == 4
+    assert len(loop.findings.tables["held_out"]) == 5
+    fit, _ = hold_out(labels, auto.val_ratio, seed=0)
+    expected = purify(model, images[fit], labels[fit], Config.load(n_rounds=4)).state_dict()
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
+
+
 def test_stop_auto_gives_the_model_of_the_best_round() -> None:
-    """It learns from all but the held-out images, as SAU does without them, and ends early."""
-    model = small_network(2, batch_norm=True)
-    images, labels = problem(2, count=24)
+    """It learns from all but the held-out images, as SAU does without them, and ends early.
+
+    Here another round is the most accurate one, and yet another one has the smallest share.
+    """
+    model = small_network(4, batch_norm=True)
+    images, labels = problem(4, count=24)
     flags = {"lr": 5e-3, "batch_size": 8, "pgd_init": "random"}
     loop = Loop()
-    auto = Config.load(**flags, stop="auto", val_ratio=0.25, patience=2, n_rounds=30)
+    auto = Config.load(**flags, stop="auto", val_ratio=0.5, patience=2, n_rounds=30)
     result = purify(model, images, labels, auto, loop).state_dict()
     rows = loop.findings.tables["held_out"]
     wrong = [1 - row["acc"] + row["share"] for row in rows]
     best = min(rows, key=lambda row: (1 - row["acc"] + row["share"], row["total"]))
     assert loop.findings.facts["best_round"] == best["round"]
+    assert best["acc"] < max(row["acc"] for row in rows)
+    assert best["share"] > min(row["share"] for row in rows)
     assert len(rows) == 1 + wrong.index(min(wrong)) + 2 < 30
-    fit, held = hold_out(labels, 0.25, seed=0)
+    fit, held = hold_out(labels, 0.5, seed=0)
     assert loop.findings.facts["held_out_images"] == len(held) > 0
     plain = Config.load(**flags, n_rounds=best["round"])
     expected = purify(model, images[fit], labels[fit], plain)

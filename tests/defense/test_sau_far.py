@@ -3,6 +3,7 @@
 import copy
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from defense.sau import shared_perturbation, unlearning_loss
 from defense.sau_far import Config, purify
 from tests.defense.test_sau import problem, small_network
 from utils.training.loop import Loop
+from utils.training.sgd import Scheduler
 
 
 def config_of(**changes: object) -> Config:
@@ -76,6 +78,29 @@ def test_each_part_of_the_loss_counts_once() -> None:
     elsewhere = purify(model, images, labels, config_of(lmd_3=0.0, adv_steps=0, pgd_init="min"))
     for own, other in zip(plain.parameters(), elsewhere.parameters(), strict=True):
         assert torch.equal(own, other)  # without its weight, delta has no part in anything
+
+
+def test_a_plateau_of_the_loss_lowers_the_rate() -> None:
+    """Steps so short that no round is better by a ten-thousandth: the twelfth lowers the rate."""
+    rates: list[float] = []
+
+    def watch(number: int, total: int, losses: object, state: dict) -> None:
+        rates.append(state["optimizer"].param_groups[0]["lr"])
+
+    config = config_of(lr=1e-7, lr_scheduler="reduce_on_plateau", n_rounds=14, adv_steps=0)
+    purify(small_network(0, True), *problem(0), config, Loop(watch))
+    assert rates == pytest.approx([1e-7] * 11 + [1e-8] * 3)
+
+
+def test_the_plateau_is_that_of_the_round_s_mean_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two batches in each of three rounds."""
+    seen: list[float] = []
+    means: list[float] = []
+    monkeypatch.setattr(Scheduler, "after_epoch", lambda self, loss: seen.append(loss))
+    loop = Loop(lambda number, total, losses, state: means.append(losses["total"]))
+    purify(small_network(0, True), *problem(0), config_of(batch_size=6), loop)
+    assert seen == means
+    assert len(set(seen)) == 3
 
 
 def test_images_are_cropped_before_they_are_perturbed() -> None:

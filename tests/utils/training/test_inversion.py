@@ -12,6 +12,7 @@ from models.parts import learning_weights
 from models.unet import UNet
 from tests.networks import conv_net, copied, differing, problem
 from utils.errors import UserError
+from utils.process.seeds import generator
 from utils.training.inversion import Inversion, generator_loss, mask_loss
 from utils.training.loop import Loop
 
@@ -196,6 +197,18 @@ def test_the_detected_label_is_said_once() -> None:
     other = Inversion(network, *problem(), Flags(), Loop())
     other.invert(network, 2)
     assert other._loop.findings.facts == {}
+
+
+def test_a_little_noise_is_added_to_the_images_whose_label_is_detected() -> None:
+    """Of deviation 0.03, as published; batches of five."""
+    inversion, images = inverted(0)[0], problem()[0]
+    seen: list[torch.Tensor] = []
+    inversion._generator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inversion._detect(conv_net())
+    rng = generator(3, "noise of the detection")
+    for batch, x in zip(images.split(5), seen, strict=True):
+        noise = torch.randn(batch.shape, generator=rng, dtype=batch.dtype)
+        assert torch.allclose(x, batch + 0.03 * noise, rtol=0, atol=1e-12)
 
 
 def test_the_picture_is_that_of_the_last_time() -> None:
