@@ -1,7 +1,9 @@
 """The math of analyses, on values that are derived by hand."""
 
 import copy
+import itertools
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from analysis.base import Results
 from defense import sau
 from models import build_model
 from utils.data.labelled import Dataset, Labelled, Triggered
+from utils.data.poison import PoisonedSet
 from utils.errors import UserError
 from utils.training.evaluate import head_features
 
@@ -59,6 +62,35 @@ def test_crossing_is_linear_between_two_points() -> None:
     assert path.crossing([0, 0.5, 1], [1, 0.8, 0.5]) is None  # the backdoor is still there
     assert path.crossing([0, 0.5, 1], [0.4, 0.3, 0.1]) is None  # there was none
     assert path.crossing([0, 0.5, 1], [1.0, 0.5, 0.0]) == 0.5
+
+
+def test_of_several_crossings_the_last_one_on_the_way_down_counts() -> None:
+    """Down between 0 and 0.25, up, and down from 0.6 at 0.75 to 0.2 at 1: a quarter of the way.
+
+    Beyond t = 1 nothing counts.
+    """
+    ts = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
+    assert path.crossing(ts, [1, 0.2, 0.8, 0.6, 0.2, 0.9, 0.1]) == pytest.approx(0.8125)
+
+
+def said_of_a_path(half: float, fall: float, beyond: float) -> str:
+    """Of ASR 0.9 before and 0.1 after, and of ACC 0.8 before."""
+    numbers = {"t_half": half, "acc_barrier": fall}
+    return path._read("x", [0.0, 1.0, 1.5], [0.9, 0.1, beyond], 0.8, numbers)
+
+
+def test_two_basins_are_a_fall_of_more_than_a_tenth_of_the_accuracy() -> None:
+    """A tenth of 0.8 is 0.08."""
+    assert "different basins" not in said_of_a_path(0.5, 0.079, 0.1)
+    assert "ACC falls by 8.10 % in between" in said_of_a_path(0.5, 0.081, 0.1)
+    assert "different basins" in said_of_a_path(0.5, 0.081, 0.1)
+
+
+def test_the_edge_is_near_beyond_0_8_and_may_be_crossed_again() -> None:
+    assert "well past the edge" in said_of_a_path(0.8, 0.0, 0.1)
+    assert "just over the edge" in said_of_a_path(0.81, 0.0, 0.1)
+    assert "rises" not in said_of_a_path(0.5, 0.0, 0.49)
+    assert "beyond t = 1 it rises again to 50.00 %" in said_of_a_path(0.5, 0.0, 0.5)
 
 
 def test_barrier_is_the_deepest_point_under_the_straight_line() -> None:
@@ -130,6 +162,54 @@ def test_a_model_is_tuned_in_a_copy_and_the_same_each_time() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not torch.equal(first["network.linear.weight"], before["network.linear.weight"])
+
+
+def test_the_order_of_the_images_is_drawn_from_the_seed() -> None:
+    """Three batches of two random images, and nothing else is drawn: no crop, and no dropout."""
+    torch.manual_seed(0)
+    model, images = build_model("tiny", 3), torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
+    data = retune.Mixture(images, torch.arange(6) % 3, torch.zeros(6, dtype=torch.bool))
+    still = {"crop_padding": 0, "flip": False, "batch_size": 2, "n_rounds": 1}
+    first, other = (
+        retune.tuned(model, data, retune.Config.load(**still, random_seed=seed)).state_dict()
+        for seed in (0, 1)
+    )
+    assert not torch.allclose(first["network.linear.weight"], other["network.linear.weight"])
+
+
+def test_which_images_are_replaced_and_by_which_is_drawn_from_the_seed(
+    tiny_data: Dataset,
+) -> None:
+    """The same clean images in another order, and the same poisoned ones, each with its label."""
+    index = torch.arange(1, 12)
+    images = tiny_data.train.images[index] + 55
+    kinds = torch.zeros(11, dtype=torch.uint8)
+    stored = PoisonedSet(tiny_data.train, index, images, torch.full((11,), 2), kinds)
+    subject = SimpleNamespace(
+        data=tiny_data,
+        poisoned_images=lambda _: stored,
+        clean_draw=lambda *_: torch.arange(10),
+    )
+    orders = []
+    for seed in (0, 0, 1):
+        config = retune.Config.load(random_seed=seed)
+        clean, poisoned, truth = retune.images_of(subject, config, Results())
+        rows = [
+            [int((known == image).flatten(1).all(1).nonzero()) for image in some]
+            for known, some in (
+                (tiny_data.train.images, clean.images),
+                (images, poisoned.images),
+            )
+        ]
+        orders.append(rows)
+        assert sorted(rows[0]) == list(range(10))
+        assert sorted(rows[1]) == list(range(11))
+        assert clean.labels.tolist() == [row % 3 for row in rows[0]]
+        assert truth.tolist() == [(row + 1) % 3 for row in rows[1]]
+        assert poisoned.labels.tolist() == [2] * 11
+    assert orders[0] == orders[1]
+    assert orders[0][0] != orders[2][0]
+    assert orders[0][1] != orders[2][1]
 
 
 def test_the_headline_of_retuning_is_that_of_five_images_or_the_nearest_number() -> None:
@@ -221,15 +301,20 @@ def test_the_convolutions_inside_the_blocks() -> None:
 
 
 def test_channels_that_the_trigger_changes() -> None:
-    """A convolution that copies red and blue: red rises by 51 / 255 in one of two pixels."""
-    model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False))
-    model[0].weight.data = torch.tensor([[1.0, 0, 0], [0, 0, 1]]).view(2, 3, 1, 1)
-    clean = torch.zeros(3, 3, 1, 2, dtype=torch.uint8)
+    """A convolution that copies red, blue and green, of which the trigger moves red and blue.
+
+    Red rises by 51 / 255 in one of two pixels and falls by as much in the other one: 0.2. Blue
+    falls by 51 / 255 in one pixel of two of the images, and rises in that of the third: 0.1.
+    """
+    model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False))
+    model[0].weight.data = torch.eye(3)[[0, 2, 1]].view(3, 3, 1, 1)
+    clean = torch.full((3, 3, 1, 2), 100, dtype=torch.uint8)
     triggered = clean.clone()
-    triggered[:, 0, 0, 0] = 51
+    triggered[:, 0, 0] = torch.tensor([151, 49])
+    triggered[:, 2, 0, 0] = torch.tensor([49, 49, 151])
     change = similarity.changes(model, ["0"], clean, triggered, size=2)["0"]
-    assert change.tolist() == pytest.approx([0.1, 0])
-    assert similarity.top_channels(change, 0.5).tolist() == [0]
+    assert change.tolist() == pytest.approx([0.2, 0.1, 0])
+    assert similarity.top_channels(change, 0.4).tolist() == [0]
     assert similarity.top_channels(torch.tensor([1.0, 3, 2]), 0.67).tolist() == [1, 2]
     assert similarity.top_channels(torch.tensor([1.0, 3, 2]), 0.1).tolist() == [1]
 
@@ -272,13 +357,35 @@ def test_the_smallest_move() -> None:
 
 
 def test_the_head_s_norm_is_small_for_a_class_that_is_easy_to_reach() -> None:
-    """Two classes, w_0 - w_1 = (2, 0), one image of each class at the origin, b = (0, 1).
+    """Two classes, w_0 - w_1 = (2, 0), b = (0, 1).
 
-    The image of class 1 has to gain 1 to become 0: s = (0.5, 0). That of class 0 is 1 already.
+    Images of class 1 at 0, -1 and -2 have to gain 1, 3 and 5 to become 0: the median image needs
+    s = (1.5, 0), three quarters of them 4 and s = (2, 0), all of them (2.5, 0). Images of class 0
+    at 0, 0 and 1 have to gain -1, -1 and 1, so the median image is class 1 already.
     """
     weight, bias = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0.0, 1.0])
-    norms = signals.head_norms(torch.zeros(2, 2), torch.tensor([0, 1]), weight, bias, 1.0)
-    assert norms == pytest.approx([0.5, 0])
+    places = torch.tensor([0.0, -1, -2, 0, 0, 1])
+    images, labels = torch.stack([places, torch.ones(6)], 1), torch.tensor([1, 1, 1, 0, 0, 0])
+    for quantile, expected in ((0.5, [1.5, 0]), (0.75, [2, 0]), (1.0, [2.5, 0.5])):
+        norms = signals.head_norms(images, labels, weight, bias, quantile)
+        assert norms == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("quantile", "norm"), [(0.5, 0.3), (1.0, 0.5)])
+def test_the_share_of_images_that_is_sent_to_a_class_is_a_flag(
+    quantile: float, norm: float
+) -> None:
+    """Logits (x, 1 - x). Images of class 1 at 0, 0.2 and 0.4 have to gain 1, 0.6 and 0.2.
+
+    A move by s gains 2 s. Those of class 0, at 1, 0.8 and 0.6, have as far to class 1.
+    """
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    model[1].weight.data, model[1].bias.data = torch.tensor([[1.0], [-1]]), torch.tensor([0.0, 1])
+    pixels = torch.tensor([0, 51, 102, 255, 204, 153], dtype=torch.uint8).view(6, 1, 1, 1)
+    probes = Labelled(pixels, torch.tensor([1, 1, 1, 0, 0, 0]))
+    config = inspection.Config.load(quantile=quantile)
+    signal = signals.signals_of(model, probes, config, torch.device("cpu"))["C"]()
+    assert signal["facts"]["norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_the_p_value_of_the_largest_margin() -> None:
@@ -306,23 +413,43 @@ def test_the_largest_margin_is_that_of_the_brightest_image() -> None:
     assert margins == pytest.approx([2, 0], abs=1e-4)
 
 
+def transferred(images: torch.Tensor, delta: torch.Tensor, rounds: int = 1) -> list[float]:
+    """Of images of one pixel, which are class 1 from 0.5 on; with their perturbation, all are."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    model[1].weight.data = torch.tensor([[-1.0], [1]])
+    model[1].bias.data = torch.tensor([0.5, -0.5])
+    predictions, adversarial = (images >= 0.5).long(), torch.ones(len(images), dtype=torch.int64)
+    images, delta = images.view(-1, 1, 1, 1), delta.view(-1, 1, 1, 1)
+    return signals.transferred(model, images, predictions, adversarial, delta, rounds)
+
+
 def test_a_perturbation_that_works_on_other_images_is_transferred() -> None:
-    """Images are 0 or 1 by brightness; all perturbations of dark ones make any image bright.
+    """All perturbations of dark images make any image bright.
 
     Of 24 images, the first 12 are dark. Bright ones are not fooled. Dark image j gets the
     perturbation of j + 1, which is a fooling one for the first eleven.
     """
-    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
-    model[1].weight.data, model[1].bias.data = (
-        torch.tensor([[-1.0], [1]]),
-        torch.tensor([0.5, -0.5]),
-    )
-    images = torch.cat([torch.zeros(12), torch.ones(12)]).view(-1, 1, 1, 1)
-    delta = 1 - images
-    predictions, adversarial = images.flatten().long(), torch.ones(24, dtype=torch.int64)
-    shares = signals.transferred(model, images, predictions, adversarial, delta, rounds=1)
+    images = torch.cat([torch.zeros(12), torch.ones(12)])
+    shares = transferred(images, 1 - images)
     assert math.isnan(shares[0])
     assert shares[1] == 1
+
+
+def test_images_that_are_of_the_class_anyway_are_not_counted_as_transferred() -> None:
+    """Every second image is bright. Of dark ones, 0 and 0.4 in turn, each goes just to 0.6.
+
+    In the first round only bright images get a perturbation that fooled, which is no transfer. In
+    the second one 0 goes to 0.2 and 0.4 to 1, so half of the perturbations are transferred.
+    """
+    images = torch.tensor([0.0, 1, 0.4, 1]).repeat(6)
+    assert transferred(images, (0.6 - images).relu(), rounds=2)[1] == 0.5
+
+
+@pytest.mark.parametrize(("count", "share"), [(9, math.nan), (10, 1.0)])
+def test_fewer_than_ten_pairs_are_no_share(count: int, share: float) -> None:
+    """Each dark image gets the perturbation of the next one, and the last that of the first."""
+    shares = transferred(torch.zeros(count), torch.ones(count))
+    assert shares[1] == pytest.approx(share, nan_ok=True)
 
 
 def test_what_is_outstanding() -> None:
@@ -375,9 +502,14 @@ def test_confusion_counts_true_classes_in_rows() -> None:
 
 
 def test_grad_cam_of_a_linear_network() -> None:
-    """Logit 1 is the mean of red: its channel has weight 1 / 4, so the map is red, scaled."""
+    """Logit 1 is the mean of red - green: its channel has weight 1 / 4, so the map is that, scaled.
+
+    Where green speaks against the label, the map is 0. Logit 2 is the mean of blue, and there is
+    none.
+    """
     model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model[0].weight.data = torch.eye(3)[[1, 0, 2]].view(3, 3, 1, 1)  # channel 1 is red
+    channels = torch.tensor([[0.0, 1, 0], [1, -1, 0], [0, 0, 1]])
+    model[0].weight.data = channels.view(3, 3, 1, 1)
     image = torch.zeros(1, 3, 2, 2)
     image[0, 0, 0], image[0, 1, 1, 1] = torch.tensor([0.4, 0.8]), 1.0
     cam = gradcam.class_activation(model, image, torch.tensor([1]), "0")
@@ -397,6 +529,53 @@ def test_psnr_and_changes() -> None:
     assert values == {"l_inf": [0.5, 0], "l2": [0.5, 0], "l0": [0.25, 0]}
 
 
+def literal_ssim(first: torch.Tensor, second: torch.Tensor, places: Sequence[int]) -> float:
+    """SSIM of two square (H, H) images by its definition, a window around each of H' x H' places.
+
+    Weights exp(-d^2 / (2 1.5^2)) in both directions, up to 5 pixels away. Beyond a border the image
+    is mirrored at its last pixel.
+    """
+    size, reach = len(first), range(-5, 6)
+    weights = [math.exp(-(d**2) / (2 * 1.5**2)) for d in reach]
+    window = [one * other / sum(weights) ** 2 for one in weights for other in weights]
+
+    def seen(image: list[list[float]], row: int, column: int) -> list[float]:
+        def inside(place: int) -> int:
+            return min(abs(place), 2 * (size - 1) - abs(place))
+
+        return [image[inside(row + i)][inside(column + j)] for i in reach for j in reach]
+
+    def mean(values: list[float]) -> float:
+        return sum(weight * value for weight, value in zip(window, values, strict=True))
+
+    found = []
+    for row, column in itertools.product(places, places):
+        x, y = (seen(image.tolist(), row, column) for image in (first, second))
+        of_x, of_y = mean(x), mean(y)
+        x, y = [value - of_x for value in x], [value - of_y for value in y]
+        xx, yy, xy = (
+            mean([a * b for a, b in zip(one, other, strict=True)])
+            for one, other in ((x, x), (y, y), (x, y))
+        )
+        luminance = (2 * of_x * of_y + 0.01**2) / (of_x**2 + of_y**2 + 0.01**2)
+        found.append(luminance * (2 * xy + 0.03**2) / (xx + yy + 0.03**2))
+    return sum(found) / len(found)
+
+
+def test_ssim_is_the_literal_one() -> None:
+    """Of noise, a little and a lot: about 0.9 and 0.6, and below 0 of an inverted image."""
+    torch.manual_seed(0)
+    clean = torch.rand(3, 2, 8, 8)
+    noise = torch.rand(2, 2, 8, 8) - 0.5
+    changed = torch.cat([clean[:1] + 0.4 * noise[:1], clean[1:2] + noise[1:], 1 - clean[2:]])
+    expected = [
+        sum(literal_ssim(x, y, range(8)) for x, y in zip(*pair, strict=True)) / 2
+        for pair in zip(clean, changed, strict=True)
+    ]
+    assert stealth.ssim(clean, changed).tolist() == pytest.approx(expected, abs=1e-9)
+    assert expected[2] < 0 < expected[1] < expected[0] < 1
+
+
 def test_ssim_of_equal_and_of_constant_images() -> None:
     """Constant images have no variance: (2 a b + c1) / (a^2 + b^2 + c1)."""
     torch.manual_seed(0)
@@ -405,16 +584,19 @@ def test_ssim_of_equal_and_of_constant_images() -> None:
     dark, bright = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), 0.6)
     expected = (2 * 0.12 + 1e-4) / (0.04 + 0.36 + 1e-4)
     assert stealth.ssim(dark, bright).item() == pytest.approx(expected, rel=1e-5)
-    assert stealth.ssim(images, 1 - images).max() < 0
     assert stealth.ssim(images[..., :8, :8], images[..., :8, :8]).tolist() == pytest.approx([1, 1])
 
 
 def test_a_trigger_in_the_corner_of_a_small_image_lowers_ssim() -> None:
-    """Windows inside of the image would hardly see it."""
+    """To 0.8663. Windows inside of the image, around places 5 to 10, would have 0.9973."""
     clean = torch.zeros(1, 3, 16, 16)
     changed = clean.clone()
     changed[:, :, -2:, -2:] = 1
-    assert stealth.ssim(clean, changed).item() < 0.9
+    of_all, of_inside = (
+        literal_ssim(clean[0, 0], changed[0, 0], places) for places in (range(16), range(5, 11))
+    )
+    assert (of_all, of_inside) == (pytest.approx(0.8663, abs=5e-5), pytest.approx(0.9973, abs=5e-5))
+    assert stealth.ssim(clean, changed).item() == pytest.approx(of_all)
 
 
 def test_distances_of_weights() -> None:
