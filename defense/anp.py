@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import Augmented, Masked, Rounds, checked, run
 from models.copies import copied
 from models.parts import called_with, scaled, silenced
+from utils.config import Group
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -50,6 +51,13 @@ class Config(Masked, Rounds, Augmented):
     anp_eps: Annotated[float, Field(ge=0, description="largest noise at the start, relative")]
     anp_steps: Annotated[int, Field(ge=0, description="inner steps, of eps / steps each")]
     anp_alpha: Annotated[float, Field(ge=0, le=1, description="weight of the loss without noise")]
+    n_rounds: Annotated[
+        int,
+        Field(
+            ge=0, description="parts of --nb_iter, each with a line in the log; 0 changes nothing"
+        ),
+        Group.TRAINING,
+    ]
 
 
 def adversarial_noise(

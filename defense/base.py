@@ -170,7 +170,15 @@ class Rounds(DefenseConfig):
         Group.TRAINING,
     ]
     batch_size: Annotated[int, Field(ge=1, description="images per step")]
-    eval_every: Annotated[int, Field(ge=1, description="rounds between two evaluations")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Rounds):
+    """Passes after which there is a model to score."""
+
+    eval_every: Annotated[
+        int, Field(ge=1, description="rounds between two evaluations"), Group.TRAINING
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +192,7 @@ class Augmented(DefenseConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuned(CleanData, Rounds, Augmented):
+class FineTuned(CleanData, Scored, Augmented):
     """Fine-tuning with SGD."""
 
     lr: Annotated[float, Field(gt=0, description="peak learning rate of SGD"), Group.TRAINING]
@@ -196,7 +204,7 @@ class FineTuned(CleanData, Rounds, Augmented):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inverted(CleanData, Rounds):
+class Inverted(CleanData, Scored):
     """Inversion of the trigger by a generator."""
 
     inversion_rounds: Annotated[
@@ -431,12 +439,11 @@ def _defend(
         score = scorer(data.test, lambda: attack.triggered, device)
         before = score(backdoored)
         logger.info("before  %s", before)
-        rounds = config if isinstance(config, Rounds) else None
         watch = Watch(
             folder,
             "round",
             score,
-            rounds.eval_every if rounds else 1,
+            config.eval_every if isinstance(config, Scored) else 1,
             config.checkpoint_every,
             checkpoint,
         )

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import CleanData, Rounds, checked, run
 from models.modes import evaluating
 from models.parts import recording, running_norms
+from utils.config import Group
 from utils.data.batches import as_float
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
@@ -44,6 +45,11 @@ from utils.training.selection import outliers
 class Config(CleanData, Rounds):
     u: Annotated[float, Field(ge=0, description="standard deviations from which on to prune")]
     prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
+    n_rounds: Annotated[
+        int,
+        Field(ge=0, description="how often outliers are pruned; 0 changes nothing"),
+        Group.TRAINING,
+    ]
 
     advice = "raise --u"
     learns = False

@@ -106,11 +106,11 @@ def purify(
     loop = loop or Loop()
     paired = convolutions_before(model, config.pairs, images.shape[1:])  # refuses, even unpruned
     alone = len(running_norms(model)) - len(paired)
-    if alone:
-        loop.findings.warn(
-            f"{alone} of {alone + len(paired)} BatchNorm layers are not looked at, since no "
-            "convolution of their width comes before them"
-        )
+    text = f"{alone} of {alone + len(paired)} BatchNorm layers are not looked at, since "
+    if alone and config.pairs == "direct":
+        loop.findings.say(f"{text}what they read is no convolution's output (--pairs direct)")
+    elif alone:
+        loop.findings.warn(f"{text}no convolution of their width comes before them")
     return pruned_in_rounds(model, config, loop, outlying)
 
 

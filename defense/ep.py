@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import PoisonedData, Rounds, checked, run
 from models.modes import evaluating
 from models.parts import norms, recording
+from utils.config import Group
 from utils.data.batches import as_float
 from utils.errors import UserError
 from utils.training.loop import Loop
@@ -48,6 +49,11 @@ class Config(PoisonedData, Rounds):
         float, Field(gt=0, description="of the histogram, in standard deviations of a channel")
     ]
     prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
+    n_rounds: Annotated[
+        int,
+        Field(ge=0, description="how often outliers are pruned; 0 changes nothing"),
+        Group.TRAINING,
+    ]
 
     advice = "raise --u"
     learns = False

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import Augmented, CleanData, Rounds, checked, run
+from defense.base import Augmented, CleanData, Scored, checked, run
 from models import Classifier
 from models.copies import copied
 from models.modes import evaluating, frozen, twice_differentiable
@@ -52,7 +52,7 @@ Loss = Callable[[torch.Tensor], torch.Tensor]  # of a perturbation (1, C, H, W),
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanData, Rounds, Augmented):
+class Config(CleanData, Scored, Augmented):
     K: Annotated[int, Field(ge=0, description="iterations of the hypergradient; 0 goes without")]
     lr: Annotated[float, Field(gt=0, description="learning rate of Adam, constant")]
     wd: Annotated[float, Field(ge=0, description="weight decay of Adam")]

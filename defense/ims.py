@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import CleanData, Rounds, checked, run
 from models.copies import copied
 from models.parts import called_with, changeable, convolutions, scaled_convolutions, usual_weight
+from utils.config import Group
 from utils.data.batches import as_float
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -63,6 +64,9 @@ class Config(CleanData, Rounds):
     inner_steps: Annotated[int, Field(ge=0, description="steps of a perturbation")]
     adv_lr: Annotated[float, Field(gt=0, description="learning rate of its AdamW, pixels")]
     trigger_norm: Annotated[float, Field(ge=0, description="its largest value, pixels in [0, 1]")]
+    n_rounds: Annotated[
+        int, Field(ge=0, description="steps of the second stage; 0 changes nothing"), Group.TRAINING
+    ]
 
     advice = "give fewer rounds, or more images (--ratio)"
     reads_labels = False

@@ -91,9 +91,12 @@ def stages(model: nn.Module, images: torch.Tensor, names: Iterable[str]) -> list
         Names, the earliest layer first unless they were given.
 
     Raises:
-        UserError: if a layer gives no map, or there are fewer than three such parts.
+        UserError: if a layer gives no map or is named twice, or there are fewer than three such
+            parts.
     """
     given = list(names)
+    if repeated := [name for name in given if given.count(name) > 1]:
+        raise UserError(f"--attention_layers: {repeated[0]} is named twice; name each layer once")
     for name in given:
         layer(model, name, "--attention_layers")
     tried = given or list(top_level(model))

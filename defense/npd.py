@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import CleanData, Rounds, checked, run
+from defense.base import CleanData, Scored, checked, run
 from models.changes import insert
 from models.copies import copied
 from models.modes import evaluating
@@ -48,7 +48,7 @@ ENOUGH = 0.6  # share of a batch that goes to its targets, above which the inner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanData, Rounds):
+class Config(CleanData, Scored):
     lr: Annotated[float, Field(gt=0, description="learning rate of the polarizer's SGD, constant")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]
     wd: Annotated[float, Field(ge=0, description="weight decay of SGD")]

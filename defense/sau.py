@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import CleanData, Rounds, checked, run
+from defense.base import CleanData, Scored, checked, run
 from models.copies import copied
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float, spread
@@ -55,7 +55,7 @@ from utils.training.selection import Best, hold_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedAdversarial(CleanData, Rounds):
+class SharedAdversarial(CleanData, Scored):
     """The inner problem, the weights of the losses, and Adam."""
 
     norm_type: Annotated[Norm, Field(description="ball of delta; Reg is no bound")]

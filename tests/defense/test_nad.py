@@ -148,6 +148,8 @@ def test_layers_without_maps_are_told() -> None:
         purify(network, images, labels, config(attention_layers=("frist",)))
     with pytest.raises(UserError, match="attention_layers"):
         config(attention_layers=("first",) * 4)
+    with pytest.raises(UserError, match="first is named twice; name each layer once"):
+        purify(network, images, labels, config(attention_layers=("second", "first", "first")))
 
 
 # the whole defense

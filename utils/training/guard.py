@@ -157,7 +157,7 @@ def check_given(
             "model: the network changes the images that it is given; give one that does not "
             "normalize in place"
         )
-    if not needs_images:
+    if len(images) == 0:
         return
     classes = _classes(logits, len(some))
     if classes < 2:

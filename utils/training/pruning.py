@@ -212,11 +212,14 @@ def pruned_in_rounds(
     Returns:
         The copy, in eval mode.
     """
-    model, pruned = silenced(model, {}, config.prune_bias), []
+    model = silenced(model, {}, config.prune_bias)
+    rows: dict[tuple[int | str, ...], dict[str, int | str]] = {}
     for _ in loop.rounds(config.n_rounds):
         channels = channels_of(model)
         model = silenced(model, channels, config.prune_bias)
-        pruned += named_channels(channels)
+        # A channel that is pruned may stand out again, because what comes in there is as before.
+        rows |= {tuple(row.values()): row for row in named_channels(channels)}
+    pruned = list(rows.values())
     say_pruned(loop.findings, pruned, f"{len(pruned)} channels pruned")
     return model
 

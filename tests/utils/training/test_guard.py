@@ -13,5 +13,11 @@ def test_a_network_of_one_class_is_refused() -> None:
     images, labels = torch.rand(3, 3, 2, 2), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(UserError, match="it tells one class; give a network with two or more"):
         check_given(
-            network, images, labels, needs_images=True, needs_labels=True, moves_images=True
+            network,
+            images,
+            labels,
+            needs_images=True,
+            needs_labels=True,
+            learns=True,
+            moves_images=True,
         )
