@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -22,6 +23,36 @@ from utils.config import Config, allowed_values, read_yaml
 from utils.data.datasets import DatasetName
 from utils.errors import UserError, suggestion
 from utils.files import ROOT
+
+# What ways to write a number, a boolean, or nothing are for a number, a boolean, and a name.
+TEXTS = {
+    "7": 7,
+    "+1": 1,
+    "-0": 0,
+    "0": 0,
+    "1e3": 1000.0,
+    "1e-4": 0.0001,
+    "1.e3": 1000.0,
+    ".5": 0.5,
+    "+.5": 0.5,
+    "5.": 5.0,
+    "inf": math.inf,
+    ".inf": math.inf,
+    ".INF": math.inf,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "False": False,
+    "no": False,
+    "off": False,
+    "~": None,
+    "null": None,
+    "none": None,
+    "None": None,
+    # Of YAML 1.1 these are 8, 511, 16, 1, 1000, 90, 90.5 and so on.
+    **{text: text for text in ("010", "08", "0777", "00.5", "0o10", "0x10", "0b1", "1_000")},
+    **{text: text for text in ("1:30", "1:30.5", "190:20:30", "y", "n", "t", "Infinity", "1e")},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +217,140 @@ def test_text_that_only_resembles_a_number_stays_text(toy: Path, text: str) -> N
     assert from_flags("--yaml_path", write(toy, f"name: {text}\n")).name == text
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kinds(Config):
+    """A field of every kind, each of which may be missing."""
+
+    number: Annotated[float | None, Field(description="a number")] = None
+    count: Annotated[int | None, Field(description="a whole number")] = None
+    is_on: Annotated[bool | None, Field(description="a boolean")] = None
+    name: Annotated[str | None, Field(description="a text")] = None
+    attack_target: Annotated[
+        int | None, Field(ge=0, description="a label or a name"), configuration.OrName
+    ] = None
+    shares: Annotated[tuple[float, ...], Field(description="numbers")] = ()
+    u: Annotated[float | None, Field(ge=0, description="a threshold")] = None
+
+
+KINDS: dict[str, Any] = {
+    **{"number": None, "count": None, "is_on": None, "name": None, "attack_target": None},
+    **{"shares": (), "u": None},
+}
+REFUSED = "refused"
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Kinds` in a module that has no YAML files."""
+    monkeypatch.setitem(sys.modules, "box.kinds", ModuleType("box.kinds"))
+    monkeypatch.setattr(Kinds, "__module__", "box.kinds")
+
+
+def refused(*argv: str) -> str:
+    """The one line of the error that flags of `Kinds` lead to."""
+    missing = [f"--{name}={'[]' if value == () else 'null'}" for name, value in KINDS.items()]
+    with pytest.raises(UserError) as caught:
+        Kinds.from_command_line([*missing, *argv], "")
+    (problem,) = caught.value.problems
+    return problem
+
+
+def taken(toy: Path, name: str, text: str) -> tuple[Any, Any]:
+    """The value, or that it is refused, of a text as a flag and in a YAML file."""
+    written = f"[{text}]" if name == "shares" else text
+    rest = "".join(
+        f"{key}: {'[]' if value == () else 'null'}\n" for key, value in KINDS.items() if key != name
+    )
+    ways = (
+        ["--yaml_path", write(toy, rest, "rest.yaml"), f"--{name}={text}"],
+        ["--yaml_path", write(toy, f"{rest}{name}: {written}\n", "all.yaml")],
+    )
+    values = []
+    for argv in ways:
+        try:
+            values.append(getattr(Kinds.from_command_line(argv, ""), name))
+        except UserError as error:
+            (problem,) = error.problems
+            assert " is not allowed" in problem
+            values.append(REFUSED)
+    return values[0], values[1]
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_flag_and_a_file_read_the_same(toy: Path, text: str, name: str) -> None:
+    """Or one of them refuses it; neither reads it as something else than the other."""
+    by_flag, in_file = taken(toy, name, text)
+    assert REFUSED in (by_flag, in_file) or by_flag == in_file
+    meant = TEXTS[text]
+    if meant is None and name not in ("shares", "name"):
+        assert by_flag == in_file is None
+    elif name in ("number", "count", "is_on", "u"):
+        kinds = {"number": (int, float), "count": (int,), "is_on": (bool,), "u": (int, float)}[name]
+        allowed = type(meant) in kinds and (name == "u" or meant != math.inf)
+        assert by_flag == in_file == (meant if allowed else REFUSED)
+    elif name == "attack_target":
+        assert by_flag == (meant if type(meant) is int else text)
+        assert in_file == (meant if type(meant) in (int, str) else REFUSED)
+    elif name == "shares":
+        allowed = type(meant) in (int, float) and meant != math.inf
+        assert by_flag == in_file == ((meant,) if allowed else REFUSED)
+
+
+def test_what_is_wrong_with_a_number_is_said(toy: Path) -> None:
+    path = write(toy, "rounds: 010\nwidths: [007]\nlr: 1:30\n")
+    zero = "without a zero in front"
+    assert problems("--yaml_path", path) == [
+        f"{path}: rounds: 010 is not allowed; give int >= 1, {zero}",
+        f"{path}: widths: ['007'] is not allowed; give a list of int, separated by commas, {zero}",
+        f"{path}: lr: 1:30 is not allowed; give float in (0, 1]",
+    ]
+    assert problems("--rounds", "010") == [
+        f"--rounds: 010 is not allowed; give int >= 1, {zero}",
+    ]
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize(
+    ("flag", "value", "advice"),
+    [
+        ("count", "99999999999999999999", "int in [-9223372036854775807, 9223372036854775807] or"),
+        ("attack_target", str(2**63), "int in [0, 9223372036854775807] or null or the name of a c"),
+        ("number", "inf", "a finite number: float in [-1e+30, 1e+30] or null"),
+        ("number", "-.inf", "a finite number: float in [-1e+30, 1e+30] or null"),
+        ("number", "nan", "a finite number: float in [-1e+30, 1e+30] or null"),
+        ("number", "1e31", "float in [-1e+30, 1e+30] or null"),
+        ("count", "inf", "a finite number: int in [-9223372036854775807, 9223372036854775807]"),
+        ("shares", "0,1e400", "finite numbers: a list of float in [-1e+30, 1e+30], separated by"),
+        ("shares", "1e38,0", "a list of float in [-1e+30, 1e+30], separated by commas"),
+        ("u", "-inf", "float >= 0 or null"),
+        ("u", "nan", "float >= 0 or null"),
+    ],
+)
+def test_a_number_that_is_too_large_is_told_the_limit(flag: str, value: str, advice: str) -> None:
+    assert refused(f"--{flag}", value).startswith(
+        f"--{flag}: {value} is not allowed; give {advice}"
+    )
+
+
+@pytest.mark.parametrize("line", ["widths: ['3']", "widths: [true]", "widths: [2.0]", "widths: 3"])
+def test_the_items_of_a_list_in_a_file_have_their_type(toy: Path, line: str) -> None:
+    path = write(toy, f"{line}\n")
+    (problem,) = problems("--yaml_path", path)
+    assert problem.endswith("is not allowed; give a list of int, separated by commas")
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_threshold_may_be_infinite(toy: Path) -> None:
+    """Of `u` alone; the configuration that is written reads back the same."""
+    missing = [f"--{name}={'[]' if value == () else 'null'}" for name, value in KINDS.items()]
+    config = Kinds.from_command_line([*missing, "--u", "inf"], "")
+    assert config.u == math.inf
+    path = write(toy, config.dump())
+    assert Kinds.from_command_line(["--yaml_path", path], "") == config
+
+
 def test_a_whole_number_is_fine_for_a_float(toy: Path) -> None:
     lr = from_flags("--yaml_path", write(toy, "lr: 1\n")).lr
     assert lr == 1
@@ -235,7 +400,8 @@ def test_flags_become_the_type_of_their_field(argv: list[str], field: str, value
         ("dataset: 3", "dataset", "one of digits, cifar10"),
         ("widths: 3", "widths", "a list of int, separated by commas"),
         ("widths: [wide]", "widths", "a list of int, separated by commas"),
-        ("name: 3", "name", "text or null"),
+        ("name: 3", "name", "text or null, in quotes"),
+        ("name: no", "name", "text or null, in quotes"),
     ],
 )
 def test_a_yaml_value_of_the_wrong_type_is_refused(
@@ -329,6 +495,26 @@ def test_an_abbreviated_flag_is_not_guessed() -> None:
     assert any("--round: unknown flag" in line for line in problems("--round=4"))
 
 
+@pytest.mark.parametrize("value", ["-1,2", "-0.5,0,0", "-.5", "-.inf,1", "-1, 2", "-3x"])
+def test_a_value_that_begins_with_a_minus_is_one(value: str) -> None:
+    assert problems("--lr", value) == [f"--lr: {value} is not allowed; give float in (0, 1]"]
+    parser = configuration.Parser()
+    parser.add_argument("--rounds")
+    assert parser.parse_args(["--rounds", value]).rounds == value
+
+
+def test_a_list_may_begin_with_a_minus() -> None:
+    assert from_flags("--widths", "-1,2").widths == (-1, 2)
+
+
+@pytest.mark.parametrize("argv", [["--", "--rounds", "4"], ["--rounds", "--", "4"], ["--"]])
+def test_two_dashes_alone_are_said_to_be_no_flag(argv: list[str]) -> None:
+    """For argparse every word after them is a value, also one that is the name of a flag."""
+    message = "--: is no flag; leave it out, because every word belongs to a flag"
+    assert problems(*argv) == [message]
+    assert problems(*argv, "--rouns=4")[0].startswith("--rouns: unknown flag (did you mean")
+
+
 def test_text_that_belongs_to_no_flag_is_named() -> None:
     (problem,) = problems("--lr", "0.5", "stray")
     assert problem.startswith("stray: ")
@@ -417,8 +603,9 @@ def test_a_needed_value_is_asked_for_beside_a_problem_with_a_longer_name(toy: Pa
         ("lr: " + "[" * 60_000, "more than 16 lists and mappings in each other"),
         ("- " * 30_000, "more than 16 lists and mappings in each other"),
         ("lr: 1" + "0" * 60_000 + "\n", "not valid YAML"),
-        ("lr: 0x" + "f" * 60_000 + "\n", "lr: a very large int is not allowed"),
-        ("lr: 1" + ":1" * 30_000 + ".5\n", "not valid YAML"),
+        ("lr: 0x" + "f" * 60_000 + "\n", "fff is not allowed; give float in (0, 1]"),
+        ("lr: 1" + ":1" * 30_000 + ".5\n", ":1.5 is not allowed; give float in (0, 1]"),
+        ("lr: 1" + "0" * 4000 + "\n", "give float in (0, 1]"),
         ("name: [" + "1," * 30_000 + "]\n", "name: [1, 1, 1"),
         ("name: {a: \x1b[31m}\n", "not valid YAML"),
     ],
