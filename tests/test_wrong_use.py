@@ -181,7 +181,10 @@ def test_the_bounds_are_those_of_the_dataclasses() -> None:
     assert wrong(hints["epochs"]) == ["0", "1.5", str(2**63), "much", "null"]
     assert wrong(hints["flip"]) == ["sideways", "null"]
     assert wrong(hints["dataset_path"]) == []
-    assert limits(_hints(CONFIGS["interop/state_dict"])["std"]) == [(0.0, 5e-324)]
+    assert limits(_hints(CONFIGS["interop/state_dict"])["mean"]) == [
+        (-5e-324, 0.0),
+        (1 + 2**-52, 1.0),
+    ]
 
 
 # --- combinations -------------------------------------------------------------------------------
