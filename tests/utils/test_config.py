@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
+import yaml
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
@@ -800,13 +801,15 @@ def test_dump_reads_back_equal(toy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["1e5", "1e-4", "17", "0x1F", "true", "null", "2024-01-01", "a: b", "#x", " ", "~"]
+    "name",
+    [*TEXTS, "1e5", "17", "0x1F", "2024-01-01", "a: b", "#x", " ", ".nan", "-inf", "NONE", "+7"],
 )
 def test_dump_keeps_text_as_text(toy: Path, name: str) -> None:
     """A name that YAML, or this program's wider notion of a number, would read otherwise."""
     config = dataclasses.replace(ToyConfig.load(), name=name)
     path = write(toy, config.dump(), "dumped.yaml")
     assert from_flags("--yaml_path", path) == config
+    assert yaml.safe_load(config.dump())["name"] == name  # by other programs
 
 
 @pytest.mark.parametrize(
@@ -854,6 +857,92 @@ def shipped_configs() -> dict[str, type[Config]]:
 
 CONFIGS = shipped_configs()
 YAML_FILES = sorted((ROOT / "config").rglob("*.yaml"))
+
+
+# Flags of texts that are no paths.
+NAMES = {
+    *("attention_layers", "dataset", "defenses", "device", "kinds", "layer"),
+    *("save_folder_name", "select_layer_name", "target_layer_name"),
+}
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_each_flag_of_a_text_is_said_to_be_a_path_or_not(script: str) -> None:
+    """A new one goes into `FILES` or `PLACES` of `utils.config`, or into `NAMES` here."""
+    hints = configuration._hints(CONFIGS[script])
+    texts = {
+        name
+        for name, annotation in hints.items()
+        if str in (base := configuration._base(annotation), *get_args(base))
+    }
+    paths = configuration.FILES | configuration.PLACES
+    assert texts <= paths | NAMES
+    assert not (paths & hints.keys()) - texts
+    assert not paths & NAMES
+    assert not configuration.FILES & configuration.PLACES
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        ("attack/badnet", "dataset_path"),
+        ("attack/badnet", "record_path"),
+        ("attack/badnet", "model"),
+        ("attack/blended", "trigger_image"),
+        ("defense/ft", "index"),
+        ("defense/ft", "result_file"),
+        ("analysis/retune", "clean_record"),
+        ("analysis/inspect", "clean_records"),
+        ("analysis/inspect", "state_dict"),
+        ("interop/state_dict", "state_dict"),
+        ("interop/state_dict", "bd_test_dir"),
+    ],
+)
+def test_a_tilde_is_the_home_in_each_flag_of_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, name: str
+) -> None:
+    """As a flag, in files that are named in this way themselves, and from Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    is_list = name == "clean_records"
+    path = write(tmp_path, f"{name}: {['~/x', 'y'] if is_list else '~/x'}\n")
+    seen: list[Any] = []
+
+    def find_dataset(values: Any) -> str:
+        seen.append(values.get(name))
+        return "digits"
+
+    for argv in (["--yaml_path", path], ["--yaml_path=~/mine.yaml"], [f"--{name}=~/x,y"]):
+        argv = argv if is_list else [word.removesuffix(",y") for word in argv]
+        config = CONFIGS[script].from_command_line(argv, "", find_dataset)
+        expected = str(tmp_path / "x")
+        assert getattr(config, name) == ((expected, "y") if is_list else expected)
+        assert is_list or seen[-1] == expected  # before the record is looked for
+    of_python = CONFIGS[script].load("digits", **{name: ("~/x",) if is_list else "~/x"})
+    assert getattr(of_python, name) == ((str(tmp_path / "x"),) if is_list else str(tmp_path / "x"))
+
+
+def test_a_tilde_in_other_flags_stays(toy: Path) -> None:
+    assert from_flags("--name", "~/x").name == "~/x"
+
+
+def test_a_tilde_is_the_home_in_the_flags_of_other_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    parser = configuration.Parser()
+    command = parser.add_subparsers(parser_class=configuration.Parser).add_parser("go")
+    for each in (parser, command):
+        each.add_argument("--to", type=Path)
+        each.add_argument("--under", type=Path, nargs="+")
+        each.add_argument("--model")
+    argv = ["--to=~/x", "--under", "~/a", "b", "--model=~/net.py:build"]
+    for words in (argv, ["go", *argv]):
+        flags = parser.parse_args(words)
+        assert flags.to == tmp_path / "x"
+        assert flags.under == [tmp_path / "a", Path("b")]
+        assert flags.model == f"{tmp_path / 'net.py:build'}"
 
 
 @pytest.mark.parametrize("script", [name for name in CONFIGS if name.startswith("attack/")])
