@@ -203,7 +203,7 @@ class Config:
         paths = [at_home(given.pop(name)) for name in USER_FILES if name in given]
         over = [*(_Layer(path, read_yaml(Path(path))) for path in paths), _Layer("", given, True)]
         merged = _merge([*_shipped(cls), *over])
-        texts = {key: _placed(key, value) for key, value in merged.items() if _is_text(value)}
+        texts = {key: placed(key, value) for key, value in merged.items() if _is_text(value)}
         dataset = None if wants_help and problems else find_dataset(texts)
         layers = [*_shipped(cls, dataset), *over]
         if wants_help:
@@ -218,6 +218,15 @@ class Config:
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
         return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def placed(name: str, value: Any) -> Any:
+    """The value of a flag; if it names a file or a folder, `~` has become the user's home."""
+    if name not in FILES | PLACES:
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(placed(name, item) for item in value)
+    return at_home(value) if isinstance(value, str) else value
 
 
 def _lacks_value(cls: type[Config], name: str, value: str) -> bool:
@@ -479,7 +488,7 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 checked = _check(hints[key], value, layer.is_flags)
                 if key not in ENDLESS and not all(map(_is_within, _each(checked))):
                     raise ValueError("is too large")
-                values[key] = _placed(key, checked)
+                values[key] = placed(key, checked)
             except ValueError:
                 refused.add(key)
                 allowed = _advice(hints[key], value, layer.is_flags, key in ENDLESS)
@@ -535,15 +544,6 @@ def _each(value: Any) -> Sequence[Any]:
 def _is_within(value: Any) -> bool:
     """Whether a number is not too large; true of what is no number."""
     return type(value) not in _LARGEST or abs(value) <= _LARGEST[type(value)]
-
-
-def _placed(name: str, value: Any) -> Any:
-    """The value of a flag; if it names a file or a folder, `~` has become the user's home."""
-    if name not in FILES | PLACES:
-        return value
-    if isinstance(value, tuple):
-        return tuple(map(at_home, value))
-    return at_home(value) if isinstance(value, str) else value
 
 
 def _advice(annotation: Any, value: Any, is_flag: bool, endless: bool) -> str:
