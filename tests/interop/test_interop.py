@@ -348,7 +348,9 @@ def test_an_import_that_was_killed_after_its_last_file_is_finished(
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))
     assert run(*flags[:-1], "y", f"--dataset_path=~/{tmp_path.name}") == 0
-    assert read_object(tmp_path / "y/summary.json")["dataset_path"] == str(tmp_path)
+    import_record(theirs, "z", f"~/{tmp_path.name}", tmp_path)
+    for name in ("y", "z"):
+        assert read_object(tmp_path / name / "summary.json")["dataset_path"] == str(tmp_path)
     for other, code in (([], 0), (["--dataset_path", tmp_path], 2)):
         (tmp_path / ".x.lock").touch()
         capsys.readouterr()
