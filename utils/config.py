@@ -365,8 +365,8 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes text which _Loader, or any other reader, would read as a number."""
 
 
-_WHOLE = r"[-+]?(0|[1-9][0-9]*)"
-_DECIMAL = rf"({_WHOLE}(\.[0-9]*)?|[-+]?\.[0-9]+)([eE][-+]?[0-9]+)?"
+_WHOLE = r"-?(0|[1-9][0-9]*)"  # with a plus it may be the name of a class
+_DECIMAL = r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
 _NOT_FINITE = r"[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)"
 _Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1
 # What a text without quotes is, with its first letters. All else is text.

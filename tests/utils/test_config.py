@@ -28,7 +28,7 @@ from utils.files import ROOT
 # What ways to write a number, a boolean, or nothing are for a number, a boolean, and a name.
 TEXTS = {
     "7": 7,
-    "+1": 1,
+    "+1": 1.0,
     "-0": 0,
     "0": 0,
     "1e3": 1000.0,
