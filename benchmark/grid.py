@@ -36,7 +36,7 @@ from pydantic import (
     model_validator,
 )
 
-from utils.config import read_yaml
+from utils.config import placed, read_yaml
 from utils.errors import UserError, quoted
 from utils.records.contents import NAME
 
@@ -68,7 +68,13 @@ def _not_of_grid(flags: dict[str, Any]) -> dict[str, Any]:
     for name in OF_GRID:
         if name in flags:
             raise ValueError(f"{name} is set by the grid itself; remove it")
-    return flags
+    return {name: placed(name, value) for name, value in flags.items()}
+
+
+def _networks(models: list[str]) -> list[str]:
+    """The networks; raises ValueError if one is there twice."""
+    networks: list[str] = _unique(placed("model", models))
+    return networks
 
 
 Single = bool | int | float | str
@@ -86,7 +92,7 @@ class Slurm(_Part):
 
     partition: str | None = None
     timeout_min: int = Field(60, ge=1)
-    mem_gb: float | None = Field(None, gt=0)
+    mem_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     cpus_per_task: int = Field(2, ge=1)
     gpus_per_node: int = Field(0, ge=0)
     array: bool = False
@@ -105,7 +111,7 @@ class Grid(_Part):
     """The YAML file."""
 
     datasets: Axis
-    models: Annotated[list[str], AfterValidator(_unique)] = Field(min_length=1)
+    models: Annotated[list[str], AfterValidator(_networks)] = Field(min_length=1)
     attacks: Axis
     pratios: Annotated[list[float], AfterValidator(_unique)] = []
     defenses: Annotated[dict[Name, Flags], BeforeValidator(_as_mapping)] = {}

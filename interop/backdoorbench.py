@@ -29,7 +29,7 @@ from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError
-from utils.files import read_object, remove_strays, temporary_folder
+from utils.files import absolute, read_object, remove_strays, temporary_folder
 from utils.process.script import logger, run_script
 from utils.records import folders, places
 from utils.records.attack import (
@@ -194,7 +194,7 @@ def import_record(
         "attack": attack.attack,
         "model_name": attack.model_name,
         **({} if attack.network_size is None else {"network_size": attack.network_size}),
-        "dataset_path": _absolute(dataset_path),
+        "dataset_path": absolute(dataset_path),
         "attack_target": attack.attack_target,
         "attack_label_trans": attack.attack_label_trans,
     }
@@ -233,10 +233,6 @@ def import_record(
     return folder
 
 
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
-
-
 def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None) -> bool:
     """Whether a finished record is the import of that folder."""
     try:
@@ -246,7 +242,7 @@ def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None
         return False
     expected = {
         "imported_sha256": hashes.get(RESULT, ""),
-        "dataset_path": _absolute(dataset_path),
+        "dataset_path": absolute(dataset_path),
     }
     return expected.items() <= summary.items()
 

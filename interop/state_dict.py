@@ -80,12 +80,13 @@ class Config(configuration.Config):
         str | None, Field(description="checkpoint of the model: .pt, .pth or .safetensors")
     ]
     mean: Annotated[
-        tuple[Annotated[float, Field(ge=0)], ...],
-        Field(description="red,green,blue that its normalization subtracts; none: the dataset's"),
+        tuple[Annotated[float, Field(ge=0, le=1)], ...],
+        Field(description="red,green,blue that its normalization subtracts; []: the dataset's"),
     ]
     std: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...],
-        Field(description="red,green,blue that it divides by, pixels in [0, 1]; none: likewise"),
+        # 1/255 is that of a network for pixels of 0 to 255.
+        tuple[Annotated[float, Field(ge=0.001, le=10)], ...],
+        Field(description="red,green,blue that it divides by, pixels in [0, 1]; []: likewise"),
     ]
     bd_test_dir: Annotated[
         str | None,

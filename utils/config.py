@@ -8,6 +8,7 @@ which file or flag a value came from, and reports all problems at once.
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +32,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 from utils.errors import UserError, one_line, quoted, shown, suggestion
-from utils.files import read_text
+from utils.files import as_path, at_home, read_text
 
 USER_FILES = {
     "yaml_path": "YAML file whose values go over the shipped ones",
@@ -40,8 +41,18 @@ USER_FILES = {
 LARGEST = 1 << 16  # bytes of a YAML file, which takes some seconds to read at the worst
 DEEPEST = 16  # lists and mappings in each other
 LONGEST = 4096  # characters of a text; no system takes a longer path
+# Flags that name a file whose content is part of the recipe, in every script that has them.
+FILES = frozenset({"index", "state_dict", "trigger_image"})
+# And those that name a file or a folder of which the recipe has something else, or nothing.
+PLACES = frozenset(
+    {
+        *("record_path", "result_file", "clean_record", "clean_records"),
+        *("dataset_path", "bd_test_dir", "model"),
+    }
+)
+ENDLESS = frozenset({"u"})  # thresholds, in standard deviations, that may be infinite
 # Of numbers: what torch has as an integer, and what stays one in fp32 times or over a few others.
-_LARGEST = {float: 1e30, int: 2**63 - 1, bool: 1}
+_LARGEST: dict[type, float] = {float: 1e30, int: 2**63 - 1}
 _NO_VALUE = "\0"  # a flag that was given without its value
 
 
@@ -81,6 +92,11 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **more,
         )
+        # Names and paths; a value of type `str` stays as it is.
+        self.register("type", None, at_home)
+        self.register("type", Path, as_path)
+        # What begins with a minus and a number is a value, which may be wrong, and never a flag.
+        self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -103,10 +119,8 @@ class _Layer(NamedTuple):
         return f"--{quoted(key)}" if self.is_flags else f"{self.source}: {quoted(key)}"
 
     def shown(self, value: object) -> str:
-        """A value for a message; a number, or true or false, that is a text in YAML has quotes."""
-        is_as_text = isinstance(value, str) and re.fullmatch(
-            r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", value
-        )
+        """A value for a message; a text has quotes if without them it is none in YAML."""
+        is_as_text = isinstance(value, str) and not isinstance(_in_yaml(value[:100]), str)
         return f"'{quoted(value)}'" if is_as_text and not self.is_flags else quoted(value)
 
 
@@ -174,23 +188,22 @@ class Config:
             const = (
                 "true" if _hints(cls).get(name) and _base(_hints(cls)[name]) is bool else _NO_VALUE
             )
-            parser.add_argument(f"--{name}", nargs="?", const=const)
+            parser.add_argument(f"--{name}", nargs="?", const=const, type=str)
         parser.add_argument("-h", "--help", action="store_true")
-        # So that -1e-4 and -inf are values, and out of range, rather than unknown flags.
-        parser._negative_number_matcher = re.compile(
-            r"-((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|inf|nan)$"
-        )
-        parsed, unknown = parser.parse_known_args(list(argv))
+        parsed, unknown = parser.parse_known_args([word for word in argv if word != "--"])
         given = {key: value for key, value in vars(parsed).items() if value is not None}
         wants_help = given.pop("help")
         problems = _unknown_flags(unknown, [*_hints(cls), *USER_FILES, "help"])
+        if "--" in argv:
+            problems.append("--: is no flag; leave it out, because every word belongs to a flag")
         for name in [name for name, value in given.items() if _lacks_value(cls, name, value)]:
             allowed = "a file" if name in USER_FILES else allowed_values(_hints(cls)[name])
             problems.append(f"--{name}: a value is missing; give {allowed}")
             del given[name]
-        paths = [given.pop(name) for name in USER_FILES if name in given]
+        paths = [at_home(given.pop(name)) for name in USER_FILES if name in given]
         over = [*(_Layer(path, read_yaml(Path(path))) for path in paths), _Layer("", given, True)]
-        texts = {k: v for k, v in _merge([*_shipped(cls), *over]).items() if _is_text(v)}
+        merged = _merge([*_shipped(cls), *over])
+        texts = {key: placed(key, value) for key, value in merged.items() if _is_text(value)}
         dataset = None if wants_help and problems else find_dataset(texts)
         layers = [*_shipped(cls, dataset), *over]
         if wants_help:
@@ -205,6 +218,15 @@ class Config:
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
         return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def placed(name: str, value: Any) -> Any:
+    """The value of a flag; if it names a file or a folder, `~` has become the user's home."""
+    if name not in FILES | PLACES:
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(placed(name, item) for item in value)
+    return at_home(value) if isinstance(value, str) else value
 
 
 def _lacks_value(cls: type[Config], name: str, value: str) -> bool:
@@ -269,22 +291,29 @@ def _may_be_a_name(annotation: Any) -> bool:
     return OrName in getattr(annotation, "__metadata__", ())
 
 
-def allowed_values(annotation: Any) -> str:
-    """What a field accepts, in words: 'float in (0, 1]', 'one of a, b', 'int >= 1 or null'."""
-    number = _numbers(annotation)
+def allowed_values(annotation: Any, largest: bool = False) -> str:
+    """What a field accepts, in words: 'float in (0, 1]', 'one of a, b', 'int >= 1 or null'.
+
+    Args:
+        largest: say also how large a number may be if the field itself does not.
+    """
+    number = _numbers(annotation, largest)
     return f"{number} or the name of a class" if _may_be_a_name(annotation) else number
 
 
-def _numbers(annotation: Any) -> str:
+def _numbers(annotation: Any, largest: bool) -> str:
     base, bounds = _base(annotation), _bounds(annotation)
     options = [option for option in get_args(base) if option is not type(None)]
     if get_origin(base) is Literal:
         return "one of " + ", ".join(map(str, options))
     if get_origin(base) is tuple:
-        return f"a list of {allowed_values(options[0])}, separated by commas"
+        return f"a list of {allowed_values(options[0], largest)}, separated by commas"
     null = ""
     if options:
         base, null = options[0], " or null"
+    if largest and base in _LARGEST:
+        bounds |= {} if {"le", "lt"} & bounds.keys() else {"le": _LARGEST[base]}
+        bounds |= {} if {"ge", "gt"} & bounds.keys() else {"ge": -_LARGEST[base]}
     name = {bool: "true or false", str: "text"}.get(base, getattr(base, "__name__", str(base)))
     texts = {key: f"{n:g}" if isinstance(n, float) else str(n) for key, n in bounds.items()}
     low = next((m + texts[key] for key, m in (("ge", "["), ("gt", "(")) if key in texts), "")
@@ -301,8 +330,9 @@ def _numbers(annotation: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """SafeLoader of plain values: null, true, numbers, texts, and lists and mappings of them.
 
-    It reads 1e-4 as a number and a date as text. It refuses tags, references, keys that are
-    repeated or are no plain values, and data that are nested too deeply.
+    Numbers are decimal, as on the command line: 1e-4 is one. 010, 0x10, 1:30, 1_000 and dates are
+    texts. It refuses tags, references, keys that are repeated or are no plain values, and data that
+    are nested too deeply.
     """
 
     depth = 0
@@ -331,25 +361,37 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Merge keys (<<), dates and = are the text that they are.
-_PLAIN = [f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")]
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which _Loader would read as a number."""
+    """SafeDumper that quotes text which _Loader, or any other reader, would read as a number."""
 
 
-# YAML 1.1 asks for a dot and a signed exponent in a float; people write 1e-4.
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
+_WHOLE = r"-?(0|[1-9][0-9]*)"  # with a plus it may be the name of a class
+_DECIMAL = r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+_NOT_FINITE = r"[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)"
+_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1
+# What a text without quotes is, with its first letters. All else is text.
+for _kind, _pattern, _first in (
+    ("null", "~|null|Null|NULL|none|None|NONE|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|yes|Yes|YES|on|On|ON", list("tTyYoO")),
+    ("bool", "false|False|FALSE|no|No|NO|off|Off|OFF", list("fFnNoO")),
+    ("int", _WHOLE, list("-+0123456789")),
+    ("float", f"{_DECIMAL}|{_NOT_FINITE}", list("-+.0123456789iInN")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_pattern})\Z"), _first
+        )
+
+
+def _in_yaml(text: str) -> Any:
+    """What a text is where it stands in a YAML file without quotes.
+
+    Raises:
+        ValueError: if it is a whole number of thousands of digits.
+    """
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text))
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -443,12 +485,13 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 errors.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
                 continue
             try:
-                values[key] = _check(hints[key], value, layer.is_flags)
+                checked = _check(hints[key], value, layer.is_flags)
+                if key not in ENDLESS and not all(map(_is_within, _each(checked))):
+                    raise ValueError("is too large")
+                values[key] = placed(key, checked)
             except ValueError:
                 refused.add(key)
-                allowed = allowed_values(hints[key])
-                if allowed.startswith("text") and isinstance(value, str):
-                    allowed += f", of at most {LONGEST} characters and without NUL"
+                allowed = _advice(hints[key], value, layer.is_flags, key in ENDLESS)
                 choices = _choices(hints[key]) if isinstance(value, str) else ()
                 close = suggestion(str(value), choices) if choices else ""
                 given = f"{layer.where(key)}: {layer.shown(value)}"
@@ -462,25 +505,75 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
     return cls(**values)
 
 
-def _check(annotation: Any, value: Any, is_text: bool) -> Any:
-    """The value as the field's type; YAML values must have that type already, flags are text."""
-    if is_text and value.lower() in ("null", "none") and type(None) in get_args(_base(annotation)):
-        value = None
-    if get_origin(_base(annotation)) is tuple:
-        if is_text:  # 1,2,3, with or without the brackets that YAML and --help write
-            inner = value.strip().removeprefix("[").removesuffix("]")
-            value = inner.split(",") if inner else []
-        return TypeAdapter(annotation).validate_python(value)
+def _check(annotation: Any, value: Any, is_flag: bool) -> Any:
+    """The value as the field's type, which it must have; that of a flag is a text."""
+    base = _base(annotation)
+    options = [base, *get_args(base)]
+    if get_origin(base) is tuple:
+        items = _items(value) if is_flag else value
+        if not isinstance(items, list | tuple):
+            raise ValueError("no list")
+        checked = [_check(get_args(base)[0], item, is_flag) for item in items]
+        return TypeAdapter(annotation).validate_python(checked)
     if isinstance(value, str) and not _is_text(value):
         raise ValueError("no text that a system takes")
-    if _may_be_a_name(annotation) and isinstance(value, str) and value.strip():
-        if not re.fullmatch(r"0|-?[1-9][0-9]*", value.strip()):  # 007 and 1.0 are names
+    if is_flag and type(None) in options and _in_yaml(value) is None:
+        if value == "~" and str in options:  # null in a file, and the user's home in a shell
+            raise ValueError("could mean two things")
+        value = None
+    elif _may_be_a_name(annotation) and isinstance(value, str) and value.strip():
+        if type(_in_yaml(value.strip())) is not int:  # 007 and 1.0 are names
             return value
-        is_text = True  # a number in quotes is one
-    checked = TypeAdapter(annotation).validate_python(value, strict=not is_text)
-    if isinstance(checked, float | int) and not abs(checked) <= _LARGEST[type(checked)]:
-        raise ValueError(f"is too large; give at most {_LARGEST[type(checked)]:g}")
-    return checked
+        value = _in_yaml(value.strip())  # a number in quotes is one
+    elif is_flag and any(kind in options for kind in (bool, int, float)):
+        value = _in_yaml(value.strip())
+    return TypeAdapter(annotation).validate_python(value, strict=True)
+
+
+def _items(text: str) -> list[str]:
+    """Those of a list on the command line, with or without the brackets of YAML and `--help`."""
+    inner = text.strip().removeprefix("[").removesuffix("]")
+    return inner.split(",") if inner else []
+
+
+def _each(value: Any) -> Sequence[Any]:
+    """The items of a list, or the value itself."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _is_within(value: Any) -> bool:
+    """Whether a number is not too large; true of what is no number."""
+    return type(value) not in _LARGEST or abs(value) <= _LARGEST[type(value)]
+
+
+def _advice(annotation: Any, value: Any, is_flag: bool, endless: bool) -> str:
+    """What to give instead of a value that is not allowed."""
+    allowed = allowed_values(annotation)
+    if allowed.startswith("text") and isinstance(value, str):
+        if value == "~":
+            return f"{allowed}, or ~/ for your home"
+        return f"{allowed}, of at most {LONGEST} characters and without NUL"
+    if allowed.startswith("text") and isinstance(value, bool | int | float):
+        return f"{allowed}, in quotes"
+    if _may_be_a_name(annotation) and isinstance(value, bool | float):
+        return f"{allowed}, in quotes"
+    is_list = get_origin(_base(annotation)) is tuple
+    item = get_args(_base(annotation))[0] if is_list else annotation
+    if not {int, float} & {_base(item), *get_args(_base(item))}:
+        return allowed
+    given = [_number(part) for part in (_items(value) if is_flag and is_list else _each(value))]
+    if not endless and not all(map(_is_within, given)):
+        allowed = allowed_values(annotation, largest=True)
+    if not endless and any(isinstance(part, float) and not math.isfinite(part) for part in given):
+        return f"{'finite numbers' if is_list else 'a finite number'}: {allowed}"
+    if any(isinstance(part, str) and re.match(r"[-+]?0\d", part) for part in given):
+        return f"{allowed}, without a zero in front"
+    return allowed
+
+
+def _number(value: Any) -> Any:
+    """The number that a text is; everything else as it is."""
+    return _in_yaml(value.strip()) if isinstance(value, str) and len(value) < LONGEST else value
 
 
 def _is_text(value: object) -> bool:

@@ -235,14 +235,22 @@ def _lock(handle: int) -> bool:
         return True
 
 
+def at_home(text: str) -> str:
+    """A flag's text; a `~` that it begins with is the user's home, as in a shell."""
+    try:
+        return os.path.expanduser(text)
+    except ValueError:  # what comes after it can be no name of a user
+        return text
+
+
 def as_path(text: str | None) -> Path | None:
-    """A flag's path; `~` is the user's home, which a shell does not see to after a `=`."""
-    return None if text is None else Path(os.path.expanduser(text))
+    """A flag's path; see `at_home`, for what a shell does not see to after a `=`."""
+    return None if text is None else Path(at_home(text))
 
 
 def absolute(text: str | None) -> str | None:
     """A flag's path as a record keeps it."""
-    return None if text is None else os.path.abspath(os.path.expanduser(text))
+    return None if text is None else os.path.abspath(at_home(text))
 
 
 @contextlib.contextmanager

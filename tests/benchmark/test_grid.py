@@ -277,6 +277,15 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
     [
         ("seeds: [0, 3]", "", "seeds: Field required"),
         ("seeds: [0, 3]", "seeds: [-1]", r"seeds\.0: .*greater than or equal to 0, not -1"),
+        ("[0, 3]", "[010]", r"seeds\.0: .*valid integer, not '010'"),
+        ("[0, 3]", "[1:30]", r"seeds\.0: .*valid integer, not '1:30'"),
+        ("[0.1, 0.05]", "[0.1, 0.0_5]", r"pratios\.1: .*valid number, not '0.0_5'"),
+        ("epochs: 2", "epochs: 1:30", r"epochs: 1:30 is not allowed; give int >= 1"),
+        (
+            "attack_flags:",
+            "slurm: {mem_gb: .inf}\nattack_flags:",
+            r"mem_gb: .*finite number, not inf",
+        ),
         ("models:", "modles:", r"modles: Extra inputs are not permitted"),
         ("  badnet:", "  ../x:", r"attacks\.\.\./x"),
         ("epochs: 2", "epochs: 0", r"attack/badnet.py: epochs: 0 is not allowed"),
@@ -588,6 +597,35 @@ def test_a_budget_that_is_too_short_for_all_that_is_left_is_named(
         run.main()
     assert "longer than the budget: 100 s or more" in caplog.text
     assert "the same command goes on" not in caplog.text
+
+
+def test_a_name_with_a_zero_in_front_is_a_name(tmp_path: Path) -> None:
+    """In YAML 1.1 the class that is called 010 is the number 8."""
+    (cell, *_) = grid_of(TEXT.replace("  badnet:\n", "  badnet: {attack_target: 010}\n"), tmp_path)
+    assert cell.flags["attack_target"] == "010"
+    assert "--attack_target=010" in cell.arguments()
+
+
+def test_infinity_reaches_the_script(tmp_path: Path) -> None:
+    cells = grid_of(TEXT.replace("  ft:\n", "  clp: {u: .inf}\n"), tmp_path)
+    cell = next(cell for cell in cells if cell.script == "defense/clp.py")
+    assert "--u=inf" in cell.arguments()
+
+
+def test_a_tilde_is_the_home_of_who_runs_a_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before files are looked for, and what is there is compared with what the grid asks for."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "i.txt").write_text("0\n")
+    text = TEXT.replace("  ft:\n", "  ft: {index: ~/i.txt}\n")
+    text += "analyses: {inspect: {clean_records: [~/a, b]}}\n"
+    cells = grid_of(text.replace("[preactresnet18]", "[~/net.py:build]"), tmp_path)
+    attack, ft = cells[:2]
+    assert attack.flags["model"] == ft.flags["model"] == str(tmp_path / "net.py:build")
+    assert ft.flags["index"] == str(tmp_path / "i.txt")
+    assert cells[-1].flags["clean_records"] == [str(tmp_path / "a"), "b"]
 
 
 def test_a_flag_may_be_a_list(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attack import blended
 from benchmark.cells import Cell
 from benchmark.checks import cells_of
 from benchmark.grid import read_grid
 from benchmark.reporting import tables
 from benchmark.reporting.means import summarize
 from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
-from defense import ft
+from defense import fst, ft
 from tests.benchmark.test_report import attack, defense, write
 from tests.interop.test_state_dict import OWN, flags, network, own, state, triggered_images, wrapped
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
@@ -226,15 +227,18 @@ def test_only_flags_that_name_files_are_read(
 ) -> None:
     """A file called as a dataset, or as a precision, is none of the run's."""
     monkeypatch.chdir(tmp_path)
-    for name in ("digits", "auto", "record", "index.txt"):
+    for name in ("digits", "auto", "record", "linear", "index.txt"):
         Path(name).write_text("0\n")
     config = ft.Config.load(dataset="digits", save_folder_name="record", index="index.txt")
     assert ending.paths_of(ft.Config) == {"index"}
+    assert ending.paths_of(blended.Config) == {"trigger_image"}
+    of_layer = fst.Config.load(dataset="digits", select_layer_name="linear")
 
     class Data:
         def fingerprint(self) -> str:
             return A
 
+    assert list(ending.inputs_of(of_layer, Data())) == ["dataset"]  # type: ignore[arg-type]
     found = ending.inputs_of(config, Data(), B, bd_test_dir=C)  # type: ignore[arg-type]
     assert list(found) == ["dataset", "--model", "--index", "--bd_test_dir"]
 

@@ -232,7 +232,7 @@ def test_the_flags_choose_the_channels() -> None:
     assert 2 < total < 20
 
 
-@pytest.mark.parametrize("flags", [{"u": 1e9}, {"n_rounds": 0}])
+@pytest.mark.parametrize("flags", [{"u": 1e9}, {"u": float("inf")}, {"n_rounds": 0}])
 def test_a_bound_without_end_and_no_rounds_change_nothing(
     flags: dict[str, float], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -280,7 +280,7 @@ def test_the_model_stays_as_it_is() -> None:
         assert not any(module._forward_hooks for module in pruned.modules())
 
 
-@pytest.mark.parametrize("flags", [{"u": 1e9}, {"n_rounds": 0}])
+@pytest.mark.parametrize("flags", [{"u": 1e9}, {"u": float("inf")}, {"n_rounds": 0}])
 def test_a_bound_without_end_and_no_rounds_change_nothing(
     flags: dict[str, float], caplog: pytest.LogCaptureFixture
 ) -> None:

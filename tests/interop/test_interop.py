@@ -42,7 +42,7 @@ from utils.data.poison import (
     unpoisoned,
 )
 from utils.errors import UserError
-from utils.files import ROOT
+from utils.files import ROOT, read_object
 from utils.records import folders, places
 from utils.records.attack import file_hashes, load_attack, model_state, save_attack
 from utils.records.named import recorded_dataset
@@ -334,13 +334,23 @@ def test_the_command_line_converts_both_ways(
 
 
 def test_an_import_that_was_killed_after_its_last_file_is_finished(
-    tmp_path: Path, data: Dataset, model: Classifier, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    data: Dataset,
+    model: Classifier,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The lock that it left tells it from one that has ended, which needs --overwrite."""
     theirs = writer.write(tmp_path / "theirs", badnet(data))
     flags = ["import", theirs, "--record_path", tmp_path, "--save_folder_name", "x"]
     assert run(*flags) == 0
     places.attack_folder("x", tmp_path).release()  # as at the end of the process
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))
+    assert run(*flags[:-1], "y", f"--dataset_path=~/{tmp_path.name}") == 0
+    import_record(theirs, "z", f"~/{tmp_path.name}", tmp_path)
+    for name in ("y", "z"):
+        assert read_object(tmp_path / name / "summary.json")["dataset_path"] == str(tmp_path)
     for other, code in (([], 0), (["--dataset_path", tmp_path], 2)):
         (tmp_path / ".x.lock").touch()
         capsys.readouterr()

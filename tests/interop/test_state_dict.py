@@ -190,7 +190,12 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         ({"image_size": 12}, r"3.weight is \(3, 784\) instead of \(3, 400\)"),
         ({"mean": "0.5"}, "--mean: has 1 numbers; give three"),
-        ({"std": "0,1,1"}, "--std: 0,1,1 is not allowed"),
+        ({"std": "0,1,1"}, r"--std: 0,1,1 .* give a list of float in \[0.001, 10\], separated"),
+        ({"std": "1e-30,1,1"}, "--std: 1e-30,1,1 is not allowed"),
+        ({"std": "58,57,57"}, "--std: 58,57,57 is not allowed"),  # of pixels from 0 to 255
+        ({"mean": "124,116,104"}, r"--mean: 124,116,104 .* give a list of float in \[0, 1\], sep"),
+        ({"mean": "1e400,0,0"}, r"--mean: 1e400,0,0 is not allowed; give finite numbers: a list"),
+        ({"mean": "-0.1,0,0"}, r"--mean: -0.1,0,0 is not allowed; give a list of float in \[0, 1"),
         ({"attack_target": 3}, "--attack_target: 3 is no class of folder; give 0 to 2"),
         ({"bd_test_dir": "nowhere"}, "--attack_target: a value is needed with --bd_test_dir"),
         ({"bd_test_dir": "nowhere", "attack_target": 0}, "--bd_test_dir: nowhere is not a folder"),

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
+import yaml
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
@@ -22,6 +24,36 @@ from utils.config import Config, allowed_values, read_yaml
 from utils.data.datasets import DatasetName
 from utils.errors import UserError, suggestion
 from utils.files import ROOT
+
+# What ways to write a number, a boolean, or nothing are for a number, a boolean, and a name.
+TEXTS = {
+    "7": 7,
+    "+1": 1.0,
+    "-0": 0,
+    "0": 0,
+    "1e3": 1000.0,
+    "1e-4": 0.0001,
+    "1.e3": 1000.0,
+    ".5": 0.5,
+    "+.5": 0.5,
+    "5.": 5.0,
+    "inf": math.inf,
+    ".inf": math.inf,
+    ".INF": math.inf,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "False": False,
+    "no": False,
+    "off": False,
+    "~": None,
+    "null": None,
+    "none": None,
+    "None": None,
+    # Of YAML 1.1 these are 8, 511, 16, 1, 1000, 90, 90.5 and so on.
+    **{text: text for text in ("010", "08", "0777", "00.5", "0o10", "0x10", "0b1", "1_000")},
+    **{text: text for text in ("1:30", "1:30.5", "190:20:30", "y", "n", "t", "Infinity", "1e")},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +218,140 @@ def test_text_that_only_resembles_a_number_stays_text(toy: Path, text: str) -> N
     assert from_flags("--yaml_path", write(toy, f"name: {text}\n")).name == text
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kinds(Config):
+    """A field of every kind, each of which may be missing."""
+
+    number: Annotated[float | None, Field(description="a number")] = None
+    count: Annotated[int | None, Field(description="a whole number")] = None
+    is_on: Annotated[bool | None, Field(description="a boolean")] = None
+    name: Annotated[str | None, Field(description="a text")] = None
+    attack_target: Annotated[
+        int | None, Field(ge=0, description="a label or a name"), configuration.OrName
+    ] = None
+    shares: Annotated[tuple[float, ...], Field(description="numbers")] = ()
+    u: Annotated[float | None, Field(ge=0, description="a threshold")] = None
+
+
+KINDS: dict[str, Any] = {
+    **{"number": None, "count": None, "is_on": None, "name": None, "attack_target": None},
+    **{"shares": (), "u": None},
+}
+REFUSED = "refused"
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Kinds` in a module that has no YAML files."""
+    monkeypatch.setitem(sys.modules, "box.kinds", ModuleType("box.kinds"))
+    monkeypatch.setattr(Kinds, "__module__", "box.kinds")
+
+
+def refused(*argv: str) -> str:
+    """The one line of the error that flags of `Kinds` lead to."""
+    missing = [f"--{name}={'[]' if value == () else 'null'}" for name, value in KINDS.items()]
+    with pytest.raises(UserError) as caught:
+        Kinds.from_command_line([*missing, *argv], "")
+    (problem,) = caught.value.problems
+    return problem
+
+
+def taken(toy: Path, name: str, text: str) -> tuple[Any, Any]:
+    """The value, or that it is refused, of a text as a flag and in a YAML file."""
+    written = f"[{text}]" if name == "shares" else text
+    rest = "".join(
+        f"{key}: {'[]' if value == () else 'null'}\n" for key, value in KINDS.items() if key != name
+    )
+    ways = (
+        ["--yaml_path", write(toy, rest, "rest.yaml"), f"--{name}={text}"],
+        ["--yaml_path", write(toy, f"{rest}{name}: {written}\n", "all.yaml")],
+    )
+    values = []
+    for argv in ways:
+        try:
+            values.append(getattr(Kinds.from_command_line(argv, ""), name))
+        except UserError as error:
+            (problem,) = error.problems
+            assert " is not allowed" in problem
+            values.append(REFUSED)
+    return values[0], values[1]
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_flag_and_a_file_read_the_same(toy: Path, text: str, name: str) -> None:
+    """Or one of them refuses it; neither reads it as something else than the other."""
+    by_flag, in_file = taken(toy, name, text)
+    assert REFUSED in (by_flag, in_file) or by_flag == in_file
+    meant = TEXTS[text]
+    if meant is None and name not in ("shares", "name"):
+        assert by_flag == in_file is None
+    elif name in ("number", "count", "is_on", "u"):
+        kinds = {"number": (int, float), "count": (int,), "is_on": (bool,), "u": (int, float)}[name]
+        allowed = type(meant) in kinds and (name == "u" or meant != math.inf)
+        assert by_flag == in_file == (meant if allowed else REFUSED)
+    elif name == "attack_target":
+        assert by_flag == (meant if type(meant) is int else text)
+        assert in_file == (meant if type(meant) in (int, str) else REFUSED)
+    elif name == "shares":
+        allowed = type(meant) in (int, float) and meant != math.inf
+        assert by_flag == in_file == ((meant,) if allowed else REFUSED)
+
+
+def test_what_is_wrong_with_a_number_is_said(toy: Path) -> None:
+    path = write(toy, "rounds: 010\nwidths: [007]\nlr: 1:30\n")
+    zero = "without a zero in front"
+    assert problems("--yaml_path", path) == [
+        f"{path}: rounds: 010 is not allowed; give int >= 1, {zero}",
+        f"{path}: widths: ['007'] is not allowed; give a list of int, separated by commas, {zero}",
+        f"{path}: lr: 1:30 is not allowed; give float in (0, 1]",
+    ]
+    assert problems("--rounds", "010") == [
+        f"--rounds: 010 is not allowed; give int >= 1, {zero}",
+    ]
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize(
+    ("flag", "value", "advice"),
+    [
+        ("count", "99999999999999999999", "int in [-9223372036854775807, 9223372036854775807] or"),
+        ("attack_target", str(2**63), "int in [0, 9223372036854775807] or null or the name of a c"),
+        ("number", "inf", "a finite number: float in [-1e+30, 1e+30] or null"),
+        ("number", "-.inf", "a finite number: float in [-1e+30, 1e+30] or null"),
+        ("number", "nan", "a finite number: float in [-1e+30, 1e+30] or null"),
+        ("number", "1e31", "float in [-1e+30, 1e+30] or null"),
+        ("count", "inf", "a finite number: int in [-9223372036854775807, 9223372036854775807]"),
+        ("shares", "0,1e400", "finite numbers: a list of float in [-1e+30, 1e+30], separated by"),
+        ("shares", "1e38,0", "a list of float in [-1e+30, 1e+30], separated by commas"),
+        ("u", "-inf", "float >= 0 or null"),
+        ("u", "nan", "float >= 0 or null"),
+    ],
+)
+def test_a_number_that_is_too_large_is_told_the_limit(flag: str, value: str, advice: str) -> None:
+    assert refused(f"--{flag}", value).startswith(
+        f"--{flag}: {value} is not allowed; give {advice}"
+    )
+
+
+@pytest.mark.parametrize("line", ["widths: ['3']", "widths: [true]", "widths: [2.0]", "widths: 3"])
+def test_the_items_of_a_list_in_a_file_have_their_type(toy: Path, line: str) -> None:
+    path = write(toy, f"{line}\n")
+    (problem,) = problems("--yaml_path", path)
+    assert problem.endswith("is not allowed; give a list of int, separated by commas")
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_threshold_may_be_infinite(toy: Path) -> None:
+    """Of `u` alone; the configuration that is written reads back the same."""
+    missing = [f"--{name}={'[]' if value == () else 'null'}" for name, value in KINDS.items()]
+    config = Kinds.from_command_line([*missing, "--u", "inf"], "")
+    assert config.u == math.inf
+    path = write(toy, config.dump())
+    assert Kinds.from_command_line(["--yaml_path", path], "") == config
+
+
 def test_a_whole_number_is_fine_for_a_float(toy: Path) -> None:
     lr = from_flags("--yaml_path", write(toy, "lr: 1\n")).lr
     assert lr == 1
@@ -235,7 +401,8 @@ def test_flags_become_the_type_of_their_field(argv: list[str], field: str, value
         ("dataset: 3", "dataset", "one of digits, cifar10"),
         ("widths: 3", "widths", "a list of int, separated by commas"),
         ("widths: [wide]", "widths", "a list of int, separated by commas"),
-        ("name: 3", "name", "text or null"),
+        ("name: 3", "name", "text or null, in quotes"),
+        ("name: no", "name", "text or null, in quotes"),
     ],
 )
 def test_a_yaml_value_of_the_wrong_type_is_refused(
@@ -329,6 +496,26 @@ def test_an_abbreviated_flag_is_not_guessed() -> None:
     assert any("--round: unknown flag" in line for line in problems("--round=4"))
 
 
+@pytest.mark.parametrize("value", ["-1,2", "-0.5,0,0", "-.5", "-.inf,1", "-1, 2", "-3x"])
+def test_a_value_that_begins_with_a_minus_is_one(value: str) -> None:
+    assert problems("--lr", value) == [f"--lr: {value} is not allowed; give float in (0, 1]"]
+    parser = configuration.Parser()
+    parser.add_argument("--rounds")
+    assert parser.parse_args(["--rounds", value]).rounds == value
+
+
+def test_a_list_may_begin_with_a_minus() -> None:
+    assert from_flags("--widths", "-1,2").widths == (-1, 2)
+
+
+@pytest.mark.parametrize("argv", [["--", "--rounds", "4"], ["--rounds", "--", "4"], ["--"]])
+def test_two_dashes_alone_are_said_to_be_no_flag(argv: list[str]) -> None:
+    """For argparse every word after them is a value, also one that is the name of a flag."""
+    message = "--: is no flag; leave it out, because every word belongs to a flag"
+    assert problems(*argv) == [message]
+    assert problems(*argv, "--rouns=4")[0].startswith("--rouns: unknown flag (did you mean")
+
+
 def test_text_that_belongs_to_no_flag_is_named() -> None:
     (problem,) = problems("--lr", "0.5", "stray")
     assert problem.startswith("stray: ")
@@ -417,8 +604,9 @@ def test_a_needed_value_is_asked_for_beside_a_problem_with_a_longer_name(toy: Pa
         ("lr: " + "[" * 60_000, "more than 16 lists and mappings in each other"),
         ("- " * 30_000, "more than 16 lists and mappings in each other"),
         ("lr: 1" + "0" * 60_000 + "\n", "not valid YAML"),
-        ("lr: 0x" + "f" * 60_000 + "\n", "lr: a very large int is not allowed"),
-        ("lr: 1" + ":1" * 30_000 + ".5\n", "not valid YAML"),
+        ("lr: 0x" + "f" * 60_000 + "\n", "fff is not allowed; give float in (0, 1]"),
+        ("lr: 1" + ":1" * 30_000 + ".5\n", ":1.5 is not allowed; give float in (0, 1]"),
+        ("lr: 1" + "0" * 4000 + "\n", "give float in (0, 1]"),
         ("name: [" + "1," * 30_000 + "]\n", "name: [1, 1, 1"),
         ("name: {a: \x1b[31m}\n", "not valid YAML"),
     ],
@@ -613,13 +801,15 @@ def test_dump_reads_back_equal(toy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["1e5", "1e-4", "17", "0x1F", "true", "null", "2024-01-01", "a: b", "#x", " ", "~"]
+    "name",
+    [*TEXTS, "1e5", "17", "0x1F", "2024-01-01", "a: b", "#x", " ", ".nan", "-inf", "NONE", "+7"],
 )
 def test_dump_keeps_text_as_text(toy: Path, name: str) -> None:
     """A name that YAML, or this program's wider notion of a number, would read otherwise."""
     config = dataclasses.replace(ToyConfig.load(), name=name)
     path = write(toy, config.dump(), "dumped.yaml")
     assert from_flags("--yaml_path", path) == config
+    assert yaml.safe_load(config.dump())["name"] == name  # by other programs
 
 
 @pytest.mark.parametrize(
@@ -667,6 +857,92 @@ def shipped_configs() -> dict[str, type[Config]]:
 
 CONFIGS = shipped_configs()
 YAML_FILES = sorted((ROOT / "config").rglob("*.yaml"))
+
+
+# Flags of texts that are no paths.
+NAMES = {
+    *("attention_layers", "dataset", "defenses", "device", "kinds", "layer"),
+    *("save_folder_name", "select_layer_name", "target_layer_name"),
+}
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_each_flag_of_a_text_is_said_to_be_a_path_or_not(script: str) -> None:
+    """A new one goes into `FILES` or `PLACES` of `utils.config`, or into `NAMES` here."""
+    hints = configuration._hints(CONFIGS[script])
+    texts = {
+        name
+        for name, annotation in hints.items()
+        if str in (base := configuration._base(annotation), *get_args(base))
+    }
+    paths = configuration.FILES | configuration.PLACES
+    assert texts <= paths | NAMES
+    assert not (paths & hints.keys()) - texts
+    assert not paths & NAMES
+    assert not configuration.FILES & configuration.PLACES
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        ("attack/badnet", "dataset_path"),
+        ("attack/badnet", "record_path"),
+        ("attack/badnet", "model"),
+        ("attack/blended", "trigger_image"),
+        ("defense/ft", "index"),
+        ("defense/ft", "result_file"),
+        ("analysis/retune", "clean_record"),
+        ("analysis/inspect", "clean_records"),
+        ("analysis/inspect", "state_dict"),
+        ("interop/state_dict", "state_dict"),
+        ("interop/state_dict", "bd_test_dir"),
+    ],
+)
+def test_a_tilde_is_the_home_in_each_flag_of_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, name: str
+) -> None:
+    """As a flag, in files that are named in this way themselves, and from Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    is_list = name == "clean_records"
+    path = write(tmp_path, f"{name}: {['~/x', 'y'] if is_list else '~/x'}\n")
+    seen: list[Any] = []
+
+    def find_dataset(values: Any) -> str:
+        seen.append(values.get(name))
+        return "digits"
+
+    for argv in (["--yaml_path", path], ["--yaml_path=~/mine.yaml"], [f"--{name}=~/x,y"]):
+        argv = argv if is_list else [word.removesuffix(",y") for word in argv]
+        config = CONFIGS[script].from_command_line(argv, "", find_dataset)
+        expected = str(tmp_path / "x")
+        assert getattr(config, name) == ((expected, "y") if is_list else expected)
+        assert is_list or seen[-1] == expected  # before the record is looked for
+    of_python = CONFIGS[script].load("digits", **{name: ("~/x",) if is_list else "~/x"})
+    assert getattr(of_python, name) == ((str(tmp_path / "x"),) if is_list else str(tmp_path / "x"))
+
+
+def test_a_tilde_in_other_flags_stays(toy: Path) -> None:
+    assert from_flags("--name", "~/x").name == "~/x"
+
+
+def test_a_tilde_is_the_home_in_the_flags_of_other_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    parser = configuration.Parser()
+    command = parser.add_subparsers(parser_class=configuration.Parser).add_parser("go")
+    for each in (parser, command):
+        each.add_argument("--to", type=Path)
+        each.add_argument("--under", type=Path, nargs="+")
+        each.add_argument("--model")
+    argv = ["--to=~/x", "--under", "~/a", "b", "--model=~/net.py:build"]
+    for words in (argv, ["go", *argv]):
+        flags = parser.parse_args(words)
+        assert flags.to == tmp_path / "x"
+        assert flags.under == [tmp_path / "a", Path("b")]
+        assert flags.model == f"{tmp_path / 'net.py:build'}"
 
 
 @pytest.mark.parametrize("script", [name for name in CONFIGS if name.startswith("attack/")])

@@ -176,3 +176,5 @@ def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert absolute("~/records") == str(tmp_path / "records")
     assert as_path("a~b") == Path("a~b")
     assert as_path(None) is None
+    assert as_path("~\ud800/a") == Path("~\ud800/a")
+    assert as_path("~a\0/b") == Path("~a\0/b")

@@ -16,7 +16,8 @@ W = TypeVar("W", bound=configuration.Config)
 def with_target(config: W, data: Dataset) -> W:
     """The configuration with the label of the target class, which may have been given by its name.
 
-    A plain number is a label, if there is one, and else a name; 007 and 1.0 are names.
+    A plain number is a label, if there is one, and else a name. 007 is a name, and so is 1.0, which
+    a YAML file has in quotes.
 
     Raises:
         UserError: if the dataset has no such class.

@@ -19,7 +19,7 @@ from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError, one_line, shown
-from utils.files import TABLE, file_sha256, read_text
+from utils.files import TABLE, as_path, file_sha256, read_text
 from utils.records import backdoorbench, schema
 from utils.records.contents import said_of_replaced
 from utils.records.folders import RunFolder
@@ -255,7 +255,7 @@ class AttackRecord(ABC):
                 "the one that has them with --dataset_path"
             )
         with contextlib.nullcontext() if may_write else nothing_written():
-            data = load_dataset(self.dataset, Path(path) if path else None, self.image_shape[1])
+            data = load_dataset(self.dataset, as_path(path or None), self.image_shape[1])
         self.check_dataset(data)
         return data
 

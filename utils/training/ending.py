@@ -4,14 +4,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from models import Classifier
-from utils.config import Config, parse_yaml
+from utils.config import FILES, Config, parse_yaml
 from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset, Triggered
 from utils.metrics import Scores, rate_label
@@ -213,9 +213,7 @@ def files_of_flags(inputs: Mapping[str, str]) -> dict[str, str]:
 
 def paths_of(config_class: type[Config]) -> set[str]:
     """The flags that name files which are part of the recipe."""
-    free = {*_PLACES, "dataset", "model"}
-    hints = get_type_hints(config_class)
-    return {name for name, kind in hints.items() if kind == str | None and name not in free}
+    return {field.name for field in fields(config_class)} & FILES
 
 
 def run_facts(

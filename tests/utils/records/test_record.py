@@ -600,10 +600,14 @@ def test_a_dataset_is_read_where_a_record_says(
     record = load_attack(saved.path)
     record.load_dataset()
     record.load_dataset(str(tmp_path / "here"))
-    assert seen == [(tmp_path / "there", False), (tmp_path / "here", True)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    record.load_dataset("~/here")
+    here = (tmp_path / "here", True)
+    assert seen == [(tmp_path / "there", False), here, here]
     forge(saved, "attack_result.pt", put("dataset_path", None))
     load_attack(saved.path).load_dataset()
-    assert seen[2] == (None, True)
+    assert seen[3] == (None, True)
 
 
 # --- a file of indices --------------------------------------------------------------------------
