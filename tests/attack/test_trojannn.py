@@ -22,7 +22,7 @@ from attack.trojannn import (
     strongest,
 )
 from models import Classifier
-from utils.data.labelled import Dataset
+from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -203,6 +203,39 @@ def test_what_another_kind_of_device_made_is_not_read(setting: Setting) -> None:
     for kind, expected in (("cpu", 1), ("cuda", 2), ("cpu", 1)):
         there = replace(setting, device=torch.device(kind))
         assert int(there.cached("x", {}, lambda: {"v": next(made)})["v"]) == expected
+
+
+def test_what_was_made_of_another_image_is_not_read(setting: Setting) -> None:
+    """The fingerprint of a record looks at each second one of 1000 images."""
+    images = torch.zeros(1000, 1, 2, 2, dtype=torch.uint8)
+    before = Dataset(
+        "d", Labelled(images, torch.arange(1000) % 2), setting.data.test, ("a", "b"), (0.5,), (0.5,)
+    )
+    changed = images.clone()
+    changed[999, 0, 1, 1] = 1
+    after = replace(before, train=replace(before.train, images=changed))
+    assert before.fingerprint() == after.fingerprint()
+    others = [after, replace(before, classes=("a", "c")), replace(before, mean=(0.4,))]
+    made = iter(range(10))
+    read = [
+        int(
+            replace(setting, data=data).cached("x", {}, lambda: {"v": torch.tensor(next(made))})[
+                "v"
+            ]
+        )
+        for data in (before, *others, before, *others)
+    ]
+    assert read == [0, 1, 2, 3] * 2
+
+
+def test_the_images_are_read_once_for_the_names_of_caches(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("attack.setting.digest", lambda tensors: calls.append(1) or "0")
+    for kind in ("x", "y"):
+        setting.cached(kind, {}, lambda: {"v": torch.tensor(0)})
+    assert calls == [1]
 
 
 def test_the_patch_is_grey_levels_inside_the_disc(
