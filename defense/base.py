@@ -221,7 +221,12 @@ class Inverted(CleanData, Rounds):
         float, Field(ge=0, description="largest mean squared change of the benign features")
     ]
     generated_ratio: Annotated[
-        float, Field(ge=0, le=1, description="generated images / batch in unlearning")
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="r: int(r B) + 1 images of a batch of B are generated in unlearning",
+        ),
     ]
 
     advice = "lower --lr or --generated_ratio, or give more images (--ratio)"
