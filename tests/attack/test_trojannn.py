@@ -14,8 +14,8 @@ from attack.trojannn import (
     Config,
     disc,
     invert,
-    last_linear,
     make_trigger,
+    neurons_of,
     penultimate,
     place,
     prepare,
@@ -128,8 +128,11 @@ def test_features_are_what_the_last_linear_layer_reads(tiny_model: Classifier) -
     images = torch.rand(2, 3, 8, 8)
     features = penultimate(network, images)
     assert features.shape == (2, 4)
-    assert torch.equal(last_linear(network)(features), network(images))
-    assert not last_linear(network)._forward_pre_hooks
+    name, layer = neurons_of(network)
+    assert name == "linear"
+    assert torch.equal(layer(features), network(images))
+    assert not layer._forward_pre_hooks
+    assert not layer._forward_hooks
 
 
 def test_more_neurons_than_features_are_refused_before_training(setting: Setting) -> None:
@@ -139,7 +142,14 @@ def test_more_neurons_than_features_are_refused_before_training(setting: Setting
 
 def test_a_network_without_a_linear_layer_is_refused() -> None:
     with pytest.raises(UserError, match=r"--model: .* no linear layer"):
-        last_linear(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))
+        neurons_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))
+
+
+def test_a_network_that_does_not_call_its_last_layer_is_refused() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    network[1].register_module("idle", nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"--model: does not call 1.idle, its last linear layer"):
+        penultimate(network, torch.rand(1, 3, 2, 2))
 
 
 def test_the_chosen_features_grow(tiny_model: Classifier) -> None:
