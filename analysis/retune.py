@@ -55,7 +55,7 @@ class Config(AnalysisConfig, Controlled):
         Field(description="how many of them are replaced by poisoned ones, each tried in turn"),
     ]
     n_rounds: Annotated[int, Field(ge=1, description="passes over them"), Group.TRAINING]
-    batch_size: Annotated[int, Field(ge=2, description="images a step")]
+    batch_size: Annotated[int, Field(ge=2, description="images per step")]
     lr: Annotated[float, Field(gt=0, description="learning rate of SGD, constant")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]
     crop_padding: Annotated[int, Field(ge=0, le=64, description="pixels around a random crop")]
