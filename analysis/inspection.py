@@ -53,7 +53,7 @@ from analysis.signals import (
 )
 from analysis.subject import Subject, load_clean
 from attack.prototype import train
-from attack.recipe import TrainingConfig, clean_plan
+from attack.recipe import TrainingConfig, clean_plan, learned_little
 from models import build_model, check_model, model_identity, prepare
 from models.modes import evaluating
 from utils.config import read_yaml
@@ -73,7 +73,6 @@ from utils.training import ending
 if TYPE_CHECKING:
     from utils.plot import Figure
 
-LOW_ACC = 1.5  # times what guessing reaches
 ENOUGH_CLEAN = 6  # clean models, below which a comparison says little
 FACTS = ("entropy", "z", "norm", "p_gamma")  # of signals
 
@@ -165,7 +164,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         kinds[name], loaders[name] = "clean", functools.partial(built, record, subject, config)
         results.models[name] = record.sha256
     results.facts["acc"] = subject.scores.acc.value
-    if subject.scores.acc.value < LOW_ACC / len(data.classes):
+    if learned_little(subject.scores, len(data.classes)):
         results.warn(
             f"ACC is only {subject.scores.acc} with {len(data.classes)} classes; if the model was "
             "trained with another normalization, give --mean and --std to interop/state_dict.py, "

@@ -56,7 +56,7 @@ class Config(AnalysisConfig, Controlled):
     ]
     inner_steps: Annotated[int, Field(ge=1, description="steps on each batch of a pass")]
     images: Annotated[int, Field(ge=1, description="triggered training images, at most")]
-    batch_size: Annotated[int, Field(ge=1, description="images a step")]
+    batch_size: Annotated[int, Field(ge=1, description="images per step")]
 
     needs_trigger = needs_defenses = True
 

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis import RETUNED_WITH
 from analysis.base import CLEAN, EXACT, AnalysisConfig, Results, percent, run
 from analysis.subject import Controlled, Subject
 from models.copies import copied
@@ -45,8 +46,6 @@ from utils.training.loop import batch_sizes
 if TYPE_CHECKING:
     from utils.plot import Figure
 
-HEADLINE = 5  # poisoned images
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AnalysisConfig, Controlled):
@@ -56,7 +55,7 @@ class Config(AnalysisConfig, Controlled):
         Field(description="how many of them are replaced by poisoned ones, each tried in turn"),
     ]
     n_rounds: Annotated[int, Field(ge=1, description="passes over them"), Group.TRAINING]
-    batch_size: Annotated[int, Field(ge=2, description="images a step")]
+    batch_size: Annotated[int, Field(ge=2, description="images per step")]
     lr: Annotated[float, Field(gt=0, description="learning rate of SGD, constant")]
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD")]
     crop_padding: Annotated[int, Field(ge=0, le=64, description="pixels around a random crop")]
@@ -218,7 +217,7 @@ def exactly_purified(model: nn.Module, config: Config, clean: Mixture, truth: Mi
 def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """ASR before, and ASR and ACC after retuning with five images, or the number nearest to it."""
     after = [row for row in rows if row["poisoned_images"] is not None]
-    row = min(after, key=lambda row: abs(row["poisoned_images"] - HEADLINE))
+    row = min(after, key=lambda row: abs(row["poisoned_images"] - RETUNED_WITH))
     return {
         "asr_retuned": row["asr"],
         "asr": rows[0]["asr"],

@@ -245,22 +245,43 @@ def largest_margin(
     return best
 
 
-def p_value(margins: Sequence[float]) -> float:
+def log_p_value(margins: Sequence[float]) -> float:
     """How likely the largest margin is, if all are drawn from the gamma law of the others.
 
     The law has mean and variance (sample) of the other K - 1 margins; p = 1 - F(largest)^K.
 
     Returns:
-        In [0, 1]; 1 if the others fit no gamma law: their mean is not positive, or all are equal.
+        The natural logarithm of p, at most 0. It is 0 if the others fit no gamma law: their mean is
+        not positive, or all are equal; or if a margin is not finite.
     """
     values = torch.tensor(sorted(margins), dtype=torch.float64)
-    others, largest = values[:-1], values[-1]
-    mean, variance = others.mean(), others.var()
-    if len(others) < 2 or not mean > 0 or not variance > 0:
-        return 1.0
-    shape, scale = mean**2 / variance, variance / mean
-    below = torch.special.gammainc(shape, largest / scale)
-    return float(-torch.expm1(len(values) * below.log()))
+    others, largest = values[:-1], float(values[-1])
+    mean, variance = float(others.mean()), float(others.var())
+    if len(others) < 2 or not values.isfinite().all() or not mean > 0 or not variance > 0:
+        return 0.0
+    above = log_gamma_tail(mean**2 / variance, largest * mean / variance)
+    if above < math.log(1e-100):  # then 1 - (1 - e)^K is K e, as far as float64 goes
+        return math.log(len(values)) + above
+    return math.log(-math.expm1(len(values) * math.log1p(-math.exp(above))))
+
+
+def log_gamma_tail(shape: float, x: float) -> float:
+    """log(1 - F(x)) of the gamma law of scale 1, also where 1 - F(x) itself is 0 in float64.
+
+    There it is Legendre's continued fraction, x^a e^-x / Gamma(a) / (x + 1 - a - 1 (1 - a) /
+    (x + 3 - a - 2 (2 - a) / (x + 5 - a - ...))).
+
+    Args:
+        shape: a > 0.
+        x: >= 0.
+    """
+    above = float(torch.special.gammaincc(torch.tensor(shape).double(), torch.tensor(x).double()))
+    if above > 1e-290:
+        return math.log(above)
+    rest = 0.0
+    for n in range(100, 0, -1):
+        rest = n * (n - shape) / (x + 2 * n + 1 - shape - rest)
+    return shape * math.log(x) - x - math.lgamma(shape) - math.log(x + 1 - shape - rest)
 
 
 def of_share(share: LabelShare) -> Signal:
@@ -366,9 +387,9 @@ def signals_of(
     def noise() -> dict[str, Any]:
         classes = model(images[:1]).shape[1]
         margins = [largest_margin(model, label, shape, config) for label in range(classes)]
-        p = p_value(margins)
+        log_p = log_p_value(margins)
         top = margins.index(max(margins))
-        return asdict(Signal(margins, abs(math.log10(max(p, 1e-300))), top, {"p_gamma": p}))
+        return asdict(Signal(margins, abs(log_p) / math.log(10), top, {"p_gamma": math.exp(log_p)}))
 
     computed = {
         LARGE: lambda: share(LARGE),
@@ -390,5 +411,7 @@ def has_linear_head(model: nn.Module, image: torch.Tensor) -> bool:
         return False
     with recording(model, [name]) as outputs, evaluating(model), torch.no_grad():
         logits = model(image)
+    if name not in outputs:  # the network does not call it
+        return False
     last = outputs[name].float()  # where the network computes in bf16, it is bf16
     return last.shape == logits.shape and bool(torch.allclose(last, logits))

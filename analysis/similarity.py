@@ -51,7 +51,7 @@ class Config(AnalysisConfig, Controlled):
         tuple[Annotated[float, Field(gt=0, le=1)], ...],
         Field(min_length=1, description="channels of a layer that count; the first is reported"),
     ]
-    batch_size: Annotated[int, Field(ge=1, description="images a pass")]
+    batch_size: Annotated[int, Field(ge=1, description="images per pass")]
 
     needs_trigger = needs_defenses = True
 
@@ -124,10 +124,10 @@ def changes(
 
     Args:
         clean, triggered: uint8 (N, C, H, W), the same images.
-        size: images a pass.
+        size: images per pass.
 
     Returns:
-        Float64 (channels,) by layer, on the CPU.
+        Float64 (channels,) by layer, on the CPU; layers that are never called are skipped.
     """
     device = next(model.parameters()).device
     sums: dict[str, torch.Tensor] = {}
@@ -136,8 +136,8 @@ def changes(
             kept = []
             for images in pair:
                 model(as_float(images, device))
-                kept.append({name: outputs[name].float() for name in layers})
-            for name in layers:
+                kept.append({name: output.float() for name, output in outputs.items()})
+            for name in outputs:
                 change = (kept[1][name] - kept[0][name]).abs().mean(dim=(2, 3)).sum(0)
                 sums[name] = sums.get(name, 0) + change.double().cpu()
     return {name: total / len(clean) for name, total in sums.items()}
@@ -155,7 +155,7 @@ def grams(
     Args:
         channels: by layer, several choices of channels.
         images: uint8 (N, C, H, W).
-        size: images a pass.
+        size: images per pass.
 
     Returns:
         By layer, one for each choice: float64 (N, N), on the CPU.
@@ -183,7 +183,9 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     images, clean = triggered.images[rows], subject.data.test.images[triggered.index[rows]]
     shares = tuple(dict.fromkeys(config.shares))
     change = changes(subject.model, layers, clean, images, config.batch_size)
-    channels = {name: [top_channels(change[name], share) for share in shares] for name in layers}
+    channels = {
+        name: [top_channels(values, share) for share in shares] for name, values in change.items()
+    }
     reference = grams(subject.model, channels, images, config.batch_size)
     models: dict[str, Classifier] = {}
     for purified in subject.purified:
@@ -208,7 +210,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                 "cka": cka(reference[layer][number], other[layer][number]),
             }
             for number, share in enumerate(shares)
-            for layer in layers
+            for layer in channels
         ]
     results.tables["similarity"] = table
     means = {share: mean_by_model(table, share) for share in shares}

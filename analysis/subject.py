@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from defense.base import drawn_share
 from models import Classifier, prepare
 from models.changes import changes_of
 from utils.config import Group
@@ -21,13 +22,11 @@ from utils.files import as_path, read_object
 from utils.metrics import Scores
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger
-from utils.process.seeds import generator
 from utils.records import places
 from utils.records.attack import SUMMARY, AttackRecord, checked_hashes, load_attack
 from utils.records.defense import RESULT, load_defense
 from utils.records.named import OfRecord, named_record
 from utils.training.findings import Findings
-from utils.training.selection import drawn_by_class
 from utils.training.watch import scorer
 
 
@@ -199,18 +198,12 @@ class Subject:
         return PoisonedSet(stored.clean, *(part[is_poison] for part in parts))
 
     def clean_draw(self, ratio: float, seed: int) -> torch.Tensor:
-        """Positions of clean training images: of each class the same share, at random.
+        """Positions of clean training images: those that a defense with this ratio and seed sees.
 
         Raises:
             UserError: if that is no image.
         """
-        labels = self.data.train.labels
-        index = drawn_by_class(labels, ratio, generator(seed, "clean subset"))
-        if len(index) == 0:
-            raise UserError(
-                f"--ratio: {ratio:g} of {len(labels)} training images is none; raise it"
-            )
-        return index
+        return drawn_share(self.data.train.labels, ratio, seed)
 
     def clean_images(self, ratio: float, seed: int) -> Labelled:
         """The images of `clean_draw`."""

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attack.poisoning import dirty_label, run
 from attack.recipe import AttackConfig
 from utils.data.emblem import picture
-from utils.data.poison import KINDS, Choice, Triggers
+from utils.data.poison import KINDS, Choice, Triggers, whole_share
 from utils.errors import UserError
 from utils.process.seeds import generator
 
@@ -99,7 +99,7 @@ def tile_masks(indices: torch.Tensor, mask_rate: float, seed: int) -> torch.Tens
     masks = torch.ones(len(indices), TILES**2)
     for mask, index in zip(masks, indices.tolist(), strict=True):
         order = torch.randperm(TILES**2, generator=generator(seed, f"tiles of image {index}"))
-        mask[order[: int(mask_rate * TILES**2)]] = 0
+        mask[order[: whole_share(mask_rate, TILES**2)]] = 0
     return masks.view(-1, 1, TILES, TILES)
 
 

@@ -48,7 +48,7 @@ class AffineConfig(ControlledConfig):
     ]
     rotation_probability: Annotated[float, Field(ge=0, le=1, description="of a rotation")]
     augment_per_batch: Annotated[
-        bool, Field(description="one crop, angle and flip a batch, as published; else per image")
+        bool, Field(description="one crop, angle and flip per batch, as published; else per image")
     ]
 
 

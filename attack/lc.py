@@ -64,7 +64,7 @@ class Config(AttackConfig):
         Literal["adversarial", "plain"], Field(description="how the surrogate model is trained")
     ]
     surrogate_epochs: Annotated[int, Field(ge=1, description="epochs of the surrogate model")]
-    surrogate_steps: Annotated[int, Field(ge=1, description="adversarial steps a training batch")]
+    surrogate_steps: Annotated[int, Field(ge=1, description="adversarial steps per training batch")]
     adv_bound: Annotated[float, Field(ge=0, le=255, description="L_inf bound, grey levels of 255")]
     adv_step: Annotated[float, Field(gt=0, le=255, description="size of a step, grey levels")]
     adv_steps: Annotated[int, Field(ge=0, description="steps that make an image adversarial")]

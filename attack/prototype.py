@@ -19,6 +19,7 @@ from attack.recipe import (
     Plan,
     TrainingConfig,
     clean_plan,
+    learned_little,
     network_size,
     new_model,
     train_by_recipe,
@@ -208,7 +209,7 @@ def _warnings(scores: Scores, num_classes: int) -> list[str]:
             f"the attack failed: ASR is {scores.asr}, under 50 %; train longer, or raise "
             "--pratio, before any defense"
         )
-    if scores.acc.value < 1.5 / num_classes:
+    if learned_little(scores, num_classes):
         warnings.append(
             f"the model learned little: ACC is {scores.acc} with {num_classes} classes; train "
             "longer"

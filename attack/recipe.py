@@ -186,6 +186,11 @@ def clean_model(
     return prepare_model(model, setting.device, setting.precision).eval().requires_grad_(False)
 
 
+def learned_little(scores: Scores, num_classes: int) -> bool:
+    """Whether ACC is under one and a half times what guessing reaches."""
+    return scores.acc.value < 1.5 / num_classes
+
+
 def recipe(config: TrainingConfig, setting: Setting) -> dict[str, Any]:
     """All that a trained model depends on, except data and epochs; for `Setting.cached`."""
     names = (

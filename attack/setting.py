@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from utils.process import distributed
 from utils.process.device import environment
 from utils.process.script import logger
 from utils.records import folders
+from utils.records.checkpoint import digest
 from utils.records.lock import Lock
 from utils.records.partial import Partial
 from utils.tensors import explained, load_tensors
@@ -53,6 +55,20 @@ class Setting:
     def warnings(self) -> list[str]:
         """Lines for the summary; see `warn`."""
         return self.findings.warnings
+
+    @cached_property
+    def dataset(self) -> dict[str, Any]:
+        """All of the dataset that a tensor may depend on, as plain data: every image counts.
+
+        The fingerprint that records keep is of a sample of the images. It would give a changed
+        dataset what was made of another one. This is computed once, at the first use.
+        """
+        return {
+            "sha256": digest(self.data.tensors()),
+            "classes": self.data.classes,
+            "mean": self.data.mean,
+            "std": self.data.std,
+        }
 
     def warn(self, text: str) -> None:
         """Logs a warning now, and keeps it for the summary."""
@@ -146,7 +162,7 @@ class Setting:
 
     def _name(self, kind: str, key: Mapping[str, Any], version: int) -> str:
         """A name that is another one where something is another that a tensor depends on."""
-        about = {"version": version, "data": self.data.fingerprint(), "device": self.device.type}
+        about = {"version": version, "data": self.dataset, "device": self.device.type}
         depends = {**key, **about}
         text = json.dumps(depends, sort_keys=True)
         return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"

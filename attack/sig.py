@@ -42,15 +42,15 @@ from utils.errors import UserError
 class Config(AttackConfig):
     delta: Annotated[float, Field(gt=0, le=255, description="height of the sine, grey levels")]
     frequency: Annotated[
-        int | None, Field(ge=1, description="cycles an image; null for 6, or 3 under 24 pixels")
+        int | None, Field(ge=1, description="cycles per image; null for 6, or 3 under 24 pixels")
     ]
 
 
 def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
     """The trigger x[..., j] -> x[..., j] + delta sin(2 pi frequency j / W), truncated.
 
-    The sine is rounded to six decimals first: where it is zero, the published code has a tiny
-    negative number in some columns, which truncation makes a whole grey level.
+    The sum is in float32, which absorbs the error of a sine that should be zero. Published code
+    adds in float64, where a tiny negative number in some columns costs a whole grey level.
 
     Args:
         image_shape: (C, H, W).
@@ -70,8 +70,7 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
             f"{(width - 1) // 2}"
         )
     columns = torch.arange(width, dtype=torch.float64)
-    sine = config.delta * torch.sin(2 * math.pi * cycles * columns / width)
-    stripes = sine.round(decimals=6).float()
+    stripes = (config.delta * torch.sin(2 * math.pi * cycles * columns / width)).float()
 
     def trigger(images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return (images.float() + stripes).clamp(0, 255).to(torch.uint8)

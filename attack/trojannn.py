@@ -41,6 +41,7 @@ from attack.poisoning import run
 from attack.recipe import AttackConfig, bare_model, clean_model, recipe
 from attack.setting import Setting
 from models import Classifier
+from models.parts import last_linear, recording
 from utils.data.batches import truncated
 from utils.data.poison import Trigger
 from utils.errors import UserError
@@ -80,16 +81,13 @@ def disc(height: int, width: int) -> torch.Tensor:
     return rows.square() + columns.square() <= (0.15 * height) ** 2
 
 
-def last_linear(network: nn.Module) -> nn.Linear:
-    """The layer that makes the logits.
+def neurons_of(network: nn.Module) -> tuple[str, nn.Linear]:
+    """The layer that makes the logits, with its name; its inputs are the neurons.
 
     Raises:
         UserError: if the network has no linear layer.
     """
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise UserError("--model: has no linear layer to take neurons of; give preactresnet18")
-    return layers[-1]
+    return last_linear(network, "--model", "give preactresnet18")
 
 
 def strongest(weight: torch.Tensor, count: int) -> torch.Tensor:
@@ -102,16 +100,19 @@ def penultimate(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
     Shape:
         (N, C, H, W) float, as the bare network takes them -> (N, features) float.
+
+    Raises:
+        UserError: if the network has no linear layer, or does not call its last one.
     """
-    features: list[torch.Tensor] = []
-    hook = last_linear(network).register_forward_pre_hook(
-        lambda _, inputs: features.append(inputs[0])
-    )
-    try:
+    name, _ = neurons_of(network)
+    with recording(network, [name], of="input") as inputs:
         network(images)
-    finally:
-        hook.remove()
-    return features[0]
+    if name not in inputs:
+        raise UserError(
+            f"--model: does not call {name}, its last linear layer, whose inputs are the neurons; "
+            "give preactresnet18"
+        )
+    return inputs[name]
 
 
 def invert(
@@ -159,7 +160,8 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor:
     Raises:
         UserError: if the network has no linear layer, or fewer features than --neurons.
     """
-    layer = last_linear(bare_model(config, setting.data).network)  # refused before training one
+    network = bare_model(config, setting.data).network
+    _, layer = neurons_of(network)  # refused before training one
     if config.neurons > layer.in_features:
         raise UserError(
             f"--neurons: {config.neurons}, but the last linear layer of {config.model} has "
@@ -173,7 +175,7 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor:
 
     def compute() -> dict[str, torch.Tensor]:
         model = clean_model(config, setting, config.clean_epochs)
-        weight = last_linear(model.network).weight
+        weight = neurons_of(model.network)[1].weight
         if config.neuron_choice == "random":
             rng = generator(config.random_seed, "trojan head")
             weight = torch.rand(RANDOM_HEAD, weight.shape[1], generator=rng)

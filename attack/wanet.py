@@ -40,7 +40,7 @@ from attack.controlled import (
 )
 from attack.setting import Setting
 from utils.data.batches import as_float
-from utils.data.poison import count_in_batch
+from utils.data.poison import count_in_batch, whole_share
 from utils.process.seeds import Draws, generator
 
 
@@ -151,7 +151,7 @@ class WaNet(Draws):
 
     def poisoned_per_batch(self, batch_size: int) -> tuple[int, int]:
         poisoned = count_in_batch(self._config.pratio, batch_size, self._coin)
-        return poisoned, min(int(poisoned * self._config.cross_ratio), batch_size - poisoned)
+        return poisoned, min(whole_share(self._config.cross_ratio, poisoned), batch_size - poisoned)
 
     def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         poisoned, crossed = self.poisoned_per_batch(len(images))

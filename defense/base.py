@@ -229,7 +229,12 @@ class Inverted(CleanData, Scored):
         float, Field(ge=0, description="largest mean squared change of the benign features")
     ]
     generated_ratio: Annotated[
-        float, Field(ge=0, le=1, description="generated images / batch in unlearning")
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="r: int(r B) + 1 images of a batch of B are generated in unlearning",
+        ),
     ]
 
     advice = "lower --lr or --generated_ratio, or give more images (--ratio)"
@@ -547,15 +552,31 @@ def drawn_index(labels: torch.Tensor, config: CleanData | PoisonedData) -> torch
         if len(index) == 0:
             raise UserError(f"--index: {config.index} is empty; name at least one image")
         return index
-    if round(config.ratio * count) == 0:
+    return drawn_share(labels, config.ratio, config.random_seed)
+
+
+def drawn_share(labels: torch.Tensor, ratio: float, seed: int) -> torch.Tensor:
+    """A share of each class of the training set, drawn at random; also for analyses.
+
+    Args:
+        labels: int64 (N,), of the training set.
+        ratio: in (0, 1].
+
+    Returns:
+        int64 indices into the training set, ascending.
+
+    Raises:
+        UserError: if round(ratio N) is 0.
+    """
+    count = len(labels)
+    if round(ratio * count) == 0:
         raise UserError(
-            f"--ratio: {config.ratio:g} of {count} training images is none; give at least "
-            f"{1 / count:.2g}"
+            f"--ratio: {ratio:g} of {count} training images is none; give at least {1 / count:.2g}"
         )
-    rng = generator(config.random_seed, "clean subset")
-    index = selection.drawn_by_class(labels, config.ratio, rng)
+    rng = generator(seed, "clean subset")
+    index = selection.drawn_by_class(labels, ratio, rng)
     if len(index) == 0:  # each class has a single image, of which the share is none
-        index = torch.randperm(count, generator=rng)[: round(config.ratio * count)].sort().values
+        index = torch.randperm(count, generator=rng)[: round(ratio * count)].sort().values
     return index
 
 

@@ -56,6 +56,8 @@ def unlearning_loss(
 ) -> torch.Tensor:
     """CE(h(x'), y) + MSE(f(x), f(x')); both terms have a gradient through x and x'.
 
+    The mean squared error is computed at least in float32, also where the features are bfloat16.
+
     Args:
         model: in the mode that it has; from (B, C, H, W) to (B, K).
         layer: whose output is f.
@@ -70,7 +72,9 @@ def unlearning_loss(
         model(images)
         clean = features[layer]
         logits = model(mixed)
-        return F.cross_entropy(logits, labels) + F.mse_loss(features[layer], clean)
+    wide = torch.promote_types(clean.dtype, torch.float32)
+    change = F.mse_loss(features[layer].to(wide), clean.to(wide))
+    return F.cross_entropy(logits, labels) + change
 
 
 @checked

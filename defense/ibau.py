@@ -43,6 +43,7 @@ from models.copies import copied
 from models.modes import evaluating, frozen, twice_differentiable
 from models.parts import learning_weights
 from utils.data.batches import as_float, augment, spread
+from utils.data.poison import whole_share
 from utils.process.seeds import generator
 from utils.training.findings import Picture
 from utils.training.loop import Loop, batch_sizes
@@ -239,7 +240,7 @@ def purify(
 
     def gradient(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """The hypergradient of a batch; logs its loss."""
-        count = int(config.portion * len(x))
+        count = whole_share(config.portion, len(x))
         perturbed = torch.randperm(len(x), generator=chosen)[:count].to(device)
 
         def outer(delta: torch.Tensor) -> torch.Tensor:
@@ -280,7 +281,7 @@ def purify(
 
 def _warn_of_portion(loop: Loop, batch_size: int, config: Config) -> None:
     """Warns if a share of a batch is rounded down to no image, so that nothing is unlearned."""
-    if config.portion > 0 and int(config.portion * batch_size) == 0:
+    if config.portion > 0 and whole_share(config.portion, batch_size) == 0:
         loop.findings.warn(
             f"--portion: {config.portion:g} of a batch of {batch_size} is no image, so no "
             f"perturbation is unlearned; give at least {1 / batch_size:.3g}"

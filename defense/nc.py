@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
 from models.copies import copied
+from models.inputaware import to_unit
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
@@ -64,11 +65,6 @@ class Config(FineTuned):
 
     advice = "lower --lr or --unlearning_ratio, or give more images (--ratio)"
     moves_images = True
-
-
-def bounded(theta: torch.Tensor) -> torch.Tensor:
-    """tanh(theta) / (2 + 1e-7) + 0.5, inside (0, 1): any shape -> the same."""
-    return theta.tanh() / (2 + 1e-7) + 0.5
 
 
 def stamp(images: torch.Tensor, mask: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
@@ -133,7 +129,7 @@ def invert_trigger(
             for index in loop.batches(len(images), config.batch_size, order, least=1):
                 batch = augment(images[index], config.crop_padding, config.flip, crops)
                 x = as_float(batch, device)
-                mask, pattern = bounded(theta["mask"]), bounded(theta["pattern"])
+                mask, pattern = to_unit(theta["mask"]), to_unit(theta["pattern"])
                 logits = called(stamp(x, mask, pattern).to(x.dtype))
                 wanted = torch.full((len(x),), target, device=device)
                 norm = mask.sum()
@@ -169,7 +165,7 @@ def adjust(
         norm: mean of the mask's sum over the pass's batches.
     """
     works = success >= config.atk_succ_threshold
-    now = {name: bounded(value).clone() for name, value in theta.items()}
+    now = {name: to_unit(value).clone() for name, value in theta.items()}
     if works and norm < search["best_norm"]:
         best.update(now)
         search["best_norm"].fill_(norm)
@@ -283,7 +279,7 @@ def _report(
         for label in range(len(norms))
     ]
     shown = norms.argsort(stable=True)[:8].tolist()
-    example = as_float(images[:1]).cpu()
+    example = as_float(images[:1]).cpu().float()
     masks, patterns = (
         torch.stack([triggers[label][part].cpu() for label in shown]) for part in (0, 1)
     )
@@ -291,7 +287,7 @@ def _report(
     loop.findings.pictures["triggers"] = Picture(
         "the smallest triggers, by class",
         {
-            "mask": masks.expand(-1, 3, -1, -1),
+            "mask": masks.expand_as(patterns),
             "pattern": patterns,
             "stamped": stamp(example, masks, patterns),
         },

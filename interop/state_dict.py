@@ -29,7 +29,7 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attack.recipe import TrainingConfig
+from attack.recipe import TrainingConfig, learned_little
 from models import build_model, check_model, model_identity, prepare
 from utils import config as configuration
 from utils.config import Group
@@ -251,7 +251,7 @@ def import_model(config: Config) -> folders.RunFolder:
 
 def _warnings(scores: Scores, num_classes: int) -> list[str]:
     warnings = []
-    if scores.acc.value < 1.5 / num_classes:
+    if learned_little(scores, num_classes):
         warnings.append(
             f"ACC is only {scores.acc} with {num_classes} classes; check --mean, --std, "
             "--image_size, and that the classes are in the dataset's order"

@@ -139,11 +139,28 @@ def layer_or_last(model: nn.Module, name: str | None, flag: str) -> nn.Module:
     """
     if name is not None:
         return layer(model, name, flag)
-    linear = [module for module in bare(model).modules() if isinstance(module, nn.Linear)]
+    return last_linear(model, flag, "name a layer")[1]
+
+
+def last_linear(model: nn.Module, flag: str, advice: str) -> tuple[str, nn.Linear]:
+    """The last linear layer of the bare network, with its name.
+
+    Args:
+        flag: that is to blame, for the message.
+        advice: what to do, for the message.
+
+    Raises:
+        UserError: if there is none.
+    """
+    linear = [
+        (name, module)
+        for name, module in bare(model).named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     if not linear:
         raise UserError(
-            f"{flag}: this network has no linear layer, of which the last one would be taken; name "
-            "a layer"
+            f"{flag}: this network has no linear layer, of which the last one would be taken; "
+            f"{advice}"
         )
     return linear[-1]
 

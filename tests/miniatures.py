@@ -20,7 +20,7 @@ def official(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def official_cifar(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Miniature pickles in the official layout, two images a file, accepted in place of the real.
+    """Miniature pickles in the official layout, two images per file, accepted in place of the real.
 
     Image number i of a split has the red plane i, green 100 + i, blue 200 + i, and the label i.
     """
@@ -83,7 +83,7 @@ def _write_gtsrb_csv(path: Path, rows: list[str]) -> None:
 def official_tiny(
     folder: Path, classes: int = 200, count: int = 1, layout: str = "official"
 ) -> Path:
-    """`count` training images a class, and test images val_9 to val_11 of the classes 7, 0 and 7.
+    """`count` training images per class, and test images val_9 to val_11 of the classes 7, 0 and 7.
 
     Training image i of class c is of the grey c; test image val_i of 100 + i. wnids.txt, whose
     order is not that of the names, lists the last class first. Layouts: "official", and "sorted"

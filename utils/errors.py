@@ -77,8 +77,9 @@ def listed(names: Sequence[object], between: str = ", ", limit: int = 60) -> str
     Args:
         limit: characters of each, see `shown`.
     """
-    more = len(names) - 10
-    parts = [shown(name, limit) for name in names[:10]] + [f"and {more} more"] * (more > 0)
+    parts = [shown(name, limit) for name in names[:10]]
+    if len(names) > 10:
+        parts.append(f"and {len(names) - 10} more")
     return between.join(parts)
 
 

@@ -31,6 +31,7 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from analysis import RETUNED_WITH
 from utils.config import read_yaml
 from utils.errors import UserError, listed, one_line, shown
 from utils.files import read_bytes, read_object, read_text
@@ -53,7 +54,6 @@ HEADLINES = {
     "similarity": ("S", False),
     "similarity_clean": ("clean model S", False),
 }
-POISONED_IMAGES = 5  # of a re-learned ASR that is reported
 _LARGEST_METRICS = 4 << 20  # bytes of a metrics.csv
 _LARGEST_GRID = 64 << 20  # bytes of a runs.jsonl, and of a curves.csv
 _WIDEST = 10_000  # characters of the first line of a table
@@ -322,7 +322,7 @@ def read_analyses(result: Path) -> dict[str, float]:
             of_model = headline.get(name)
             if isinstance(of_model, dict):
                 values = {f"{key}{ending}": value for key, value in of_model.items()}
-                if of_model.get("poisoned_images", POISONED_IMAGES) != POISONED_IMAGES:
+                if of_model.get("poisoned_images", RETUNED_WITH) != RETUNED_WITH:
                     values.pop(f"asr_retuned{ending}", None)
                 numbers |= values
     return checked_headline(numbers)

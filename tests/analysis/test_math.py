@@ -391,9 +391,73 @@ def test_the_share_of_images_that_is_sent_to_a_class_is_a_flag(
 def test_the_p_value_of_the_largest_margin() -> None:
     """Others 1 and 3: mean 2, variance 2, so shape 2, scale 1, and F(x) = 1 - (1 + x) exp(-x)."""
     below = 1 - 5 * math.exp(-4)
-    assert signals.p_value([1.0, 4.0, 3.0]) == pytest.approx(1 - below**3)
-    assert signals.p_value([-1.0, 1.0, 5.0]) == 1.0
-    assert signals.p_value([2.0, 2.0, 5.0]) == 1.0
+    assert signals.log_p_value([1.0, 4.0, 3.0]) == pytest.approx(math.log(1 - below**3))
+    assert signals.log_p_value([-1.0, 1.0, 5.0]) == 0
+    assert signals.log_p_value([2.0, 2.0, 5.0]) == 0
+    assert signals.log_p_value([1.0, 3.0, math.inf]) == 0
+
+
+def test_larger_margins_have_smaller_p_values_as_far_as_numbers_go() -> None:
+    """Others 1 and 3 again; where 1 - F is small, p is 3 (1 + x) exp(-x), here up to e^-10^9."""
+    margins = [30.0, 36, 37, 40, 231, 300, 660, 670, 680, 700, 745, 746, 1e4, 1e9]
+    values = [signals.log_p_value([1.0, 3.0, x]) for x in margins]
+    expected = [math.log(3) + math.log1p(x) - x for x in margins]
+    assert values == pytest.approx(expected, rel=1e-9)
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("x", [30.0, 300, 650, 680, 740, 760, 2000, 14700, 1e6])
+def test_the_tail_of_the_gamma_law_is_that_of_laws_with_a_formula(x: float) -> None:
+    """1 - F is erfc(sqrt x) for shape 1/2, and exp(-x) sum_{k < n} x^k / k! for shape n."""
+    half = float(torch.special.log_ndtr(-torch.tensor(2 * x).double().sqrt())) + math.log(2)
+    assert signals.log_gamma_tail(0.5, x) == pytest.approx(half, rel=1e-12)
+    for n in (1, 7, 200, 10_000):
+        k = torch.arange(n, dtype=torch.float64)
+        whole = float((k * math.log(x) - torch.lgamma(k + 1)).logsumexp(0)) - x
+        if whole > -1e-9:  # of a law whose middle is beyond x
+            continue
+        assert signals.log_gamma_tail(n, x) == pytest.approx(whole, rel=1e-11)
+
+
+def test_signal_d_goes_on_where_p_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """p = 3 * 1001 exp(-1000) = 10^-430.8."""
+    margins = [1.0, 1000.0, 3.0]
+    monkeypatch.setattr(signals, "largest_margin", lambda model, label, *_: margins[label])
+    probes = Labelled(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    model, config = build_model("tiny", 3), inspection.Config.load()
+    signal = signals.signals_of(model, probes, config, torch.device("cpu"))[signals.NOISE]()
+    expected = 1000 / math.log(10) - math.log10(3003)
+    assert signal["statistic"] == pytest.approx(expected)
+    assert (signal["top"], signal["facts"]) == (1, {"p_gamma": 0})
+
+
+class Forked(nn.Module):
+    """Its last part has two linear layers, and its last block two convolutions; one is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = {name: nn.Conv2d(3, 4, 3) for name in ("idle", "used")}
+        self.block = nn.ModuleDict(convolutions)
+        self.heads = nn.ModuleDict({name: nn.Linear(4, 3) for name in ("idle", "used")})
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.heads["used"](self.block["used"](images).relu().mean((2, 3)))
+
+
+def test_a_network_that_does_not_call_its_head_has_no_signal_of_it() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    assert not signals.has_linear_head(Forked(), images[:1])
+    probes = Labelled(images, torch.tensor([0, 1]))
+    computed = signals.signals_of(Forked(), probes, inspection.Config.load(), torch.device("cpu"))
+    assert signals.HEAD not in computed
+
+
+def test_convolutions_that_are_never_called_are_not_compared() -> None:
+    model, images = Forked(), torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    layers = similarity.compared_layers(model)
+    assert layers == ["block.idle", "block.used"]
+    change = similarity.changes(model, layers, images, 255 - images, size=2)
+    assert list(change) == ["block.used"]
 
 
 def test_the_largest_margin_is_that_of_the_brightest_image() -> None:

@@ -407,7 +407,7 @@ class Idle:
 def test_a_last_batch_of_one_image_joins_the_one_before(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """37 images by 12, before a BatchNorm that knows nothing of one image: three steps an epoch."""
+    """37 images by 12 are three steps per epoch; a BatchNorm knows nothing of one image."""
     monkeypatch.setattr(utils.data.images, "ROOT", tmp_path)
     data, module = random_data(), importlib.import_module(f"attack.{name}")
     changes = {"mask_epochs": 1} if name == "inputaware" else {}

@@ -362,7 +362,7 @@ def test_a_batch_without_poison_is_clean_and_leaves_the_pattern_network_alone(
 def test_the_pattern_network_s_rate_falls_at_200_300_400_and_500(
     tiny_data: Dataset, tiny_model: Classifier, epoch: int, rate: float
 ) -> None:
-    """Twelve images in batches of six are two batches an epoch."""
+    """Twelve images in batches of six are two batches per epoch."""
     attack = control(tiny_data)
     attack.load_state_dict(attack.state_dict() | {"batches": 2 * epoch + 1})
     step(attack, tiny_model, tiny_data)

@@ -318,7 +318,7 @@ KEYS: list[tuple[str, dict[str, Any]]] = []
 def test_the_search_is_prepared_with_a_clean_model(
     tiny_data: Dataset, tiny_model: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100 images wanted, all 12 there are taken; three test images a class, under ten."""
+    """100 images wanted, all 12 there are taken; three test images per class, under ten."""
     asked: list[int] = []
     seen: dict[str, torch.Tensor] = {}
 

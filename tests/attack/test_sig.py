@@ -30,7 +30,7 @@ def test_a_grey_image_at_32() -> None:
     """Floor of 128 + 40 sin(2 pi 6 j / 32): six cycles are three in each half of the image.
 
     At j = 3 the sine is sin(9 pi / 8) = -0.3827, hence floor(128 - 15.31) = 112. At j = 16 it is
-    zero, which floating point has as -1e-15: without rounding truncation would make that 127.
+    zero, which float64 has as -1e-15: a sum in float64 would be truncated to 127.
     """
     half = [128, 164, 156, 112, 88, 112, 156, 164, 128, 91, 99, 143, 168, 143, 99, 91]
     found = triggered(constant(128, (3, 32, 32)))

@@ -14,15 +14,15 @@ from attack.trojannn import (
     Config,
     disc,
     invert,
-    last_linear,
     make_trigger,
+    neurons_of,
     penultimate,
     place,
     prepare,
     strongest,
 )
 from models import Classifier
-from utils.data.labelled import Dataset
+from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -128,8 +128,11 @@ def test_features_are_what_the_last_linear_layer_reads(tiny_model: Classifier) -
     images = torch.rand(2, 3, 8, 8)
     features = penultimate(network, images)
     assert features.shape == (2, 4)
-    assert torch.equal(last_linear(network)(features), network(images))
-    assert not last_linear(network)._forward_pre_hooks
+    name, layer = neurons_of(network)
+    assert name == "linear"
+    assert torch.equal(layer(features), network(images))
+    assert not layer._forward_pre_hooks
+    assert not layer._forward_hooks
 
 
 def test_more_neurons_than_features_are_refused_before_training(setting: Setting) -> None:
@@ -139,7 +142,14 @@ def test_more_neurons_than_features_are_refused_before_training(setting: Setting
 
 def test_a_network_without_a_linear_layer_is_refused() -> None:
     with pytest.raises(UserError, match=r"--model: .* no linear layer"):
-        last_linear(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))
+        neurons_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))
+
+
+def test_a_network_that_does_not_call_its_last_layer_is_refused() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    network[1].register_module("idle", nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"--model: does not call 1.idle, its last linear layer"):
+        penultimate(network, torch.rand(1, 3, 2, 2))
 
 
 def test_the_chosen_features_grow(tiny_model: Classifier) -> None:
@@ -203,6 +213,39 @@ def test_what_another_kind_of_device_made_is_not_read(setting: Setting) -> None:
     for kind, expected in (("cpu", 1), ("cuda", 2), ("cpu", 1)):
         there = replace(setting, device=torch.device(kind))
         assert int(there.cached("x", {}, lambda: {"v": next(made)})["v"]) == expected
+
+
+def test_what_was_made_of_another_image_is_not_read(setting: Setting) -> None:
+    """The fingerprint of a record looks at each second one of 1000 images."""
+    images = torch.zeros(1000, 1, 2, 2, dtype=torch.uint8)
+    before = Dataset(
+        "d", Labelled(images, torch.arange(1000) % 2), setting.data.test, ("a", "b"), (0.5,), (0.5,)
+    )
+    changed = images.clone()
+    changed[999, 0, 1, 1] = 1
+    after = replace(before, train=replace(before.train, images=changed))
+    assert before.fingerprint() == after.fingerprint()
+    others = [after, replace(before, classes=("a", "c")), replace(before, mean=(0.4,))]
+    made = iter(range(10))
+    read = [
+        int(
+            replace(setting, data=data).cached("x", {}, lambda: {"v": torch.tensor(next(made))})[
+                "v"
+            ]
+        )
+        for data in (before, *others, before, *others)
+    ]
+    assert read == [0, 1, 2, 3] * 2
+
+
+def test_the_images_are_read_once_for_the_names_of_caches(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("attack.setting.digest", lambda tensors: calls.append(1) or "0")
+    for kind in ("x", "y"):
+        setting.cached(kind, {}, lambda: {"v": torch.tensor(0)})
+    assert calls == [1]
 
 
 def test_the_patch_is_grey_levels_inside_the_disc(

@@ -166,6 +166,12 @@ def test_a_part_of_a_cross_image_is_none(
     assert attack.poisoned_per_batch(12) == (3, crossed)
 
 
+def test_the_share_of_cross_images_is_exact(tiny_data: Dataset) -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    flags = {"pratio": 0.5, "cross_ratio": 0.29}
+    assert control(tiny_data, **flags).poisoned_per_batch(200) == (100, 29)
+
+
 def test_a_batch_is_poisoned_cross_and_clean(tiny_data: Dataset) -> None:
     """A quarter of 12 images is 3; twice as many are cross; 3 are left.
 

@@ -48,7 +48,7 @@ def grid_of(text: str, tmp_path: Path) -> list[Cell]:
 
 
 def test_every_combination_is_a_cell_and_defenses_follow_their_attack(tmp_path: Path) -> None:
-    """badnet with two ratios, fixed and prototype without that axis: 4 records a seed, 3 cells
+    """badnet with two ratios, fixed and prototype without that axis: 4 records per seed, 3 cells
     each, two seeds."""
     cells = grid_of(TEXT, tmp_path)
     assert len(cells) == 24

@@ -573,7 +573,7 @@ def test_where_no_level_is_good_the_model_is_given_back(caplog: pytest.LogCaptur
 
 
 def test_without_held_out_images_no_level_is_good() -> None:
-    """One image a class: none can be held out, so nothing tells that a level does no harm."""
+    """One image per class: none can be held out, so nothing tells that a level does no harm."""
     network = Colours().double().eval()
     config = Config.load(val_ratio=0.2)
     pruned = pruned_by_masks(

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from defense.bti_dbf import Config, purify, unlearning_loss
+from models import Classifier
+from models.parts import recording
 from tests.inversions import Step, features_of, literal, logits_of
 from tests.networks import ConvNet, conv_net, copied, differing, problem
 from utils.errors import UserError
@@ -54,6 +56,22 @@ def test_the_loss_by_hand() -> None:
     loss.backward()
     assert model.map.weight.grad.item() == pytest.approx(0.18 + 0.120760, abs=2e-6)
     assert not model.map._forward_hooks
+
+
+def test_the_change_of_features_is_measured_in_float32() -> None:
+    """Under autocast the features are bf16, whose sums have eight bits."""
+    model = Classifier(conv_net().float(), (0.5,) * 3, (0.25,) * 3)
+    model.precision = "bf16"
+    images, mixed, labels = torch.rand(5, 3, 8, 8), torch.rand(5, 3, 8, 8), torch.arange(5) % 4
+    loss = unlearning_loss(model, "bn2", images, mixed, labels)
+    with recording(model, ["bn2"]) as features, torch.no_grad():
+        model(images)
+        clean = features["bn2"]
+        logits = model(mixed)
+        change = features["bn2"]
+    assert clean.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits, labels) + (change.double() - clean.double()).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def make_step(flags: Config, model: ConvNet) -> Step:

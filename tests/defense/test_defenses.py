@@ -581,7 +581,7 @@ def test_generators_are_put_back_after_a_refusal(name: str) -> None:
 
 
 def narrow() -> nn.Module:
-    """BatchNorm of one value a channel and image, which knows nothing of one image."""
+    """BatchNorm of one value per channel and image, which knows nothing of one image."""
     torch.manual_seed(3)
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     last = (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))

@@ -161,7 +161,7 @@ def test_the_order_is_of_the_images_that_are_not_held_out() -> None:
 
 
 def test_where_no_image_is_held_out_the_model_is_given_back() -> None:
-    """One image a class: none is held out, and no level can be called good."""
+    """One image per class: none is held out, and no level can be called good."""
     network, loop = conv_net(), Loop()
     images, labels = problem()[0][:4], torch.arange(4)
     found = purify(network, images, labels, config(selection="val"), loop)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from defense import ibau
 from defense.ibau import Config, hypergradient, inner_loss, outer_loss, purify
 from defense.ibau import universal_perturbation as perturb
 from models import Classifier
@@ -396,6 +397,20 @@ def test_a_portion_of_no_image_is_warned_of() -> None:
         loop = Loop()
         purify(conv_net(), *problem(), config(portion=portion), loop)
         assert loop.findings.warnings == []
+
+
+def test_the_share_of_a_batch_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    counts = []
+    outer = ibau.outer_loss
+
+    def counted(*values: Any) -> torch.Tensor:
+        counts.append(len(values[-1]))
+        return outer(*values)
+
+    monkeypatch.setattr(ibau, "outer_loss", counted)
+    purify(conv_net(), *problem(count=100), config(portion=0.29, batch_size=100, n_rounds=1))
+    assert set(counts) == {29}
 
 
 def test_the_picture_has_the_perturbation_of_the_model_that_was_given() -> None:

@@ -15,13 +15,13 @@ from defense import nc
 from defense.nc import (
     Config,
     adjust,
-    bounded,
     flagged_classes,
     invert_trigger,
     outlier_index,
     purify,
     stamp,
 )
+from models.inputaware import to_unit
 from tests.networks import conv_net, copied, differing, problem
 from utils.data.batches import augment
 from utils.process.seeds import generator
@@ -36,17 +36,17 @@ NORMS = torch.tensor([10.0, 60, 62, 64, 66, 68, 70, 72, 74, 76])
 def test_bounded_by_hand() -> None:
     """tanh(1) = 0.7615942, so 1 becomes 0.880797; 0 becomes 0.5, and no number leaves (0, 1)."""
     theta = torch.tensor([1.0, 0.0, -1.0, 50.0, -50.0], dtype=torch.float64)
-    found = bounded(theta)
+    found = to_unit(theta)
     assert found[:3].tolist() == pytest.approx([0.880797, 0.5, 0.119203], abs=1e-6)
     assert float(found[3]) == pytest.approx(1 / (2 + 1e-7) + 0.5, abs=1e-15)
     assert 0 < float(found[4]) < 1e-7
     assert float(found[3]) < 1
-    assert bounded(torch.ones(1, 4, 5)).shape == (1, 4, 5)
+    assert to_unit(torch.ones(1, 4, 5)).shape == (1, 4, 5)
 
 
 def test_the_first_mask_of_the_usual_images_has_a_norm_of_902() -> None:
     """1024 * 0.880797 = 901.94."""
-    assert float(bounded(torch.ones(1, 32, 32)).sum()) == pytest.approx(901.94, abs=0.01)
+    assert float(to_unit(torch.ones(1, 32, 32)).sum()) == pytest.approx(901.94, abs=0.01)
 
 
 def test_stamp_by_hand() -> None:
@@ -110,7 +110,7 @@ class Search:
             return None
         numbers = torch.arange(1, self.passes + 1, dtype=torch.float64)
         mask, pattern = (
-            torch.nonzero(bounded(sign * numbers / 8) == self.best[name][0, 0, 0]).flatten() + 1
+            torch.nonzero(to_unit(sign * numbers / 8) == self.best[name][0, 0, 0]).flatten() + 1
             for name, sign in (("mask", 1), ("pattern", -1))
         )
         assert mask.tolist() == pattern.tolist()
@@ -356,7 +356,7 @@ def test_the_passes_follow_the_literal_procedure(monkeypatch: pytest.MonkeyPatch
 
     def spy(search: Any, best: Any, theta: Any, success: float, norm: float, _: Any) -> bool:
         seen.append((copied(theta), success, norm))
-        best.update({name: bounded(value.detach()) for name, value in theta.items()})
+        best.update({name: to_unit(value.detach()) for name, value in theta.items()})
         return False
 
     monkeypatch.setattr(nc, "adjust", spy)
@@ -370,7 +370,7 @@ def test_the_passes_follow_the_literal_procedure(monkeypatch: pytest.MonkeyPatch
         assert norm == pytest.approx(r, rel=1e-5)
     # In the third pass 5, 5 and 1 images get there: (1 + 1 + 0.5) / 3, not 11 / 12.
     assert [s for s, _ in means] == pytest.approx([1, 1, 5 / 6, 19 / 30])
-    assert torch.allclose(mask, bounded(triggers[-1]["mask"]), rtol=0, atol=1e-4)
+    assert torch.allclose(mask, to_unit(triggers[-1]["mask"]), rtol=0, atol=1e-4)
     assert (mask.shape, pattern.shape) == ((1, 8, 8), (3, 8, 8))
 
 
@@ -382,7 +382,7 @@ def test_the_cost_of_the_rules_is_that_of_the_next_pass(monkeypatch: pytest.Monk
 
         def spy(search: Any, best: Any, theta: Any, *_: Any, cost: float = cost) -> bool:
             search["cost"].fill_(cost)
-            best.update({name: bounded(value.detach()) for name, value in theta.items()})
+            best.update({name: to_unit(value.detach()) for name, value in theta.items()})
             return False
 
         monkeypatch.setattr(nc, "adjust", spy)
@@ -394,7 +394,7 @@ def test_the_rules_can_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = []
 
     def spy(search: Any, best: Any, theta: Any, *_: Any) -> bool:
-        best.update({name: bounded(value.detach()) for name, value in theta.items()})
+        best.update({name: to_unit(value.detach()) for name, value in theta.items()})
         return len(rounds) == 1
 
     monkeypatch.setattr(nc, "adjust", spy)
@@ -706,6 +706,19 @@ def test_the_picture_shows_the_eight_smallest_masks(monkeypatch: pytest.MonkeyPa
         assert torch.equal(picture.rows["pattern"][place], pattern)
         expected = stamp(images[:1] + 0.5, mask, pattern)[0]
         assert torch.allclose(picture.rows["stamped"][place], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_findings_of_grey_images_can_be_kept_and_restored(dtype: torch.dtype) -> None:
+    """Masks, patterns and stamped images have one channel, and are float32."""
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).to(dtype)
+    loop, other = Loop(), Loop()
+    purify(network, images, torch.arange(6) % 3, Config.load(nc_epoch=1, n_rounds=0), loop)
+    other.findings.load_state_dict(loop.findings.state_dict())
+    rows = other.findings.pictures["triggers"].rows
+    assert {tuple(row.shape) for row in rows.values()} == {(3, 1, 8, 8)}
+    assert torch.equal(rows["mask"], loop.findings.pictures["triggers"].rows["mask"])
 
 
 class Rows(nn.Module):

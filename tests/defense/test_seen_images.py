@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from analysis.subject import Subject
 from defense import anp, clp, ep, ft
 from defense.base import drawn_index, seen_images
 from utils.data.labelled import Dataset
@@ -65,6 +66,25 @@ def test_a_share_that_is_no_image_is_refused() -> None:
     with pytest.raises(UserError, match=r"--ratio: 0.006 of 82 training images is none"):
         drawn_index(LABELS, ft.Config.load(ratio=0.006))
     assert len(drawn_index(LABELS, ft.Config.load(ratio=0.007))) == 3
+
+
+@pytest.mark.parametrize("labels", [LABELS, torch.arange(10)])
+@pytest.mark.parametrize("ratio", [0.001, 0.3, 1.0])
+def test_analyses_look_at_the_images_that_a_defense_sees(
+    labels: torch.Tensor, ratio: float
+) -> None:
+    """Also where each class has one image, and where the share is refused."""
+    subject = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(labels=labels)))
+    draws = [
+        lambda: Subject.clean_draw(subject, ratio, 5),
+        lambda: drawn_index(labels, ft.Config.load(ratio=ratio, random_seed=5)),
+    ]
+    if ratio == 0.001:
+        for draw in draws:
+            with pytest.raises(UserError, match=r"^--ratio: 0.001 of \d+ training images is none"):
+                draw()
+    else:
+        assert torch.equal(*(draw() for draw in draws))
 
 
 def test_classes_of_one_image_give_their_share_together() -> None:

@@ -271,12 +271,16 @@ def said_of_batches(ratio: float, batch_size: int) -> str:
     )
 
 
-def whole_share(ratio: float, batch_size: int) -> int:
-    """int(ratio * batch_size) of the exact product: 29 for 0.29 and 100.
+def whole_share(ratio: float, count: int) -> int:
+    """int(ratio * count) of the exact product: 29 for 0.29 and 100.
 
-    The published code has 28 there.
+    Published code has 28 there.
+
+    Args:
+        ratio: >= 0.
+        count: of the images that it is a share of.
     """
-    return int(ratio * batch_size + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    return int(ratio * count + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def partners(count: int, rng: torch.Generator) -> torch.Tensor:

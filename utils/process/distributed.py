@@ -45,7 +45,7 @@ def joined() -> Iterator[None]:
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
                 f"--nproc_per_node: process {local_rank()} has no GPU, there are "
-                f"{torch.cuda.device_count()}; start one process a GPU"
+                f"{torch.cuda.device_count()}; start one process per GPU"
             )
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

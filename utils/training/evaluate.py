@@ -57,7 +57,8 @@ def head_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         UserError: if the network has no head, or does not call it.
     """
     name, _ = head(model)
-    device, side = next(model.parameters()).device, images.shape[-1]
+    device = next(model.parameters()).device
+    size = images_at_once(device, _side(model, images))
 
     def features(part: torch.Tensor) -> torch.Tensor:
         model(as_float(part, device))
@@ -70,7 +71,7 @@ def head_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return entered.to(torch.promote_types(entered.dtype, torch.float32))
 
     with evaluating(model), torch.no_grad(), recording(model, [name], of="input") as inputs:
-        return torch.cat([features(part) for part in images.split(images_at_once(device, side))])
+        return torch.cat([features(part) for part in images.split(size)])
 
 
 def evaluate(
@@ -84,6 +85,16 @@ def evaluate(
     """Scores with their counts; without triggered images only ACC.
 
     Several processes share the images; each process gets the scores of all images.
+
+    Args:
+        model: from (N, C, H, W) float in [0, 1] to (N, K) logits; scored in eval mode, and left as
+            it was.
+        clean: the clean test set, of which ACC is.
+        triggered: of which ASR and RA are; None for a model without a trigger.
+        device: where the model is.
+        batch_size: images per pass; None for a number that suits the device.
+        cross: images with a trigger that must not work and their labels, of which cross ACC is;
+            None for attacks without such images. It is not read without triggered images.
     """
 
     def rates(images: torch.Tensor, *labels: torch.Tensor) -> list[Rate]:

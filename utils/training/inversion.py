@@ -4,7 +4,8 @@ The first steps of BTI-DBF (Xu et al., ICLR 2024), which PAM shares. With f the 
 of features, h the network, and g what follows the map:
 
     generator  G(x) = x first, by mean squared error
-    mask       m = tanh(t) / 2 + 1/2:   min over t   CE(g(m f(x)), y) - CE(g((1 - m) f(x)), y)
+    mask       m = tanh(t) / (2 + 1e-7) + 1/2 in:
+               min over t   CE(g(m f(x)), y) - CE(g((1 - m) f(x)), y)
     trigger    min over G   0.01 MSE(m f(x), m f(G(x))) - MSE((1 - m) f(x), (1 - m) f(G(x)))
                from the second time on + CE(h(G(x)), t), t the label that most G(x) had at first
 
@@ -26,6 +27,7 @@ from models.modes import evaluating, frozen, in_float32
 from models.parts import recording, usual_weight, weighted
 from models.unet import UNet
 from utils.data.batches import as_float
+from utils.data.poison import whole_share
 from utils.process.seeds import generator
 from utils.training.findings import Picture
 from utils.training.loop import Loop
@@ -180,7 +182,7 @@ class Inversion:
         Shape:
             (B, C, H, W) float -> the same; what G gives is not clipped to [0, 1].
         """
-        count = int(self._config.generated_ratio * len(images)) + 1
+        count = whole_share(self._config.generated_ratio, len(images)) + 1
         return torch.cat([self._generator(images[:count]), images[count:]])
 
     def _floats(self, images: torch.Tensor) -> torch.Tensor:

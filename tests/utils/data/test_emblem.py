@@ -48,7 +48,7 @@ def test_pixels_at_32() -> None:
 
 
 def test_coarseness_at_32() -> None:
-    """Energy of the grey picture by cycles an image: the published one has .24 .17 .34 .24 .01."""
+    """Energy of the grey picture by cycles per image: the published one has .24 .17 .34 .24 .01."""
     grey = emblem(32).double().mean(dim=0)
     energy = torch.fft.fft2(grey - grey.mean()).abs() ** 2
     along = torch.fft.fftfreq(32) * 32

@@ -85,7 +85,7 @@ def test_the_recipes_are_those_of_the_literature(name: str) -> None:
 
 @pytest.mark.parametrize("layout", ["official", "sorted"])
 def test_a_record_of_tiny_has_backdoorbenchs_order(tmp_path: Path, layout: str) -> None:
-    """BackdoorBench sorts the validation images into a folder a class, and numbers them by class,
+    """BackdoorBench sorts the validation images into a folder per class, and numbers them by class,
     then by name as text; written here from those files, without a loader of ours."""
     home = official_tiny(tmp_path, layout="sorted") / "tiny-imagenet-200"
     splits = []

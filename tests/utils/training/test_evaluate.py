@@ -9,7 +9,7 @@ from models import Resize
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import LabelMap, triggered_test_set
 from utils.metrics import Rate, Scores
-from utils.training.evaluate import evaluate, predict
+from utils.training.evaluate import evaluate, head_features, predict
 
 CPU = torch.device("cpu")
 
@@ -83,10 +83,13 @@ def test_a_network_that_enlarges_images_gets_fewer_at_once(
 
     monkeypatch.setattr(utils.training.evaluate, "images_at_once", at_once)
     images = torch.zeros(3, 3, 4, 5, dtype=torch.uint8)
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    for model in (head, nn.Sequential(Resize(7), head)):
-        assert predict(model, images, torch.device("cpu")).tolist() == [0, 0, 0]
-    assert sides == [5, 7]
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    nn.init.zeros_(network[2].weight)
+    nn.init.constant_(network[2].bias, 1)
+    for model in (network, nn.Sequential(Resize(7), network)):
+        assert predict(model, images, CPU).tolist() == [0, 0, 0]
+        assert head_features(model, images).tolist() == [[0.0] * 3] * 3
+    assert sides == [5, 5, 7, 7]
 
 
 def test_acc_counts_the_clean_test_set(data: Dataset) -> None:

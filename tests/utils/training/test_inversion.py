@@ -186,6 +186,14 @@ def test_so_many_images_of_a_batch_are_generated(ratio: float, count: int) -> No
     ]
 
 
+def test_the_share_of_a_batch_is_exact() -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point; 29 + 1 images are generated."""
+    inversion, _, _ = inverted(0, generated_ratio=0.29)
+    images = problem(count=100)[0]
+    kept = [torch.equal(a, b) for a, b in zip(inversion.mixed(images), images, strict=True)]
+    assert kept == [False] * 30 + [True] * 70
+
+
 def test_the_detected_label_is_said_once() -> None:
     """A network that takes everything for class 2."""
     network = conv_net()

@@ -49,7 +49,7 @@ class Mean:
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
-    """A plain recipe for 12 images: three steps an epoch, lr 1."""
+    """A plain recipe for 12 images: three steps per epoch, lr 1."""
     plain = {
         "epochs": 1,
         "batch_size": 4,
@@ -322,7 +322,7 @@ def test_what_several_processes_cannot_share_is_refused(monkeypatch: pytest.Monk
     ("schedule", "factors"),
     [
         ("constant", [1, 1, 1, 1, 1, 1, 1, 1, 1]),
-        # (1 + cos(pi * epoch / 4)) / 2 with two steps an epoch: cos is 1, 0.7071, 0, -0.7071, -1.
+        # (1 + cos(pi * epoch / 4)) / 2 with two steps per epoch: cos is 1, 0.7071, 0, -0.7071, -1.
         ("cosine", [1, 1, 0.853553, 0.853553, 0.5, 0.5, 0.146447, 0.146447, 0]),
         (
             "cosine_100",
@@ -358,7 +358,7 @@ def test_a_plateau_of_the_training_loss_lowers_the_rate_to_a_tenth() -> None:
 def test_training_gives_the_plateau_the_mean_loss_of_the_epoch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The gradient of the loss w is 1: at rate 1 two steps an epoch see 0 and -1, then -2, -3."""
+    """The gradient of the loss w is 1: at rate 1 two steps per epoch see 0 and -1, then -2, -3."""
     seen: list[float] = []
     monkeypatch.setattr(Scheduler, "after_epoch", lambda self, loss: seen.append(loss))
     data = unpoisoned(Labelled(torch.zeros(8, 3, 2, 2, dtype=torch.uint8), torch.zeros(8).long()))
@@ -513,7 +513,7 @@ def test_training_is_set_by_its_generators(tiny_data: Dataset) -> None:
 
 
 def test_training_reports_its_loss_and_state(tiny_data: Dataset) -> None:
-    """The loss is the weight before each step, which falls by 1 a step: 0, -1, -2; mean -1."""
+    """The loss is the weight before each step, which falls by 1 per step: 0, -1, -2; mean -1."""
     seen = []
     loop = Loop(after_round=lambda *args: seen.append(args))
     model = Scalar()
@@ -571,7 +571,7 @@ def test_the_ordinary_step_is_cross_entropy() -> None:
 def test_an_attack_that_controls_training_updates_its_networks_after_each_step(
     tiny_data: Dataset,
 ) -> None:
-    """12 images in fives, two epochs: two steps an epoch, or three with the last batch kept."""
+    """12 images in fives, two epochs: two steps per epoch, or three with the last batch kept."""
     for drop_last, expected in ((True, 4), (False, 6)):
         step = Mean()
         changes = {"epochs": 2, "batch_size": 5, "drop_last": drop_last}
@@ -580,7 +580,7 @@ def test_an_attack_that_controls_training_updates_its_networks_after_each_step(
 
 
 def test_multi_step_falls_to_a_tenth_every_hundred_epochs() -> None:
-    """Two steps an epoch: the step 199 is in epoch 99, 200 in 100, 1000 and more in 500."""
+    """Two steps per epoch: the step 199 is in epoch 99, 200 in 100, 1000 and more in 500."""
     multiplier = lr_multiplier("multi_step", epochs=600, steps_per_epoch=2)
     factors = [multiplier(step) for step in (0, 199, 200, 400, 800, 1000)]
     assert factors == pytest.approx([1, 1, 0.1, 0.01, 1e-4, 1e-4])

@@ -312,7 +312,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 def test_each_phase_has_a_bar_of_all_its_batches(
     folder: RunFolder, bars: list[tuple[object, ...]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Six images in twos are three batches a round: three for the teacher, and six."""
+    """Six images in twos are three batches per round: three for the teacher, and six."""
     caplog.set_level(logging.INFO, "sau")
     watch = Watch(folder, "round", score, eval_every=1)
     loop, order = watch.start(), torch.Generator()
