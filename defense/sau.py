@@ -46,6 +46,7 @@ from models.copies import copied
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float, spread
 from utils.perturb import Norm, Start, initial_perturbation, project
+from utils.process import distributed
 from utils.process.device import rows_of
 from utils.process.seeds import generator
 from utils.training.findings import Findings, Picture
@@ -91,7 +92,7 @@ class SharedAdversarial(CleanData, Scored):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SharedAdversarial):
-    outer_steps: Annotated[int, Field(ge=1, description="optimizer steps a batch, same delta")]
+    outer_steps: Annotated[int, Field(ge=1, description="optimizer steps per batch, same delta")]
     train_mode: Annotated[bool, Field(description="BatchNorm in train mode in the outer step")]
     stop: Annotated[
         Literal["rounds", "auto"],
@@ -129,13 +130,19 @@ def shared_perturbation(
         labels: (N,) int64 true labels.
         ref_predictions: (N,) int64 labels that h_bd gives the clean images, if known.
         generator: source of the start `random`, on the CPU.
-        is_part: see `initial_perturbation`.
+        is_part: whether the images are this process's `distributed.part` of a batch, whose images
+            then start where they would in a single process.
 
     Returns:
         delta: (N, C, H, W) float, pixel units. images + delta may leave [0, 1].
     """
     delta = initial_perturbation(
-        config.pgd_init, config.trigger_norm, config.norm_type, images, generator, is_part
+        config.pgd_init,
+        config.trigger_norm,
+        config.norm_type,
+        images,
+        generator,
+        distributed.whole(len(images)) if is_part else None,
     )
     with torch.enable_grad(), evaluating(model, reference), frozen(model, reference):
         with torch.no_grad():

@@ -527,6 +527,8 @@ def _check(annotation: Any, value: Any, is_flag: bool) -> Any:
         value = _in_yaml(value.strip())  # a number in quotes is one
     elif is_flag and any(kind in options for kind in (bool, int, float)):
         value = _in_yaml(value.strip())
+    if is_flag and bool in options and type(value) is int and value in (0, 1):
+        value = bool(value)  # as many scripts write it
     return TypeAdapter(annotation).validate_python(value, strict=True)
 
 

@@ -4,8 +4,6 @@ from typing import Literal
 
 import torch
 
-from utils.process import distributed
-
 Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Start = Literal["zero", "random", "max", "min"]
 
@@ -16,7 +14,7 @@ def initial_perturbation(
     norm: Norm,
     images: torch.Tensor,
     generator: torch.Generator | None = None,
-    is_part: bool = False,
+    part: tuple[int, slice] | None = None,
 ) -> torch.Tensor:
     """The perturbation before the first step, already inside the ball.
 
@@ -26,16 +24,16 @@ def initial_perturbation(
         norm: the ball.
         images: (N, C, H, W) float; gives shape, dtype and device.
         generator: source of `random`, on the CPU; torch's global one if None.
-        is_part: whether the images are this process's `distributed.part` of a batch, whose images
-            then get what they would get in a single process.
+        part: of how many images these are which, if several processes share a batch
+            (`distributed.whole`); they then get what they would get in a single process.
 
     Returns:
         delta: (N, C, H, W) float.
     """
     if start == "random":
-        count, part = distributed.whole(len(images)) if is_part else (len(images), slice(None))
+        count, rows = part or (len(images), slice(None))
         shape = (count, *images.shape[1:])
-        delta = torch.rand(shape, dtype=images.dtype, generator=generator)[part].to(images.device)
+        delta = torch.rand(shape, dtype=images.dtype, generator=generator)[rows].to(images.device)
     else:
         delta = torch.full_like(images, {"zero": 0.0, "max": bound, "min": -bound}[start])
     return project(delta, bound, norm)

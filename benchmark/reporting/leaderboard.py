@@ -371,7 +371,7 @@ def _seconds(seconds: float) -> str:
 
 
 def legend(boards: Sequence[Leaderboard]) -> list[str]:
-    """What columns and flags of some leaderboards mean, a line each."""
+    """What columns and flags of some leaderboards mean, one line for each."""
     entries = [entry for board in boards for entry in board.entries]
     lines = [_COLUMNS_MEAN]
     if any(entry.analyses for entry in entries):

@@ -31,6 +31,7 @@ TEXTS = {
     "+1": 1.0,
     "-0": 0,
     "0": 0,
+    "1": 1,
     "1e3": 1000.0,
     "1e-4": 0.0001,
     "1.e3": 1000.0,
@@ -290,7 +291,9 @@ def test_a_flag_and_a_file_read_the_same(toy: Path, text: str, name: str) -> Non
     elif name in ("number", "count", "is_on", "u"):
         kinds = {"number": (int, float), "count": (int,), "is_on": (bool,), "u": (int, float)}[name]
         allowed = type(meant) in kinds and (name == "u" or meant != math.inf)
-        assert by_flag == in_file == (meant if allowed else REFUSED)
+        assert in_file == (meant if allowed else REFUSED)
+        is_number = name == "is_on" and type(meant) is int and meant in (0, 1)
+        assert by_flag == (bool(meant) if is_number else in_file)
     elif name == "attack_target":
         assert by_flag == (meant if type(meant) is int else text)
         assert in_file == (meant if type(meant) in (int, str) else REFUSED)
