@@ -78,6 +78,7 @@ class DefenseConfig(OfRecord):
     advice = "change its flags, see --help"  # what to do where ACC falls by more than 10 points
     learns = True  # whether it takes gradients of weights, or of images
     moves_images = False  # whether it takes gradients of images
+    takes_float16 = True  # False with Adam, whose 1e-8 is 0 there
     reads_labels = False
 
     @property
@@ -239,6 +240,7 @@ class Inverted(CleanData, Scored):
 
     advice = "lower --lr or --generated_ratio, or give more images (--ratio)"
     moves_images = True
+    takes_float16 = False
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 needs_labels=config.reads_labels,
                 learns=config.learns,
                 moves_images=config.moves_images,
+                takes_float16=config.takes_float16,
                 batch_size=config.batch_size if isinstance(config, (FineTuned, Inverted)) else None,
             )
         with (

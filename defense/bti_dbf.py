@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import Inverted, checked, run
 from models.copies import copied
 from models.parts import learning_weights, recording
+from utils.data.batches import wide
 from utils.process.seeds import generator
 from utils.training.inversion import Inversion
 from utils.training.loop import Loop
@@ -72,8 +73,7 @@ def unlearning_loss(
         model(images)
         clean = features[layer]
         logits = model(mixed)
-    wide = torch.promote_types(clean.dtype, torch.float32)
-    change = F.mse_loss(features[layer].to(wide), clean.to(wide))
+    change = F.mse_loss(wide(features[layer]), wide(clean))
     return F.cross_entropy(logits, labels) + change
 
 

@@ -69,6 +69,7 @@ class Config(CleanData, Scored, Augmented):
 
     advice = "lower --lr, or give more images (--ratio)"
     moves_images = True
+    takes_float16 = False
 
 
 def universal_perturbation(

@@ -42,7 +42,7 @@ from defense.base import CleanData, Rounds, checked, run
 from models.copies import copied
 from models.parts import called_with, changeable, convolutions, scaled_convolutions, usual_weight
 from utils.config import Group
-from utils.data.batches import as_float
+from utils.data.batches import as_float, wide
 from utils.process.seeds import generator
 from utils.training.loop import Loop
 
@@ -71,6 +71,7 @@ class Config(CleanData, Rounds):
     advice = "give fewer rounds, or more images (--ratio)"
     reads_labels = False
     moves_images = True
+    takes_float16 = False
 
 
 def factors(a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -102,7 +103,7 @@ def disagreement(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _overlap(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return (logits.softmax(1) * other.softmax(1)).sum(1)
+    return (wide(logits).softmax(1) * wide(other).softmax(1)).sum(1)
 
 
 def perturbation(

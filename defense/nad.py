@@ -35,7 +35,7 @@ from defense.base import FineTuned, checked, run
 from models.copies import copied
 from models.modes import evaluating
 from models.parts import layer, recording, top_level
-from utils.data.batches import as_float, augment
+from utils.data.batches import as_float, augment, wide
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -65,8 +65,7 @@ def attention_map(features: torch.Tensor, power: float) -> torch.Tensor:
     Shape:
         (B, C, H, W) float -> (B, H, W) float.
     """
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
-    summed = features.abs().pow(power).sum(1)
+    summed = wide(features).abs().pow(power).sum(1)
     return summed / (torch.linalg.vector_norm(summed, dim=(1, 2), keepdim=True) + 1e-6)
 
 

@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import CleanData, Scored, checked, run
 from models.copies import copied
 from models.modes import evaluating, frozen
-from utils.data.batches import as_float, spread
+from utils.data.batches import as_float, spread, wide
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process import distributed
 from utils.process.device import rows_of
@@ -77,6 +77,7 @@ class SharedAdversarial(CleanData, Scored):
 
     advice = "lower --lr, or give more images (--ratio)"
     moves_images = True
+    takes_float16 = False
 
     def adam(self, model: nn.Module) -> torch.optim.Adam:
         """The optimizer of the weights that learn."""
@@ -181,8 +182,7 @@ def jensen_shannon(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tens
     Shape:
         (N, K), (N, K) float -> (N,) float in [0, log 2].
     """
-    p = logits.softmax(1).clamp(min=1e-8)
-    q = ref_logits.softmax(1).clamp(min=1e-8)
+    p, q = (wide(values).softmax(1).clamp(min=1e-8) for values in (logits, ref_logits))
     log_mean = ((p + q) / 2).log()
     return ((p * (p.log() - log_mean)).sum(1) + (q * (q.log() - log_mean)).sum(1)) / 2
 
@@ -211,6 +211,7 @@ def unlearning_loss(
         Scalars `clean` (L_cl), `adversarial` (cross-entropy on x + d), `shared` (L_sar) and
         `total`.
     """
+    logits, adv_logits = wide(logits), wide(adv_logits)
     clean = F.cross_entropy(logits, labels)
     adversarial = F.cross_entropy(adv_logits, labels)
 

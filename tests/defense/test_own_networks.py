@@ -368,6 +368,24 @@ def test_weights_that_hooks_compute_in_each_pass_are_copied(
     purified(name, made(make))
 
 
+@every_defense
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_works_or_is_refused(name: str, dtype: torch.dtype) -> None:
+    """Also where the logits are large, so that probabilities are 0 and 1."""
+    model = made(Own)
+    with torch.no_grad():
+        model.head.weight.mul_(30)
+    given = images()[0].to(dtype)
+    if dtype == torch.float16 and name in (*MOVE_IMAGES[:3], "pam", "sau", "sau_far"):
+        with pytest.raises(
+            UserError, match=r"its weights are in float16, .* give model\.float\(\)"
+        ):
+            purified(name, model.to(dtype), given)
+    else:
+        result = purified(name, model.to(dtype), given)
+        assert next(result.parameters()).dtype == dtype
+
+
 @pytest.mark.parametrize("name", ["bnp", "ep", "ims"])
 @pytest.mark.parametrize("change", [lambda y: y + 100, lambda y: y[:0], lambda y: y.float()])
 def test_labels_that_are_not_read_are_not_looked_at(

@@ -58,6 +58,11 @@ def as_float(images: torch.Tensor, device: torch.device | None = None) -> torch.
     return images
 
 
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Floats of half precision in float32, where 1e-8 and 1 - 0.999 are numbers; others as is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def truncated(images: torch.Tensor) -> torch.Tensor:
     """Float images in [0, 1] as uint8, fractions of a level cut off, as published triggers are.
 

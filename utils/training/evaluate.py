@@ -6,7 +6,7 @@ from torch import nn
 from models import Resize
 from models.modes import evaluating
 from models.parts import head, recording
-from utils.data.batches import as_float, release
+from utils.data.batches import as_float, release, wide
 from utils.data.labelled import Labelled, Triggered
 from utils.errors import UserError
 from utils.metrics import Rate, Scores
@@ -67,8 +67,7 @@ def head_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
                 f"this network does not call {name}, the first linear layer of its last part, "
                 "whose inputs this method reads; give another method or network"
             )
-        entered = inputs[name].flatten(0, -2)
-        return entered.to(torch.promote_types(entered.dtype, torch.float32))
+        return wide(inputs[name].flatten(0, -2))
 
     with evaluating(model), torch.no_grad(), recording(model, [name], of="input") as inputs:
         return torch.cat([features(part) for part in images.split(size)])

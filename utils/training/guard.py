@@ -121,6 +121,7 @@ def check_given(
     needs_labels: bool,
     learns: bool,
     moves_images: bool,
+    takes_float16: bool,
     batch_size: int | None = None,
 ) -> None:
     """Checks the arguments of a `purify`; a copy of the network is called with two images.
@@ -130,16 +131,22 @@ def check_given(
         needs_labels: whether there must be a label for each image; else labels are not looked at.
         learns: whether gradients must reach weights that require them, if any does.
         moves_images: whether gradients must reach the images.
+        takes_float16: whether weights may be in float16.
         batch_size: of methods that train the whole network in train mode; None for others.
 
     Raises:
-        UserError: if the network has no weights, or not finite ones, or its lazy layers have none
-            yet; if images are no (N, C, H, W) of floats in [0, 1] or uint8; if labels are no (N,)
-            of int64 below the number of classes; if the network cannot take the images, changes
-            them, gives no logits (N, K), cuts off gradients that are needed, or cannot be trained
-            on so few images.
+        UserError: if the network has no weights, or not finite or too coarse ones, or its lazy
+            layers have none yet; if images are no (N, C, H, W) of floats in [0, 1] or uint8; if
+            labels are no (N,) of int64 below the number of classes; if the network cannot take the
+            images, changes them, gives no logits (N, K), cuts off gradients that are needed, or
+            cannot be trained on so few images.
     """
     _check_network(model)
+    if not takes_float16 and any(w.dtype == torch.float16 for w in model.parameters()):
+        raise UserError(
+            "model: its weights are in float16, whose numbers are too coarse for the steps of this "
+            "method; give model.float(), or model.bfloat16()"
+        )
     _check_images(images, needs_images)
     if needs_labels:
         _check_labels(labels, len(images))

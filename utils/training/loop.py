@@ -10,6 +10,7 @@ from torch import nn
 
 from models.fast.graphed import Graphed
 from models.parts import learning_weights
+from utils.data.batches import wide
 from utils.errors import UserError, one_line
 from utils.process import distributed
 from utils.process.seeds import random_states
@@ -364,8 +365,7 @@ class Loop:
         """
         self._images += count
         for name, loss in losses.items():
-            wide = torch.promote_types(loss.dtype, torch.float32)
-            self._sums[name] = self._sums.get(name, 0) + loss.detach().to(wide) * count
+            self._sums[name] = self._sums.get(name, 0) + wide(loss.detach()) * count
 
 
 def batch_sizes(count: int, batch_size: int, least: int = 2) -> list[int]:

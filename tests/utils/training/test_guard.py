@@ -20,4 +20,5 @@ def test_a_network_of_one_class_is_refused() -> None:
             needs_labels=True,
             learns=True,
             moves_images=True,
+            takes_float16=True,
         )
