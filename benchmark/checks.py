@@ -6,13 +6,12 @@ from pathlib import Path
 
 from benchmark.cells import Cell, cells_in, config_class, fields, scripts, summary_of
 from benchmark.grid import OF_GRID, Grid
-from utils.config import read_yaml
+from utils.config import FILES, read_yaml
 from utils.errors import UserError, listed, suggestion
 from utils.records import places
 from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
 from utils.records.places import CLEAN
 
-_FILES = ("index", "trigger_image")  # flags that name one
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
 
 
@@ -92,7 +91,7 @@ def _lacking_files(cell: Cell) -> list[str]:
     """The errors about files that the cell's flags name and that are not there."""
     return [
         f"{cell.script}: --{flag}: {cell.flags[flag]} is not there; give a file that is"
-        for flag in _FILES
+        for flag in sorted(FILES)
         if cell.flags.get(flag) is not None and not os.path.isfile(str(cell.flags[flag]))
     ]
 

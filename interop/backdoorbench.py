@@ -19,12 +19,11 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from interop.layout import attack_result, is_in_place, model_result, split_state, write_images
-from utils.config import Parser, read_yaml
+from utils.config import Parser, as_yaml, read_yaml
 from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
@@ -200,7 +199,7 @@ def import_record(
     }
     config = {"result_file": str(source.absolute()), "dataset": attack.dataset, **facts}
     with folder.replacing():
-        folder.start(yaml.safe_dump(config, sort_keys=False))
+        folder.start(as_yaml(config))
         save_attack(
             folder,
             model,

@@ -217,7 +217,12 @@ class Config:
         plain = {
             key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
         }
-        return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return as_yaml(plain)
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Plain data as YAML text, in which a text that looks like a number has quotes."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def placed(name: str, value: Any) -> Any:
