@@ -322,6 +322,18 @@ def test_a_mean_over_seeds_that_some_attacks_lack_has_no_deviation(two_attacks: 
     assert printed(table, "mean of 2 attacks", UNDEFENDED)[0] == "92.00"
 
 
+def test_an_analysis_that_has_not_ended_is_no_record(two_attacks: Path) -> None:
+    """Nor is it said to be one that is left out."""
+    record = two_attacks / "sig-0"
+    for folder in (record, record / "analysis/path"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text("{}")
+        (folder / "config.yaml").write_text("")
+    runs, problems = read_runs(two_attacks)
+    assert problems == []
+    assert "path" not in " ".join(runs["record"])
+
+
 @pytest.mark.parametrize("name", ["defense", "analysis"])
 @pytest.mark.parametrize("below", ["", "grid"])
 def test_a_folder_of_records_may_have_the_name_of_a_folder_inside_one(

@@ -58,6 +58,18 @@ def logits(*rows: tuple[float, float]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64).log() + 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_agreement_in_half_precision_is_that_of_the_same_logits(dtype: torch.dtype) -> None:
+    """1e-8 is 0 in float16, and 1 - 1e-8 is 1 in both."""
+    logits = torch.tensor([[30.0, 0, -5], [0.5, 0.25, 0]], dtype=dtype)
+    other = logits.flip(1)
+    for pair in ((logits, other), (logits, logits)):
+        for function in (agreement, disagreement):
+            found, expected = function(*pair), function(*(x.float() for x in pair))
+            assert found.dtype == torch.float32
+            assert torch.equal(found, expected)
+
+
 def test_agreement_and_disagreement_by_hand() -> None:
     """(1/2, 1/2) . (1/4, 3/4) = 1/2, (0.9, 0.1) . (0.2, 0.8) = 0.26, image by image."""
     one, other = logits((0.5, 0.5), (0.9, 0.1)), logits((0.25, 0.75), (0.2, 0.8))

@@ -226,6 +226,18 @@ def test_the_gradient_of_sar_stops_below_a_thousandth() -> None:
         assert bool(adv.grad.abs().max() > 0) == moves
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_divergence_in_half_precision_is_that_of_the_same_logits(dtype: torch.dtype) -> None:
+    """1e-8 is 0 in float16, and 1 - 1e-8 is 1 in both."""
+    logits = torch.tensor([[30.0, 0, -5], [0.5, 0.25, 0]], dtype=dtype)
+    other = logits.flip(1)
+    for pair in ((logits, other), (logits, logits)):
+        for function in (jensen_shannon,):
+            found, expected = function(*pair), function(*(x.float() for x in pair))
+            assert found.dtype == torch.float32
+            assert torch.equal(found, expected)
+
+
 def test_jensen_shannon_by_hand() -> None:
     """Equal distributions: 0. One-hot on different classes: log 2, less the floor of 1e-8.
 
