@@ -17,7 +17,9 @@ a critic, at 224 x 224 pixels. Limits: it cannot make the images that BackdoorBe
 own files. Training the encoder takes some minutes on a CPU.
 
 Expected on the embedded digits: ACC >= 97 %, ASR >= 97 % (half of the channels >= 95 %). The string
-is learned late; a run whose epochs end too early has no backdoor. CIFAR-10, PreAct-ResNet18, 10 %
+is learned late; a run whose epochs end too early has no backdoor. How strongly an encoder changes
+images, `mean_change` in the summary, differs from training to training: with 1.9 grey levels, a
+small network learned nothing of it from 10,000 photographs. CIFAR-10, PreAct-ResNet18, 10 %
 poisoned, as published by BackdoorBench: ACC 92.88 %, ASR 97.86 %.
 """
 
@@ -239,9 +241,12 @@ def prepare(config: Config, setting: Setting) -> Encoder:
     message = random_bits(len(held_out), config.message_bits, generator(0, "held-out strings"))
     accuracy = read_back(networks, held_out, message)
     logger.info("bit accuracy of the encoder on %d test images: %.4f", len(held_out), accuracy)
-    string_accuracy = read_back(networks, held_out, message_of(config).expand(len(held_out), -1))
+    string = message_of(config).expand(len(held_out), -1)
     setting.facts["bit_accuracy"] = accuracy
-    setting.facts["bit_accuracy_of_the_string"] = string_accuracy
+    setting.facts["bit_accuracy_of_the_string"] = read_back(networks, held_out, string)
+    # How strong the trigger is, in grey levels, which another training of the encoder changes.
+    changed = hide(networks.encoder, held_out, string).float() - held_out.float()
+    setting.facts["mean_change"] = round(float(changed.abs().mean()), 2)
     if accuracy < config.min_bit_accuracy:
         raise UserError(
             f"the encoder's bit accuracy on test images is {accuracy:.4f}, under "

@@ -19,6 +19,7 @@ from attack.ssba import (
     hide,
     hiding_loss,
     make_trigger,
+    message_of,
     prepare,
     random_bits,
     read_back,
@@ -337,6 +338,16 @@ def test_the_encoder_is_trained_once_and_disturbs_no_draw(
     assert not torch.equal(first.message.weight, other.message.weight)
     with pytest.raises(TypeError):
         prepare(config(encoder_steps=4), setting)
+
+
+def test_the_strength_of_the_trigger_is_told(setting: Setting) -> None:
+    """The mean absolute change of test images, in grey levels."""
+    encoder = prepare(config(encoder_steps=3), setting)
+    images = setting.data.test.images
+    string = message_of(config()).expand(len(images), -1)
+    change = (hide(encoder, images, string).double() - images.double()).abs().mean()
+    assert setting.facts["mean_change"] == pytest.approx(float(change), abs=0.006)
+    assert setting.facts["mean_change"] > 0
 
 
 def test_an_encoder_that_cannot_be_read_is_refused(setting: Setting) -> None:
