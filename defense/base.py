@@ -79,7 +79,6 @@ class DefenseConfig(OfRecord):
     learns = True  # whether it takes gradients of weights, or of images
     moves_images = False  # whether it takes gradients of images
     takes_float16 = True  # False with Adam, whose 1e-8 is 0 there
-    reads_labels = False
 
     @property
     def sees(self) -> Sees:
@@ -100,7 +99,6 @@ class CleanData(DefenseConfig):
     ]
 
     advice = "give more images (--ratio), or change its flags, see --help"
-    reads_labels = True
 
     @property
     def sees(self) -> Sees:
@@ -324,7 +322,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 images,
                 labels,
                 needs_images=config.sees != "nothing",
-                needs_labels=config.reads_labels,
+                needs_labels=isinstance(config, CleanData),
                 learns=config.learns,
                 moves_images=config.moves_images,
                 takes_float16=config.takes_float16,

@@ -53,7 +53,6 @@ class Config(CleanData, Rounds):
 
     advice = "raise --u"
     learns = False
-    reads_labels = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def purify(
         model: any module from (N, C, H, W) float in [0, 1] to (N, K) logits, with BatchNorm that
             keeps running statistics.
         images: (N, C, H, W) clean images, float in [0, 1] or uint8.
-        labels: (N,) int64; not read.
+        labels: (N,) int64; checked, but not read.
         config: `Config.load(...)`.
         loop: takes what was pruned.
 

@@ -69,7 +69,6 @@ class Config(CleanData, Rounds):
     ]
 
     advice = "give fewer rounds, or more images (--ratio)"
-    reads_labels = False
     moves_images = True
     takes_float16 = False
 
@@ -189,7 +188,7 @@ def purify(
     Args:
         model: any module from (N, C, H, W) float in [0, 1] to (N, K) logits, with a convolution.
         images: (N, C, H, W) clean images, float in [0, 1] or uint8.
-        labels: (N,) int64; not read.
+        labels: (N,) int64; checked, but not read.
         config: `Config.load(...)`.
         loop: lets a pipeline watch the steps.
 

@@ -119,16 +119,16 @@ def check_given(
     *,
     needs_images: bool,
     needs_labels: bool,
-    learns: bool,
-    moves_images: bool,
-    takes_float16: bool,
+    learns: bool = False,
+    moves_images: bool = False,
+    takes_float16: bool = True,
     batch_size: int | None = None,
 ) -> None:
     """Checks the arguments of a `purify`; a copy of the network is called with two images.
 
     Args:
         needs_images: whether there must be at least one image.
-        needs_labels: whether there must be a label for each image; else labels are not looked at.
+        needs_labels: whether there must be a label for each image; else there may be none at all.
         learns: whether gradients must reach weights that require them, if any does.
         moves_images: whether gradients must reach the images.
         takes_float16: whether weights may be in float16.
@@ -148,7 +148,7 @@ def check_given(
             "method; give model.float(), or model.bfloat16()"
         )
     _check_images(images, needs_images)
-    if needs_labels:
+    if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
         _check_labels(labels, len(images))
     some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
     copy = _told("be copied by copy.deepcopy", lambda: copied(model))
@@ -171,7 +171,7 @@ def check_given(
         raise UserError("model: it tells one class; give a network with two or more")
     if learns:
         _check_gradients(copy, before, moves_images)
-    if needs_labels and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise UserError(
             f"labels: {int(labels.min())} to {int(labels.max())}, but the network has {classes} "
             f"classes; give 0 to {classes - 1}"

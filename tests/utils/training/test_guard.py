@@ -12,13 +12,4 @@ def test_a_network_of_one_class_is_refused() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
     images, labels = torch.rand(3, 3, 2, 2), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(UserError, match="it tells one class; give a network with two or more"):
-        check_given(
-            network,
-            images,
-            labels,
-            needs_images=True,
-            needs_labels=True,
-            learns=True,
-            moves_images=True,
-            takes_float16=True,
-        )
+        check_given(network, images, labels, needs_images=True, needs_labels=True)
