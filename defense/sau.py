@@ -46,7 +46,6 @@ from models.copies import copied
 from models.modes import evaluating, frozen
 from utils.data.batches import as_float, spread, wide
 from utils.perturb import Norm, Start, initial_perturbation, project
-from utils.process import distributed
 from utils.process.device import rows_of
 from utils.process.seeds import generator
 from utils.training.findings import Findings, Picture
@@ -116,7 +115,7 @@ def shared_perturbation(
     *,
     ref_predictions: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
-    is_part: bool = False,
+    part: tuple[int, slice] | None = None,
 ) -> torch.Tensor:
     """Perturbations that make images shared adversarial examples (inner problem, PGD).
 
@@ -131,19 +130,13 @@ def shared_perturbation(
         labels: (N,) int64 true labels.
         ref_predictions: (N,) int64 labels that h_bd gives the clean images, if known.
         generator: source of the start `random`, on the CPU.
-        is_part: whether the images are this process's `distributed.part` of a batch, whose images
-            then start where they would in a single process.
+        part: see `initial_perturbation`.
 
     Returns:
         delta: (N, C, H, W) float, pixel units. images + delta may leave [0, 1].
     """
     delta = initial_perturbation(
-        config.pgd_init,
-        config.trigger_norm,
-        config.norm_type,
-        images,
-        generator,
-        distributed.whole(len(images)) if is_part else None,
+        config.pgd_init, config.trigger_norm, config.norm_type, images, generator, part
     )
     with torch.enable_grad(), evaluating(model, reference), frozen(model, reference):
         with torch.no_grad():
@@ -337,7 +330,7 @@ def purify(
                 config,
                 ref_predictions=ref_predictions,
                 generator=start,
-                is_part=True,
+                part=loop.part,
             )
             with torch.no_grad():
                 ref_adv = reference(x + delta)

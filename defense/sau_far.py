@@ -97,7 +97,7 @@ def purify(
                 config,
                 ref_predictions=ref_clean.argmax(1),
                 generator=start,
-                is_part=True,
+                part=loop.part,
             )
             with torch.no_grad():
                 ref_adv = reference(x + delta)

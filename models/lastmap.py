@@ -109,13 +109,11 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
         for name, output in seen[: pooling.place]
         if times[name] == 1 and isinstance(output, torch.Tensor) and output.ndim == 4
     ]
-    names: list[str] = []
-    if (found := pooling.found) is None:
-        pass
-    elif found.shape[2:].numel() < least_pixels:
+    found, names = pooling.found, []
+    if found is not None and found.shape[2:].numel() < least_pixels:
         parts = top_level(model)
         names = [n for n, x in maps if n in parts and x.shape[2:].numel() >= least_pixels]
-    else:
+    elif found is not None:
         same = [n for n, x in maps if x is found] or [n for n, x in maps if x.shape == found.shape]
         names = same or [n for n, x in maps if x.shape[2:].numel() >= found.shape[2:].numel()]
     if not names:

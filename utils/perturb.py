@@ -24,8 +24,8 @@ def initial_perturbation(
         norm: the ball.
         images: (N, C, H, W) float; gives shape, dtype and device.
         generator: source of `random`, on the CPU; torch's global one if None.
-        part: of how many images these are which, if several processes share a batch
-            (`distributed.whole`); they then get what they would get in a single process.
+        part: of how many images these are which, if several processes share a batch (`Loop.part`);
+            they then get what they would get in a single process.
 
     Returns:
         delta: (N, C, H, W) float.

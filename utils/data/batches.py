@@ -94,7 +94,9 @@ def augment(
     count, _, height, width = images.shape
     device = images.device
 
-    whole, part = distributed.whole(count) if is_part else (count, slice(count))
+    # Parts may differ by one image, and every process draws for all of them.
+    whole = int(distributed.total(torch.tensor(count))) if is_part else count
+    part = distributed.part(whole) if is_part else slice(whole)
 
     def draw(high: int) -> torch.Tensor:
         return torch.randint(high, (whole, 1), device=device, generator=generator)[part]

@@ -140,15 +140,6 @@ def agreed(number: int, is_due: bool) -> tuple[int, bool]:
     return int(both[0]), bool(both[1])
 
 
-def whole(count: int) -> tuple[int, slice]:
-    """How many images a batch has of which this process has `count`, and which of them these are.
-
-    Parts may differ by one image, so what is drawn per image is drawn for the whole batch.
-    """
-    together = int(total(torch.tensor(count)))
-    return together, part(together)
-
-
 def part(count: int) -> slice:
     """This process's part of `count` things in a row; parts differ by one at most."""
     return slice(count * rank() // processes(), count * (rank() + 1) // processes())

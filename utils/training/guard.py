@@ -190,7 +190,7 @@ def check_given(
 def _check_gradients(model: nn.Module, images: torch.Tensor, moves_images: bool) -> None:
     """Raises UserError if no gradient of the logits reaches the weights, or the images."""
     can_learn = any(weight.requires_grad for weight in model.parameters())
-    with learning(), in_any_order(model):
+    with in_any_order(model):
         images = images.detach().clone().requires_grad_(moves_images)
         logits = model(images)
         gradient = None

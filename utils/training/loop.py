@@ -57,6 +57,7 @@ class Loop:
     Attributes:
         phase: the name of the present phase; "" for a method's main one.
         findings: what the method found.
+        part: of how many images the present batch is, and which of them this process has.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Loop:
         self._images = 0
         self._weight = 1.0
         self._is_shared = False
+        self.part = (0, slice(0))
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The module to train a model through; it shares the model's weights.
@@ -239,7 +241,8 @@ class Loop:
                 f"images, fewer than the {distributed.processes()} processes; give another"
             )
         for number, batch in enumerate(batches[done:], done + 1):
-            rows = batch if whole else batch[distributed.part(len(batch))]
+            self.part = len(batch), slice(None) if whole else distributed.part(len(batch))
+            rows = batch[self.part[1]]
             share = len(rows) * (1 if whole else distributed.processes())
             self._weight = share / len(batch)
             yield rows
