@@ -56,12 +56,12 @@ from attack.prototype import train
 from attack.recipe import TrainingConfig, clean_plan, learned_little
 from models import build_model, check_model, model_identity, prepare
 from models.modes import evaluating
-from utils.config import read_yaml
 from utils.data.batches import as_float
 from utils.data.datasets import DatasetName, load_dataset
 from utils.data.labelled import Labelled
 from utils.errors import NothingToDo, UserError, suggestion
 from utils.files import as_path, file_sha256
+from utils.plain import read_yaml
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders, places

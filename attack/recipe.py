@@ -31,6 +31,7 @@ from utils.training.evaluate import evaluate
 from utils.training.loop import Loop, Step
 from utils.training.sgd import Schedule, Supervised, train_classifier
 from utils.training.watch import Watch
+from utils.values import OrName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class AttackConfig(TrainingConfig):
     attack_target: Annotated[
         int,
         Field(ge=0, description="label, or class, that triggered images shall get (all2one)"),
-        configuration.OrName,
+        OrName,
     ]
     attack_label_trans: Annotated[
         poison.LabelMap, Field(description="target for all images, or y -> (y + 1) mod classes")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from benchmark.cells import Cell, cells_in, config_class, fields, scripts, summary_of
 from benchmark.grid import OF_GRID, Grid
-from utils.config import FILES, read_yaml
+from utils.config import FILES
 from utils.errors import UserError, listed, suggestion
+from utils.plain import read_yaml
 from utils.records import places
 from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
 from utils.records.places import CLEAN

@@ -36,8 +36,9 @@ from pydantic import (
     model_validator,
 )
 
-from utils.config import placed, read_yaml
+from utils.config import placed
 from utils.errors import UserError, quoted
+from utils.plain import read_yaml
 from utils.records.contents import NAME
 
 OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")

@@ -39,11 +39,14 @@ from utils.data.batches import as_float
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
+from utils.values import Endless
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CleanData, Rounds):
-    u: Annotated[float, Field(ge=0, description="standard deviations from which on to prune")]
+    u: Annotated[
+        float, Field(ge=0, description="standard deviations from which on to prune"), Endless
+    ]
     prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
     n_rounds: Annotated[
         int,

@@ -34,6 +34,7 @@ from models.parts import Pairs, convolutions_before, running_norms
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
+from utils.values import Endless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,9 @@ class Config(DefenseConfig):
     n_rounds: Annotated[
         int, Field(ge=0, description="how often outliers are pruned; 0 changes nothing")
     ]
-    u: Annotated[float, Field(ge=0, description="standard deviations from which on to prune")]
+    u: Annotated[
+        float, Field(ge=0, description="standard deviations from which on to prune"), Endless
+    ]
     prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
     pairs: Annotated[
         Pairs, Field(description="convolution of a BatchNorm: by order, or the direct one alone")

@@ -38,13 +38,16 @@ from utils.errors import UserError
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
+from utils.values import Endless
 
 MOST_BINS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PoisonedData, Rounds):
-    u: Annotated[float, Field(ge=0, description="standard deviations from which on to prune")]
+    u: Annotated[
+        float, Field(ge=0, description="standard deviations from which on to prune"), Endless
+    ]
     bin_width: Annotated[
         float, Field(gt=0, description="of the histogram, in standard deviations of a channel")
     ]

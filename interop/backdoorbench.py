@@ -23,12 +23,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from interop.layout import attack_result, is_in_place, model_result, split_state, write_images
-from utils.config import Parser, as_yaml, read_yaml
+from utils.config import Parser
 from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError
 from utils.files import absolute, read_object, remove_strays, temporary_folder
+from utils.plain import as_yaml, read_yaml
 from utils.process.script import logger, run_script
 from utils.records import folders, places
 from utils.records.attack import (

@@ -52,6 +52,7 @@ from utils.training import ending
 from utils.training.ending import draw_trigger
 from utils.training.evaluate import evaluate
 from utils.training.findings import Findings
+from utils.values import OrName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class Config(configuration.Config):
     attack_target: Annotated[
         int | None,
         Field(ge=0, description="label, or class, that triggered images get (all2one)"),
-        configuration.OrName,
+        OrName,
     ]
     attack_label_trans: Annotated[
         poison.LabelMap, Field(description="target for all images, or y -> (y + 1) mod classes")

@@ -43,9 +43,10 @@ from models import build_model
 from perf import fuzz
 from perf.stress import Ended, Table, fill
 from utils import plot
-from utils.config import Parser, parse_yaml
+from utils.config import Parser
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.plain import parse_yaml
 from utils.process.progress import Progress
 from utils.process.script import run_script
 

@@ -17,7 +17,6 @@ from attack.recipe import AttackConfig
 from tests.conftest import make_small
 from tests.test_end_to_end import attack_flags, defense_flags, run_script
 from utils import plot
-from utils.config import allowed_values
 from utils.data import poison
 from utils.data.datasets import load_dataset
 from utils.data.labelled import Dataset, Labelled
@@ -25,6 +24,7 @@ from utils.errors import UserError
 from utils.files import ROOT
 from utils.records.attack import load_attack, read_index
 from utils.training.loop import largest_batch
+from utils.values import allowed_values
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from utils import tensors
-from utils.config import LARGEST
 from utils.data import images
 from utils.files import ROOT
+from utils.plain import LARGEST
 
 TEXT = " ".join((ROOT / "SECURITY.md").read_text(encoding="utf-8").split())
 

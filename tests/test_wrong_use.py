@@ -23,9 +23,10 @@ from tests.test_end_to_end import (
     workplace,
 )
 from tests.utils.test_config import CONFIGS
-from utils.config import ENDLESS, _base, _bounds, _hints, _may_be_a_name, allowed_values
+from utils.config import _hints
 from utils.files import ROOT
 from utils.records.attack import AttackRecord, load_attack
+from utils.values import allowed_values, base_of, bounds_of, is_endless, may_be_a_name
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -85,17 +86,17 @@ def next_to(bound: float, is_int: bool, step: int) -> float:
 
 def element(annotation: Any) -> tuple[Any, bool]:
     """What the bounds are of: of a list, its elements; whether there is one."""
-    base = _base(annotation)
+    base = base_of(annotation)
     return (get_args(base)[0], True) if get_origin(base) is tuple else (annotation, False)
 
 
 def limits(annotation: Any) -> list[tuple[float, float]]:
     """For each bound the value just outside and the value just inside."""
     inner, _ = element(annotation)
-    base = _base(inner)
+    base = base_of(inner)
     is_int = int in (base, *get_args(base))
     found = []
-    for key, bound in _bounds(inner).items():
+    for key, bound in bounds_of(inner).items():
         up = 1 if key in ("ge", "gt") else -1
         beyond = next_to(bound, is_int, -up) if key in ("ge", "le") else bound
         within = bound if key in ("ge", "le") else next_to(bound, is_int, up)
@@ -105,25 +106,25 @@ def limits(annotation: Any) -> list[tuple[float, float]]:
 
 def wrong(annotation: Any) -> list[str]:
     """Values of a flag that are out of range or of another type; none for text."""
-    base = _base(annotation)
+    base = base_of(annotation)
     options = [option for option in get_args(base) if option is not type(None)]
     kind = options[0] if options and get_origin(base) is not Literal else base
     values = [repr(beyond) for beyond, _ in limits(annotation)]
     if get_origin(base) is Literal or kind is bool:
         values.append("sideways")
     elif kind is int:
-        is_name = _may_be_a_name(annotation)
+        is_name = may_be_a_name(annotation)
         values += [str(2**63)] if is_name else ["1.5", str(2**63), "much"]
     elif kind is float:
         values += ["nan", "inf", "-inf", "1e39", "much"]
-    if values and type(None) not in get_args(base) and not _may_be_a_name(annotation):
+    if values and type(None) not in get_args(base) and not may_be_a_name(annotation):
         values.append("null")
     return values
 
 
-def advice(name: str, annotation: Any, value: str) -> str:
+def advice(annotation: Any, value: str) -> str:
     """What to give instead of a value of `wrong`."""
-    if name in ENDLESS:
+    if is_endless(annotation):
         return allowed_values(annotation)
     beyond = ("nan", "inf", "-inf")
     allowed = allowed_values(annotation, largest=value in (str(2**63), "1e39", *beyond))
@@ -141,7 +142,7 @@ def test_each_flag_out_of_range_is_named(
     """All wrong values of a script, as many flags at a time as there are: a line for each."""
     hints = _hints(CONFIGS[script])
     values = {name: wrong(annotation) for name, annotation in hints.items()}
-    for name in ENDLESS & values.keys():
+    for name in (name for name, annotation in hints.items() if is_endless(annotation)):
         values[name] = [value for value in values[name] if value not in ("inf", "1e39")]
     assert sum(map(len, values.values())) > 10
     before = contents(workplace)
@@ -151,7 +152,7 @@ def test_each_flag_out_of_range_is_named(
         capsys.readouterr()
         assert run_script(ROOT / f"{script}.py", *flags) == 2
         assert sorted(errors(capsys)) == sorted(
-            f"error: --{name}: {value} is not allowed; give {advice(name, hints[name], value)}"
+            f"error: --{name}: {value} is not allowed; give {advice(hints[name], value)}"
             for name, value in given.items()
         )
     assert contents(workplace) == before

@@ -8,7 +8,6 @@ which file or flag a value came from, and reports all problems at once.
 import argparse
 import dataclasses
 import inspect
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,30 +16,25 @@ from pathlib import Path
 from typing import (
     Any,
     ClassVar,
-    Literal,
     NamedTuple,
     NoReturn,
     TypeVar,
-    get_args,
     get_origin,
     get_type_hints,
 )
 
 import yaml
-from pydantic import TypeAdapter
-from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from utils.errors import UserError, one_line, quoted, shown, suggestion
-from utils.files import as_path, at_home, read_text
+from utils.errors import UserError, quoted, shown, suggestion
+from utils.files import as_path, at_home
+from utils.plain import as_yaml, in_yaml, read_yaml
+from utils.values import advice, allowed_values, base_of, check, choices, field_info, is_text
 
 USER_FILES = {
     "yaml_path": "YAML file whose values go over the shipped ones",
     "bd_yaml_path": "YAML file whose values go over those of --yaml_path",
 }
-LARGEST = 1 << 16  # bytes of a YAML file, which takes some seconds to read at the worst
-DEEPEST = 16  # lists and mappings in each other
-LONGEST = 4096  # characters of a text; no system takes a longer path
 # Flags that name a file whose content is part of the recipe, in every script that has them.
 FILES = frozenset({"index", "state_dict", "trigger_image"})
 # And those that name a file or a folder of which the recipe has something else, or nothing.
@@ -50,12 +44,7 @@ PLACES = frozenset(
         *("dataset_path", "bd_test_dir", "model"),
     }
 )
-ENDLESS = frozenset({"u"})  # thresholds, in standard deviations, that may be infinite
-# Of numbers: what torch has as an integer, and what stays one in fp32 times or over a few others.
-_LARGEST: dict[type, float] = {float: 1e30, int: 2**63 - 1}
 _NO_VALUE = "\0"  # a flag that was given without its value
-
-
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")  # no path, and no hidden file
 
 C = TypeVar("C", bound="Config")
@@ -120,7 +109,7 @@ class _Layer(NamedTuple):
 
     def shown(self, value: object) -> str:
         """A value for a message; a text has quotes if without them it is none in YAML."""
-        is_as_text = isinstance(value, str) and not isinstance(_in_yaml(value[:100]), str)
+        is_as_text = isinstance(value, str) and not isinstance(in_yaml(value[:100]), str)
         return f"'{quoted(value)}'" if is_as_text and not self.is_flags else quoted(value)
 
 
@@ -153,7 +142,7 @@ class Config:
             UserError: naming every unknown field and every value that is not allowed.
         """
         hint = _hints(cls).get("dataset")
-        if dataset is not None and not (hint and _choices(hint)):  # else it is said later
+        if dataset is not None and not (hint and choices(hint)):  # else it is said later
             _require_known(cls, dataset)
         if dataset is None:
             dataset = {**_merge(_shipped(cls)), **overrides}.get("dataset")
@@ -186,7 +175,9 @@ class Config:
         parser = Parser(None, add_help=False, allow_abbrev=False)
         for name in [*_hints(cls), *USER_FILES]:
             const = (
-                "true" if _hints(cls).get(name) and _base(_hints(cls)[name]) is bool else _NO_VALUE
+                "true"
+                if _hints(cls).get(name) and base_of(_hints(cls)[name]) is bool
+                else _NO_VALUE
             )
             parser.add_argument(f"--{name}", nargs="?", const=const, type=str)
         parser.add_argument("-h", "--help", action="store_true")
@@ -203,7 +194,7 @@ class Config:
         paths = [at_home(given.pop(name)) for name in USER_FILES if name in given]
         over = [*(_Layer(path, read_yaml(Path(path))) for path in paths), _Layer("", given, True)]
         merged = _merge([*_shipped(cls), *over])
-        texts = {key: placed(key, value) for key, value in merged.items() if _is_text(value)}
+        texts = {key: placed(key, value) for key, value in merged.items() if is_text(value)}
         dataset = None if wants_help and problems else find_dataset(texts)
         layers = [*_shipped(cls, dataset), *over]
         if wants_help:
@@ -220,11 +211,6 @@ class Config:
         return as_yaml(plain)
 
 
-def as_yaml(values: Mapping[str, Any]) -> str:
-    """Plain data as YAML text, in which a text that looks like a number has quotes."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
 def placed(name: str, value: Any) -> Any:
     """The value of a flag; if it names a file or a folder, `~` has become the user's home."""
     if name not in FILES | PLACES:
@@ -236,194 +222,14 @@ def placed(name: str, value: Any) -> Any:
 
 def _lacks_value(cls: type[Config], name: str, value: str) -> bool:
     """Whether a flag was given without a value; a list may be empty."""
-    is_list = name in _hints(cls) and get_origin(_base(_hints(cls)[name])) is tuple
+    is_list = name in _hints(cls) and get_origin(base_of(_hints(cls)[name])) is tuple
     return value == _NO_VALUE or (value == "" and not is_list)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """One flat YAML mapping from names to values.
-
-    Raises:
-        UserError: if the file cannot be read, is not such a mapping, or names a key twice.
-    """
-    try:
-        text = read_text(path, LARGEST)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give an existing YAML file"
-        ) from None
-    except ValueError as error:
-        raise _not_valid(str(path), error) from None
-    return parse_yaml(text, str(path))
-
-
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """One flat YAML mapping from names to values.
-
-    Args:
-        source: what the text is of, for messages.
-
-    Raises:
-        UserError: if it is not such a mapping, or names a key twice.
-    """
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except Exception as error:  # the library raises anything of what is no YAML
-        raise _not_valid(source, error) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{source}: not a mapping of names to values; write lines of 'name: value'")
-    return values
-
-
-def _not_valid(source: str, error: Exception) -> UserError:
-    reason = one_line(error)
-    return UserError(f"{source}: not valid YAML ({reason}); write lines of 'name: value'")
-
-
-def _choices(annotation: Any) -> tuple[str, ...]:
-    """The texts that a field accepts, if they are listed."""
-    base = _base(annotation)
-    return tuple(map(str, get_args(base))) if get_origin(base) is Literal else ()
-
-
-class OrName:
-    """Mark of a field whose number may also be given by a name, which is looked up later."""
-
-
-def _may_be_a_name(annotation: Any) -> bool:
-    return OrName in getattr(annotation, "__metadata__", ())
-
-
-def allowed_values(annotation: Any, largest: bool = False) -> str:
-    """What a field accepts, in words: 'float in (0, 1]', 'one of a, b', 'int >= 1 or null'.
-
-    Args:
-        largest: say also how large a number may be if the field itself does not.
-    """
-    number = _numbers(annotation, largest)
-    return f"{number} or the name of a class" if _may_be_a_name(annotation) else number
-
-
-def _numbers(annotation: Any, largest: bool) -> str:
-    base, bounds = _base(annotation), _bounds(annotation)
-    options = [option for option in get_args(base) if option is not type(None)]
-    if get_origin(base) is Literal:
-        return "one of " + ", ".join(map(str, options))
-    if get_origin(base) is tuple:
-        return f"a list of {allowed_values(options[0], largest)}, separated by commas"
-    null = ""
-    if options:
-        base, null = options[0], " or null"
-    if largest and base in _LARGEST:
-        bounds |= {} if {"le", "lt"} & bounds.keys() else {"le": _LARGEST[base]}
-        bounds |= {} if {"ge", "gt"} & bounds.keys() else {"ge": -_LARGEST[base]}
-    name = {bool: "true or false", str: "text"}.get(base, getattr(base, "__name__", str(base)))
-    texts = {key: f"{n:g}" if isinstance(n, float) else str(n) for key, n in bounds.items()}
-    low = next((m + texts[key] for key, m in (("ge", "["), ("gt", "(")) if key in texts), "")
-    high = next((texts[key] + m for key, m in (("le", "]"), ("lt", ")")) if key in texts), "")
-    if low and high:
-        return f"{name} in {low}, {high}{null}"
-    if low:
-        return f"{name} {'>=' if low[0] == '[' else '>'} {low[1:]}{null}"
-    if high:
-        return f"{name} {'<=' if high[-1] == ']' else '<'} {high[:-1]}{null}"
-    return name + null
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader of plain values: null, true, numbers, texts, and lists and mappings of them.
-
-    Numbers are decimal, as on the command line: 1e-4 is one. 010, 0x10, 1:30, 1_000 and dates are
-    texts. It refuses tags, references, keys that are repeated or are no plain values, and data that
-    are nested too deeply.
-    """
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):  # a few lines of them unfold to gigabytes
-            raise yaml.YAMLError("references (*name) are not read")
-        if getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError(f"tags ({quoted(event.tag)}) are not read")
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"more than {DEEPEST} lists and mappings in each other")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError("a key is a list or a mapping")
-            if key.value in seen:
-                raise yaml.YAMLError(f"{quoted(key.value)!r} stands twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which _Loader, or any other reader, would read as a number."""
-
-
-_WHOLE = r"-?(0|[1-9][0-9]*)"  # with a plus it may be the name of a class
-_DECIMAL = r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
-_NOT_FINITE = r"[-+]?\.?(inf|Inf|INF)|\.?(nan|NaN|NAN)"
-_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1
-# What a text without quotes is, with its first letters. All else is text.
-for _kind, _pattern, _first in (
-    ("null", "~|null|Null|NULL|none|None|NONE|", ["~", "n", "N", ""]),
-    ("bool", "true|True|TRUE|yes|Yes|YES|on|On|ON", list("tTyYoO")),
-    ("bool", "false|False|FALSE|no|No|NO|off|Off|OFF", list("fFnNoO")),
-    ("int", _WHOLE, list("-+0123456789")),
-    ("float", f"{_DECIMAL}|{_NOT_FINITE}", list("-+.0123456789iInN")),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_pattern})\Z"), _first
-        )
-
-
-def _in_yaml(text: str) -> Any:
-    """What a text is where it stands in a YAML file without quotes.
-
-    Raises:
-        ValueError: if it is a whole number of thousands of digits.
-    """
-    loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-    return loader.construct_object(yaml.ScalarNode(tag, text))
 
 
 def _hints(cls: type) -> dict[str, Any]:
     """Annotations of the dataclass fields, base class first."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _base(annotation: Any) -> Any:
-    return get_args(annotation)[0] if hasattr(annotation, "__metadata__") else annotation
-
-
-def _field_info(annotation: Any) -> FieldInfo | None:
-    return next(
-        (m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, FieldInfo)), None
-    )
-
-
-def _bounds(annotation: Any) -> dict[str, float]:
-    info = _field_info(annotation)
-    constraints = info.metadata if info else []
-    return {
-        key: getattr(m, key)
-        for m in constraints
-        for key in ("ge", "gt", "le", "lt")
-        if hasattr(m, key)
-    }
 
 
 def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
@@ -490,15 +296,12 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 errors.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
                 continue
             try:
-                checked = _check(hints[key], value, layer.is_flags)
-                if key not in ENDLESS and not all(map(_is_within, _each(checked))):
-                    raise ValueError("is too large")
-                values[key] = placed(key, checked)
+                values[key] = placed(key, check(hints[key], value, layer.is_flags))
             except ValueError:
                 refused.add(key)
-                allowed = _advice(hints[key], value, layer.is_flags, key in ENDLESS)
-                choices = _choices(hints[key]) if isinstance(value, str) else ()
-                close = suggestion(str(value), choices) if choices else ""
+                allowed = advice(hints[key], value, layer.is_flags)
+                texts = choices(hints[key]) if isinstance(value, str) else ()
+                close = suggestion(str(value), texts) if texts else ""
                 given = f"{layer.where(key)}: {layer.shown(value)}"
                 errors.append(f"{given} is not allowed{close}; give {allowed}")
     missing = [key for key in hints if key not in values and key not in refused]
@@ -508,84 +311,6 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
     if errors:
         raise UserError(*errors)
     return cls(**values)
-
-
-def _check(annotation: Any, value: Any, is_flag: bool) -> Any:
-    """The value as the field's type, which it must have; that of a flag is a text."""
-    base = _base(annotation)
-    options = [base, *get_args(base)]
-    if get_origin(base) is tuple:
-        items = _items(value) if is_flag else value
-        if not isinstance(items, list | tuple):
-            raise ValueError("no list")
-        checked = [_check(get_args(base)[0], item, is_flag) for item in items]
-        return TypeAdapter(annotation).validate_python(checked)
-    if isinstance(value, str) and not _is_text(value):
-        raise ValueError("no text that a system takes")
-    if is_flag and type(None) in options and _in_yaml(value) is None:
-        if value == "~" and str in options:  # null in a file, and the user's home in a shell
-            raise ValueError("could mean two things")
-        value = None
-    elif _may_be_a_name(annotation) and isinstance(value, str) and value.strip():
-        if type(_in_yaml(value.strip())) is not int:  # 007 and 1.0 are names
-            return value
-        value = _in_yaml(value.strip())  # a number in quotes is one
-    elif is_flag and any(kind in options for kind in (bool, int, float)):
-        value = _in_yaml(value.strip())
-    if is_flag and bool in options and type(value) is int and value in (0, 1):
-        value = bool(value)  # as many scripts write it
-    return TypeAdapter(annotation).validate_python(value, strict=True)
-
-
-def _items(text: str) -> list[str]:
-    """Those of a list on the command line, with or without the brackets of YAML and `--help`."""
-    inner = text.strip().removeprefix("[").removesuffix("]")
-    return inner.split(",") if inner else []
-
-
-def _each(value: Any) -> Sequence[Any]:
-    """The items of a list, or the value itself."""
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def _is_within(value: Any) -> bool:
-    """Whether a number is not too large; true of what is no number."""
-    return type(value) not in _LARGEST or abs(value) <= _LARGEST[type(value)]
-
-
-def _advice(annotation: Any, value: Any, is_flag: bool, endless: bool) -> str:
-    """What to give instead of a value that is not allowed."""
-    allowed = allowed_values(annotation)
-    if allowed.startswith("text") and isinstance(value, str):
-        if value == "~":
-            return f"{allowed}, or ~/ for your home"
-        return f"{allowed}, of at most {LONGEST} characters and without NUL"
-    if allowed.startswith("text") and isinstance(value, bool | int | float):
-        return f"{allowed}, in quotes"
-    if _may_be_a_name(annotation) and isinstance(value, bool | float):
-        return f"{allowed}, in quotes"
-    is_list = get_origin(_base(annotation)) is tuple
-    item = get_args(_base(annotation))[0] if is_list else annotation
-    if not {int, float} & {_base(item), *get_args(_base(item))}:
-        return allowed
-    given = [_number(part) for part in (_items(value) if is_flag and is_list else _each(value))]
-    if not endless and not all(map(_is_within, given)):
-        allowed = allowed_values(annotation, largest=True)
-    if not endless and any(isinstance(part, float) and not math.isfinite(part) for part in given):
-        return f"{'finite numbers' if is_list else 'a finite number'}: {allowed}"
-    if any(isinstance(part, str) and re.match(r"[-+]?0\d", part) for part in given):
-        return f"{allowed}, without a zero in front"
-    return allowed
-
-
-def _number(value: Any) -> Any:
-    """The number that a text is; everything else as it is."""
-    return _in_yaml(value.strip()) if isinstance(value, str) and len(value) < LONGEST else value
-
-
-def _is_text(value: object) -> bool:
-    """Whether it is a text that may be a name or a path."""
-    return isinstance(value, str) and len(value) <= LONGEST and "\0" not in value
 
 
 def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
@@ -610,7 +335,7 @@ def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str
     for title, names in _groups(cls).items():
         lines += ["", title]
         for name in names:
-            info = _field_info(hints[name])
+            info = field_info(hints[name])
             value = values.get(name)
             if not isinstance(value, str):
                 value = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]

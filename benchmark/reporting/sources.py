@@ -32,9 +32,9 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from analysis import RETUNED_WITH
-from utils.config import read_yaml
 from utils.errors import UserError, listed, one_line, shown
 from utils.files import read_bytes, read_object, read_text
+from utils.plain import read_yaml
 from utils.process.script import logger
 from utils.records.folders import RunFolder
 from utils.records.places import CLEAN, EXACT

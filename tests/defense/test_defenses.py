@@ -36,10 +36,11 @@ from tests.every_defense import cases, fields, module, of_the_method, shortened
 from tests.processes import Small
 from tests.test_end_to_end import cache, run_script, trained, workplace
 from utils import plot
-from utils.config import USER_FILES, read_yaml
+from utils.config import USER_FILES
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.plain import read_yaml
 from utils.process.seeds import random_states
 from utils.records.attack import AttackRecord, load_attack
 from utils.records.defense import load_defense

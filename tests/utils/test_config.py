@@ -20,10 +20,12 @@ from pydantic.fields import FieldInfo
 from attack.recipe import TrainingConfig
 from defense import sau
 from utils import config as configuration
-from utils.config import Config, allowed_values, read_yaml
+from utils.config import Config
 from utils.data.datasets import DatasetName
 from utils.errors import UserError, suggestion
 from utils.files import ROOT
+from utils.plain import read_yaml
+from utils.values import Endless, OrName, allowed_values, base_of
 
 # What ways to write a number, a boolean, or nothing are for a number, a boolean, and a name.
 TEXTS = {
@@ -227,11 +229,11 @@ class Kinds(Config):
     count: Annotated[int | None, Field(description="a whole number")] = None
     is_on: Annotated[bool | None, Field(description="a boolean")] = None
     name: Annotated[str | None, Field(description="a text")] = None
-    attack_target: Annotated[
-        int | None, Field(ge=0, description="a label or a name"), configuration.OrName
-    ] = None
+    attack_target: Annotated[int | None, Field(ge=0, description="a label or a name"), OrName] = (
+        None
+    )
     shares: Annotated[tuple[float, ...], Field(description="numbers")] = ()
-    u: Annotated[float | None, Field(ge=0, description="a threshold")] = None
+    u: Annotated[float | None, Field(ge=0, description="a threshold"), Endless] = None
 
 
 KINDS: dict[str, Any] = {
@@ -876,7 +878,7 @@ def test_each_flag_of_a_text_is_said_to_be_a_path_or_not(script: str) -> None:
     texts = {
         name
         for name, annotation in hints.items()
-        if str in (base := configuration._base(annotation), *get_args(base))
+        if str in (base := base_of(annotation), *get_args(base))
     }
     paths = configuration.FILES | configuration.PLACES
     assert texts <= paths | NAMES

@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from utils.config import read_yaml
 from utils.errors import UserError
 from utils.files import is_stray, read_object, read_text, replaced
+from utils.plain import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a run
 _REPLACED = re.compile(rf"\.{NAME.pattern}\.replaced")

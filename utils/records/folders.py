@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from utils import locks
-from utils.config import parse_yaml, read_yaml
 from utils.errors import NothingToDo, UserError, listed, shown
 from utils.files import (
     not_written,
@@ -23,6 +22,7 @@ from utils.files import (
     replaced,
     writable,
 )
+from utils.plain import parse_yaml, read_yaml
 from utils.process import distributed
 from utils.process.script import defer_signals, logger
 from utils.records.checkpoint import CHECKPOINT, Origin, files_of

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from utils import config as configuration
-from utils.config import Group, read_yaml
+from utils.config import Group
 from utils.errors import UserError
 from utils.files import as_path
+from utils.plain import read_yaml
 from utils.process.device import Precision
 from utils.records import backdoorbench
 from utils.records.attack import is_backdoorbench

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from models import Classifier
-from utils.config import FILES, Config, parse_yaml
+from utils.config import FILES, Config
 from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset, Triggered
 from utils.metrics import Scores, rate_label
+from utils.plain import parse_yaml
 from utils.process.device import environment, peak_memory_mib
 from utils.process.script import logger
 from utils.records.attack import AttackRecord, file_hashes

@@ -15,9 +15,9 @@ from tests import backdoorbench_writer as writer
 from tests.conftest import make_small
 from tests.miniatures import official, official_tiny
 from tests.test_end_to_end import run_script
-from utils.config import read_yaml
 from utils.data.datasets import load_dataset
 from utils.files import ROOT
+from utils.plain import read_yaml
 from utils.records.attack import load_attack
 
 # Of the full recipe: epochs, rounds of SAU, side, flip.
