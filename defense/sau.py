@@ -29,7 +29,9 @@ paper's protocol (one seed, CIFAR-10 as JPEG), BadNets' ASR fell from 93.63 to 1
 from 87.72 to 85.81 %. RESULTS.md has all other results, and says where SAU fails.
 """
 
+import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,6 +54,8 @@ from utils.training.findings import Findings, Picture
 from utils.training.labelshare import Tally, add, label_share
 from utils.training.loop import Loop
 from utils.training.selection import Best, hold_out
+
+LEAST = 0.2  # part of n_rounds that `--stop auto` runs in any case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +268,18 @@ def held_out_signals(
     return {name: value / len(images) for name, value in sums.items()}
 
 
+def held_out_measure(signals: Mapping[str, float], count: int) -> tuple[float, float]:
+    """What `--stop auto` decides by: error + share of the held-out images, and its standard error.
+
+    The standard error is that of two independent shares of `count` images.
+
+    Args:
+        signals: as `held_out_signals` gives them.
+    """
+    rates = 1 - signals["acc"], signals["share"]
+    return sum(rates), math.sqrt(sum(rate * (1 - rate) for rate in rates) / count)
+
+
 @checked
 def purify(
     model: nn.Module,
@@ -282,7 +298,8 @@ def purify(
         loop: lets a pipeline watch the rounds.
 
     Returns:
-        The model after the last round, or with `stop` auto after the best one, in eval mode.
+        The model after the last round, or with `stop` auto after the one that is kept, in eval
+        mode.
 
     Raises:
         UserError: if a loss is not finite.
@@ -296,7 +313,7 @@ def purify(
     if config.stop == "auto":
         fit, held = hold_out(labels, config.val_ratio, config.random_seed)
         if len(fit) and len(held):
-            best = Best(model, config.patience)
+            best = Best(model, config.patience, math.ceil(LEAST * config.n_rounds))
             held_out = images[held], labels[held]
             images, labels = images[fit], labels[fit]
         else:
@@ -350,12 +367,11 @@ def purify(
         if best:
             signals = held_out_signals(*attacked, *held_out, config)
             loop.findings.tables.setdefault("held_out", []).append({"round": number, **signals})
-            wrong = 1 - signals["acc"] + signals["share"]
-            if best.keep(model, wrong, signals["total"], number):
+            if best.keep(model, *held_out_measure(signals, len(held_out[1])), number):
                 loop.stop()
     if best and best.round:
         best.put_into(model)
-        text = f"the model is that of round {best.round}, the best one on held-out images"
+        text = f"the model is that of round {best.round}, by held-out images"
         loop.findings.say(text, best_round=best.round, held_out_images=len(held_out[1]))
     return model
 

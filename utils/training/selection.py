@@ -77,50 +77,53 @@ def drawn_by_class(labels: torch.Tensor, share: float, rng: torch.Generator) -> 
 
 
 class Best:
-    """The model of the round with the smallest value of a measure; of equal ones, a second decides.
+    """The model of the last round that is as good as the best one, as far as a measure can tell.
+
+    Its measure is at most one standard error above the smallest one.
 
     Args:
         model: as it is before the first round; `keep` is called with the same one.
-        patience: rounds without a smaller first value after which it is over, >= 1.
+        patience: rounds without a smaller value after which it is over, >= 1.
+        least: rounds before which it is never over.
 
     Attributes:
         state: tensors by name, for a checkpoint.
     """
 
-    def __init__(self, model: nn.Module, patience: int) -> None:
-        self._patience = patience
+    def __init__(self, model: nn.Module, patience: int, least: int = 0) -> None:
+        self._patience, self._least = patience, least
         self.state = {f"weights.{k}": v.clone() for k, v in model.state_dict().items()}
-        self.state["values"] = torch.full((2,), math.inf, dtype=torch.float64)
+        self.state["smallest"] = torch.tensor([math.inf, 0.0], dtype=torch.float64)
         self.state["round"], self.state["since"] = torch.tensor(0), torch.tensor(0)
 
     @property
     def round(self) -> int:
-        """The best round so far, from 1; 0 before the first one."""
+        """The round that is kept, from 1; 0 before the first one."""
         return int(self.state["round"])
 
-    def keep(self, model: nn.Module, value: float, second: float, number: int) -> bool:
-        """Keeps a round's model if it is the best one so far.
+    def keep(self, model: nn.Module, value: float, error: float, number: int) -> bool:
+        """Keeps a round's model if it is as good as the best one so far.
 
         Args:
             value: of the measure; NaN is no good value.
-            second: of the second measure.
+            error: its standard error.
             number: of the round, from 1.
 
         Returns:
             Whether it is over.
         """
-        before = self.state["values"].tolist()
-        if value < before[0]:
+        smallest = self.state["smallest"]
+        if value < smallest[0]:
+            smallest.copy_(torch.tensor([value, error], dtype=torch.float64))
             self.state["since"].fill_(number)
-        if [value, second] < before:
-            self.state["values"].copy_(torch.tensor([value, second], dtype=torch.float64))
+        if value <= smallest.sum():
             self.state["round"].fill_(number)
             for name, tensor in model.state_dict().items():
                 self.state[f"weights.{name}"].copy_(tensor)
-        return number - int(self.state["since"]) >= self._patience
+        return number >= self._least and number - int(self.state["since"]) >= self._patience
 
     def put_into(self, model: nn.Module) -> None:
-        """Makes a model the best one."""
+        """Makes a model the one that is kept."""
         model.load_state_dict({k: self.state[f"weights.{k}"] for k in model.state_dict()})
 
 

@@ -210,23 +210,35 @@ def test_of_two_scores_either_is_less_than_a_deviation_away() -> None:
 
 
 def test_the_best_model_is_kept_until_it_is_over() -> None:
-    """Of equal values the second decides; NaN is none; two rounds without a smaller one end it."""
+    """The last one within the error of the smallest value; NaN is none; 3 without a smaller end it.
+
+    Round 3 has the smallest value, and its error counts, not that of another round.
+    """
     model = nn.BatchNorm1d(1)
-    best = Best(model, patience=2)
+    best = Best(model, patience=3)
     assert best.round == 0
-    values = [(0.3, 9.0), (math.nan, 0.0), (0.1, 5.0), (0.1, 4.0), (0.2, 0.0)]
-    ends = []
-    for number, (value, second) in enumerate(values, start=1):
+    values = [(0.3, 9.0), (math.nan, 0.0), (0.125, 0.125), (0.25, 0.0), (0.1875, 0.0), (0.26, 9.0)]
+    ends, kept = [], []
+    for number, (value, error) in enumerate(values, start=1):
         with torch.no_grad():
             model.weight.fill_(number)
             model.running_mean.fill_(10 * number)
-        ends.append(best.keep(model, value, second, number))
-    assert ends == [False, False, False, False, True]
-    assert best.round == 4
+        ends.append(best.keep(model, value, error, number))
+        kept.append(best.round)
+    assert ends == [False, False, False, False, False, True]
+    assert kept == [1, 1, 3, 4, 5, 5]
     other = nn.BatchNorm1d(1)
     best.put_into(other)
-    assert (other.weight.item(), other.running_mean.item()) == (4, 40)
-    assert (model.weight.item(), model.running_mean.item()) == (5, 50)
+    assert (other.weight.item(), other.running_mean.item()) == (5, 50)
+    assert (model.weight.item(), model.running_mean.item()) == (6, 60)
+
+
+@pytest.mark.parametrize(("least", "last"), [(0, 3), (3, 3), (4, 4), (6, 6)])
+def test_it_is_not_over_before_the_least_round(least: int, last: int) -> None:
+    best, model = Best(nn.Linear(1, 1), patience=2, least=least), nn.Linear(1, 1)
+    ends = [best.keep(model, 0.5, 0.0, number) for number in range(1, 7)]
+    assert ends.index(True) + 1 == last
+    assert best.round == 6  # of equal ones the last
 
 
 def test_the_best_model_goes_on_from_its_state() -> None:
@@ -240,14 +252,3 @@ def test_the_best_model_goes_on_from_its_state() -> None:
     assert not copied.keep(nn.Linear(1, 1), 1.5, 0.0, 2)
     copied.put_into(other := nn.Linear(1, 1))
     assert torch.equal(other.weight, model.weight)
-
-
-def test_of_two_rounds_that_are_equal_in_both_the_first_is_kept() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    best = Best(model, patience=9)
-    for number in (1, 2):
-        nn.init.constant_(model.weight, number)
-        best.keep(model, 0.5, 0.25, number)
-    assert best.round == 1
-    best.put_into(model)
-    assert model.weight.item() == 1
