@@ -100,9 +100,11 @@ def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:
     edges = low + bin_width * torch.arange(bins + 1, device=z.device, dtype=z.dtype)
     place = torch.bucketize(z, edges)  # edges[place - 1] < z <= edges[place]
     is_counted = (place >= 1) & (place <= bins) & (z < edges[place.clamp(max=bins)])
-    counts = torch.zeros(len(z), bins + 2, device=z.device, dtype=z.dtype)
-    counts.scatter_add_(1, place, is_counted.to(z.dtype))
-    entropy[is_known] = torch.special.entr(counts / z.shape[1]).sum(1)
+    # Only bins that hold a value are kept, because there may be many more bins than values.
+    channel = torch.arange(len(z), device=z.device)[:, None]
+    held, counts = (channel * (bins + 2) + place)[is_counted].unique(return_counts=True)
+    parts = torch.special.entr(counts.to(z.dtype) / z.shape[1])
+    entropy[is_known] = z.new_zeros(len(z)).index_add_(0, held // (bins + 2), parts)
     return entropy
 
 
