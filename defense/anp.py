@@ -59,6 +59,8 @@ class Config(Masked, Rounds, Augmented):
         Group.TRAINING,
     ]
 
+    in_train_mode = True
+
 
 def adversarial_noise(
     model: nn.Module,

@@ -170,6 +170,11 @@ class Rounds(DefenseConfig):
     ]
     batch_size: Annotated[int, Field(ge=1, description="images per step")]
 
+    @property
+    def in_train_mode(self) -> bool:
+        """Whether the whole network is called in train mode."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scored(Rounds):
@@ -200,6 +205,7 @@ class FineTuned(CleanData, Scored, Augmented):
     wd: Annotated[float, Field(ge=0, description="weight decay of SGD")]
 
     advice = "lower --lr, or give more images (--ratio)"
+    in_train_mode = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +243,7 @@ class Inverted(CleanData, Scored):
     ]
 
     advice = "lower --lr or --generated_ratio, or give more images (--ratio)"
+    in_train_mode = True
     moves_images = True
     takes_float16 = False
 
@@ -326,7 +333,9 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 learns=config.learns,
                 moves_images=config.moves_images,
                 takes_float16=config.takes_float16,
-                batch_size=config.batch_size if isinstance(config, (FineTuned, Inverted)) else None,
+                batch_size=config.batch_size
+                if isinstance(config, Rounds) and config.in_train_mode
+                else None,
             )
         with (
             seeded(config.random_seed),

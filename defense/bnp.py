@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
 from models.modes import evaluating
-from models.parts import recording, running_norms
+from models.parts import running_norms, watching
 from utils.config import Group
 from utils.data.batches import as_float
 from utils.training.loop import Loop
@@ -114,18 +114,20 @@ def pooled(parts: Sequence[Moments]) -> Moments:
 
 
 def input_moments(model: nn.Module, images: torch.Tensor, batch_size: int) -> dict[str, Moments]:
-    """Statistics of what enters each BatchNorm, over all images and pixels, in eval mode.
+    """Statistics of what enters each BatchNorm, over all images, pixels and calls, in eval mode.
 
     Returns:
         By the layer's name; layers that are never called are skipped.
     """
     device = next(model.parameters()).device
     parts: dict[str, list[Moments]] = {name: [] for name in running_norms(model)}
-    with evaluating(model), torch.no_grad(), recording(model, parts, of="input") as inputs:
+
+    def see(name: str, features: torch.Tensor) -> None:
+        parts[name].append(moments(features))
+
+    with evaluating(model), torch.no_grad(), watching(model, parts, see, of="input"):
         for batch in images.split(batch_size):
             model(as_float(batch, device))
-            for name, features in inputs.items():
-                parts[name].append(moments(features))
     return {name: pooled(values) for name, values in parts.items() if values}
 
 

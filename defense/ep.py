@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import PoisonedData, Rounds, checked, run
 from models.modes import evaluating
-from models.parts import norms, recording
+from models.parts import norms, watching
 from utils.config import Group
 from utils.data.batches import as_float
 from utils.errors import UserError
@@ -113,16 +113,25 @@ def largest_inputs(
 ) -> dict[str, torch.Tensor]:
     """The largest value of each channel that enters a BatchNorm, image by image, in eval mode.
 
+    Of a BatchNorm that is called more than once, all calls count.
+
     Returns:
         (C, N) float32 on the CPU, by the layer's name.
     """
     device = next(model.parameters()).device
     largest: dict[str, list[torch.Tensor]] = {name: [] for name in norms(model)}
-    with evaluating(model), torch.no_grad(), recording(model, largest, of="input") as inputs:
+    of_batch: dict[str, torch.Tensor] = {}
+
+    def see(name: str, features: torch.Tensor) -> None:
+        values = features.float().amax(dim=(2, 3))
+        of_batch[name] = values.maximum(of_batch[name]) if name in of_batch else values
+
+    with evaluating(model), torch.no_grad(), watching(model, largest, see, of="input"):
         for batch in images.split(batch_size):
+            of_batch.clear()
             model(as_float(batch, device))
-            for name, features in inputs.items():
-                largest[name].append(features.float().amax(dim=(2, 3)).cpu())
+            for name, values in of_batch.items():
+                largest[name].append(values.cpu())
     return {name: torch.cat(parts).T for name, parts in largest.items() if parts}
 
 

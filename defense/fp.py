@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, HeldOut, checked, run
 from models.copies import copied
-from models.parts import changeable, head, named_channels
+from models.parts import changeable, head, learning_weights, named_channels
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
 from utils.training.pruning import chosen_level, say_pruned
@@ -92,6 +92,8 @@ def purify(
     loop = loop or Loop()
     name, linear = head(model)
     changeable({name: linear}, model)
+    if config.n_rounds:
+        learning_weights(model)
     count = linear.in_features
     purified = copied(model).eval()
     if config.n_rounds == 0:

@@ -123,7 +123,7 @@ def purify(
     norm = torch.linalg.vector_norm(initial)
     if config.reset_head:
         draws = generator(config.random_seed, "head")
-        for parameter in head.parameters():
+        for parameter in (each for each in head.parameters() if each.requires_grad):
             drawn = torch.rand(parameter.shape, generator=draws, dtype=torch.float32)
             uniform = drawn.to(parameter)
             with torch.no_grad():

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
 from models.copies import copied
-from models.parts import called_with, changeable, convolutions, scaled_convolutions, usual_weight
+from models.parts import called_with, convolutions, scalable, scaled_convolutions, usual_weight
 from utils.config import Group
 from utils.data.batches import as_float, wide
 from utils.process.seeds import generator
@@ -208,7 +208,7 @@ def purify(
     result = copied(model).eval()
     if config.n_rounds == 0:
         return result
-    changeable(layers, model)
+    scalable(layers, model)
     weight = usual_weight(model)
     model = copied(result).requires_grad_(False)
     a, s = (

@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
 from models.copies import copied
-from models.inputaware import to_unit
+from models.inputaware import to_unit as bounded
 from models.modes import evaluating, frozen
+from models.parts import learning_weights
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
 from utils.training.findings import Picture, Verdict
@@ -129,7 +130,7 @@ def invert_trigger(
             for index in loop.batches(len(images), config.batch_size, order, least=1):
                 batch = augment(images[index], config.crop_padding, config.flip, crops)
                 x = as_float(batch, device)
-                mask, pattern = to_unit(theta["mask"]), to_unit(theta["pattern"])
+                mask, pattern = bounded(theta["mask"]), bounded(theta["pattern"])
                 logits = called(stamp(x, mask, pattern).to(x.dtype))
                 wanted = torch.full((len(x),), target, device=device)
                 norm = mask.sum()
@@ -165,7 +166,7 @@ def adjust(
         norm: mean of the mask's sum over the pass's batches.
     """
     works = success >= config.atk_succ_threshold
-    now = {name: to_unit(value).clone() for name, value in theta.items()}
+    now = {name: bounded(value).clone() for name, value in theta.items()}
     if works and norm < search["best_norm"]:
         best.update(now)
         search["best_norm"].fill_(norm)
@@ -239,6 +240,8 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
+    if config.n_rounds:
+        learning_weights(model)
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
         classes = model(as_float(images[:1], device)).shape[1]
@@ -249,10 +252,16 @@ def purify(
     model = copied(model).eval()
     if not flagged:
         loop.findings.say("no class is flagged, so the model is given back as it was")
+    if not flagged or config.n_rounds == 0:
         return model
 
     drawn = torch.randperm(len(images), generator=generator(config.random_seed, "stamped images"))
     share, rest = drawn.tensor_split([round(config.unlearning_ratio * len(images))])
+    if config.unlearning_ratio and not len(share):
+        loop.findings.warn(
+            f"--unlearning_ratio {config.unlearning_ratio:g} of {len(images)} images is none, so "
+            "no trigger is unlearned; raise it, or give more images"
+        )
     chosen = as_float(images[share])
     stamped = [
         stamp(chosen, mask.to(chosen), pattern.to(chosen))

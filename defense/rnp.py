@@ -62,6 +62,8 @@ class Config(Masked, Rounds, Augmented):
     sgd_momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of SGD, both times")]
     wd: Annotated[float, Field(ge=0, description="weight decay of the ascent")]
 
+    in_train_mode = True
+
 
 def unlearned(
     model: nn.Module,

@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import CleanData, Scored, checked, run
 from models.copies import copied
 from models.modes import evaluating, frozen
+from models.parts import mixes_images
 from utils.data.batches import as_float, spread, wide
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.device import rows_of
@@ -109,6 +110,11 @@ class Config(SharedAdversarial):
         int, Field(ge=1, description="rounds without a better one to the end (stop auto)")
     ]
 
+    @property
+    def in_train_mode(self) -> bool:
+        """Whether `train_mode` is set."""
+        return self.train_mode
+
 
 def shared_perturbation(
     model: nn.Module,
@@ -125,7 +131,8 @@ def shared_perturbation(
 
     Both models are used in eval mode, without gradients of their weights, and are given back as
     they were. A shared image has no gradient, so it stays shared. It is skipped in the later steps,
-    which does not change the result.
+    which does not change the result. (After BatchNorm without running statistics it would, so there
+    no image is skipped.)
 
     Args:
         model: h, from (N, C, H, W) float in [0, 1] to (N, K) logits.
@@ -148,6 +155,7 @@ def shared_perturbation(
             if ref_predictions is None:
                 ref_predictions = reference(images).argmax(1)
         active = torch.arange(len(images), device=images.device)
+        keeps_all = mixes_images(model) or mixes_images(reference)
         for _ in range(config.adv_steps):
             moving = delta[active].requires_grad_()
             adversarial = images[active] + moving
@@ -167,6 +175,8 @@ def shared_perturbation(
 
             delta[active] -= config.adv_lr * gradient.sign()
             delta = project(delta, config.trigger_norm, config.norm_type)
+            if keeps_all:
+                continue
             active = active[rows_of(~shared)]  # some shared ones may be among them
             if len(active) == 0:
                 break

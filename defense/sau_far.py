@@ -42,6 +42,8 @@ from utils.training.sgd import Schedule, Scheduler
 class Config(SharedAdversarial, Augmented):
     lr_scheduler: Annotated[Schedule, Field(description="how Adam's learning rate changes")]
 
+    in_train_mode = True
+
 
 @checked
 def purify(

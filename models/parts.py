@@ -4,16 +4,16 @@ Names are those of the bare network (`Classifier.network`, else the module itsel
 record's state dict: `layer4.1.bn2`. A network that lacks what is asked for is refused in one line.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models import Classifier, Resize
+from models import Classifier
 from models.copies import copied
 from models.modes import evaluating
 from utils.errors import UserError, suggestion
@@ -50,12 +50,23 @@ def layer(model: nn.Module, name: str, flag: str) -> nn.Module:
 def top_level(model: nn.Module) -> dict[str, nn.Module]:
     """The parts that the bare network is made of, by name, in their order.
 
-    Those of a network behind a `Resize` are its own parts: `1.layer1`, `1.layer2`, ...
+    Of a network inside another one that only prepares its images (a `Resize`, a normalization), or
+    spreads them over devices, they are its own parts: `1.layer1`, `module.layer1`, ...
     """
     network, prefix = bare(model), ""
-    if isinstance(network, nn.Sequential) and len(network) == 2 and isinstance(network[0], Resize):
-        network, prefix = network[1], "1."
+    while name := _inside(network):
+        network, prefix = network.get_submodule(name), f"{prefix}{name}."
     return {prefix + name: part for name, part in network.named_children()}
+
+
+def _inside(network: nn.Module) -> str:
+    """The name of the network that another one is made around; "" if it is none of that kind."""
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    parts = dict(network.named_children())
+    learned = [name for name, part in parts.items() if any(True for _ in part.parameters())]
+    is_around = len(parts) > 1 and len(learned) == 1 and not network._parameters
+    return learned[0] if is_around and any(True for _ in parts[learned[0]].children()) else ""
 
 
 def head(model: nn.Module) -> tuple[str, nn.Linear]:
@@ -200,6 +211,16 @@ def running_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     return layers
 
 
+def mixes_images(model: nn.Module) -> bool:
+    """Whether the label of an image depends on the other ones of its batch, also in eval mode.
+
+    It does after BatchNorm that keeps no running statistics.
+    """
+    return any(
+        isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules()
+    )
+
+
 def convolutions_before(
     model: nn.Module, pairs: Pairs, image_shape: Sequence[int]
 ) -> dict[str, nn.Conv2d]:
@@ -248,14 +269,13 @@ def convolutions_before(
 
 
 @contextmanager
-def recording(
-    model: nn.Module, names: Iterable[str], of: Literal["input", "output"] = "output"
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, the dictionary that it gives holds the last inputs, or outputs, of layers.
-
-        with recording(model, ["layer4"]) as features:
-            logits = model(images)
-        features["layer4"]
+def watching(
+    model: nn.Module,
+    names: Iterable[str],
+    see: Callable[[str, Any], None],
+    of: Literal["output", "input"] = "output",
+) -> Iterator[None]:
+    """Inside, `see` takes the name and the output (or the input) of layers at each of their calls.
 
     The layers' hooks are removed at the end.
 
@@ -263,24 +283,38 @@ def recording(
         names: of layers of the bare network.
     """
     layers = dict(bare(model).named_modules())
-    values: dict[str, torch.Tensor] = {}
-
-    def keep(name: str, value: torch.Tensor) -> None:
-        values[name] = value
-
     hooks = []
+
+    def look(name: str, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+        see(name, output if of == "output" else next(iter((*inputs, *named.values()))))
+
     try:
         for name in names:
             hook = layers[name].register_forward_hook(
-                lambda _, inputs, output, name=name: keep(
-                    name, inputs[0] if of == "input" else output
-                )
+                lambda _, inputs, named, output, name=name: look(name, inputs, named, output),
+                with_kwargs=True,
             )
             hooks.append(hook)
-        yield values
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def recording(
+    model: nn.Module, names: Iterable[str], of: Literal["output", "input"] = "output"
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, the last output (or input) of layers is kept under their names; see `watching`.
+
+    Example:
+        with recording(model, ["layer4"]) as features:
+            logits = model(images)
+        features["layer4"]
+    """
+    values: dict[str, torch.Tensor] = {}
+    with watching(model, names, values.__setitem__, of):
+        yield values
 
 
 @contextmanager
@@ -366,6 +400,32 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
             "none; give another method or network"
         )
     return by_name
+
+
+def scalable(layers: Mapping[str, nn.Conv2d], model: nn.Module) -> None:
+    """Raises UserError if a factor on a layer's weight is none on its output.
+
+    A subclass of Conv2d may compute its weight from another one, e.g. standardize it.
+
+    Args:
+        layers: of the network, by the names that the message has.
+    """
+    changeable(layers, model)
+    for name, layer in layers.items():
+        if type(layer).forward is nn.Conv2d.forward:
+            continue
+        weight, bias = layer.weight.detach(), layer.bias
+        side = 8 + max(d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+        images = torch.linspace(-1, 1, layer.in_channels * side**2).to(weight)
+        images = images.view(1, layer.in_channels, side, side)
+        halves = {"weight": weight / 2} | ({} if bias is None else {"bias": bias.detach() / 2})
+        with torch.no_grad(), evaluating(layer):
+            whole, half = layer(images), functional_call(layer, halves, (images,))
+        if not torch.allclose(whole / 2, half, rtol=0.01, atol=float(whole.abs().max()) / 1e4):
+            raise UserError(
+                f"the layer {name} computes its weight from another one, so a factor on this is "
+                "none on its output, as this method needs it; give another method or network"
+            )
 
 
 def scaled_convolutions(

@@ -140,7 +140,7 @@ def _typed(annotation: Any, value: Any, is_flag: bool) -> Any:
 def _items(text: str) -> list[str]:
     """Those of a list on the command line, with or without the brackets of YAML and `--help`."""
     inner = text.strip().removeprefix("[").removesuffix("]")
-    return inner.split(",") if inner else []
+    return [item.strip() for item in inner.split(",")] if inner else []
 
 
 def _each(value: Any) -> Sequence[Any]:

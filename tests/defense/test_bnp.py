@@ -282,3 +282,30 @@ def test_a_network_without_running_statistics_is_refused_in_a_line(rounds: int) 
     for network in (plain, forgetful.double()):
         with pytest.raises(UserError, match=r"^[^\n]*BatchNorm[^\n]*$"):
             purify(network, *problem(), Config.load(n_rounds=rounds))
+
+
+class Repeated(nn.Module):
+    """Calls a convolution and its BatchNorm twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = self.norm(self.conv(x))
+        return x.mean((2, 3))
+
+
+def test_all_calls_of_a_batchnorm_count() -> None:
+    torch.manual_seed(0)
+    model, images = Repeated().eval(), torch.rand(6, 3, 4, 4)
+    (found,) = input_moments(model, images, 4).values()
+    with torch.no_grad():
+        first = model.conv(images)
+        second = model.conv(model.norm(first))
+        expected = torch.cat([first, second])
+    assert found.count == 2 * 6 * 16
+    assert torch.allclose(found.mean, expected.mean((0, 2, 3)).double(), atol=1e-6)
+    variance = expected.double().var((0, 2, 3), correction=0)
+    assert torch.allclose(found.squares / found.count, variance, atol=1e-6)

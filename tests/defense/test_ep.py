@@ -318,3 +318,27 @@ def test_a_network_without_batchnorm_is_refused_in_a_line() -> None:
 def test_one_value_of_a_channel_has_no_entropy() -> None:
     """As NaN, like values that are all the same, and without a warning of torch."""
     assert channel_entropy(torch.zeros(3, 1), 0.1).isnan().all()
+
+
+def test_the_largest_of_all_calls_of_a_batchnorm_counts() -> None:
+    """The second call has the larger values of channel 0, the first one those of channel 1."""
+
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2, eps=0.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.norm(x)
+            return self.norm(x * x.new_tensor([2.0, 0.5]).view(2, 1, 1)).mean((2, 3))
+
+    images = torch.rand(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    (found,) = largest_inputs(Repeated(), images, 2).values()
+    assert torch.equal(found, (images.amax((2, 3)) * torch.tensor([2.0, 1.0])).T)
+
+
+def test_bins_without_a_value_take_no_memory() -> None:
+    """512 channels with a million bins each would be four gigabytes."""
+    values = torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
+    entropy = channel_entropy(values, 2e-5)
+    assert torch.allclose(entropy, torch.tensor(4.0).log().double().expand(512), atol=0.7)

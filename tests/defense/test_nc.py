@@ -757,3 +757,19 @@ def test_a_search_compares_in_double_precision() -> None:
     invert_trigger(conv_net(), problem()[0], 0, Config.load(nc_epoch=1, crop_padding=0), loop)
     kinds = {name: seen[0][name].dtype for name in ("cost", "best_norm", "compared_norm")}
     assert kinds == dict.fromkeys(kinds, torch.float64)
+
+
+def test_a_trigger_that_no_image_gets_is_told() -> None:
+    """Of 14 images, 3 % is none; a ratio of 0 is the user's wish."""
+    model, (images, labels) = conv_net(), problem(0, 14)
+    for ratio, count in ((0.03, 1), (0.04, 0), (0.0, 0)):
+        flags: dict[str, Any] = {"nc_epoch": 1, "n_rounds": 1, "mad_threshold": 0.0}
+        flags |= {"crop_padding": 0, "flip": False}
+        loop = Loop()
+        purify(model, images, labels, Config.load(unlearning_ratio=ratio, **flags), loop)
+        assert loop.findings.verdict is not None
+        assert loop.findings.verdict.is_backdoored
+        assert [w for w in loop.findings.warnings if "unlearning_ratio" in w] == [
+            "--unlearning_ratio 0.03 of 14 images is none, so no trigger is unlearned; raise it, "
+            "or give more images"
+        ][:count]

@@ -297,9 +297,72 @@ def test_weights_that_are_not_finite_are_refused(name: str) -> None:
         purified(name, model)
 
 
-def test_another_output_in_train_mode_is_refused() -> None:
+# Methods that never call the whole network in train mode; SAU does with `train_mode`.
+IN_EVAL_MODE = ("bnp", "clp", "ep", "ibau", "ims", "npd", "sau")
+
+
+@every_defense
+def test_another_output_in_train_mode_is_refused_where_it_is_used(name: str) -> None:
+    if name in IN_EVAL_MODE:
+        purified(name, made(Auxiliary))
+    else:
+        with pytest.raises(UserError, match="the network gives tuple for 2 images in train mode"):
+            purified(name, made(Auxiliary))
+
+
+def test_sau_in_train_mode_needs_one_output_there() -> None:
+    config = shortened("sau", made(Auxiliary), n_rounds=1, batch_size=8, train_mode=True)
     with pytest.raises(UserError, match="the network gives tuple for 2 images in train mode"):
-        purified("ft", made(Auxiliary))
+        module("sau").purify(made(Auxiliary), *images(), config)
+
+
+class Keyword(Own):
+    """Calls its layers with keywords."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        x = self.norm(input=self.one(input=images)).relu()
+        x = nn.functional.max_pool2d(self.other(input=self.two(input=x)).relu(), 2)
+        return self.head(input=x.flatten(1))
+
+
+@every_defense
+def test_a_layer_called_with_a_keyword_is_the_same_one(name: str) -> None:
+    one, other = (purified(name, made(kind)).state_dict() for kind in (Own, Keyword))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_an_activation_that_the_network_keeps_stays_as_it_was() -> None:
+    class Keeping(Own):
+        def forward(self, images: torch.Tensor) -> Any:
+            self.last = super().forward(images)
+            return self.last
+
+    model = made(Keeping)
+    logits = model(images()[0])
+    purified("clp", model)
+    assert model.last is logits
+    assert logits.grad_fn is not None
+
+
+@pytest.mark.parametrize("name", ["nc", "fp"])
+def test_a_frozen_network_is_refused_before_the_work(name: str) -> None:
+    """Not after the searches, or after the selection of a level."""
+    model, calls = made(Own).requires_grad_(False), []
+    config = shortened(name, model, n_rounds=1, batch_size=8)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(UserError, match="no weight that may be trained"):
+        module(name).purify(model, *images(), config)
+    assert len(calls) <= 3  # of the checks
+    still = shortened(name, model, n_rounds=0, batch_size=8)
+    module(name).purify(model, *images(), still)
+
+
+def test_fst_leaves_a_frozen_bias_as_it_is() -> None:
+    model = made(Own)
+    model.head.bias.requires_grad_(False)  # type: ignore[union-attr]
+    result = purified("fst", model)
+    assert torch.equal(result.head.bias, model.head.bias)  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(result.head.weight, model.head.weight)  # type: ignore[union-attr, arg-type]
 
 
 def test_a_network_that_raises_in_train_mode_is_refused() -> None:

@@ -697,3 +697,34 @@ def test_perturbations_are_found_where_gradients_are_off() -> None:
     expected = shared_perturbation(model, model, images, labels, config)
     with torch.no_grad():
         assert torch.equal(shared_perturbation(model, model, images, labels, config), expected)
+
+
+def test_after_batchnorm_without_running_statistics_no_image_is_skipped() -> None:
+    """There the shared images, too, have a part in what the others are told."""
+    shared = 0
+    for seed in range(4):
+        model, reference = (
+            nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), network).double()
+            for network in models(seed, batch_norm=True)
+        )
+        images, labels = problem(seed)
+        config = Config.load(adv_lr=0.05, adv_steps=6)
+        delta = shared_perturbation(model, reference, images, labels, config)
+        expected = oracle.perturbation(
+            model,
+            reference,
+            images,
+            labels,
+            norm="L_inf",
+            start="max",
+            bound=0.2,
+            step=0.05,
+            steps=6,
+            beta_1=config.beta_1,
+            beta_2=config.beta_2,
+            generator=torch.Generator(),
+        )
+        assert torch.equal(delta, expected)
+        after = model(images + delta).argmax(1), reference(images + delta).argmax(1)
+        shared += int(((after[0] == after[1]) & (after[1] != labels)).sum())
+    assert shared

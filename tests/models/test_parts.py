@@ -1,6 +1,7 @@
 """Parts of networks by name: heads, BatchNorm layers, convolutions, features, channels."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,17 @@ from models.parts import (
     head,
     keeping_statistics,
     layer,
+    mixes_images,
     named_channels,
     norms,
     recording,
     running_norms,
+    scalable,
     scaled,
     scaled_convolutions,
     silenced,
+    top_level,
+    watching,
     weighted,
 )
 from models.preactresnet import PreActResNet
@@ -77,6 +82,48 @@ def test_the_head_is_the_first_linear_layer_of_the_last_part(
     assert found == name
     assert module is network.network.get_submodule(name)
     assert module.in_features == features
+
+
+class TwoLinear(nn.Module):
+    """Its features go through two linear layers, each a part of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(6, 2)
+
+
+class Normalized(nn.Module):
+    """Prepares images for a network inside it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.mean, self.net = nn.Identity(), network
+        self.mean.register_buffer("value", torch.zeros(3))
+
+
+WRAPPED = {
+    "fc2": TwoLinear,
+    "1.fc2": lambda: nn.Sequential(nn.Identity(), TwoLinear()),
+    "net.fc2": lambda: Normalized(TwoLinear()),
+    "module.fc2": lambda: nn.DataParallel(TwoLinear()),
+    "module.net.1.fc2": lambda: nn.DataParallel(
+        Normalized(nn.Sequential(nn.Identity(), TwoLinear()))
+    ),
+    "1.2": lambda: nn.Sequential(  # the first network of many tutorials
+        nn.Flatten(), nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))
+    ),
+    # A part that is a layer, or one part that is everything, is as it stands.
+    "1": lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 2)),
+    "0.0": lambda: nn.Sequential(nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_head_of_a_network_inside_another_one_is_its_own(name: str) -> None:
+    model = WRAPPED[name]()
+    assert head(model)[0] == name
+    assert head(model)[1] is model.get_submodule(name)
+    assert name in top_level(model) or name == "0.0"
 
 
 def test_the_head_of_a_plain_module() -> None:
@@ -241,6 +288,29 @@ def test_recording_keeps_the_last_call_alone() -> None:
         for seed in (0, 1):
             logits = network(problem(seed)[0])
             assert torch.equal(features["linear"], logits)
+
+
+def test_watching_sees_each_call_also_with_a_keyword() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(input=self.linear(x))
+
+    network, seen = Twice(), []
+    x = torch.rand(3, 2)
+    with torch.no_grad(), watching(network, ["linear"], lambda *now: seen.append(now), of="input"):
+        network(x)
+    with torch.no_grad():
+        assert [name for name, _ in seen] == ["linear", "linear"]
+        assert torch.equal(seen[0][1], x)
+        assert torch.equal(seen[1][1], network.linear(x))
+    assert not network.linear._forward_hooks
+    with torch.no_grad(), recording(network, ["linear"], of="input") as inputs:
+        network(x)
+    assert torch.equal(inputs["linear"], seen[1][1])
 
 
 def test_recording_leaves_the_gradient_of_a_feature() -> None:
@@ -535,3 +605,34 @@ def test_convolutions_are_scaled_by_output_channel(wrapped: bool) -> None:
 def test_a_network_without_a_convolution_is_refused_in_a_line() -> None:
     with pytest.raises(UserError, match=r"^[^\n]*Conv2d[^\n]*has none[^\n]*$"):
         convolutions(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
+
+
+def test_images_are_mixed_by_batchnorm_without_running_statistics() -> None:
+    assert not mixes_images(conv_net())
+    assert mixes_images(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU()))
+    assert not mixes_images(nn.Sequential(nn.GroupNorm(1, 3), nn.InstanceNorm2d(3)))
+
+
+class Standardized(nn.Conv2d):
+    """Its weight has mean 0 and deviation 1 for each channel, whatever factor is on it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Padded(nn.Conv2d):
+    """Pads by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(nn.functional.pad(x, (2, 0, 2, 0)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("flags", [{}, {"bias": False}, {"groups": 3, "dilation": 4, "stride": 2}])
+def test_a_convolution_whose_factor_is_none_is_refused(flags: dict[str, Any]) -> None:
+    for kind in (nn.Conv2d, Padded):
+        network = nn.Sequential(kind(3, 6, 3, **flags), nn.Flatten())
+        scalable(convolutions(network), network)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), Standardized(3, 6, 3, **flags), nn.Flatten())
+    with pytest.raises(UserError, match=r"^the layer 1 computes its weight from another one"):
+        scalable(convolutions(network), network)
