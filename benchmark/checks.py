@@ -6,8 +6,10 @@ from pathlib import Path
 
 from benchmark.cells import Cell, cells_in, config_class, fields, scripts, summary_of
 from benchmark.grid import OF_GRID, Grid
+from models import check_name
 from utils.config import FILES
 from utils.errors import UserError, listed, suggestion
+from utils.files import at_home
 from utils.plain import read_yaml
 from utils.records import places
 from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
@@ -16,15 +18,16 @@ from utils.records.places import CLEAN
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
 
 
-def cells_of(grid: Grid, root: Path) -> list[Cell]:
+def cells_of(grid: Grid, root: Path, is_run: bool = True) -> list[Cell]:
     """Every run of a grid, each attack followed by its defenses.
 
     Args:
         root: folder of the grid's records.
+        is_run: whether the cells are to be run here, so that what they read must be there.
 
     Raises:
-        UserError: naming every flag that its script does not take, and every record there that was
-            made with other flags.
+        UserError: naming every flag that its script does not take, everything that is not there,
+            and every record there that was made with other flags.
     """
     cells = cells_in(grid, root)
     taken = {
@@ -43,7 +46,9 @@ def cells_of(grid: Grid, root: Path) -> list[Cell]:
         key = f"{cell.script} {given}"
         problems += _problems(cell) if key not in checked else []
         checked.add(key)
-        problems += [] if cell.is_done else [*_problems_of_name(cell), *_lacking_files(cell)]
+        if not cell.is_done:
+            problems += _problems_of_name(cell)
+            problems += [*_lacking_files(cell), *_lacking_inputs(cell)] if is_run else []
         problems += _differences(cell)
     count = Counter(cell.name for cell in cells)
     problems += [
@@ -97,6 +102,25 @@ def _lacking_files(cell: Cell) -> list[str]:
     ]
 
 
+def _lacking_inputs(cell: Cell) -> list[str]:
+    """The errors about a network, or a folder of images, that is not there."""
+    problems = []
+    if "model" in cell.flags:
+        try:
+            check_name(str(cell.flags["model"]))
+        except UserError as error:
+            problems += [f"{cell.script}: {text}" for text in error.problems]
+    if cell.flags.get("dataset") == "folder":
+        place = cell.flags.get("dataset_path")
+        if place is None or not os.path.isdir(at_home(str(place))):
+            problems.append(
+                f"{cell.script}: --dataset_path: {'a value is needed' if place is None else place}"
+                f"{'' if place is None else ' is no folder'}; give the one that holds train/ and "
+                "test/"
+            )
+    return problems
+
+
 def _differences(cell: Cell) -> list[str]:
     """How a finished record differs from what the grid asks for."""
     if not cell.is_done:
@@ -117,7 +141,10 @@ def _differences(cell: Cell) -> list[str]:
             f"{cell.folder}: was made with another content of {', '.join(changed)}; delete it, or "
             "give the grid another name"
         ]
-    if cell.attack is not None and _sha256s(cell.folder) != _sha256s(cell.attack.folder):
+    if not summary_of(cell.folder):
+        return [f"{cell.folder / 'summary.json'}: cannot be read; restore it, or delete the folder"]
+    attack = None if cell.attack is None else _sha256s(cell.attack.folder)
+    if attack is not None and _sha256s(cell.folder) != attack:
         return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
     models = summary_of(cell.folder).get("models")
     if not isinstance(models, dict):

@@ -117,7 +117,7 @@ class Grid(_Part):
     pratios: Annotated[list[float], AfterValidator(_unique)] = []
     defenses: Annotated[dict[Name, Flags], BeforeValidator(_as_mapping)] = {}
     analyses: Annotated[dict[Name, Flags], BeforeValidator(_as_mapping)] = {}
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_unique)] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], AfterValidator(_unique)] = Field(
         min_length=1
     )
     attack_flags: Flags = {}

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -62,6 +62,7 @@ class Inspection(BaseModel):
     dataset: str
     model: str
     findings: _Findings
+    inputs: dict[str, str] = {}
 
     @property
     def signals(self) -> dict[str, _Signal]:
@@ -105,11 +106,20 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
     return sum(pairs) / len(pairs) if pairs else None
 
 
+def _named(one: Inspection, what: Literal["dataset", "model"], all_of: Iterable[Inspection]) -> str:
+    """A dataset or network by its name, and by its content where the name has several."""
+    name, key = getattr(one, what), {"dataset": "dataset", "model": "--model"}[what]
+    contents = {other.inputs.get(key, "") for other in all_of if getattr(other, what) == name}
+    return f"{name} {one.inputs.get(key, '')[:8]}".strip() if len(contents) > 1 else str(name)
+
+
 def powers(inspections: Iterable[Inspection]) -> list[Power]:
     """A row for each dataset, network, attack and signal, in this order; all attacks come last."""
     groups: dict[tuple[str, str], dict[str, list[Inspection]]] = {}
+    inspections = list(inspections)
     for one in inspections:
-        groups.setdefault((one.dataset, one.model), {}).setdefault(one.name, []).append(one)
+        where = _named(one, "dataset", inspections), _named(one, "model", inspections)
+        groups.setdefault(where, {}).setdefault(one.name, []).append(one)
     rows = []
     for (dataset, model), by_attack in sorted(groups.items()):
         clean = by_attack.pop(CLEAN, [])

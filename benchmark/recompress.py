@@ -27,6 +27,7 @@ from utils.config import Parser
 from utils.data.datasets import load_dataset
 from utils.errors import UserError
 from utils.process.script import logger, run_script
+from utils.records.places import made_folder
 
 SIDE = 32  # of the images, in pixels
 SHIFT = 4  # half a block
@@ -89,11 +90,11 @@ def copy(source: Path, to: Path, quality: int, images: int) -> float:
         raise UserError(f"{to}: exists already; give a new folder")
     if source.resolve() in to.resolve().parents:
         raise UserError(f"{to}: is in {source}, which it would change; give a folder elsewhere")
+    made_folder(to.parent, "to")
     dataset = load_dataset("folder", source, SIDE)
     for warning in dataset.warnings:
         logger.warning("warning: %s", warning)
     errors = []
-    to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as begun:
         for part, split in (("train", dataset.train), ("test", dataset.test)):
             for label, name in enumerate(dataset.classes):

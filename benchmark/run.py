@@ -42,7 +42,7 @@ from benchmark.grid import read_grid
 from benchmark.workers import Worker, Workers
 from utils.config import Parser
 from utils.errors import UserError, shown
-from utils.files import ROOT, as_path
+from utils.files import ROOT
 from utils.process.device import usable_cores
 from utils.process.progress import Progress, clock
 from utils.process.script import logger, run_script
@@ -90,7 +90,8 @@ class Board:
         if state == "running":
             self._since[cell.name] = time.monotonic()
         elif state == "done" and cell.name in self._since:
-            took = time.monotonic() - self._since[cell.name]
+            took = cell.seconds  # of all its parts, if it was interrupted
+            took = time.monotonic() - self._since[cell.name] if took is None else took
             self._seconds.setdefault(self._kind[cell.name], []).append(took)
         if state in slurm.ENDED:
             self._progress.advance()
@@ -126,8 +127,8 @@ def summary(states: Iterable[str]) -> str:
 
 
 def log_of(cell: Cell, root: Path) -> Path:
-    """Where a cell's messages go."""
-    return root / ".grid" / "logs" / f"{cell.name.replace('/', '-')}.log"
+    """Where a cell's messages go; `<record>.log`, or `<record>/<result>.log`."""
+    return root / ".grid" / "logs" / f"{cell.name}.log"
 
 
 def mark_of(cell: Cell, root: Path) -> Path:
@@ -182,6 +183,8 @@ def run_local(
     until = time.monotonic() + budget
     workers = Workers(threads_of_a_cell(jobs))
     try:
+        if waiting:
+            workers.load()
         while waiting or running:
             for slot, (worker, cell) in list(running.items()):
                 code = worker.poll()
@@ -211,6 +214,7 @@ def run_local(
                         cell
                         for cell in waiting
                         if all(needed.is_done for needed in cell.needed)
+                        and remaining > 0
                         and (cell.is_begun or (board.usual(cell) or 0) < remaining)
                     ]
                     while ready and is_elsewhere(ready[0]):
@@ -223,13 +227,28 @@ def run_local(
             is_idle = not running and not elsewhere
             if time.monotonic() >= until or (budget < math.inf and is_idle):
                 break
+            for cell in [cell for cell in waiting if is_idle and cell.lacks is not None]:
+                waiting.remove(cell)  # what it needs was done, and has been removed
+                board.set(cell, "skipped", f"its {cell.lacks} is gone")
             time.sleep(0.05)
     finally:
+        _end(workers.started)
         for run in running.values():
-            run.worker.stop()
-        for run in running.values():
-            run.worker.wait()
             board.set(run.cell, "done" if run.cell.is_done else "interrupted")
+
+
+def _end(workers: Sequence[Worker]) -> None:
+    """Asks cells to end and waits for them; asked again, they end at once, without a checkpoint."""
+    running = [worker for worker in workers if worker.poll() is None]
+    for worker in running:
+        worker.stop()
+    try:
+        for worker in running:
+            worker.wait()
+    except KeyboardInterrupt:
+        for worker in running:
+            worker.stop()
+        raise
 
 
 def _start(workers: Workers, cell: Cell, root: Path, slot: int) -> Worker:
@@ -252,7 +271,7 @@ def main() -> None:
         "--jobs", type=int, default=1, help="processes at once (local), >= 1; share the cores"
     )
     parser.add_argument("--executor", choices=("local", "slurm"), default="local")
-    parser.add_argument("--record_path", type=as_path, help="folder of the grid's records")
+    parser.add_argument("--record_path", type=Path, help="folder of the grid's records")
     parser.add_argument("--status", action="store_true", help="say how far it is, start nothing")
     parser.add_argument("--budget", type=float, help="seconds after which it ends (local), > 0")
     parser.add_argument("--detach", action="store_true", help="slurm: submit, and do not wait")
@@ -267,7 +286,7 @@ def main() -> None:
         raise UserError("--budget: is for --executor local; give timeout_min in the YAML's slurm")
     grid = read_grid(flags.grid)
     root = (flags.record_path or ROOT / "record" / flags.grid.stem).resolve()
-    cells = cells_of(grid, root)
+    cells = cells_of(grid, root, is_run=not flags.status)
     queue = slurm.Queue(root, grid.slurm) if flags.executor == "slurm" else None
     if flags.status:
         states = states_of(cells, root, queue)

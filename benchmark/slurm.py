@@ -21,7 +21,7 @@ from benchmark.cells import Cell
 from benchmark.grid import Slurm
 from benchmark.workers import Workers
 from utils.errors import UserError
-from utils.files import ROOT
+from utils.files import ROOT, read_object
 from utils.process.script import logger
 from utils.records.folders import RunFolder
 
@@ -100,14 +100,24 @@ class Queue:
         self._wants = wants
         self._folder = RunFolder(root / ".grid")
         self._logs = root / ".grid" / "slurm"
+        self._waits_until: float | None = None
 
     @property
     def _ids(self) -> dict[str, str]:
         """Job of every cell that was ever submitted."""
+        path = self._folder.path / "jobs.json"
         try:
-            return dict(json.loads((self._folder.path / "jobs.json").read_text(encoding="utf-8")))
+            ids = read_object(path)
         except FileNotFoundError:
             return {}
+        except (OSError, ValueError):
+            ids = {"": None}
+        if not all(isinstance(job, str) for job in ids.values()):
+            raise UserError(
+                f"{path}: is damaged; remove it (jobs that are still in the queue are then not "
+                "known, so cancel them first)"
+            )
+        return ids
 
     def states(self) -> dict[str, str]:
         """`queued` or `running` for every cell that SLURM still knows.
@@ -135,12 +145,13 @@ class Queue:
     def has_lost(self, cell: Cell) -> bool:
         """Whether a cell that is not queued was submitted and is not done: its job failed.
 
-        Waits a little for a shared file system, which may be late.
+        Waits a little for a shared file system, which may be late; for all cells together.
         """
         if cell.name not in self._ids:
             return False
-        end = time.monotonic() + _POLL
-        while not cell.is_done and time.monotonic() < end:
+        if self._waits_until is None:
+            self._waits_until = time.monotonic() + _POLL
+        while not cell.is_done and time.monotonic() < self._waits_until:
             time.sleep(0.5)
         return not cell.is_done
 

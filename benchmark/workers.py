@@ -9,6 +9,7 @@ do not survive a fork, every cell is a fresh interpreter.
 import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.process
 import os
 import runpy
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +35,7 @@ _TO_END = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP"
 # By it submitit learns that a job's time is nearly up. It reaches every process of a job, and would
 # end those that do not expect it.
 _NOTICE = [s for s in signal.Signals if s.name == "SIGUSR2"]
+_READY_WITHIN = 60  # seconds after which a fork that says nothing is left to itself
 PRELOADED = [
     *(f"attack.{name}" for name in [*attack.names(), "prototype"]),
     *(f"defense.{name}" for name in defense.names()),
@@ -61,11 +64,15 @@ class Workers:
     Args:
         threads: of each cell, >= 1.
         is_warm: whether they are forked from one process; where that is not possible, none is.
+
+    Attributes:
+        started: all that were ever started, also one in whose start a signal came.
     """
 
     def __init__(self, threads: int, is_warm: bool = True) -> None:
         self._is_warm = is_warm and CAN_FORK
         self._threads = {"OMP_NUM_THREADS": str(threads)}
+        self.started: list[Worker] = []
 
     def start(
         self, script: Path, arguments: Sequence[str], log: Path | None, **variables: str
@@ -79,20 +86,41 @@ class Workers:
         """
         environment = {**os.environ, **self._threads, **variables}
         if not self._is_warm:
-            return _Fresh(script, arguments, log, environment)
-        self._ensure_server()
+            with _deferred(_TO_END):
+                self.started.append(_Fresh(script, arguments, log, environment))
+            return self.started[-1]
         hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup sets it
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_run, args=(script, arguments, log, environment, hang_up)
+        context = multiprocessing.get_context("forkserver")
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_run, args=(script, arguments, log, environment, hang_up, writer)
         )
         try:
-            process.start()
+            self.load()
+            with _deferred(_TO_END):
+                process.start()
+                self.started.append(_Forked(process))
+                writer.close()
+                with contextlib.suppress(EOFError):  # it has ended already
+                    if reader.poll(_READY_WITHIN):
+                        reader.recv_bytes()
         except (EOFError, ConnectionError):
             raise UserError(
                 "no cell could be started, since the process that they are forked from has ended "
                 "(its last words are above); give the command again"
             ) from None
-        return _Forked(process)
+        finally:
+            reader.close()
+            writer.close()
+        return self.started[-1]
+
+    def load(self) -> None:
+        """Waits until the process that cells are forked from is there, which takes seconds."""
+        if self._is_warm:
+            self._ensure_server()
+            first = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+            first.start()
+            first.join()
 
     def _ensure_server(self) -> None:
         """The server has one thread, and does not hear of signals that are meant for this one."""
@@ -119,6 +147,8 @@ class _Forked:
 
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
+        # This process would wait for it at its own end, also where the user wants that at once.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -170,11 +200,13 @@ def _run(
     log: Path | None,
     environment: Mapping[str, str],
     is_deaf: bool,
+    ready: Connection,
 ) -> None:
     """What a fork does: it becomes the process that the user's command would be.
 
     Args:
         is_deaf: whether a closed terminal is no reason to end.
+        ready: is told once signals are heard; before, the server's deafness is inherited.
     """
     os.setsid()
     for number in _TO_END:
@@ -182,6 +214,8 @@ def _run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if is_deaf:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ready.send_bytes(b"1")
+    ready.close()
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -195,6 +229,21 @@ def _run(
         runpy.run_path(str(script), run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which multiprocessing does not
+
+
+@contextlib.contextmanager
+def _deferred(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Signals that come inside are heard at its end; those that are ignored stay so."""
+    came: list[int] = []
+    heard = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in heard}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

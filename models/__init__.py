@@ -11,7 +11,7 @@ from models.copies import copied
 from models.preactresnet import preactresnet18, preactresnet18_half
 from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
-from models.userfile import build_user_model, is_user_file, model_identity
+from models.userfile import build_user_model, check_file, is_user_file, model_identity
 from models.views import any_order, has_own_code
 from utils.errors import UserError, one_line, suggestion
 
@@ -120,6 +120,17 @@ def model_names() -> list[str]:
     return sorted([*CONSTRUCTORS, *_torchvision_names()])
 
 
+def check_name(name: str) -> None:
+    """Raises UserError if `build_model` knows no network of that name, or cannot read its file."""
+    if is_user_file(name):
+        check_file(name)
+    elif name not in CONSTRUCTORS and name not in _torchvision_names():
+        raise UserError(
+            f"--model: {name} is unknown{suggestion(name, model_names())}; "
+            f"give file.py:function, or one of {', '.join(model_names())}"
+        )
+
+
 def _torchvision_names() -> list[str]:
     import torchvision  # here, because it takes seconds and 170 MiB that our own networks need not
 
@@ -151,17 +162,13 @@ def build_model(
     """
     if type(num_classes) is not int or num_classes < 1:
         raise UserError(f"num_classes: {num_classes} is not allowed; give int >= 1")
+    check_name(name)
     if is_user_file(name):
         network = build_user_model(name, num_classes, network_size or image_size)
     elif name in CONSTRUCTORS:
         network = CONSTRUCTORS[name](num_classes)
-    elif name in _torchvision_names():
-        network = _torchvision_network(name, num_classes, network_size or image_size)
     else:
-        raise UserError(
-            f"--model: {name} is unknown{suggestion(name, model_names())}; "
-            f"give file.py:function, or one of {', '.join(model_names())}"
-        )
+        network = _torchvision_network(name, num_classes, network_size or image_size)
     if network_size is not None:
         # The order, and so the keys, in which the literature exchanges such networks.
         network = nn.Sequential(Resize(network_size), network)

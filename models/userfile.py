@@ -62,6 +62,11 @@ def model_identity(name: str) -> tuple[str, str | None]:
     return f"{file.name}:{function}", digest
 
 
+def check_file(name: str) -> None:
+    """Raises UserError if the file of `file.py:function` cannot be read; it is not run."""
+    _source(_parts(name)[0])
+
+
 def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.Module:
     """Runs the user's file and calls its constructor.
 

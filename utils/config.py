@@ -83,13 +83,20 @@ class Parser(argparse.ArgumentParser):
         )
         # Names and paths; a value of type `str` stays as it is.
         self.register("type", None, at_home)
-        self.register("type", Path, as_path)
+        self.register("type", Path, _path)
         # What begins with a minus and a number is a value, which may be wrong, and never a flag.
         self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         raise UserError(f"{message}; --help lists the flags")
+
+
+def _path(text: str) -> Path | None:
+    """The path of a script's flag, which is empty if a shell's variable was."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; give one, or leave the flag out")
+    return as_path(text)
 
 
 class _Layer(NamedTuple):

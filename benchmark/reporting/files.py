@@ -36,12 +36,14 @@ def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[s
     if is_kept:
         sources.check_kept(to, list(runs["run"]))
     folder = made_folder(to)
+    drawn = {"png", "svg"} & set(formats) | ({"png"} if "html" in formats else set())
+    if drawn and (to / "figures").exists():
+        made_folder(to / "figures")  # refuses a file before anything is written
     if "html" in formats:
         refuse_foreign(to / "report.html", page.start(), "--to")
     write_tables(all_tables, runs, folder, formats)
     if is_kept:
         sources.keep(runs["run"], folder)
-    drawn = {"png", "svg"} & set(formats) | ({"png"} if "html" in formats else set())
     pictures: dict[str, dict[str, Path]] = {}
     if drawn:
         figures = made_folder(to / "figures")
@@ -137,7 +139,8 @@ def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
             _draw_shown(folders[path.parent], figures, _shown(text, before, figures))
             drawn.add(path.parent)
         parts[name] = _MARKED[path.name](folders[path.parent])
-    RunFolder(text.parent).write_text(text.name, filled(text, before, parts))
+    behind = text.resolve()  # of a link, the file that it leads to
+    RunFolder(behind.parent).write_text(behind.name, filled(text, before, parts))
     logger.info("tables of %s: %s", text, ", ".join(parts) or "none")
 
 
@@ -163,7 +166,7 @@ def _marked(text: Path, content: str) -> list[str]:
     """The names in marks; each mark must be opened and closed, and none may be inside another."""
     names: list[str] = []
     opened: str | None = None
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         mark = _MARK.fullmatch(line)
         if mark is None:
             continue
@@ -181,15 +184,17 @@ def _marked(text: Path, content: str) -> list[str]:
 
 
 def filled(text: Path, content: str, parts: dict[str, str]) -> str:
-    """A text with new content between its marks."""
+    """A text with new content between its marks; all else, and how its lines end, stays."""
     lines: list[str] = []
     is_inside = False
-    for line in content.splitlines():
+    for line in content.split("\n"):
         mark = _MARK.fullmatch(line)
         if mark is not None:
             is_inside = mark["kind"] == "begin"
             if is_inside:
-                lines += [line, "", *parts[mark["name"]].rstrip("\n").splitlines(), ""]
+                end = "\r" if line.endswith("\r") else ""
+                new = ["", *parts[mark["name"]].rstrip("\n").split("\n"), ""]
+                lines += [line, *(each + end for each in new)]
         if not is_inside:
             lines.append(line)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)

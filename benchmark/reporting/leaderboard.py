@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from benchmark.reporting import tables
-from benchmark.reporting.means import FLAGS, Number, Table
+from benchmark.reporting.means import FLAGS, Number, Table, percent
 from benchmark.reporting.sources import HEADLINES
 from benchmark.reporting.summaries import is_clean
 from utils.metrics import FAILED_ASR
@@ -139,15 +139,21 @@ def leaderboards(table: Table) -> list[Leaderboard]:
     runs = runs.drop(failed.index)
     attacks_of = {str(label): frozenset(group["row"]) for label, group in runs.groupby("label")}
     sets = sorted(set(attacks_of.values()), key=lambda names: (-len(names), sorted(names)))
-    boards = []
+    boards: dict[frozenset[str], Leaderboard] = {}
     for attacks in sets:
-        labels = [label for label, names in attacks_of.items() if names >= attacks]
-        if len(labels) > 1 or len(sets) == 1:
-            same = runs[runs["row"].isin(attacks) & runs["label"].isin(labels)]
+        same = shared = runs[runs["row"].isin(attacks)]
+        covered: frozenset[str] = frozenset()
+        # Defenses of the same attacks may share no model of some of them, and so fewer attacks.
+        while len(shared) and covered != attacks:
+            covered = attacks
+            labels = [label for label, names in attacks_of.items() if names >= covered]
+            same = runs[runs["row"].isin(covered) & runs["label"].isin(labels)]
             shared = same[same.groupby("record")["label"].transform("nunique") == len(labels)]
-            if len(shared):
-                boards.append(_leaderboard(table, shared, len(same) - len(shared), failed))
-    return boards
+            attacks = frozenset(shared["row"])
+        if len(shared) and (len(labels) > 1 or len(sets) == 1):
+            skipped = len(same) - len(shared)
+            boards.setdefault(attacks, _leaderboard(table, shared, skipped, failed))
+    return list(boards.values())
 
 
 def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Rank]:
@@ -170,7 +176,7 @@ def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
     groups = [group.to_numpy(dtype=float) for _, group in der.groupby(level=0)]
     count = len(groups)
     names = [str(name) for name in der.columns]
-    means = np.mean([values.mean(axis=0) for values in groups], axis=0)
+    means = der.groupby(level=0).mean().mean().to_numpy(dtype=float)  # as they are printed
     best, _ = _places(means[None])
     places = dict(zip(names, best[0].tolist(), strict=True))
     if count == 1:
@@ -194,7 +200,7 @@ def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
 
 def _places(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The best and the worst place of each column, by row: they differ where columns are equal."""
-    shown = np.round(100 * means, 2)
+    shown = np.vectorize(percent)(means)
     others, itself = shown[:, None, :], shown[:, :, None]
     return 1 + (others > itself).sum(axis=2), (others >= itself).sum(axis=2)
 

@@ -25,6 +25,11 @@ FLAGS = {
 }
 
 
+def percent(rate: float) -> float:
+    """A rate as it is printed: percent with two decimals."""
+    return round(100 * float(rate), 2)
+
+
 @dataclass(frozen=True)
 class Number:
     """A mean over seeds in [0, 1], with its sample standard deviation (None for one seed)."""
@@ -37,7 +42,7 @@ class Number:
 
     def rounded(self) -> float:
         """The number as it is printed: percent with two decimals."""
-        return round(100 * float(self.mean), 2)
+        return percent(self.mean)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def test_an_analysis_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_the_shipped_grids_name_flags_that_exist(path: Path, tmp_path: Path) -> None:
-    assert cells_of(read_grid(path), tmp_path)
+    assert cells_of(read_grid(path), tmp_path, is_run=False)
 
 
 @pytest.mark.parametrize("size", [16, 33])
@@ -322,6 +322,9 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
             "ft is there twice; give it once",
         ),
         ("[0, 3]", "[0, 3, 0]", "seeds: .*0 is there twice; give it once"),
+        ("[0, 3]", "[0, 4294967296]", r"seeds\.1: .*less than 4294967296"),
+        ("[preactresnet18]", "[resnet181]", r"attack/badnet.py: --model: resnet181 is unknown"),
+        ("[preactresnet18]", "['no.py:build']", r"attack/badnet.py: --model: no.py cannot be read"),
         ("[0.1, 0.05]", "[0.1, 0.1]", "pratios: .*0.1 is there twice"),
         ("[preactresnet18]", "[vgg19_bn, vgg19_bn]", "models: .*vgg19_bn is there twice"),
         (
@@ -354,6 +357,14 @@ def test_a_record_made_with_other_flags_is_not_passed_off_as_the_grid_s(tmp_path
     (attack.folder / "config.yaml").write_text("epochs: 5\n")
     with pytest.raises(UserError, match="was made with epochs 5, not 2; delete it"):
         grid_of(TEXT, tmp_path)
+    (attack.folder / "config.yaml").write_text("epochs: 2\n")
+    (attack.folder / "summary.json").write_text("{")
+    with pytest.raises(UserError) as error:
+        grid_of(TEXT, tmp_path)
+    (problem,) = error.value.problems  # and not that good results are of another attack
+    assert (
+        problem == f"{attack.folder}/summary.json: cannot be read; restore it, or delete the folder"
+    )
 
 
 STUB = """
@@ -541,6 +552,84 @@ def test_at_the_end_of_a_budget_what_runs_is_stopped(stubs: Path) -> None:
     assert "saved" in run.log_of(cells[0], stubs).read_text()
 
 
+def test_a_budget_that_is_over_before_the_first_cell_starts_none(
+    stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading what cells are forked from may take longer than the budget."""
+    monkeypatch.setattr(run.Workers, "load", lambda _: run.time.sleep(0.2))
+    cells = stub_cells(stubs, "a1")
+    cells[0].folder.mkdir(parents=True)
+    (cells[0].folder / "config.yaml").write_text("")  # as begun before
+    with run.Board(cells, 1) as board:
+        run.run_local(cells, stubs, 1, board, budget=0.1)
+    assert list(board.states.values()) == ["waiting", "waiting"]
+
+
+def test_a_second_signal_ends_cells_at_once() -> None:
+    class Deaf:
+        stops = 0
+
+        def poll(self) -> int | None:
+            return None
+
+        def stop(self) -> None:
+            self.stops += 1
+
+        def wait(self) -> int:
+            raise KeyboardInterrupt
+
+    deaf = [Deaf(), Deaf()]
+    with pytest.raises(KeyboardInterrupt):
+        run._end(deaf)
+    assert [one.stops for one in deaf] == [2, 2]
+
+
+def test_a_record_that_is_removed_meanwhile_ends_its_cells(stubs: Path) -> None:
+    """Nobody would make it again, and nothing would happen any more."""
+    cells = stub_cells(stubs, "a1", "a2")
+    cells[0].folder.mkdir(parents=True)
+    (cells[0].folder / "summary.json").write_text("{}")
+    with run.Board(cells, 1) as board:
+        (cells[0].folder / "summary.json").unlink()
+        run.run_local(cells, stubs, 1, board)
+    assert list(board.states.values()) == ["done", "skipped", "done", "done"]
+
+
+def test_a_resumed_cell_took_what_all_its_parts_took(stubs: Path) -> None:
+    cells = stub_cells(stubs, "a1")
+    with run.Board(cells, 1) as board:
+        board.set(cells[0], "running")
+        cells[0].folder.mkdir(parents=True)
+        (cells[0].folder / "summary.json").write_text('{"seconds": 900}')
+        board.set(cells[0], "done")
+        assert board.usual(cells[0]) == 900
+        board.set(cells[1], "running")
+        cells[1].folder.mkdir(parents=True)
+        (cells[1].folder / "summary.json").write_text("{}")
+        board.set(cells[1], "done")
+        assert 0 <= (board.usual(cells[1]) or 0) < 60
+
+
+def test_each_cell_has_a_log_of_its_own_whatever_its_names(tmp_path: Path) -> None:
+    names = ["a-b", "a-b/c", "a/b-c", "a-b-c", "a/analysis-x", "a/analysis/x", "a/b"]
+    long = f"{'r' * 200}/{'d' * 200}"
+    cells = [Cell(name, "defense/ft.py", {}, tmp_path / name) for name in [*names, long]]
+    for of in (run.log_of, run.mark_of):
+        assert len({of(cell, tmp_path) for cell in cells}) == len(cells)
+    run.log_of(cells[-1], tmp_path).parent.mkdir(parents=True)
+    run.mark_of(cells[-1], tmp_path).touch()
+    assert run.has_failed(cells[-1], tmp_path)
+
+
+def test_a_folder_of_images_must_be_there(tmp_path: Path) -> None:
+    (datasets,) = (line for line in TEXT.splitlines() if line.startswith("datasets:"))
+    text = TEXT.replace(datasets, "datasets: {folder: {dataset_path: nowhere}}")
+    with pytest.raises(UserError, match="--dataset_path: nowhere is no folder; give the one that"):
+        grid_of(text, tmp_path)
+    with pytest.raises(UserError, match="--dataset_path: a value is needed; give the one that"):
+        grid_of(text.replace("{dataset_path: nowhere}", "{image_size: 16}"), tmp_path)
+
+
 def test_a_cell_that_has_begun_is_not_too_long_for_a_budget(stubs: Path) -> None:
     """What is left of it may be short."""
     (stubs / "seconds.txt").write_text("0")
@@ -619,6 +708,7 @@ def test_a_tilde_is_the_home_of_who_runs_a_grid(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "i.txt").write_text("0\n")
+    (tmp_path / "net.py").touch()
     text = TEXT.replace("  ft:\n", "  ft: {index: ~/i.txt}\n")
     text += "analyses: {inspect: {clean_records: [~/a, b]}}\n"
     cells = grid_of(text.replace("[preactresnet18]", "[~/net.py:build]"), tmp_path)

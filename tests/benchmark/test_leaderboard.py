@@ -19,6 +19,7 @@ from PIL import Image
 from benchmark.reporting import leaderboard, sources
 from benchmark.reporting.figures import _figures, _relearned
 from benchmark.reporting.leaderboard import Leaderboard, Rank, leaderboards, rank
+from benchmark.reporting.means import percent
 from benchmark.reporting.summaries import read_runs
 from tests.benchmark.test_report import (
     HOSTILE,
@@ -287,6 +288,27 @@ def test_what_was_not_run_on_the_same_attacks_is_not_compared(two_attacks: Path)
     assert ranks_of(blended) == {"sau": "1", "clp": "2", "ft": "3", "abl": "4"}
     assert not any(entry.is_first for entry in blended.entries)
     assert any("no interval" in note for note in blended.notes)
+
+
+def test_defenses_that_share_no_model_of_an_attack_are_compared_once(two_attacks: Path) -> None:
+    """SAU has SIG with seed 0 and FT with seed 1; ABL was run on blended alone."""
+    shutil.rmtree(two_attacks / "sig-0/defense/ft")
+    shutil.rmtree(two_attacks / "sig-1/defense/sau")
+    for seed in (0, 1):
+        defense(two_attacks / f"blended-{seed}", "abl", 0.9, 0.9, 0.1)
+    board = the_board(two_attacks)
+    assert {entry.defense for entry in board.entries} == {"sau", "ft", "abl"}
+    assert board.notes[0] == "Attacks: blended. Backdoored models: 2."
+    assert not any(note.startswith("Not run on") for note in board.notes)
+
+
+def test_places_are_those_of_the_numbers_that_are_printed() -> None:
+    """0.99985 and 0.9998 print as 99.98 or 99.99, as Python rounds them; NumPy rounds otherwise."""
+    for low in range(9000, 10000):
+        pair = [low / 20000 + 0.5, (low + 1) / 20000 + 0.5]
+        ranks = rank(pd.DataFrame([pair], columns=["a", "b"], index=["x"]))
+        is_equal = f"{percent(pair[0]):.2f}" == f"{percent(pair[1]):.2f}"
+        assert (ranks["a"].place, ranks["b"].place) == ((1, 1) if is_equal else (2, 1))
 
 
 def test_seeds_that_one_defense_lacks_are_not_used(two_attacks: Path) -> None:

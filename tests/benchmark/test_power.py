@@ -72,6 +72,20 @@ def test_a_model_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "| digits | tiny | badnet | 2, 1 |" in capsys.readouterr().out
 
 
+def test_datasets_and_networks_of_one_name_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In each, the backdoored model has the larger value; over both, in three of four pairs."""
+    for content, high in (("abcdef0123", 0.9), ("fedcba9876", 0.4)):
+        for attack, value in (("badnet", high), ("prototype", high - 0.2)):
+            more = {"inputs": {"dataset": content, "--model": "same"}, "dataset": "folder"}
+            inspection(tmp_path, f"{attack}-{content}", attack, value, 0, **more)
+    assert run_script(POWER, "--under", tmp_path) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "badnet" in line]
+    assert [line.split(" | ")[0] for line in lines] == ["| folder abcdef01", "| folder fedcba98"]
+    assert all("| tiny |" in line and "1.00" in line for line in lines)
+
+
 def test_a_file_that_cannot_be_written_is_refused_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

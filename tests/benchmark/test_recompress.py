@@ -72,12 +72,14 @@ def test_a_lower_quality_is_farther_from_the_photographs() -> None:
         (["nothing", "copy"], "nothing"),
         (["photos", "photos"], "photos: exists already; give a new folder"),
         (["photos", "photos/train/cat/copy"], "copy: is in photos, which it would change"),
+        (["photos", "a_file/copy"], "to: a_file cannot be made"),
     ],
 )
 def test_what_cannot_be_done_is_said(
     photos: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     monkeypatch.chdir(photos.parent)
+    Path("a_file").touch()
     monkeypatch.setattr("sys.argv", ["recompress.py", *flags])
     with pytest.raises(UserError, match=message):
         recompress.main()

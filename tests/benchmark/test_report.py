@@ -1029,6 +1029,41 @@ def test_marked_parts_are_made_again(two_attacks: Path, tmp_path: Path) -> None:
     assert text.read_text() == expected
 
 
+def test_a_text_that_is_rebuilt_keeps_its_line_ends_and_stays_a_link(
+    two_attacks: Path, tmp_path: Path
+) -> None:
+    grid = tmp_path / "results/digits"
+    assert report("--under", two_attacks, "--to", grid, "--keep", "--formats", "md") == 0
+    table = (grid / "table.md").read_text().rstrip("\n").replace("\n", "\r\n")
+    begin, end = (f"<!-- {kind} results/digits/table.md -->" for kind in ("begin", "end"))
+    (tmp_path / "real").mkdir()
+    real, text = tmp_path / "real/text.md", tmp_path / "RESULTS.md"
+    rest = "\x0cpage\u2028line\x85no end of the line"
+    real.write_bytes(f"{begin}\r\nold\r\n{end}\r\n{rest}".encode())
+    text.symlink_to(real)
+    assert report("--rebuild", text) == 0
+    assert text.is_symlink()
+    expected = f"{begin}\r\n\r\n{table}\r\n\r\n{end}\r\n{rest}"
+    assert real.read_bytes() == expected.encode()
+
+
+def test_a_file_in_the_place_of_the_figures_is_told_before_anything_is_written(
+    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "to"
+    to.mkdir()
+    (to / "figures").touch()
+    assert report("--under", two_attacks, "--to", to) == 2
+    assert "figures cannot be made" in capsys.readouterr().err
+    assert [path.name for path in to.iterdir()] == ["figures"]
+
+
+def test_an_empty_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """That of a shell's variable that is not set: it would be the working directory."""
+    assert report("--to=") == 2
+    assert "--to: the path is empty; give one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("marks", "problem"),
     [

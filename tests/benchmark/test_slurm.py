@@ -1,5 +1,6 @@
 """A grid on a real SLURM of one machine; skipped where slurm-wlm and munge are not installed."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ import pandas as pd
 import pytest
 
 from benchmark import run, slurm
+from benchmark.cells import Cell
 from benchmark.checks import cells_of
 from benchmark.grid import Slurm, read_grid
+from benchmark.slurm import Queue
 from tests.test_end_to_end import cache, workplace
 from utils.errors import UserError
 from utils.files import ROOT
@@ -61,6 +64,32 @@ def wait_until(happened, seconds: float = 120) -> None:  # type: ignore[no-untyp
 def squeue(columns: str) -> str:
     call = ["squeue", "--noheader", "--array", "--format", columns]
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"a": 1}'])
+def test_a_damaged_list_of_jobs_is_told(tmp_path: Path, content: str) -> None:
+    pytest.importorskip("submitit")
+    (tmp_path / ".grid").mkdir()
+    (tmp_path / ".grid/jobs.json").write_text(content)
+    with pytest.raises(UserError, match=r"jobs\.json: is damaged; remove it"):
+        Queue(tmp_path, Slurm()).has_lost(Cell("a", "attack/badnet.py", {}, tmp_path / "a"))
+
+
+def test_lost_cells_are_waited_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared file system may be late once, and not for each of 300 cells."""
+    pytest.importorskip("submitit")
+    now = [0.0]
+    monkeypatch.setattr(slurm.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    (tmp_path / ".grid").mkdir()
+    names = [str(number) for number in range(50)]
+    (tmp_path / ".grid/jobs.json").write_text(json.dumps(dict.fromkeys(names, "7")))
+    queue = Queue(tmp_path, Slurm())
+    cells = [Cell(name, "attack/badnet.py", {}, tmp_path / name) for name in names]
+    assert all(queue.has_lost(cell) for cell in cells)
+    assert now[0] <= 2 * slurm._POLL
 
 
 @needs_slurm

@@ -159,6 +159,64 @@ def test_a_worker_that_crashes_or_is_stopped_says_so(
     assert ended(start(script, ["0"], tmp_path / "log3.txt")) == 0
 
 
+@pytest.mark.parametrize("is_cold", [True, False])
+def test_a_stop_right_after_the_start_is_heard(script: Path, tmp_path: Path, is_cold: bool) -> None:
+    """A fork inherits the server's deafness, and would lose what comes before it hears."""
+    if is_cold:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    many = Workers(1)
+    for number in range(5):
+        worker = many.start(script, ["waits"], tmp_path / f"log{number}.txt")
+        worker.stop()
+        assert ended(worker) == -signal.SIGTERM
+    assert len(many.started) == 5
+
+
+@pytest.mark.parametrize("is_warm", [True, False], ids=["forked", "fresh"])
+def test_a_signal_in_the_middle_of_a_start_comes_after_it(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_warm: bool
+) -> None:
+    """So that whoever hears it knows of the new worker, and can stop it."""
+    kind = {True: "_Forked", False: "_Fresh"}[is_warm]
+    whole = getattr(workers, kind)
+
+    def interrupted(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return whole(*given)
+
+    monkeypatch.setattr(workers, kind, interrupted)
+    many = Workers(1, is_warm)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            many.start(script, ["waits"], tmp_path / "log.txt")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (worker,) = many.started
+    begun(tmp_path / "log.txt")
+    worker.stop()
+    assert ended(worker) == -signal.SIGTERM
+
+
+def test_nobody_waits_for_a_worker_at_the_end(tmp_path: Path) -> None:
+    """Else a second Ctrl-C would say that all is over, and the terminal would hang."""
+    (tmp_path / "sleeps.py").write_text("import time\nprint('.', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "main.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom benchmark import workers\n"
+        "workers.PRELOADED = ['benchmark.workers']\n"
+        "if __name__ == '__main__':\n"
+        "    here = Path(__file__).parent\n"
+        "    workers.Workers(1).start(here / 'sleeps.py', [], here / 'log.txt')\n"
+        "    print(workers.multiprocessing.active_children())\n"
+    )
+    call = [sys.executable, tmp_path / "main.py"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "out.txt").open("w") as out:
+        main = subprocess.Popen(call, stdout=out, stderr=out, env=variables)
+        assert main.wait(timeout=50) == 0
+    assert (tmp_path / "out.txt").read_text() == "[]\n"
+
+
 def test_signals_to_all_processes_of_a_terminal_leave_the_server_alone(
     script: Path, tmp_path: Path
 ) -> None:
