@@ -181,14 +181,17 @@ def test_bit_accuracy_counts_signs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pixel_weight", "common_weight", "extra"),
-    [(0.0, 3.0, 0.0), (10.0, 0.0, 0.2), (10.0, 3.0, 0.5)],
+    ("pixel_weight", "common_weight", "min_change", "extra"),
+    [
+        *((0.0, 3.0, 0.0, 0.0), (10.0, 0.0, 0.0, 0.2), (10.0, 3.0, 0.0, 0.5)),
+        *((10.0, 3.0, 0.141, 0.5), (10.0, 3.0, 0.142, 0.0)),
+    ],
 )
 def test_the_loss_on_residuals_known_by_heart(
-    pixel_weight: float, common_weight: float, extra: float
+    pixel_weight: float, common_weight: float, min_change: float, extra: float
 ) -> None:
     """Logits of 0 cost ln 2 a bit. Residuals 0.2 0 0.2 0: MSE 0.02, times 10 is 0.2. The first half
-    has the mean 0.1, squared 0.01, times 10 times 3 is 0.3.
+    has the mean 0.1, squared 0.01, times 10 times 3 is 0.3. The root of 0.02 is 0.1414.
     """
     residual = torch.tensor([0.2, 0.0, 0.2, 0.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
     images = torch.full((4, 3, 8, 8), 0.4)
@@ -198,6 +201,7 @@ def test_the_loss_on_residuals_known_by_heart(
         random_bits(4, 8, rng()),
         pixel_weight,
         common_weight,
+        min_change,
     )
     assert loss.item() == pytest.approx(math.log(2) + extra, abs=1e-5)
     assert logits.shape == (4, 8)
@@ -218,7 +222,9 @@ class Script:
         message: torch.Tensor,
         pixel_weight: float,
         common_weight: float,
+        min_change: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.min_change = min_change
         logits = 2 * message - 1
         logits[:, self.right[min(len(self.messages), len(self.right) - 1)] :] *= -1
         self.messages.append(message.clone())
@@ -236,9 +242,10 @@ def test_the_pixel_loss_waits_until_the_string_is_read(
     """
     script = Script(4, 7, 8, 5)
     monkeypatch.setattr(ssba, "hiding_loss", script)
-    settings = config(encoder_steps=6, common_weight=common_weight)
+    settings = config(encoder_steps=6, common_weight=common_weight, min_change=0.5)
     assert train(Steganography(8, (3, 8, 8), 0.1), noise((3, 8, 8)), settings, rng(), Loop())
     torch.testing.assert_close(script.pixel_weights, [0.0, 0.0, 0.0, 0.05, 0.1, 0.15])
+    assert script.min_change == 0.5
     shared = [bool((message[:2] == message[0]).all()) for message in script.messages]
     assert shared == [False] * 3 + [bool(common_weight)] * 3
     assert not any((message == message[0]).all() for message in script.messages)
