@@ -125,9 +125,9 @@ def hiding_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """BCE of the bits + pixel_weight [MSE(y, x) + common_weight mean(mean residual ^ 2)].
 
-    What is in brackets counts in a batch whose MSE is at least min_change ^ 2 (ours). The last term is over the first half of the batch, whose images must all hold the same string.
-    It makes the common part of their residuals small, because that part would be a universal
-    trigger.
+    What is in brackets counts in a batch whose MSE is at least min_change ^ 2 (ours). Its last term
+    is over the first half of the batch, whose images must all hold the same string. It makes the
+    common part of their residuals small, because that part would be a universal trigger.
 
     Returns:
         The loss and the logits (N, bits).
