@@ -101,6 +101,14 @@ class Normalized(nn.Module):
         self.mean.register_buffer("value", torch.zeros(3))
 
 
+class Scaled(Normalized):
+    """Has a weight of its own, so it does more than prepare images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.scale = nn.Parameter(torch.ones(3))
+
+
 WRAPPED = {
     "fc2": TwoLinear,
     "1.fc2": lambda: nn.Sequential(nn.Identity(), TwoLinear()),
@@ -112,7 +120,8 @@ WRAPPED = {
     "1.2": lambda: nn.Sequential(  # the first network of many tutorials
         nn.Flatten(), nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))
     ),
-    # A part that is a layer, or one part that is everything, is as it stands.
+    # A part that is a layer, or one part that is everything, or not all, is as it stands.
+    "net.fc1": lambda: Scaled(TwoLinear()),
     "1": lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 2)),
     "0.0": lambda: nn.Sequential(nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))),
 }
@@ -123,7 +132,7 @@ def test_the_head_of_a_network_inside_another_one_is_its_own(name: str) -> None:
     model = WRAPPED[name]()
     assert head(model)[0] == name
     assert head(model)[1] is model.get_submodule(name)
-    assert name in top_level(model) or name == "0.0"
+    assert name in top_level(model) or name in ("0.0", "net.fc1")
 
 
 def test_the_head_of_a_plain_module() -> None:

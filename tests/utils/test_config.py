@@ -304,6 +304,15 @@ def test_a_flag_and_a_file_read_the_same(toy: Path, text: str, name: str) -> Non
         assert by_flag == in_file == ((meant,) if allowed else REFUSED)
 
 
+@pytest.mark.parametrize("text", ["conv,bn", "conv, bn", "[conv, bn]", " [ conv ,bn ] "])
+def test_items_of_a_list_have_no_blanks_around_them(text: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Layers(Config):
+        layers: Annotated[tuple[str, ...], Field(description="names")] = ()
+
+    assert Layers.from_command_line([f"--layers={text}"], "").layers == ("conv", "bn")
+
+
 def test_what_is_wrong_with_a_number_is_said(toy: Path) -> None:
     path = write(toy, "rounds: 010\nwidths: [007]\nlr: 1:30\n")
     zero = "without a zero in front"
