@@ -37,6 +37,7 @@ from models import Classifier
 from models.modes import evaluating
 from models.parts import convolutions, recording
 from utils.data.batches import as_float, spread
+from utils.errors import listed
 
 if TYPE_CHECKING:
     from utils.plot import Figure
@@ -76,22 +77,29 @@ def compared_layers(model: nn.Module) -> list[str]:
 
 
 def gram(features: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of features whose columns are centred: float (N, D) -> float64 (N, N)."""
+    """The Gram matrix of features whose columns are centred: float (N, D) -> float64 (N, N).
+
+    It is exactly 0 for float32 features whose rows are all the same: in float64 sums are exact.
+    """
     centred = features.double() - features.double().mean(0)
     return centred @ centred.T
 
 
 def cka(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Linear CKA from two Gram matrices of the same images; NaN if one is 0.
+    """Linear CKA from two Gram matrices of the same images.
 
     ||X'Y||^2 is the sum of the products of the entries of XX' and YY'.
 
     Args:
-        first, second: float (N, N), from `gram`.
+        first: float (N, N), from `gram`; of the backdoored model.
+        second: likewise, of the other model.
 
     Returns:
-        In [0, 1].
+        In [0, 1]. It is 0 if only the second is 0: its channels are dead, so nothing of the first
+        is left. NaN if the first is 0: there is nothing to compare with.
     """
+    if first.any() and not second.any():
+        return 0.0
     return float((first * second).sum() / (first.norm() * second.norm()))
 
 
@@ -187,6 +195,12 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         name: [top_channels(values, share) for share in shares] for name, values in change.items()
     }
     reference = grams(subject.model, channels, images, config.batch_size)
+    constant = [name for name, many in reference.items() if not all(one.any() for one in many)]
+    if constant:
+        results.warn(
+            f"skipped: {listed(constant)}: the channels that the trigger changes most give the "
+            "same for all triggered images"
+        )
     models: dict[str, Classifier] = {}
     for purified in subject.purified:
         model = subject.same_network(results, purified)

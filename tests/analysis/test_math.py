@@ -275,6 +275,53 @@ def test_cka_is_1_with_itself_and_does_not_change_under_rotation_and_scale() -> 
     assert similarity.cka(first, similarity.gram(other)) == pytest.approx(float(expected))
 
 
+def test_dead_channels_have_nothing_left() -> None:
+    """Of the other model, they are different; of the backdoored one, they are no reference."""
+    torch.manual_seed(0)
+    alive = similarity.gram(torch.randn(10, 3))
+    dead = similarity.gram(torch.full((10, 3), 0.1))
+    assert not dead.any()
+    assert similarity.cka(alive, dead) == 0
+    assert math.isnan(similarity.cka(dead, alive))
+    assert math.isnan(similarity.cka(dead, dead))
+
+
+def test_a_model_whose_backdoor_channels_are_cut_is_not_similar(tiny_data: Dataset) -> None:
+    """`cut` is dead in the only layer. Where the record's model itself is, a line says so."""
+    torch.manual_seed(0)
+    model = build_model("tiny", 3).eval()
+    cut = copy.deepcopy(model)
+    cut.network.conv.weight.data.zero_()
+    index = torch.arange(len(tiny_data.test))
+    changed = 255 - tiny_data.test.images
+    triggered = Triggered(changed, torch.zeros_like(index), tiny_data.test.labels, index)
+
+    def seen(backdoored: nn.Module) -> Results:
+        subject = SimpleNamespace(
+            model=backdoored,
+            triggered=triggered,
+            data=tiny_data,
+            purified=[SimpleNamespace(name=name) for name in ("cut", "same")],
+            same_network=lambda _, purified: {"cut": cut, "same": model}[purified.name],
+            clean=None,
+            same_clean_network=lambda _: None,
+        )
+        results = Results()
+        similarity.look(subject, similarity.Config.load(), results)
+        return results
+
+    results = seen(model)
+    assert results.headline["cut"] == {"similarity": 0, "bec": 0}
+    assert results.headline["same"] == {"similarity": pytest.approx(1), "bec": pytest.approx(1)}
+    assert not any(line.startswith("skipped") for line in results.warnings)
+    results = seen(cut)
+    assert results.headline == {}
+    (line,) = [line for line in results.warnings if line.startswith("skipped")]
+    assert line.startswith(
+        "skipped: conv: the channels that the trigger changes most give the same"
+    )
+
+
 def test_bec_is_relative_to_the_least_similar_model() -> None:
     """(0.8 - 0.6) / (1 - 0.6) = 0.5."""
     bec = similarity.backdoor_existence({"a": 0.8, "b": 0.6})
