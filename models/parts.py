@@ -249,16 +249,18 @@ def convolutions_before(
         all_convolutions = convolutions(model)
         weight = usual_weight(model)
         image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
+        outputs: dict[str, tuple[torch.Tensor, int]] = {}
+        inputs: dict[str, tuple[torch.Tensor, int]] = {}
         with (
-            recording(model, all_convolutions) as outputs,
-            recording(model, wanted, of="input") as inputs,
+            watching(model, all_convolutions, _noting(outputs)),
+            watching(model, wanted, _noting(inputs), of="input"),
             evaluating(model),
             torch.no_grad(),
         ):
             model(image)
-        for name, entered in inputs.items():
-            for other, output in outputs.items():
-                if entered is output:
+        for name, (entered, version) in inputs.items():
+            for other, (output, first_version) in outputs.items():
+                if entered is output and version == first_version:
                     before[name] = all_convolutions[other]
     if not before:
         raise UserError(
@@ -268,11 +270,16 @@ def convolutions_before(
     return before
 
 
+def _noting(values: dict[str, tuple[torch.Tensor, int]]) -> Callable[[str, torch.Tensor], None]:
+    """For `watching`: keeps a tensor, and how often it was changed in place, under a name."""
+    return lambda name, value: values.update({name: (value, value._version)})
+
+
 @contextmanager
 def watching(
     model: nn.Module,
     names: Iterable[str],
-    see: Callable[[str, Any], None],
+    see: Callable[[str, Any], Any],
     of: Literal["output", "input"] = "output",
 ) -> Iterator[None]:
     """Inside, `see` takes the name and the output (or the input) of layers at each of their calls.
@@ -281,12 +288,13 @@ def watching(
 
     Args:
         names: of layers of the bare network.
+        see: what it gives takes the place of the output, unless it is None.
     """
     layers = dict(bare(model).named_modules())
     hooks = []
 
-    def look(name: str, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
-        see(name, output if of == "output" else next(iter((*inputs, *named.values()))))
+    def look(name: str, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
+        return see(name, output if of == "output" else next(iter((*inputs, *named.values()))))
 
     try:
         for name in names:
@@ -307,13 +315,21 @@ def recording(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Inside, the last output (or input) of layers is kept under their names; see `watching`.
 
+    The network goes on with a copy of the output, so that nothing behind the layer that works in
+    place, as `ReLU(inplace=True)` does, changes what is kept. Gradients are those of the output.
+
     Example:
         with recording(model, ["layer4"]) as features:
             logits = model(images)
         features["layer4"]
     """
     values: dict[str, torch.Tensor] = {}
-    with watching(model, names, values.__setitem__, of):
+
+    def keep(name: str, value: Any) -> torch.Tensor | None:
+        values[name] = value
+        return value.clone() if of == "output" and isinstance(value, torch.Tensor) else None
+
+    with watching(model, names, keep, of):
         yield values
 
 

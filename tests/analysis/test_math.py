@@ -630,6 +630,24 @@ def test_grad_cam_of_a_linear_network() -> None:
     assert gradcam.centre_of(cam[0]) == {"x": pytest.approx(7 / 12), "y": pytest.approx(0.25)}
 
 
+@pytest.mark.parametrize("name", ["0", "3"])
+def test_layers_that_work_in_place_change_no_analysis(name: str) -> None:
+    """Of a convolution with a ReLU behind it: its map, its changes and its activations."""
+    seen = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.MaxPool2d(2)),
+            *(nn.Conv2d(4, 4, 3), nn.ReLU(inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        )
+        images = torch.randint(0, 256, (6, 3, 10, 10), dtype=torch.uint8)
+        cam = gradcam.class_activation(model, images / 255, torch.arange(6) % 4, name)
+        change = similarity.changes(model, [name], images, 255 - images, size=4)[name]
+        (gram,) = similarity.grams(model, {name: [torch.arange(4)]}, images, 4)[name]
+        seen.append((cam, change, gram))
+    assert all(torch.equal(first, second) for first, second in zip(*seen, strict=True))
+
+
 def test_psnr_and_changes() -> None:
     """One value of 12 changes by 0.5: the mean square is 1 / 48. One of four pixels changes."""
     clean = torch.zeros(2, 3, 2, 2)

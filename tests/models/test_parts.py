@@ -259,6 +259,16 @@ def test_the_convolution_before_directly() -> None:
     assert float(network.direct.num_batches_tracked) == 0
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_convolution_with_a_layer_between_is_not_directly_before(inplace: bool) -> None:
+    """One that works in place gives the very tensor of the convolution, with other values."""
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 4, 1), nn.ReLU(inplace), nn.BatchNorm2d(4)),
+        *(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.ReLU(inplace)),
+    )
+    assert convolutions_before(network, "direct", (3, 8, 8)) == {"4": network[3]}
+
+
 def test_a_network_without_a_pair_is_refused_in_a_line() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
     for pairs in ("order", "direct"):
@@ -327,6 +337,48 @@ def test_recording_leaves_the_gradient_of_a_feature() -> None:
     with recording(network, ["bn1"]) as features:
         network(problem()[0])
     assert features["bn1"].requires_grad
+
+
+class InPlace(nn.Module):
+    """A convolution whose output a module or a function overwrites, or nothing does."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.relu = nn.ReLU(inplace=kind == "module")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        relu = torch.relu_ if self.kind == "function" else self.relu
+        return relu(self.conv(images)).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_recording_keeps_an_output_that_is_then_overwritten(kind: str) -> None:
+    """The same as of a network where nothing is in place: the output, its gradient, the logits."""
+    images, _ = problem()
+    seen = []
+    for each in ("nothing", kind):
+        torch.manual_seed(0)
+        network = InPlace(each).double()
+        with recording(network, ["conv"]) as features:
+            logits = network(images)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), features["conv"])
+        seen.append((features["conv"], gradient, logits))
+    assert bool((seen[0][0] < 0).any())
+    for first, second in zip(*seen, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_recording_takes_an_output_that_is_no_tensor() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x + 1
+
+    network = nn.Sequential(Pair())
+    with recording(network, ["0"]) as outputs:
+        first, second = network(torch.zeros(2))
+    assert outputs["0"] == (first, second)
 
 
 def test_recording_removes_its_hooks_at_the_end_and_on_an_error() -> None:
