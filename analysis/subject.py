@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from defense.base import drawn_share
-from models import Classifier, prepare
+from models import Classifier, Resize, prepare
 from models.changes import changes_of
 from utils.config import Group
 from utils.data.batches import as_float, spread
@@ -153,20 +153,19 @@ class Subject:
         return model
 
     def same_clean_network(self, results: Findings) -> Classifier | None:
-        """The clean model, if its weights have the names and shapes of the record's.
+        """The clean model, if its weights can take the place of the record's.
 
-        If not, a warning says that it is skipped, and the result is None.
+        Names and shapes must be the same, and also what the weights get: how images are normalized
+        and resized. If not, a warning says that it is skipped, and the result is None.
         """
         if self.clean is None:
             return None
-        shapes = [
-            {name: value.shape for name, value in model.state_dict().items()}
-            for model in (self.clean, self.model)
-        ]
-        if shapes[0] != shapes[1]:
+        own, other = _build_of(self.model), _build_of(self.clean)
+        differing = [what for what in own if own[what] != other[what]]
+        if differing:
             results.warn(
-                "the clean model is skipped, since its weights have other shapes than those of "
-                f"the record's {self.model_name}"
+                f"the clean model is skipped, since it has {listed(differing)} than the record's "
+                f"{self.model_name}"
             )
             return None
         return self.clean
@@ -208,6 +207,16 @@ class Subject:
     def clean_images(self, ratio: float, seed: int) -> Labelled:
         """The images of `clean_draw`."""
         return self.data.train.at(self.clean_draw(ratio, seed))
+
+
+def _build_of(model: Classifier) -> dict[str, Any]:
+    """What a model's weights are made for, by the words for another one."""
+    resizing = [part.size for part in model.network.modules() if isinstance(part, Resize)]
+    return {
+        "other shapes of weights": {key: value.shape for key, value in model.state_dict().items()},
+        "another normalization": (model.normalize.mean.tolist(), model.normalize.std.tolist()),
+        "another size of images in the network": resizing,
+    }
 
 
 def open_subject(config: RecordConfig) -> Subject:

@@ -4,20 +4,26 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import analysis
 from analysis import base
+from analysis.subject import Subject
+from models import Classifier, Resize
+from models.tiny import TinyNet
 from tests.test_end_to_end import run_script
 from utils.files import ROOT, file_sha256
 from utils.records.attack import load_attack
 from utils.records.folders import RunFolder
 
 NAMES = ("ft", "npd", "sau")  # of the defenses' results
+EVEN = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean and standard deviation
 
 
 def run(records: Path, kind: str, *flags: object, record: str = "bd") -> int:
@@ -46,6 +52,15 @@ def rows(records: Path, kind: str, table: str, record: str = "bd") -> list[dict[
 def summary(records: Path, name: str) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((records / "bd/defense" / name / "summary.json").read_text())
     return read
+
+
+def change(path: Path, **values: Any) -> None:
+    """Changes values of a result, and its hash in `summary.json`."""
+    torch.save({**torch.load(path, weights_only=True), **values}, path)
+    summary = path.with_name("summary.json")
+    content = json.loads(summary.read_text())
+    content["files"][path.name] = file_sha256(path)
+    summary.write_text(json.dumps(content))
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -513,8 +528,44 @@ def test_a_clean_model_of_another_network_is_skipped_with_a_line(
     few = ["--defenses", "ft", "--shares", "0.5,0.5", "--clean_record", "other"]
     assert run(fresh, "similarity", *few) == 0
     warnings = result(fresh, "similarity")["warnings"]
-    assert any("skipped, since its weights have other shapes" in line for line in warnings)
+    assert any(
+        "skipped, since it has other shapes of weights than the record's tiny" in line
+        for line in warnings
+    )
     assert not any("no --clean_record" in line for line in warnings)
+
+
+def test_a_clean_model_that_gets_other_images_is_skipped_with_a_line(
+    records: Path, fresh: Path
+) -> None:
+    """Its weights are of no use between the normalization or the Resize of the record's model."""
+    data = load_attack(records / "bd").load_dataset()
+    network = TinyNet(len(data.classes))
+    subject = Subject(data, torch.device("cpu"), "fp32", Classifier(network, *EVEN), "tiny")
+    resized = nn.Sequential(Resize(32), network)
+    for network_of_clean, constants, reason in (
+        (network, EVEN, None),
+        (network, ((0.4, 0.5, 0.5), EVEN[1]), "another normalization"),
+        (network, (EVEN[0], (0.5, 0.5, 0.4)), "another normalization"),
+        (resized, EVEN, "other shapes of weights, another size of images in the network"),
+    ):
+        clean = Classifier(network_of_clean, *constants)
+        results = base.Results()
+        seen = replace(subject, clean=clean).same_clean_network(results)
+        assert seen is (clean if reason is None else None)
+        lines = [f"the clean model is skipped, since it has {reason} than the record's tiny"]
+        assert results.warnings == ([] if reason is None else lines)
+    both = [Classifier(nn.Sequential(Resize(size), network), *EVEN) for size in (32, 16)]
+    results = base.Results()
+    assert replace(subject, model=both[0], clean=both[1]).same_clean_network(results) is None
+    assert "another size of images in the network" in results.warnings[0]
+    path = fresh / "clean/attack_result.pt"
+    shutil.copytree(records / "clean", fresh / "clean")
+    change(path, mean=[0.1, 0.1, 0.1])
+    flags = ["--defenses", "ft", "--t_steps", 1, "--clean_record", "clean"]
+    assert run(fresh, "path", *flags) == 0
+    assert {row["defense"] for row in rows(fresh, "path", "path")} == {"ft"}
+    assert "since it has another normalization" in result(fresh, "path")["warnings"][0]
 
 
 def test_a_result_of_another_attack_is_refused(
@@ -559,11 +610,5 @@ def test_a_checkpoint_of_something_else_is_refused(records: Path) -> None:
 
 def test_a_record_of_a_built_in_set_that_names_a_folder_is_read(fresh: Path) -> None:
     """Earlier versions took `--dataset_path` with them, and ignored it."""
-    path = fresh / "bd/attack_result.pt"
-    content = torch.load(path, weights_only=True)
-    torch.save({**content, "dataset_path": str(fresh / "gone")}, path)
-    summary = fresh / "bd/summary.json"
-    stored = json.loads(summary.read_text())
-    stored["files"]["attack_result.pt"] = file_sha256(path)
-    summary.write_text(json.dumps(stored))
+    change(fresh / "bd/attack_result.pt", dataset_path=str(fresh / "gone"))
     assert load_attack(fresh / "bd").load_dataset().name == "random"
