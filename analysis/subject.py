@@ -18,13 +18,13 @@ from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import PoisonedSet
 from utils.errors import UserError, listed, shown
-from utils.files import as_path, read_object
+from utils.files import as_path
 from utils.metrics import Scores
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger
 from utils.records import places
-from utils.records.attack import SUMMARY, AttackRecord, checked_hashes, load_attack
-from utils.records.defense import RESULT, load_defense
+from utils.records.attack import SUMMARY, AttackRecord, load_attack
+from utils.records.defense import RESULT, checked_result, load_defense
 from utils.records.named import OfRecord, named_record
 from utils.training.findings import Findings
 from utils.training.watch import scorer
@@ -320,15 +320,10 @@ def results_of(
                 "rename the folder, or name other results with --defenses"
             )
         try:
-            sha256 = checked_hashes(home / name, [RESULT])[RESULT]
+            summary = checked_result(home / name, attack)
         except UserError as error:
             raise UserError(f"{error}, or name others with --defenses") from None
-        summary = read_object(home / name / SUMMARY)
-        if summary.get("attack_sha256") != attack.sha256:
-            raise UserError(
-                f"{home / name}: is of another attack than the record that is there; run the "
-                "defense again, or name others with --defenses"
-            )
+        sha256 = summary["files"][RESULT]
         purified.append(
             Purified(name, home / name, summary, sha256, config.model, device, precision)
         )

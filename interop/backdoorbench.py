@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from interop.layout import attack_result, is_in_place, model_result, split_state, write_images
+from models.changes import changes_of
 from utils.config import Parser
 from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
@@ -51,7 +52,8 @@ from utils.records.backdoorbench import (
     TEST,
     TRAIN,
 )
-from utils.tensors import explained, load_tensors
+from utils.records.defense import checked_result, load_defense
+from utils.tensors import explained
 from utils.training import ending
 from utils.training.findings import Findings
 
@@ -129,6 +131,8 @@ def _write_record(
         name: the final name of this folder.
         data, state: the dataset that the record's model was trained on, and its weights.
     """
+    for finished in sorted((attack.folder / "defense").glob("[!.]*/summary.json")):
+        _export_defense(finished.parent, attack, to)
     poisoned, cross = attack.poisoned_set(data), attack.cross_images(data)
     true_labels = data.train.labels[poisoned.index]
     folder = folders.RunFolder(to)
@@ -145,8 +149,6 @@ def _write_record(
         everything = torch.arange(len(data.test))
         write_images(to / CROSS, cross, everything, data.test.labels)
     _write_notes(folder, attack, poisoned, name)
-    for finished in sorted((attack.folder / "defense").glob("[!.]*/summary.json")):
-        _export_defense(finished.parent, to)
     content = attack_result(
         model_result(attack.model_name, attack.num_classes, state),
         attack.dataset,
@@ -323,19 +325,25 @@ def _write_notes(
         folder.write("attack_df.csv", lambda path: table.to_csv(path, index=False))
 
 
-def _export_defense(source: Path, to: Path) -> None:
-    """A defense's finished result, in BackdoorBench's form."""
-    path = source / "defense_result.pt"
-    with explained(path, "a defense's result"):
-        content = load_tensors(path)
-        if content.get("changes"):
-            logger.warning(
-                "warning: %s: the defense has changed the network, which BackdoorBench cannot make "
-                "again; skipped",
-                source,
-            )
-            return
-        result = model_result(content["model_name"], content["num_classes"], content["model"])
+def _export_defense(source: Path, attack: AttackRecord, to: Path) -> None:
+    """A defense's finished result, in BackdoorBench's form.
+
+    Raises:
+        UserError: if it is damaged, or of another attack than the record.
+    """
+    try:
+        checked_result(source, attack)
+        model = load_defense(source)
+    except UserError as error:
+        raise UserError(f"{error}, or move {source} away") from None
+    if changes_of(model.network):
+        logger.warning(
+            "warning: %s: the defense has changed the network, which BackdoorBench cannot make "
+            "again; skipped",
+            source,
+        )
+        return
+    result = model_result(attack.model_name, attack.num_classes, model_state(model))
     folder = to / "defense" / source.name
     with _refusals_told(folder):
         folder.mkdir(parents=True)

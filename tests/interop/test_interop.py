@@ -19,6 +19,7 @@ from PIL import Image
 
 from interop.backdoorbench import _refuse_unknown, export_record, import_record
 from models import Classifier, build_model, preactresnet18
+from models.changes import insert
 from perf import fuzz
 from tests import backdoorbench_writer as writer
 from tests.test_end_to_end import run_script
@@ -42,9 +43,10 @@ from utils.data.poison import (
     unpoisoned,
 )
 from utils.errors import UserError
-from utils.files import ROOT, read_object
+from utils.files import ROOT, file_sha256, read_object
 from utils.records import folders, places
 from utils.records.attack import file_hashes, load_attack, model_state, save_attack
+from utils.records.defense import save_defense
 from utils.records.named import recorded_dataset
 
 __all__ = ["data"]  # a fixture
@@ -100,14 +102,20 @@ def save_ours(
     )
     run.write_metrics([{"epoch": 1, "loss": 0.5, "acc": 0.75, "asr": 1.0, "ra": 0.0, "seconds": 3}])
     run.write_summary({"files": file_hashes(run, "attack_result.pt", "poison.pt")})
-    defended = places.defense_folder(folder, "sau")
-    defended.start("lr: 0.01\n")
-    weights = {name: value + 1 for name, value in model_state(model).items()}
-    result = {"model": weights, "model_name": "preactresnet18", "num_classes": 10, "mean": [0.1]}
-    defended.write_tensors("defense_result.pt", result)
-    defended.write_summary({})
+    purified = build_model("preactresnet18", 10, data.mean, data.std)
+    purified.network.load_state_dict({k: value + 1 for k, value in model_state(model).items()})
+    save_result(folder, purified, "sau")
     (folder / "defense/unfinished").mkdir()
     return run
+
+
+def save_result(record: Path, purified: Classifier, name: str) -> None:
+    """A finished result of a defense."""
+    folder, attack = places.defense_folder(record, name), load_attack(record)
+    folder.start("lr: 0.01\n")
+    save_defense(folder, purified, attack, name)
+    files = file_hashes(folder, "defense_result.pt")
+    folder.write_summary({"attack_sha256": attack.sha256, "files": files})
 
 
 def rebuilt(state: dict[str, Any], clean: Labelled) -> list[tuple[np.ndarray, int, int, int, int]]:
@@ -308,6 +316,54 @@ def test_what_backdoorbench_cannot_read_is_not_exported(
     clean.write_summary({"files": file_hashes(clean, "attack_result.pt")})
     with pytest.raises(UserError, match="has no triggered images"):
         export_record(clean.path, to)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_hashed", "reason"),
+    [
+        ({"model": {}}, False, "is not the file that summary.json describes"),
+        ({"model": {}}, True, "its weights do not fit preactresnet18"),
+        ({"model": {"a": torch.tensor(torch.nan)}}, True, "the weights a are not finite"),
+        ({"model": 3}, True, "is not a defense's result of this program"),
+        ({}, True, "is of another attack than the record that is there; run the defense again"),
+    ],
+)
+def test_a_defense_s_result_that_does_not_fit_is_not_exported(
+    tmp_path: Path,
+    data: Dataset,
+    model: Classifier,
+    change: dict[str, Any],
+    is_hashed: bool,
+    reason: str,
+) -> None:
+    ours = save_ours(tmp_path / "ours", data, model)
+    folder = ours.path / "defense/sau"
+    path = folder / "defense_result.pt"
+    torch.save({**torch.load(path, weights_only=True), **change}, path)
+    summary = read_object(folder / "summary.json")
+    if is_hashed:
+        summary["files"][path.name] = file_sha256(path)
+    if not change:
+        summary["attack_sha256"] = "0" * 64
+    (folder / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError) as caught:
+        export_record(ours.path, tmp_path / "record/name")
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith(f", or move {folder} away")
+    assert len(str(caught.value).splitlines()) == 1
+    assert list((tmp_path / "record").iterdir()) == []
+
+
+def test_a_defense_that_has_changed_the_network_is_not_exported(
+    tmp_path: Path, data: Dataset, model: Classifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = save_ours(tmp_path / "ours", data, model)
+    purified = build_model("preactresnet18", 10, data.mean, data.std)
+    insert(purified.network, "polarizer", "layer4", 256)
+    save_result(ours.path, purified, "npd")
+    export_record(ours.path, tmp_path / "record/name")
+    assert [path.name for path in (tmp_path / "record/name/defense").iterdir()] == ["sau"]
+    assert "npd: the defense has changed the network" in caplog.text
 
 
 def run(*flags: object) -> int:

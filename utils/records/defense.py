@@ -6,12 +6,14 @@ model = load_defense("record/badnet_demo/defense/sau")
 """
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from models import Classifier
 from models.changes import changes_of, shapes_without
 from utils.errors import UserError
+from utils.files import read_object
 from utils.records import schema
 from utils.records.attack import (
     SUMMARY,
@@ -64,6 +66,21 @@ def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name
             "attack_sha256": attack.sha256,
         },
     )
+
+
+def checked_result(folder: Path, attack: AttackRecord) -> dict[str, Any]:
+    """The `summary.json` of a finished result, which fits its file and the record.
+
+    Raises:
+        UserError: if the result was changed, or is of another attack.
+    """
+    checked_hashes(folder, [RESULT])
+    summary: dict[str, Any] = read_object(folder / SUMMARY)
+    if summary.get("attack_sha256") != attack.sha256:
+        raise UserError(
+            f"{folder}: is of another attack than the record that is there; run the defense again"
+        )
+    return summary
 
 
 def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
