@@ -388,6 +388,11 @@ def subject_of_weights(config: Config) -> Subject:
         )
     if config.result_file is not None:
         raise UserError("--state_dict: leave it out, or --result_file")
+    if config.defenses:
+        raise UserError(
+            "--defenses: a model without a record has no results of defenses; leave it out, or "
+            "give --result_file instead of --state_dict"
+        )
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     size = config.image_size or TrainingConfig.load(dataset).image_size
@@ -425,7 +430,7 @@ def inspect_weights(config: Config) -> folders.RunFolder:
         )
     folder = places.analysis_folder(home, "inspect")
     try:
-        folder.claim(config.overwrite, config.resume)
+        folder.claim(config.overwrite, config.resume, config=config.dump())
     except NothingToDo:
         check_current(folder, subject_of_weights(config), config)
         raise
@@ -442,5 +447,7 @@ def main() -> None:
     config = Config.from_command_line(sys.argv[1:], str(__doc__), find_dataset)
     if config.state_dict is not None:
         inspect_weights(config)
+    elif config.image_size is not None:
+        raise UserError("--image_size: is for --state_dict; a record has its own; leave it out")
     else:
         analyse(config, "inspect", look)

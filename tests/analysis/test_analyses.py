@@ -235,6 +235,15 @@ def test_a_foreign_model_gets_no_place_in_a_record(
     assert "clean is the record of another model; give a new name" in refusal(capsys)
 
 
+def test_a_foreign_model_has_no_defenses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--state_dict", tmp_path / "0.pt", "--model", "tiny", "--dataset", "random"]
+    flags += ["--record_path", tmp_path, "--save_folder_name", "mine", "--defenses", "ft,sau"]
+    assert run_script(ROOT / "analysis/inspect.py", *flags) == 2
+    assert "--defenses: a model without a record has no results of defenses" in refusal(capsys)
+
+
 def test_a_foreign_model_that_guesses_is_doubted(records: Path, tmp_path: Path) -> None:
     """As one with another normalization does."""
     state = torch.load(records / "bd/attack_result.pt", weights_only=True)["model"]
@@ -325,6 +334,7 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
         ("gradcam", ["--layer", "linear"], r"--layer: linear gives no map of features"),
         ("inspect", ["--clean_records", "bd"], r"--clean_records: bd is the record of an attac"),
         ("inspect", ["--state_dict", "x.pt"], r"--dataset: a value is needed with --state_dict"),
+        ("inspect", ["--image_size", 64], r"--image_size: is for --state_dict; a record has its o"),
         ("all", ["--kinds", "path,paths"], r"--kinds: paths: no analysis; give confusion, featu"),
     ],
 )
@@ -486,7 +496,13 @@ def test_a_finished_inspection_is_of_its_models(
     assert run_script(script, *flags, "--state_dict", tmp_path / "bd.pt") == 0
     assert run_script(script, *flags, "--state_dict", tmp_path / "bd.pt", "--resume") == 0
     assert run_script(script, *flags, "--state_dict", tmp_path / "clean.pt", "--resume") == 2
-    assert "give --overwrite" in refusal(capsys)
+    assert f"was run with --state_dict {tmp_path / 'bd.pt'}; give the same" in refusal(capsys)
+    more = ["--resume", "--probes", 21, "--steps", 7]
+    assert run_script(script, *flags, "--state_dict", tmp_path / "bd.pt", *more) == 2
+    assert "finished, and was run with --probes 20, --steps" in refusal(capsys)
+    shutil.copyfile(tmp_path / "clean.pt", tmp_path / "bd.pt")
+    assert run_script(script, *flags, "--state_dict", tmp_path / "bd.pt", "--resume") == 2
+    assert "was run with another content of --state_dict" in refusal(capsys)
     named = [*few, "--clean_records", "clean", "--defenses", "ft"]
     assert run(tmp_path, "inspect", *named) == 0
     again = ["--dataset", "random", "--model", "tiny", "--record_path", tmp_path, "--epochs", 1]
