@@ -17,6 +17,7 @@ def needs(module: ModuleType) -> str:
     """What a record must have, in words; a clean model, the control, may be missing."""
     parts = {
         "triggered images": module.Config.needs_trigger,
+        "poisoned training images": module.Config.needs_poison,
         "defenses": module.Config.needs_defenses,
         "clean control": issubclass(module.Config, Controlled),
     }

@@ -47,6 +47,7 @@ class AnalysisConfig(RecordConfig):
 
     Attributes:
         needs_trigger: whether it makes no sense for a record without triggered images.
+        needs_poison: whether it makes no sense for one without poisoned training images.
         needs_defenses: whether it makes no sense without the result of a defense.
     """
 
@@ -57,6 +58,7 @@ class AnalysisConfig(RecordConfig):
     ]
 
     needs_trigger: ClassVar[bool] = False
+    needs_poison: ClassVar[bool] = False
     needs_defenses: ClassVar[bool] = False
 
 
@@ -196,6 +198,11 @@ def what_lacks(config: AnalysisConfig | type[AnalysisConfig], subject: Subject) 
     """Why an analysis makes no sense for a record, and what to do; "" if it does."""
     if config.needs_trigger and (subject.attack is None or subject.attack.triggered is None):
         return "has no triggered images, which this analysis needs; give the record of an attack"
+    if config.needs_poison and not subject.has_poison:
+        return (
+            "has no poisoned training images, which this analysis needs; give the record of an "
+            "attack of this program"
+        )
     if config.needs_defenses and not subject.purified:
         return (
             "has no finished result of a defense, which this analysis looks at; run a defense "

@@ -58,7 +58,7 @@ class Config(AnalysisConfig, Controlled):
     images: Annotated[int, Field(ge=1, description="triggered training images, at most")]
     batch_size: Annotated[int, Field(ge=1, description="images per step")]
 
-    needs_trigger = needs_defenses = True
+    needs_trigger = needs_poison = needs_defenses = True
 
 
 def reactivation_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -148,11 +148,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
 def triggered_training_images(
     subject: Subject, config: Config, results: Results
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some of the record's poisoned training images, and the attacker's labels.
-
-    Raises:
-        UserError: if the record has none.
-    """
+    """Some of the record's poisoned training images, and the attacker's labels."""
     stored = subject.poisoned_images(results)
     draws = generator(config.random_seed, "triggered images")
     rows = torch.randperm(len(stored.index), generator=draws)[: config.images]

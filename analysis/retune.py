@@ -61,7 +61,7 @@ class Config(AnalysisConfig, Controlled):
     crop_padding: Annotated[int, Field(ge=0, le=64, description="pixels around a random crop")]
     flip: Annotated[bool, Field(description="mirror clean images at random")]
 
-    needs_trigger = needs_defenses = True
+    needs_trigger = needs_poison = needs_defenses = True
 
 
 class Mixture(NamedTuple):
@@ -185,11 +185,7 @@ def usable_counts(config: Config, most: int, results: Results) -> list[int]:
 def images_of(
     subject: Subject, config: Config, results: Results
 ) -> tuple[Mixture, Mixture, torch.Tensor]:
-    """The clean draw in a random order, the poisoned images likewise, and their true labels.
-
-    Raises:
-        UserError: if the record has no poisoned training images.
-    """
+    """The clean draw in a random order, the poisoned images likewise, and their true labels."""
     stored = subject.poisoned_images(results)
     order = generator(config.random_seed, "retuning")
     index = subject.clean_draw(config.ratio, config.random_seed)

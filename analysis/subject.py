@@ -117,6 +117,12 @@ class Subject:
             )
         return self.attack.triggered
 
+    @property
+    def has_poison(self) -> bool:
+        """Whether the record stores poisoned training images."""
+        index = None if self.attack is None else self.attack.poison_index
+        return index is not None and len(index) > 0
+
     @cached_property
     def score(self) -> Callable[[nn.Module], Scores]:
         """From a model to its scores, as the summaries of attacks and defenses have them."""
@@ -174,18 +180,11 @@ class Subject:
         """The stored training images that shall teach the backdoor, with the attacker's labels.
 
         If the attack controls training, a warning says that the model has not seen them. It does if
-        its record has images with a trigger that must not work.
-
-        Raises:
-            UserError: if the record has none.
+        its record has images with a trigger that must not work. The record `has_poison`.
         """
         attack = self.attack
-        if attack is None or attack.poison_index is None or len(attack.poison_index) == 0:
-            where = "the model" if attack is None else attack.folder
-            raise UserError(
-                f"{where}: has no poisoned training images, which this analysis needs; give the "
-                "record of an attack of this program"
-            )
+        assert attack is not None
+        assert attack.poison_index is not None
         if attack.cross_images(self.data) is not None:
             results.warn(
                 "the attack controls training: the stored poisoned images are made by its rule; "

@@ -421,6 +421,24 @@ def test_what_a_record_lacks_is_said(records: Path, capsys: pytest.CaptureFixtur
     assert "has no finished result of a defense" in refusal(capsys)
 
 
+def test_a_record_without_poisoned_training_images_has_the_other_analyses(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one of a model that was trained elsewhere, which has triggered test images alone."""
+    path = fresh / "bd/poison.pt"
+    content = torch.load(path, weights_only=True)
+    parts = ("train_index", "train_images", "train_labels", "train_kinds")
+    change(path, **{name: content[name][:0] for name in parts})
+    assert run(fresh, "all", "--kinds", "confusion,retune,reactivate") == 0
+    said = capsys.readouterr().err
+    for kind in ("retune", "reactivate"):
+        assert f"{kind}: skipped, since the record has no poisoned training images" in said
+        assert run(fresh, kind) == 2
+        assert "has no poisoned training images, which this analysis needs" in refusal(capsys)
+    (folder,) = (fresh / "bd/analysis").glob("[!.]*")
+    assert folder.name == "confusion"
+
+
 def test_a_result_that_is_damaged_is_refused_before_the_work(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
