@@ -16,7 +16,7 @@ from models.changes import changes_of
 from utils.config import Group
 from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset, Labelled, Triggered
-from utils.data.poison import PoisonedSet
+from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError, listed, shown
 from utils.files import as_path
 from utils.metrics import Scores
@@ -180,17 +180,19 @@ class Subject:
         """The stored training images that shall teach the backdoor, with the attacker's labels.
 
         If the attack controls training, a warning says that the model has not seen them. It does if
-        its record has images with a trigger that must not work. The record `has_poison`.
+        its record has images with a trigger that must not work, of the training or the test set.
+        The record `has_poison`.
         """
         attack = self.attack
         assert attack is not None
         assert attack.poison_index is not None
-        if attack.cross_images(self.data) is not None:
+        stored = attack.poisoned_set(self.data)
+        has_cross = bool((stored.kinds == KINDS.index("cross")).any())
+        if has_cross or attack.cross_images(self.data) is not None:
             results.warn(
                 "the attack controls training: the stored poisoned images are made by its rule; "
                 "the model has not seen them"
             )
-        stored = attack.poisoned_set(self.data)
         is_poison = torch.isin(stored.index, attack.poison_index)
         parts = (stored.index, stored.images, stored.labels, stored.kinds)
         return PoisonedSet(stored.clean, *(part[is_poison] for part in parts))

@@ -17,11 +17,15 @@ from analysis import base
 from analysis.subject import Subject
 from models import Classifier, Resize
 from models.tiny import TinyNet
+from tests import backdoorbench_writer as writer
 from tests.test_end_to_end import run_script
+from tests.utils.records.test_backdoorbench import badnet, data, wanet
+from utils.data.labelled import Dataset
 from utils.files import ROOT, file_sha256
 from utils.records.attack import load_attack
 from utils.records.folders import RunFolder
 
+__all__ = ["data"]  # a fixture
 NAMES = ("ft", "npd", "sau")  # of the defenses' results
 EVEN = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # mean and standard deviation
 
@@ -437,6 +441,21 @@ def test_a_record_without_poisoned_training_images_has_the_other_analyses(
         assert "has no poisoned training images, which this analysis needs" in refusal(capsys)
     (folder,) = (fresh / "bd/analysis").glob("[!.]*")
     assert folder.name == "confusion"
+
+
+@pytest.mark.parametrize(("make", "is_told"), [(badnet, False), (wanet, True)])
+def test_poisoned_images_that_a_model_has_not_seen_are_told(
+    tmp_path: Path, data: Dataset, make: Any, is_told: bool
+) -> None:
+    """Of WaNet, which has cross samples, also if cross test images are missing."""
+    attack = load_attack(writer.write(tmp_path / "theirs", make(data)))
+    model = attack.build()
+    subject = Subject(data, torch.device("cpu"), "fp32", model, "tiny", attack=attack)
+    results = base.Results()
+    assert len(subject.poisoned_images(results).index) > 0
+    assert [line.endswith("the model has not seen them") for line in results.warnings] == (
+        [True] * is_told
+    )
 
 
 def test_a_result_that_is_damaged_is_refused_before_the_work(

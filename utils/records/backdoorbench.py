@@ -216,10 +216,19 @@ def read_cross(result: AttackResult, labels: torch.Tensor) -> torch.Tensor | Non
         labels: int64 (N,), of the clean test set.
 
     Returns:
-        uint8 (N, C, H, W); None if there are none, or not of every test image.
+        uint8 (N, C, H, W); None if there are none, or not of every test image, which a line says.
     """
     files = [f"{CROSS}/{label}/{index}.png" for index, label in enumerate(labels.tolist())]
-    if not all((result.folder / file).is_file() for file in files):
+    lacking = [file for file in files if not (result.folder / file).is_file()]
+    if lacking:
+        if len(lacking) < len(files):
+            logger.warning(
+                "warning: %s: %d of its %d images are missing, e.g. %s; it is left out",
+                result.folder / CROSS,
+                len(lacking),
+                len(files),
+                lacking[0].removeprefix(f"{CROSS}/"),
+            )
         return None
     return _read_images(result.folder, files, result.image_shape)
 

@@ -161,7 +161,7 @@ def test_a_parallel_run_s_names_lose_their_prefix(tmp_path: Path, data: Dataset)
 
 @pytest.mark.parametrize("has_folder", [True, False])
 def test_cross_samples_are_told_from_poison(
-    tmp_path: Path, data: Dataset, has_folder: bool
+    tmp_path: Path, data: Dataset, has_folder: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By their kept labels; a poisoned image of the target class looks like one of them."""
     folder = writer.write(tmp_path / "r", wanet(data))
@@ -178,8 +178,13 @@ def test_cross_samples_are_told_from_poison(
     assert [KINDS[kind] for kind in poisoned.kinds[:5]] == ["poison"] * 2 + ["cross"] * 3
     cross = found.cross_images(data)
     assert (cross is not None) == has_folder
+    assert not caplog.text
     if cross is not None:
         assert (cross[:, :, -3:, -3:] == 255).all()
+        (folder / "cross_test_dataset/1/11.png").unlink()
+        assert found.cross_images(data) is None
+        said = f"cross_test_dataset: 1 of its {TEST} images are missing, e.g. 1/11.png; it is left"
+        assert said in caplog.text
 
 
 def test_poison_may_keep_its_label(tmp_path: Path, data: Dataset) -> None:
