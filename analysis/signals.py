@@ -252,12 +252,14 @@ def log_p_value(margins: Sequence[float]) -> float:
 
     Returns:
         The natural logarithm of p, at most 0. It is 0 if the others fit no gamma law: their mean is
-        not positive, or all are equal; or if a margin is not finite.
+        not positive, all are equal, or it is one alone; or if a margin is not finite.
     """
     values = torch.tensor(sorted(margins), dtype=torch.float64)
     others, largest = values[:-1], float(values[-1])
+    if len(others) < 2 or not values.isfinite().all():
+        return 0.0
     mean, variance = float(others.mean()), float(others.var())
-    if len(others) < 2 or not values.isfinite().all() or not mean > 0 or not variance > 0:
+    if not mean > 0 or not variance > 0:
         return 0.0
     above = log_gamma_tail(mean**2 / variance, largest * mean / variance)
     if above < math.log(1e-100):  # then 1 - (1 - e)^K is K e, as far as float64 goes

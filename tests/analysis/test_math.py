@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -442,6 +443,8 @@ def test_the_p_value_of_the_largest_margin() -> None:
     assert signals.log_p_value([-1.0, 1.0, 5.0]) == 0
     assert signals.log_p_value([2.0, 2.0, 5.0]) == 0
     assert signals.log_p_value([1.0, 3.0, math.inf]) == 0
+    with warnings.catch_warnings(action="error"):  # torch's, of a variance of one number
+        assert signals.log_p_value([1.0, 3.0]) == 0
 
 
 def test_larger_margins_have_smaller_p_values_as_far_as_numbers_go() -> None:
