@@ -24,6 +24,7 @@ C follows the idea of TAC-QP (arXiv 2511.08944), and D that of MM-BD (Wang, Xian
 IEEE S&P 2024, arXiv 2205.06900).
 """
 
+import contextlib
 import csv
 import functools
 import sys
@@ -60,7 +61,7 @@ from utils.data.batches import as_float
 from utils.data.datasets import DatasetName, load_dataset
 from utils.data.labelled import Labelled
 from utils.errors import NothingToDo, UserError, suggestion
-from utils.files import as_path, file_sha256
+from utils.files import as_path, file_sha256, read_object
 from utils.plain import read_yaml
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
@@ -161,6 +162,11 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         kinds[purified.name], loaders[purified.name] = "purified", purified.load
     clean = clean_models(subject, config)
     for name, record in clean.items():
+        if record.model_name != subject.model_name:
+            results.warn(
+                f"{name} is a {record.model_name}, not a {subject.model_name}: as a control it "
+                "says little"
+            )
         kinds[name], loaders[name] = "clean", functools.partial(built, record, subject, config)
         results.models[name] = record.sha256
     results.facts["acc"] = subject.scores.acc.value
@@ -317,22 +323,24 @@ def add_neural_cleanse(
     signals: dict[str, dict[str, dict[str, Any]]],
     results: Results,
 ) -> None:
-    """Adds signal E from the results of defense/nc.py in the records, where there are some."""
-    homes = {name: record.folder for name, record in clean.items()}
+    """Adds signal E from finished results of defense/nc.py in the records, where there are some."""
+    records = dict(clean)
     if subject.attack is None:
         results.warn("the model has no signal E: it has no record, and so no result of defense/nc")
     else:
-        homes[BEFORE] = subject.attack.folder
-    for name, home in homes.items():
-        try:
-            text = (home / "defense/nc/norms.csv").read_text(encoding="utf-8")
-            norms = [float(row["mask_norm"]) for row in csv.DictReader(text.splitlines())]
-        except (OSError, KeyError, ValueError):
-            norms = []
+        records[BEFORE] = subject.attack
+    for name, record in records.items():
+        folder = record.folder / "defense/nc"
+        norms: list[float] = []
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            if read_object(folder / "summary.json").get("attack_sha256") == record.sha256:
+                text = (folder / "norms.csv").read_text(encoding="utf-8")
+                norms = [float(row["mask_norm"]) for row in csv.DictReader(text.splitlines())]
         if len(norms) == len(subject.data.classes):
             signals[name][CLEANSE] = asdict(outstanding(norms))
         else:
-            results.warn(f"{name}: no signal E; run defense/nc.py --result_file {home.name} first")
+            of_record = record.folder.name
+            results.warn(f"{name}: no signal E; run defense/nc.py --result_file {of_record} first")
 
 
 def draw(

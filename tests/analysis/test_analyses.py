@@ -267,17 +267,24 @@ def test_neural_cleanse_is_read_where_it_was_run(records: Path) -> None:
     home.mkdir()
     norms = "".join(f"{label},{9 - label},0\n" for label in range(10))
     (home / "norms.csv").write_text(f"class,mask_norm,index\n{norms}")
-    flags = [*few, "--neural_cleanse", "true", "--save_folder_name", "cleanse"]
+    flags = [*few, "--neural_cleanse", "true", "--save_folder_name", "cleanse", "--overwrite"]
+    lacking = "before: no signal E; run defense/nc.py --result_file bd first"
     try:
-        assert run(records, "inspect", *flags, "--clean_records", "clean") == 0
+        for sha256, warnings in (
+            (None, [lacking]),  # it is not finished
+            ("0" * 64, [lacking]),  # of another attack
+            (load_attack(records / "bd").sha256, []),
+        ):
+            if sha256 is not None:
+                (home / "summary.json").write_text(json.dumps({"attack_sha256": sha256}))
+            assert run(records, "inspect", *flags, "--clean_records", "clean") == 0
+            of_clean = "clean: no signal E; run defense/nc.py --result_file clean first"
+            assert result(records, "cleanse")["warnings"] == [of_clean, *warnings]
+            signals = signals_of(records, "cleanse")["before"]
+            assert ("E" in signals) == (not warnings)
     finally:
-        (home / "norms.csv").unlink()
-        home.rmdir()
-    written = result(records, "cleanse")
-    assert signals_of(records, "cleanse")["before"]["E"]["top"] == 9
-    assert written["warnings"] == [
-        "clean: no signal E; run defense/nc.py --result_file clean first"
-    ]
+        shutil.rmtree(home)
+    assert signals["E"]["top"] == 9
 
 
 def test_an_interrupted_analysis_goes_on_after_its_last_step(
@@ -580,6 +587,10 @@ def test_a_clean_model_of_another_network_is_skipped_with_a_line(
     assert run_script(ROOT / "attack/prototype.py", *flags) == 0
     few = ["--defenses", "ft", "--shares", "0.5,0.5", "--clean_record", "other"]
     assert run(fresh, "similarity", *few) == 0
+    inspected = ["--probes", 20, "--noise_steps", 1, "--noise_images", 1, "--defenses", "ft"]
+    assert run(fresh, "inspect", *inspected, "--clean_records", "other") == 0
+    said = "other is a preactresnet18_half, not a tiny: as a control it says little"
+    assert said in result(fresh, "inspect")["warnings"]
     warnings = result(fresh, "similarity")["warnings"]
     assert any(
         "skipped, since it has other shapes of weights than the record's tiny" in line
