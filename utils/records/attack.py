@@ -18,12 +18,12 @@ from utils.data.archives import nothing_written
 from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
-from utils.errors import UserError, one_line, shown
+from utils.errors import UserError, listed, one_line, shown
 from utils.files import TABLE, as_path, file_sha256, read_text
 from utils.records import backdoorbench, schema
 from utils.records.contents import said_of_replaced
 from utils.records.folders import RunFolder
-from utils.tensors import explained, load_tensors
+from utils.tensors import explained, load_tensors, not_finite
 
 RESULT, POISON, SUMMARY = "attack_result.pt", "poison.pt", "summary.json"
 _EXPECTED = "a record of this program"
@@ -171,6 +171,8 @@ def make_model(
             model = build()
         check(model)
         model.network.load_state_dict(state)
+        if broken := not_finite(model.network.state_dict()):  # too large for their type here
+            raise UserError(f"too large for its type: {listed(broken, limit=200)}")
     except (RuntimeError, UserError) as error:
         if isinstance(error, UserError) and str(error).startswith("--model"):
             raise

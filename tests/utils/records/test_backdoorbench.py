@@ -311,6 +311,21 @@ def test_weights_that_do_not_fit_are_refused(
     assert reason in problem
 
 
+def test_weights_that_are_too_large_for_the_network_are_refused(
+    tmp_path: Path, data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finite in float64, and infinite in float32; no record is made of them."""
+    state = dict(badnet(data).model)
+    state["linear.bias"] = torch.full((10,), 1e39, dtype=torch.float64)
+    folder = writer.write(tmp_path / "r", badnet(data, model=state))
+    with pytest.raises(UserError, match=r"do not fit tiny \(too large for its type: linear.bias\)"):
+        load_attack(folder).build()
+    flags = ["import", folder, "--record_path", tmp_path, "--save_folder_name", "x"]
+    assert run_script(ROOT / "interop/backdoorbench.py", *flags) == 2
+    assert "too large for its type: linear.bias" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow
 def test_a_transformer_resizes_its_images_first(tmp_path: Path, data: Dataset) -> None:
     """Its names begin with 1., as those of the second part of a sequence; the first resizes."""
