@@ -64,14 +64,15 @@ def class_activation(
     """
     with evaluating(model), recording(model, [name]) as outputs, torch.enable_grad():
         logits = model(images.clone().requires_grad_())
-        activations = outputs.get(name)
-        if activations is None or activations.ndim != 4 or not activations.requires_grad:
+        activations, gradients = outputs.get(name), None
+        if activations is not None and activations.ndim == 4 and activations.requires_grad:
+            wanted = logits.gather(1, labels.unsqueeze(1)).sum()
+            (gradients,) = torch.autograd.grad(wanted, activations, allow_unused=True)
+        if activations is None or gradients is None:
             raise UserError(
                 f"--layer: {name} gives no map of features (N, C, H, W) that the labels come from; "
                 "give a convolution, or a block of them"
             )
-        wanted = logits.gather(1, labels.unsqueeze(1)).sum()
-        (gradients,) = torch.autograd.grad(wanted, activations)
     weights = gradients.float().mean(dim=(2, 3), keepdim=True)
     maps = (weights * activations.detach().float()).sum(1, keepdim=True).relu()
     maps = F.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
