@@ -211,14 +211,21 @@ def exactly_purified(model: nn.Module, config: Config, clean: Mixture, truth: Mi
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """ASR before, and ASR and ACC after retuning with five images, or the number nearest to it."""
-    after = [row for row in rows if row["poisoned_images"] is not None]
-    row = min(after, key=lambda row: abs(row["poisoned_images"] - RETUNED_WITH))
+    """ASR before, and ASR and ACC after retuning with five images, or the number nearest to it.
+
+    Of two that are equally near it is the larger one; it is never 0, so there may be none.
+    """
+
+    def nearness(row: Mapping[str, Any]) -> tuple[int, int]:
+        count = row["poisoned_images"]
+        return abs(count - RETUNED_WITH), -count
+
+    row = min((row for row in rows if row["poisoned_images"]), key=nearness, default={})
     return {
-        "asr_retuned": row["asr"],
+        "asr_retuned": row.get("asr"),
         "asr": rows[0]["asr"],
-        "acc_retuned": row["acc"],
-        "poisoned_images": row["poisoned_images"],
+        "acc_retuned": row.get("acc"),
+        "poisoned_images": row.get("poisoned_images"),
     }
 
 
@@ -226,7 +233,7 @@ def conclude(results: Results) -> None:
     """A sentence for each defense, beside its controls."""
     control = results.headline.get(CLEAN)
     for name, numbers in results.headline.items():
-        if name in (CLEAN, EXACT):
+        if name in (CLEAN, EXACT) or numbers["poisoned_images"] is None:
             continue
         asr, after = numbers["asr"], numbers["asr_retuned"]
         text = f"{name}: ASR {percent(asr)} -> {percent(after)} after {numbers['poisoned_images']} "

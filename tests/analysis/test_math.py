@@ -228,6 +228,22 @@ def test_the_headline_of_retuning_is_that_of_five_images_or_the_nearest_number()
     }
 
 
+@pytest.mark.parametrize(
+    ("counts", "count"),
+    [([0, 10], 10), ([10, 0], 10), ([4, 6], 6), ([6, 4], 6), ([0, 50], 50), ([0], None)],
+)
+def test_of_equally_near_numbers_the_headline_has_the_larger_one_and_never_0(
+    counts: list[int], count: int | None
+) -> None:
+    rows = [{"poisoned_images": k, "asr": k, "acc": 0.5} for k in counts]
+    numbers = retune.headline([{"poisoned_images": None, "asr": 0.1, "acc": 0.9}, *rows])
+    assert (numbers["poisoned_images"], numbers["asr_retuned"]) == (count, count)
+    assert (numbers["asr"], numbers["acc_retuned"]) == (0.1, None if count is None else 0.5)
+    results = Results(headline={"ft": numbers})
+    retune.conclude(results)
+    assert len(results.conclusion) == (count is not None)
+
+
 # --- reactivate ---------------------------------------------------------------------------------
 
 
@@ -631,6 +647,23 @@ def test_grad_cam_of_a_linear_network() -> None:
     nothing = gradcam.class_activation(model, image, torch.tensor([2]), "0")
     assert nothing.abs().max() == 0
     assert gradcam.centre_of(cam[0]) == {"x": pytest.approx(7 / 12), "y": pytest.approx(0.25)}
+
+
+def test_a_map_that_the_labels_do_not_come_from_is_refused_in_a_line() -> None:
+    """`aside` is called, and its output is used for nothing."""
+
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.aside(images)
+            return self.conv(images).mean(dim=(2, 3))
+
+    images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(UserError, match=r"^--layer: aside gives no map of features"):
+        gradcam.class_activation(Aside(), images, labels, "aside")
 
 
 @pytest.mark.parametrize("name", ["0", "3"])
