@@ -91,12 +91,14 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         moved.sort(key=lambda row: -float(row["distance"]))
         channels += moved[: config.channels]
         whole = distance(*(list(chain.from_iterable(w.values())) for w in (before, after)))
-        farthest = max(distances, key=lambda name: distances[name])
+        numbers = {name: value for name, value in distances.items() if value == value}  # no NaN
+        farthest = max(numbers, key=lambda name: numbers[name], default=None)
         results.headline[purified.name] = {"distance": whole, "farthest_layer": farthest}
-        results.conclude(
-            f"{purified.name}: weights moved by {100 * whole:.2f} %, most in {farthest} "
-            f"({100 * distances[farthest]:.1f} %)"
-        )
+        if farthest is not None:
+            results.conclude(
+                f"{purified.name}: weights moved by {100 * whole:.2f} %, most in {farthest} "
+                f"({100 * numbers[farthest]:.1f} %)"
+            )
     results.tables |= {"weights": rows, "channels": channels}
     if rows:
         results.figures["weights"] = lambda: draw(rows)

@@ -773,6 +773,28 @@ def test_distances_of_weights() -> None:
     assert list(weights.layers_of(build_model("tiny", 3))) == ["conv", "bn", "linear"]
 
 
+@pytest.mark.parametrize("name", ["conv", "bn", "linear"])
+def test_a_layer_that_was_0_is_not_the_farthest(name: str) -> None:
+    """Its distance is no number. Of the others, the weights of one are doubled."""
+    torch.manual_seed(0)
+    model = build_model("tiny", 3)
+    moved = {"conv": "bn", "bn": "linear", "linear": "conv"}[name]
+    for weight in model.network.get_submodule(name).parameters():
+        weight.data.zero_()
+    purified = copy.deepcopy(model)
+    for weight in purified.network.get_submodule(moved).parameters():
+        weight.data *= 2
+    subject = SimpleNamespace(
+        model=model,
+        purified=[SimpleNamespace(name="ft")],
+        same_network=lambda *_: purified,
+    )
+    results = Results()
+    weights.look(subject, weights.Config.load(), results)
+    assert results.headline["ft"]["farthest_layer"] == moved
+    assert results.conclusion[0].endswith(f"most in {moved} (100.0 %)")
+
+
 def test_the_nearest_class_in_features() -> None:
     queries = torch.tensor([[0.0, 1.0], [5.0, 5.0]])
     points = torch.tensor([[0.0, 0.0], [4.0, 4.0]])
