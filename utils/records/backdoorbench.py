@@ -177,8 +177,9 @@ def read(folder: Path) -> AttackResult:
         content = _load(folder / RESULT)
         num_classes, name = content["num_classes"], _text(content, "clean_data")
         model_name = _text(content, "model_name")
-        if type(num_classes) is not int or num_classes < 1:
-            raise ValueError("num_classes is no positive integer")
+        if not _is_integer(num_classes) or num_classes < 1:
+            raise ValueError(f"num_classes is {_typed(num_classes)}, no positive integer")
+        num_classes = int(num_classes)
         shape = _image_shape(content["img_size"])
         if name not in NORMALIZATION:
             raise ValueError(f"{name} is no dataset of BackdoorBench")
@@ -363,8 +364,9 @@ def _text(content: Mapping[str, Any], key: str) -> str:
 
 def _image_shape(size: Any) -> tuple[int, int, int]:
     """(C, H, W) of a stored (H, W, C)."""
-    if not isinstance(size, (tuple, list)) or not all(type(side) is int for side in size):
-        raise ValueError("img_size is no (height, width, channels)")
+    if not isinstance(size, (tuple, list)) or not all(map(_is_integer, size)):
+        raise ValueError("img_size is no (height, width, channels), three integers")
+    size = tuple(map(int, size))
     if len(size) != 3 or size[0] != size[1] or not 1 <= size[0] <= LARGEST_SIDE or size[2] != 3:
         raise ValueError(
             f"img_size is {shown(size, 100)}; only square images of three channels and of up to "
@@ -447,9 +449,21 @@ def _row(where: str, state: Mapping[str, Any], key: str, dtype: type) -> np.ndar
 
 
 def _integer(where: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.int64)):
-        raise ValueError(f"{where} has {shown(value, 100)!r} in the place of an index or label")
+    if not _is_integer(value):
+        raise ValueError(
+            f"{where} has {_typed(value)} in the place of an index or label, an integer"
+        )
     return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether a value is a whole number, Python's or NumPy's."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _typed(value: Any) -> str:
+    """A value with its type, for messages."""
+    return f"{shown(value, 100)!r} ({type(value).__name__})"
 
 
 def _rebased(where: str, stored: Any, index: int, original: int) -> str:

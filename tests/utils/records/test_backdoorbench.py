@@ -326,6 +326,25 @@ def test_weights_that_are_too_large_for_the_network_are_refused(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
+def test_numpy_s_integers_are_read(tmp_path: Path, data: Dataset, dtype: type) -> None:
+    """In the place of labels, of the number of classes and of the size of images."""
+
+    def change(content: dict) -> None:
+        content.update(num_classes=dtype(10), img_size=tuple(map(dtype, content["img_size"])))
+        for item in content["bd_test"]["bd_data_container"]["data_dict"].values():
+            item["other_info"] = list(map(dtype, item["other_info"]))
+
+    plain = load_attack(writer.write(tmp_path / "plain", badnet(data)))
+    found = load_attack(writer.write(tmp_path / "r", badnet(data, change=change)))
+    assert type(found.num_classes) is int
+    assert (found.num_classes, found.image_shape) == (plain.num_classes, plain.image_shape)
+    assert found.triggered is not None
+    assert plain.triggered is not None
+    assert torch.equal(found.triggered.targets, plain.triggered.targets)
+    assert torch.equal(found.triggered.labels, plain.triggered.labels)
+
+
 @pytest.mark.slow
 def test_a_transformer_resizes_its_images_first(tmp_path: Path, data: Dataset) -> None:
     """Its names begin with 1., as those of the second part of a sequence; the first resizes."""
@@ -451,9 +470,11 @@ def path_change(path: str) -> Callable[[dict], object]:
     ("change", "reason"),
     [
         (lambda content: content.pop("img_size"), "it has no img_size"),
-        (lambda content: content.update(num_classes="10"), "num_classes is no positive integer"),
+        (lambda content: content.update(num_classes="10"), "'10' (str), no positive integer"),
         (lambda content: content.update(num_classes=10**12), "are for 1000000000000 classes"),
-        (lambda content: content.update(num_classes=-1), "num_classes is no positive integer"),
+        (lambda content: content.update(num_classes=-1), "num_classes is '-1' (int), no positive"),
+        (lambda content: content.update(num_classes=10.0), "num_classes is '10.0' (float), no"),
+        (lambda content: content.update(num_classes=True), "num_classes is 'True' (bool), no"),
         (
             lambda content: content.update(img_size=(10**6, 10**6, 3)),
             "of up to 1024 pixels a side",
@@ -491,7 +512,11 @@ def path_change(path: str) -> Callable[[dict], object]:
         ),
         (
             state_change(lambda s: s["bd_data_container"]["data_dict"].update(a={})),
-            "'a' in the place of an index",
+            "bd_test has 'a' (str) in the place of an index or label, an integer",
+        ),
+        (
+            item_change(lambda item: item.update(other_info=[2.0, 7])),
+            "bd_test has '2.0' (float) in",
         ),
         (item_change(lambda item: item.update(other_info=[2])), "image 7 of bd_test has no two"),
         (item_change(lambda item: item.update(other_info=[10, 7])), "are no classes"),
