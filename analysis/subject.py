@@ -24,6 +24,7 @@ from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger
 from utils.records import places
 from utils.records.attack import SUMMARY, AttackRecord, load_attack
+from utils.records.contents import NAME
 from utils.records.defense import RESULT, checked_result, load_defense
 from utils.records.named import OfRecord, named_record
 from utils.training.findings import Findings
@@ -275,9 +276,10 @@ def load_clean(name: str, flag: str, record_path: str | None, data: Dataset) -> 
     """
     folder = places.existing_folder(name, as_path(record_path), flag)
     if folder is None:
+        called = f" --save_folder_name {name}" if NAME.fullmatch(name) else ", and give its name"
         raise UserError(
-            f"{flag}: {name} is no record; train a clean model first: attack/prototype.py "
-            f"--save_folder_name {shown(name, 60)}"
+            f"{flag}: {shown(name, 100)} is no record; train a clean model first: "
+            f"attack/prototype.py{called}"
         )
     record = load_attack(folder)
     if record.triggered is not None or record.attack_target is not None:

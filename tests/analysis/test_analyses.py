@@ -331,7 +331,12 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
         (
             "retune",
             ["--clean_record", "nobody"],
-            r"--clean_record: nobody is no record; train a cl",
+            r"--clean_record: nobody is no record; train a cl.*py --save_folder_name nobody$",
+        ),
+        (
+            "retune",
+            ["--clean_record", "no/defense/ft"],
+            r"--clean_record: no/defense/ft is no record; .*prototype.py, and give its name$",
         ),
         ("retune", ["--clean_record", "bd"], r"--clean_record: bd is the record of an attack \(ba"),
         (
@@ -630,6 +635,20 @@ def test_a_clean_model_that_gets_other_images_is_skipped_with_a_line(
     assert run(fresh, "path", *flags) == 0
     assert {row["defense"] for row in rows(fresh, "path", "path")} == {"ft"}
     assert "since it has another normalization" in result(fresh, "path")["warnings"][0]
+
+
+def test_a_result_inside_a_record_is_not_taken_for_one(
+    records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a defense, or of an analysis; the record that it is in is named."""
+    assert run(records, "stealth", "--save_folder_name", "inside", "--overwrite") == 0
+    for kind, name in (("defense", "ft"), ("analysis", "inside")):
+        folder = records / "bd" / kind / name
+        said = f"{folder}: is a result in the {kind}/ of a record, and no record itself; give "
+        for flags in (["--result_file", folder], ["--clean_record", folder]):
+            capsys.readouterr()
+            assert run(records, "path", *flags, "--save_folder_name", "x", "--overwrite") == 2
+            assert refusal(capsys) == said + str(records / "bd")
 
 
 def test_a_result_of_another_attack_is_refused(

@@ -405,6 +405,12 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
 
 def _load_ours(folder: Path) -> AttackRecord:
     result, poison = folder / RESULT, folder / POISON
+    home = folder.resolve().parent
+    if home.name in ("defense", "analysis") and (home.parent / RESULT).exists():
+        raise UserError(
+            f"{folder}: is a result in the {home.name}/ of a record, and no record itself; give "
+            f"{home.parent}"
+        )
     if not (folder / SUMMARY).exists():
         raise UserError(
             f"{folder}: has no summary.json, so its attack did not finish, or it is no record"
