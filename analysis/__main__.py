@@ -14,10 +14,13 @@ from utils.process.methods import Method, as_markdown, as_text, cited, methods_o
 
 
 def needs(module: ModuleType) -> str:
-    """What a record must have, in words; a clean model, the control, may be missing."""
+    """What a record must have, in words; a clean model, the control, may be missing.
+
+    Poisoned images are those of the training set. A record that has them has triggered ones, too.
+    """
     parts = {
-        "triggered images": module.Config.needs_trigger,
-        "poisoned training images": module.Config.needs_poison,
+        "poisoned images": module.Config.needs_poison,
+        "triggered images": module.Config.needs_trigger and not module.Config.needs_poison,
         "defenses": module.Config.needs_defenses,
         "clean control": issubclass(module.Config, Controlled),
     }

@@ -128,7 +128,7 @@ def test_what_an_analysis_needs_is_what_its_configuration_says() -> None:
     assert (needs["path"], needs["stealth"], needs["retune"], needs["inspect"]) == (
         "defenses, clean control",
         "triggered images",
-        "triggered images, defenses, clean control",
+        "poisoned images, defenses, clean control",
         "nothing more",
     )
 
