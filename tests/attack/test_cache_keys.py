@@ -83,6 +83,7 @@ OTHER_WORDS: dict[str, Any] = {
     "surrogate": "plain",
     "neuron_choice": "random",
     "clean_epochs": 3,
+    "min_change": 0.03,
     "strength": (9.0,),
     "apply": "wrap",
     "dataset": "cifar100",
