@@ -52,7 +52,7 @@ from analysis.signals import (
     signals_of,
     steps_of,
 )
-from analysis.subject import Subject, load_clean
+from analysis.subject import Subject, load_clean, says_little
 from attack.prototype import train
 from attack.recipe import TrainingConfig, clean_plan, learned_little
 from models import build_model, check_model, model_identity, prepare
@@ -163,10 +163,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     clean = clean_models(subject, config)
     for name, record in clean.items():
         if record.model_name != subject.model_name:
-            results.warn(
-                f"{name} is a {record.model_name}, not a {subject.model_name}: as a control it "
-                "says little"
-            )
+            results.warn(says_little(name, record.model_name, subject.model_name))
         kinds[name], loaders[name] = "clean", functools.partial(built, record, subject, config)
         results.models[name] = record.sha256
     results.facts["acc"] = subject.scores.acc.value

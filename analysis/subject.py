@@ -243,10 +243,7 @@ def open_subject(config: RecordConfig) -> Subject:
     if clean_record is not None:
         clean = load_clean(clean_record, "--clean_record", config.record_path, data)
         if clean.model_name != attack.model_name:
-            warnings.append(
-                f"the clean model is a {clean.model_name}, not a {attack.model_name}: as a control "
-                "it says little"
-            )
+            warnings.append(says_little("the clean model", clean.model_name, attack.model_name))
     return Subject(
         data=data,
         device=device,
@@ -263,6 +260,11 @@ def open_subject(config: RecordConfig) -> Subject:
         sha256=attack.sha256,
         warnings=tuple(warnings),
     )
+
+
+def says_little(what: str, name: str, expected: str) -> str:
+    """The warning about a clean model of another network than the record's."""
+    return f"{what} is a {name}, not a {expected}: as a control it says little"
 
 
 def load_clean(name: str, flag: str, record_path: str | None, data: Dataset) -> AttackRecord:

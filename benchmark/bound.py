@@ -42,7 +42,6 @@ from utils.config import Parser
 from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset
 from utils.errors import UserError
-from utils.files import as_path
 from utils.perturb import Start
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger, run_script
@@ -221,7 +220,7 @@ def main() -> None:
     """Parses the flags, measures, and writes `<record>.csv` and `<record>.png`."""
     parser = Parser(__doc__)
     parser.add_argument("--result_file", required=True, help="record of an attack")
-    parser.add_argument("--record_path", help="folder of all records")
+    parser.add_argument("--record_path", type=Path, help="folder of all records")
     parser.add_argument("--rounds", default="0,1,2,4,8,16", help="rounds after which to measure")
     parser.add_argument("--images", type=int, default=300, help="test images, at most, >= 1")
     parser.add_argument("--random_seed", type=int, default=0, help="seed of SAU, >= 0")
@@ -234,7 +233,7 @@ def main() -> None:
         raise UserError(f"--images: {flags.images} is not allowed; give 1 or more")
     if flags.random_seed < 0:
         raise UserError(f"--random_seed: {flags.random_seed} is not allowed; give 0 or more")
-    attack = load_attack(places.find_record(flags.result_file, as_path(flags.record_path)))
+    attack = load_attack(places.find_record(flags.result_file, flags.record_path))
     attack.check_model(flags.model)
     config = sau.Config.load(
         attack.dataset,

@@ -9,7 +9,6 @@ from benchmark.grid import OF_GRID, Grid
 from models import check_name
 from utils.config import FILES
 from utils.errors import UserError, listed, suggestion
-from utils.files import at_home
 from utils.plain import read_yaml
 from utils.records import places
 from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
@@ -112,11 +111,10 @@ def _lacking_inputs(cell: Cell) -> list[str]:
             problems += [f"{cell.script}: {text}" for text in error.problems]
     if cell.flags.get("dataset") == "folder":
         place = cell.flags.get("dataset_path")
-        if place is None or not os.path.isdir(at_home(str(place))):
+        if place is None or not os.path.isdir(str(place)):
+            what = "a value is needed" if place is None else f"{place} is no folder"
             problems.append(
-                f"{cell.script}: --dataset_path: {'a value is needed' if place is None else place}"
-                f"{'' if place is None else ' is no folder'}; give the one that holds train/ and "
-                "test/"
+                f"{cell.script}: --dataset_path: {what}; give the one that holds train/ and test/"
             )
     return problems
 

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.config import Parser
 from utils.data.batches import as_float
 from utils.errors import UserError
-from utils.files import as_path
 from utils.process.script import logger, run_script
 from utils.records import folders, places
 from utils.records.attack import AttackRecord, load_attack
@@ -113,7 +112,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("records", nargs="+", help="names under record/, or folders")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--record_path", type=as_path, help="folder of all records")
+    parser.add_argument("--record_path", type=Path, help="folder of all records")
     flags = parser.parse_args()
     write([places.find_record(name, flags.record_path) for name in flags.records], flags.to)
 

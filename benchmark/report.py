@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import Parser
 from utils.errors import UserError, listed
-from utils.files import ROOT, as_path
+from utils.files import ROOT
 from utils.process.script import run_script
 
 FORMATS = ("md", "tex", "csv", "png", "svg", "html")
@@ -96,7 +96,7 @@ def main() -> None:
         action="extend",
         help="folders of records, some below record/, or of kept grids; all of record/",
     )
-    parser.add_argument("--record_path", type=as_path, help="folder of all records")
+    parser.add_argument("--record_path", type=Path, help="folder of all records")
     parser.add_argument("--to", type=Path, help="folder to write into")
     parser.add_argument("--keep", action="store_true", help="write the runs there, too")
     parser.add_argument(

@@ -111,8 +111,8 @@ class Queue:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError):
-            ids = {"": None}
-        if not all(isinstance(job, str) for job in ids.values()):
+            ids = None
+        if ids is None or not all(isinstance(job, str) for job in ids.values()):
             raise UserError(
                 f"{path}: is damaged; remove it (jobs that are still in the queue are then not "
                 "known, so cancel them first)"

@@ -15,12 +15,12 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import analysis
 import attack
@@ -73,6 +73,7 @@ class Workers:
         self._is_warm = is_warm and CAN_FORK
         self._threads = {"OMP_NUM_THREADS": str(threads)}
         self.started: list[Worker] = []
+        self._has_loaded = False
 
     def start(
         self, script: Path, arguments: Sequence[str], log: Path | None, **variables: str
@@ -116,11 +117,14 @@ class Workers:
 
     def load(self) -> None:
         """Waits until the process that cells are forked from is there, which takes seconds."""
-        if self._is_warm:
-            self._ensure_server()
+        if not self._is_warm:
+            return
+        self._ensure_server()
+        if not self._has_loaded:
             first = multiprocessing.get_context("forkserver").Process(target=os.getpid)
             first.start()
             first.join()
+            self._has_loaded = True
 
     def _ensure_server(self) -> None:
         """The server has one thread, and does not hear of signals that are meant for this one."""
@@ -236,22 +240,26 @@ def _deferred(signals: Sequence[signal.Signals]) -> Iterator[None]:
     """Signals that come inside are heard at its end; those that are ignored stay so."""
     came: list[int] = []
     heard = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in heard}
     try:
-        yield
+        with _handled(heard, lambda number, _: came.append(number)):
+            yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
         for number in came:
             signal.raise_signal(number)
 
 
-@contextlib.contextmanager
-def _ignored(signals: Sequence[signal.Signals]) -> Iterator[None]:
+def _ignored(signals: Sequence[signal.Signals]) -> contextlib.AbstractContextManager[None]:
     """Processes that are started inside ignore these signals, and this one does so meanwhile."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    return _handled(signals, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _handled(
+    signals: Sequence[signal.Signals], handler: signal.Handlers | Callable[[int, Any], object]
+) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

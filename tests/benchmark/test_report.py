@@ -1058,10 +1058,11 @@ def test_a_file_in_the_place_of_the_figures_is_told_before_anything_is_written(
     assert [path.name for path in to.iterdir()] == ["figures"]
 
 
-def test_an_empty_path_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag", ["--to", "--record_path"])
+def test_an_empty_path_is_refused(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     """That of a shell's variable that is not set: it would be the working directory."""
-    assert report("--to=") == 2
-    assert "--to: the path is empty; give one" in capsys.readouterr().err
+    assert report(f"{flag}=") == 2
+    assert f"{flag}: the path is empty; give one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
