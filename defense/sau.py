@@ -24,7 +24,8 @@ perturbation:
 
 The details are those of the published code: fooled means that the prediction differs from the one
 on the clean image, x + d is not clipped, the sign step is used with every norm, and the learning
-rate is constant. `--stop auto` is ours: it decides on held-out clean images when to stop. At the
+rate is constant. Two flags are ours: `--stop auto` decides on held-out clean images when to stop,
+and `--exact_sar` keeps L_sar's gradient where the model is very certain. At the
 paper's protocol (one seed, CIFAR-10 as JPEG), BadNets' ASR fell from 93.63 to 1.30 % while ACC fell
 from 87.72 to 85.81 %. RESULTS.md has all other results, and says where SAU fails.
 """
@@ -49,6 +50,7 @@ from models.modes import evaluating, frozen
 from models.parts import mixes_images
 from utils.data.batches import as_float, spread, wide
 from utils.perturb import Norm, Start, initial_perturbation, project
+from utils.process import distributed
 from utils.process.device import rows_of
 from utils.process.seeds import generator
 from utils.training.findings import Findings, Picture
@@ -56,6 +58,7 @@ from utils.training.labelshare import Tally, add, label_share
 from utils.training.loop import Loop
 from utils.training.selection import Best, hold_out
 
+NEAR_CEILING = 10.0  # L_sar of an image; it ends at 13.8
 LEAST = 0.2  # part of n_rounds that `--stop auto` runs in any case
 
 
@@ -74,6 +77,9 @@ class SharedAdversarial(CleanData, Scored):
     lmd_2: Annotated[float, Field(ge=0, description="weight of the cross-entropy on x + delta")]
     lmd_3: Annotated[float, Field(ge=0, description="weight of L_sar (lambda2)")]
     lr: Annotated[float, Field(gt=0, description="learning rate of Adam; SAU keeps it constant")]
+    exact_sar: Annotated[
+        bool, Field(description="no floor in L_sar, whose gradient then never ends; not published")
+    ]
     wd: Annotated[float, Field(ge=0, description="weight decay of Adam")]
     adam_beta_1: Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")]
     adam_beta_2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")]
@@ -207,7 +213,9 @@ def unlearning_loss(
     An image counts in L_sar when h_bd gives x + d a label t that is neither the true label nor the
     label that h_bd gives x, whether or not h is fooled. -log(1 - p_t) is computed as the mean of
     two forms, one with 1 - p_t and one with the sum of the other probabilities. Clamping stops the
-    gradient once p_t < 0.001.
+    gradient once p_t < 0.001. Each logarithm has 1e-6 added, so that L_sar ends at 13.8 and has
+    hardly any gradient where 1 - p_t is smaller. With `exact_sar` (ours, not published) it is
+    computed from logits without this floor.
 
     Args:
         logits, adv_logits: (N, K) float, h on x and on x + d.
@@ -224,17 +232,34 @@ def unlearning_loss(
 
     fooled_to = ref_adv_logits.argmax(1)
     counted = (fooled_to != labels) & (fooled_to != ref_logits.argmax(1))
-    is_fooled_to = F.one_hot(fooled_to, adv_logits.shape[1]).bool()
-    probabilities = adv_logits.softmax(1)
-    p = probabilities[is_fooled_to]
-    others = probabilities.masked_fill(is_fooled_to, 0).sum(1)
-    per_image = (
-        -((1e-6 + others.clamp(max=0.999)).log() + (1 + 1e-6 - p.clamp(min=0.001)).log()) / 2
-    )
+    per_image = shared_losses(adv_logits, fooled_to, is_exact=config.exact_sar)
     shared = (per_image * counted).sum() / len(labels)
 
     total = config.lmd_1 * clean + config.lmd_2 * adversarial + config.lmd_3 * shared
     return {"clean": clean, "adversarial": adversarial, "shared": shared, "total": total}
+
+
+def shared_losses(
+    adv_logits: torch.Tensor, fooled_to: torch.Tensor, *, is_exact: bool
+) -> torch.Tensor:
+    """L_sar of each image, if it counts; see `unlearning_loss`.
+
+    Args:
+        adv_logits: (N, K) float32 or float64, h on x + d; K >= 2.
+        fooled_to: (N,) int64, the label t that h_bd gives x + d.
+        is_exact: without the published floor.
+
+    Returns:
+        (N,) float.
+    """
+    is_fooled_to = F.one_hot(fooled_to, adv_logits.shape[1]).bool()
+    if is_exact:
+        others = adv_logits.masked_fill(is_fooled_to, -math.inf).logsumexp(1)
+        return (adv_logits.logsumexp(1) - others).clamp(min=-math.log(0.999))
+    probabilities = adv_logits.softmax(1)
+    p = probabilities[is_fooled_to]
+    others = probabilities.masked_fill(is_fooled_to, 0).sum(1)
+    return -((1e-6 + others.clamp(max=0.999)).log() + (1 + 1e-6 - p.clamp(min=0.001)).log()) / 2
 
 
 def held_out_signals(
@@ -374,6 +399,8 @@ def purify(
                 loop.log(len(index), **losses)
         if number == 1:
             report(loop.findings, sent)
+            if not config.exact_sar and config.lmd_3:
+                warn_at_ceiling(loop.findings, sent, loop.losses()["shared"])
         if best:
             signals = held_out_signals(*attacked, *held_out, config)
             loop.findings.tables.setdefault("held_out", []).append({"round": number, **signals})
@@ -398,6 +425,23 @@ def report(findings: Findings, sent: Tally) -> None:
         f"{100 * largest:.1f} % of those of other classes",
         label_share={"top": share.top, "share": largest, "entropy": share.entropy},
     )
+
+
+def warn_at_ceiling(findings: Findings, sent: Tally, shared: float) -> None:
+    """Warns where L_sar of the first round has hardly any gradient (ours, not published).
+
+    Args:
+        sent: where the adversarial images of the round went.
+        shared: L_sar, the mean over all images, those that do not count as 0.
+    """
+    counts, images = (distributed.total(sent[name]).sum() for name in ("sent", "matrix"))
+    counted = float(counts) / max(1, int(images))
+    if shared > NEAR_CEILING * counted:
+        findings.warn(
+            f"L_sar, {shared:.1f}, is near its ceiling of {-counted * math.log(1e-6):.1f}, where "
+            "it has hardly any gradient: SAU as published may leave the backdoor as it is; give "
+            "--exact_sar"
+        )
 
 
 def examples(

@@ -18,8 +18,10 @@ from defense.sau import (
     held_out_signals,
     jensen_shannon,
     purify,
+    shared_losses,
     shared_perturbation,
     unlearning_loss,
+    warn_at_ceiling,
 )
 from models import Classifier
 from models.preactresnet import PreActResNet
@@ -215,16 +217,42 @@ def test_a_two_class_case_by_hand() -> None:
     assert float(wrong["shared"]) == 0
 
 
-def test_the_gradient_of_sar_stops_below_a_thousandth() -> None:
+@pytest.mark.parametrize("exact_sar", [False, True])
+def test_the_gradient_of_sar_stops_below_a_thousandth(exact_sar: bool) -> None:
     """p = 0.0009: both clamps hold, so L_sar is constant; at p = 0.0011 it still pulls."""
+    config = Config.load(lmd_1=0.0, exact_sar=exact_sar)
     for p, moves in ((0.0009, False), (0.0011, True)):
         adv = torch.tensor([[1 - p, p]], dtype=torch.float64).log().requires_grad_()
         ref = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-        found = unlearning_loss(
-            ref, adv, ref, ref.flip(1), torch.tensor([0]), Config.load(lmd_1=0.0)
-        )
+        found = unlearning_loss(ref, adv, ref, ref.flip(1), torch.tensor([0]), config)
         found["shared"].backward()
         assert bool(adv.grad.abs().max() > 0) == moves
+
+
+def test_exact_sar_by_hand() -> None:
+    """-log(1 - p_t), of which the derivative by the logit of t is p_t, and by another one minus its
+    part of 1 - p_t: with probabilities (0.2, 0.7, 0.1) and t = 1 these are -2/3, 0.7, -1/3 times
+    0.7. With a logit of 60 in single precision p_t is 1: the loss is 60 - log(e^1 + e^2), and its
+    gradient is whole. The published one is at its end, -log(1e-6), and has none.
+    """
+    mild = torch.tensor([[0.2, 0.7, 0.1]], dtype=torch.float64).log().requires_grad_()
+    loss = shared_losses(mild, torch.tensor([1]), is_exact=True)
+    assert math.isclose(loss.item(), -math.log(0.3), rel_tol=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), mild)
+    expected = torch.tensor([[-1.4 / 3, 0.7, -0.7 / 3]], dtype=torch.float64)
+    assert torch.allclose(gradient, expected, rtol=1e-12)
+
+    certain = torch.tensor([[1.0, 60.0, 2.0]], requires_grad=True)
+    exact, published = (
+        shared_losses(certain, torch.tensor([1]), is_exact=is_exact) for is_exact in (True, False)
+    )
+    assert math.isclose(exact.item(), 60 - math.log(math.e + math.e**2), rel_tol=1e-6)
+    (gradient,) = torch.autograd.grad(exact.sum(), certain)
+    share = 1 / (1 + math.e)
+    assert torch.allclose(gradient, torch.tensor([[-share, 1.0, share - 1]]))
+    assert math.isclose(published.item(), -math.log(1e-6), abs_tol=0.1)
+    (gradient,) = torch.autograd.grad(published.sum(), certain)
+    assert gradient.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -570,6 +598,7 @@ def test_bf16_unlearns_like_fp32() -> None:
         ("lmd_1", 0.5),
         ("lmd_2", 0.5),
         ("lmd_3", 0.0),
+        ("exact_sar", True),
     ],
 )
 def test_each_flag_of_the_outer_step_acts(flag: str, value: float) -> None:
@@ -669,6 +698,36 @@ def test_where_adversarial_images_went_is_stated_after_the_first_round() -> None
         "share": max(expected.share),
         "entropy": expected.entropy,
     }
+
+
+def test_a_model_too_certain_for_the_published_loss_is_named() -> None:
+    """Thousandfold logits: L_sar is at its end. No warning where it is not used, or is exact."""
+    images, labels = problem(1, count=24)
+
+    def warned(factor: float, **flags: Any) -> bool:
+        _, model = models(1, batch_norm=True)
+        model[-1].weight.data.mul_(factor)
+        model[-1].bias.data.mul_(factor)
+        loop = Loop()
+        purify(model, images, labels, Config.load(n_rounds=2, batch_size=24, **flags), loop)
+        return any("--exact_sar" in text for text in loop.findings.warnings)
+
+    assert warned(1000)
+    assert not warned(1)
+    assert not warned(1000, exact_sar=True)
+    assert not warned(1000, lmd_3=0.0)
+    assert not warned(1000, adv_steps=0, pgd_init="zero")  # no image counts
+
+
+def test_the_warning_goes_by_the_images_that_count() -> None:
+    """Of ten images four are sent to a label that is neither theirs nor that of the clean image."""
+    tally = Tally(2)
+    tally["matrix"] += torch.tensor([[3, 2], [2, 3]])
+    tally["sent"] += torch.tensor([1, 3])
+    for shared, is_named in ((3.9, False), (4.1, True)):
+        loop = Loop()
+        warn_at_ceiling(loop.findings, tally, shared)
+        assert bool(loop.findings.warnings) == is_named
 
 
 def test_examples_are_of_the_model_as_it_was_given() -> None:
