@@ -28,7 +28,8 @@ from analysis.base import BEFORE, AnalysisConfig, Results, run
 from analysis.subject import Subject, examples
 from models.lastmap import last_map
 from models.modes import evaluating
-from models.parts import layer, recording
+from models.outputs import recording
+from models.parts import layer
 from utils.errors import UserError
 
 if TYPE_CHECKING:

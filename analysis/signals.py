@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from analysis.base import AnalysisConfig
 from models.modes import evaluating, frozen
-from models.parts import head, recording
+from models.outputs import recording
+from models.parts import head
 from utils.data.batches import as_float
 from utils.data.labelled import Labelled
 from utils.errors import UserError

@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.base import CLEAN, AnalysisConfig, Results, run
 from analysis.subject import Controlled, Subject
 from models import Classifier
+from models.channels import convolutions
 from models.modes import evaluating
-from models.parts import convolutions, recording
+from models.outputs import recording
 from utils.data.batches import as_float, spread
 from utils.errors import listed
 

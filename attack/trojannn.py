@@ -41,7 +41,8 @@ from attack.poisoning import run
 from attack.recipe import AttackConfig, bare_model, clean_model, recipe
 from attack.setting import Setting
 from models import Classifier
-from models.parts import last_linear, recording
+from models.outputs import recording
+from models.parts import last_linear
 from utils.data.batches import truncated
 from utils.data.poison import Trigger
 from utils.errors import UserError

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, Masked, Rounds, checked, run
+from models.channels import called_with, scaled, silenced
 from models.copies import copied
-from models.parts import called_with, scaled, silenced
 from utils.config import Group
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator

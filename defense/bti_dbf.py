@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Inverted, checked, run
 from models.copies import copied
-from models.parts import learning_weights, recording
+from models.outputs import recording
+from models.parts import learning_weights
 from utils.data.batches import wide
 from utils.process.seeds import generator
 from utils.training.inversion import Inversion

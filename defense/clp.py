@@ -30,7 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import DefenseConfig, checked, run
-from models.parts import Pairs, convolutions_before, running_norms
+from models.channels import Pairs, convolutions_before, running_norms
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers

@@ -30,8 +30,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import PoisonedData, Rounds, checked, run
+from models.channels import norms
 from models.modes import evaluating
-from models.parts import norms, watching
+from models.outputs import watching
 from utils.config import Group
 from utils.data.batches import as_float
 from utils.errors import UserError

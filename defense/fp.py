@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from defense.base import FineTuned, HeldOut, checked, run
+from models.channels import named_channels
 from models.copies import copied
-from models.parts import changeable, head, learning_weights, named_channels
+from models.parts import changeable, head, learning_weights
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
 from utils.training.pruning import chosen_level, say_pruned

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
 from models.copies import copied
-from models.parts import keeping_statistics
+from models.modes import keeping_statistics
 from utils.training.loop import Loop
 from utils.training.sgd import fine_tune
 

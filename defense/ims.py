@@ -39,8 +39,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
+from models.channels import called_with, convolutions, scalable, scaled_convolutions
 from models.copies import copied
-from models.parts import called_with, convolutions, scalable, scaled_convolutions, usual_weight
+from models.parts import usual_weight
 from utils.config import Group
 from utils.data.batches import as_float, wide
 from utils.process.seeds import generator

@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import FineTuned, checked, run
 from models.copies import copied
 from models.modes import evaluating
-from models.parts import layer, recording, top_level
+from models.outputs import recording
+from models.parts import layer, top_level
 from utils.data.batches import as_float, augment, wide
 from utils.errors import UserError
 from utils.process.seeds import generator

@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import CleanData, Scored, checked, run
 from models.changes import insert
 from models.copies import copied
-from models.modes import evaluating
-from models.parts import bare, keeping_statistics, layer, recording
+from models.modes import evaluating, keeping_statistics
+from models.outputs import recording
+from models.parts import bare, layer
 from utils.data.batches import as_float
 from utils.errors import UserError
 from utils.perturb import Norm, project

@@ -46,8 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Scored, checked, run
 from models.copies import copied
-from models.modes import evaluating, frozen
-from models.parts import mixes_images
+from models.modes import evaluating, frozen, mixes_images
 from utils.data.batches import as_float, spread, wide
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process import distributed

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import Augmented, checked, run
 from defense.sau import SharedAdversarial, shared_perturbation, unlearning_loss
 from models.copies import copied
-from models.parts import keeping_statistics
+from models.modes import keeping_statistics
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
 from utils.training.loop import Loop, batch_sizes

@@ -1,4 +1,4 @@
-"""Temporary changes of modes and weights of networks, which are restored at the end."""
+"""Modes and weights of networks: temporary changes, which are restored at the end."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import Classifier
 
@@ -81,3 +82,30 @@ def moved(weights: Sequence[torch.Tensor], moves: Sequence[torch.Tensor]) -> Ite
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
+
+
+def mixes_images(model: nn.Module) -> bool:
+    """Whether the label of an image depends on the other ones of its batch, also in eval mode.
+
+    It does after BatchNorm that keeps no running statistics.
+    """
+    return any(
+        isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def keeping_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm in train mode uses the batch's statistics and does not keep them."""
+    tracking = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from defense.anp import Config, adversarial_noise, learned_masks, mask_loss, purify
 from models import Classifier
-from models.parts import norms
+from models.channels import norms
 from tests.networks import conv_net, copied, differing, problem
 from utils.data.batches import augment
 from utils.errors import UserError

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from defense.bti_dbf import Config, purify, unlearning_loss
 from models import Classifier
-from models.parts import recording
+from models.outputs import recording
 from tests.inversions import Step, features_of, literal, logits_of
 from tests.networks import ConvNet, conv_net, copied, differing, problem
 from utils.errors import UserError

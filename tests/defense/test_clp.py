@@ -9,7 +9,8 @@ from torch import nn
 
 from defense.clp import Config, channel_lipschitz, purify
 from models import Classifier
-from models.parts import convolutions_before, recording
+from models.channels import convolutions_before
+from models.outputs import recording
 from models.preactresnet import PreActResNet
 from tests.networks import ConvNet, conv_net, copied, differing, problem
 from utils.errors import UserError

@@ -9,7 +9,7 @@ from torch import nn
 
 from defense.ep import Config, channel_entropy, largest_inputs, purify
 from models import Classifier
-from models.parts import recording
+from models.outputs import recording
 from tests.networks import conv_net, copied, differing, problem
 from utils.errors import UserError
 from utils.training.loop import Loop

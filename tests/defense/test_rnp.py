@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from defense.rnp import Config, purify, recovered_masks, unlearned
 from models import Classifier
-from models.parts import norms
+from models.channels import norms
 from tests.networks import conv_net, copied, differing, problem
 from utils.data.batches import augment
 from utils.errors import UserError

@@ -9,27 +9,21 @@ from torch import nn
 from torch.func import functional_call
 
 from models import Classifier, build_model
-from models.fast.batchnorm import BatchNorm2d
-from models.parts import (
-    bare,
+from models.channels import (
     convolutions,
     convolutions_before,
-    head,
-    keeping_statistics,
-    layer,
-    mixes_images,
     named_channels,
     norms,
-    recording,
     running_norms,
     scalable,
     scaled,
     scaled_convolutions,
     silenced,
-    top_level,
-    watching,
-    weighted,
 )
+from models.fast.batchnorm import BatchNorm2d
+from models.modes import keeping_statistics, mixes_images
+from models.outputs import recording, watching, weighted
+from models.parts import bare, head, layer, top_level
 from models.preactresnet import PreActResNet
 from tests.networks import ConvNet, conv_net, copied, differing, problem
 from utils.errors import UserError

@@ -5,7 +5,8 @@ from torch import nn
 
 from models import Resize
 from models.modes import evaluating
-from models.parts import head, recording
+from models.outputs import recording
+from models.parts import head
 from utils.data.batches import as_float, release, wide
 from utils.data.labelled import Labelled, Triggered
 from utils.errors import UserError

@@ -24,7 +24,8 @@ from models.copies import copied
 from models.inputaware import to_unit
 from models.lastmap import last_map
 from models.modes import evaluating, frozen, in_float32
-from models.parts import recording, usual_weight, weighted
+from models.outputs import recording, weighted
+from models.parts import usual_weight
 from models.unet import UNet
 from utils.data.batches import as_float
 from utils.data.poison import whole_share

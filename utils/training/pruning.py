@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import nn
 
-from models.parts import named_channels, norms, silenced
+from models.channels import named_channels, norms, silenced
 from utils.errors import UserError
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
