@@ -77,7 +77,8 @@ class SharedAdversarial(CleanData, Scored):
     lmd_3: Annotated[float, Field(ge=0, description="weight of L_sar (lambda2)")]
     lr: Annotated[float, Field(gt=0, description="learning rate of Adam; SAU keeps it constant")]
     exact_sar: Annotated[
-        bool, Field(description="no floor in L_sar, whose gradient then never ends; not published")
+        bool,
+        Field(description="L_sar without its floor, under which its gradient ends; not published"),
     ]
     wd: Annotated[float, Field(ge=0, description="weight decay of Adam")]
     adam_beta_1: Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")]

@@ -730,6 +730,18 @@ def test_the_warning_goes_by_the_images_that_count() -> None:
         assert bool(loop.findings.warnings) == is_named
 
 
+def test_the_warning_goes_by_the_images_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of this process's ten images counts, and all ten of another one do."""
+    tally = Tally(2)
+    tally["matrix"] += torch.tensor([[5, 0], [0, 5]])
+    totals = {id(tally["matrix"]): torch.full((2, 2), 5), id(tally["sent"]): torch.tensor([5, 5])}
+    monkeypatch.setattr(sau.distributed, "total", lambda counts: totals[id(counts)])
+    for shared, is_named in ((4.9, False), (5.1, True)):
+        loop = Loop()
+        warn_at_ceiling(loop.findings, tally, shared)
+        assert bool(loop.findings.warnings) == is_named
+
+
 def test_examples_are_of_the_model_as_it_was_given() -> None:
     model, loop = small_network(2, batch_norm=True), Loop()
     images, labels = problem(2)
