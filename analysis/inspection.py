@@ -283,6 +283,8 @@ def train_clean(subject: Subject, config: Config) -> list[str]:
     for number in range(config.train_clean):
         recipe = clean_recipe(subject, config, number)
         values = {**asdict(recipe), "save_folder_name": None}
+        # A folder of images, or a user's file, may have had another content.
+        values |= {"content": [subject.data.fingerprint(), subject.model_sha256]}
         name = f"clean-{ending.recipe_sha256(values)[:8]}-s{recipe.random_seed}"
         folder = places.attack_folder(name, as_path(config.record_path))
         if not folder.is_done:

@@ -25,7 +25,7 @@ from models.views import has_own_code
 from utils.config import Group
 from utils.data.batches import as_float, keep_on, spread
 from utils.data.labelled import Dataset, Triggered
-from utils.errors import UserError, shown
+from utils.errors import NothingToDo, UserError, shown
 from utils.files import read_bytes
 from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
 from utils.process import distributed
@@ -35,7 +35,7 @@ from utils.process.seeds import deterministic, generator, seed_everything
 from utils.records import folders, places
 from utils.records.attack import AttackRecord, load_attack, read_index
 from utils.records.checkpoint import Origin
-from utils.records.defense import save_defense
+from utils.records.defense import checked_result, save_defense
 from utils.records.named import OfRecord, dataset_of_record, named_record
 from utils.training import ending, selection
 from utils.training.evaluate import predict
@@ -212,6 +212,11 @@ class FineTuned(CleanData, Scored, Augmented):
 class Inverted(CleanData, Scored):
     """Inversion of the trigger by a generator."""
 
+    n_rounds: Annotated[
+        int,
+        Field(ge=0, description="passes over the images in each unlearning; 0 changes nothing"),
+        Group.TRAINING,
+    ]
     inversion_rounds: Annotated[
         int,
         Field(ge=1, description="times that the trigger is inverted and unlearned"),
@@ -387,7 +392,11 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     attack = load_attack(source)
     folder = places.defense_folder(attack.folder, config.save_folder_name or name)
     record = folders.RunFolder(source)
-    folder.claim(config.overwrite, config.resume, record, config.dump())
+    try:
+        folder.claim(config.overwrite, config.resume, record, config.dump())
+    except NothingToDo:
+        checked_result(folder.path, attack)
+        raise
     if _summary(source) != summary:  # from now on an attack that would replace it sees this defense
         raise UserError(f"{source}: was replaced while it was read; run the defense again")
     with folder.replacing():

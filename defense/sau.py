@@ -55,7 +55,7 @@ from utils.process.seeds import generator
 from utils.training.findings import Findings, Picture
 from utils.training.labelshare import Tally, add, label_share
 from utils.training.loop import Loop
-from utils.training.selection import Best, hold_out
+from utils.training.selection import Best, fit_and_held_out
 
 NEAR_CEILING = 10.0  # L_sar of an image; it ends at 13.8
 LEAST = 0.2  # part of n_rounds that `--stop auto` runs in any case
@@ -346,8 +346,8 @@ def purify(
     loop = loop or Loop()
     best, held_out = None, (images[:0], labels[:0])
     if config.stop == "auto":
-        fit, held = hold_out(labels, config.val_ratio, config.random_seed)
-        if len(fit) and len(held):
+        fit, held = fit_and_held_out(labels, config.val_ratio, config.random_seed, "learn from")
+        if len(held):
             best = Best(model, config.patience, math.ceil(LEAST * config.n_rounds))
             held_out = images[held], labels[held]
             images, labels = images[fit], labels[fit]
@@ -399,8 +399,7 @@ def purify(
                 loop.log(len(index), **losses)
         if number == 1:
             report(loop.findings, sent)
-            if not config.exact_sar and config.lmd_3:
-                warn_at_ceiling(loop.findings, sent, loop.losses()["shared"])
+            warn_of_loss(loop.findings, sent, loop.losses()["shared"], config)
         if best:
             signals = held_out_signals(*attacked, *held_out, config)
             loop.findings.tables.setdefault("held_out", []).append({"round": number, **signals})
@@ -427,16 +426,23 @@ def report(findings: Findings, sent: Tally) -> None:
     )
 
 
-def warn_at_ceiling(findings: Findings, sent: Tally, shared: float) -> None:
-    """Warns where L_sar of the first round has hardly any gradient (ours, not published).
+def warn_of_loss(findings: Findings, sent: Tally, shared: float, config: SharedAdversarial) -> None:
+    """Warns where L_sar of the first round has nothing to unlearn, or hardly any gradient.
 
     Args:
         sent: where the adversarial images of the round went.
         shared: L_sar, the mean over all images, those that do not count as 0.
     """
+    if not config.lmd_3:
+        return
     counts, images = (distributed.total(sent[name]).sum() for name in ("sent", "matrix"))
     counted = float(counts) / max(1, int(images))
-    if shared > NEAR_CEILING * counted:
+    if not counted:
+        findings.warn(
+            "no image of the first round has an adversarial example that the model falls for, so "
+            "L_sar is 0 and nothing is unlearned; give a larger --trigger_norm, or another defense"
+        )
+    elif shared > NEAR_CEILING * counted and not config.exact_sar:
         findings.warn(
             f"L_sar, {shared:.1f}, is near its ceiling of {-counted * math.log(1e-6):.1f}, where "
             "it has hardly any gradient: SAU as published may leave the backdoor as it is; give "

@@ -29,11 +29,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import Augmented, checked, run
-from defense.sau import SharedAdversarial, shared_perturbation, unlearning_loss
+from defense.sau import SharedAdversarial, shared_perturbation, unlearning_loss, warn_of_loss
 from models.copies import copied
 from models.modes import keeping_statistics
 from utils.data.batches import as_float, augment
 from utils.process.seeds import generator
+from utils.training.labelshare import Tally, add
 from utils.training.loop import Loop, batch_sizes
 from utils.training.sgd import Schedule, Scheduler
 
@@ -84,9 +85,12 @@ def purify(
     order = generator(config.random_seed, "batches")
     start = generator(config.random_seed, "perturbation")
     crops = generator(config.random_seed, "augmentation", images.device)
-    changing: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler}
+    with torch.no_grad():
+        classes = reference(as_float(images[: config.batch_size], device)).shape[1]
+    sent = Tally(classes)
+    changing: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "sent": sent}
     changing |= {"order": order, "start": start, "crops": crops}
-    for _ in loop.rounds(config.n_rounds, model=model, **changing):
+    for number in loop.rounds(config.n_rounds, model=model, **changing):
         for index in loop.batches(len(images), config.batch_size, order):
             moved = augment(images[index], config.crop_padding, config.flip, crops, is_part=True)
             x, y = as_float(moved, device), labels[index].to(device)
@@ -103,6 +107,8 @@ def purify(
             )
             with torch.no_grad():
                 ref_adv = reference(x + delta)
+            if number == 1:
+                add(sent, y, ref_clean.argmax(1), ref_adv.argmax(1))
 
             model.train()
             optimizer.zero_grad()
@@ -118,6 +124,8 @@ def purify(
             model.eval()
             loop.log(len(index), **losses)
         scheduler.after_epoch(loop.losses()["total"])
+        if number == 1:
+            warn_of_loss(loop.findings, sent, loop.losses()["shared"], config)
     return model
 
 

@@ -84,18 +84,19 @@ def changes_of(network: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def shapes_without(
-    state: Mapping[str, torch.Tensor], changes: Sequence[Mapping[str, Any]]
-) -> dict[str, torch.Size]:
-    """The shapes of a state dict by the names that they had before the changes.
+def shapes_without(network: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """The shapes of a network's state dict by the names that they had before `insert`.
 
-    Args:
-        state: of the changed network.
-        changes: from `changes_of`.
+    A layer that the network has under several names is changed under all of them.
     """
+    changed = [
+        name
+        for name, module in network.named_modules(remove_duplicate=False)
+        if isinstance(module, Preceded) and isinstance(module.part, Polarizer)
+    ]
     shapes = {}
     for name, value in state.items():
-        for layer in (change["layer"] for change in reversed(changes)):  # from the inside out
+        for layer in reversed(changed):  # from the inside out
             if name.startswith(f"{layer}.polarizer."):
                 break
             if name.startswith(f"{layer}.layer."):

@@ -217,6 +217,54 @@ def careless(data: Dataset) -> dict[str, Any]:
     return {"refused": None}
 
 
+class OddNorms(Small):
+    """BatchNorm of vectors, without weights, with the mean of all batches, and with none of it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self[1] = nn.BatchNorm2d(8, affine=False)
+        self[4] = nn.BatchNorm2d(8, momentum=None)
+        self.append(nn.BatchNorm1d(num_classes, momentum=0.0))
+
+
+def odd_norms(data: Dataset) -> dict[str, Any]:
+    torch.manual_seed(3)
+    model, loop = Classifier(OddNorms(4), data.mean, data.std).double(), Recorder()
+    train(model, data, Supervised(2, True, generator(0, "augmentation")), loop, 12)
+    return {"steps": loop.steps, "weights": weights(model)}
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A user's own kind."""
+
+
+def refused(change: Callable[[nn.Module], object]) -> Callable[[Dataset], dict[str, Any]]:
+    """What is said of the training of a changed network."""
+
+    def run(data: Dataset) -> dict[str, Any]:
+        model = network(data)
+        change(model.network)
+        try:
+            train(model, data, Supervised(2, True, generator(0, "augmentation")), Loop(), 12)
+        except UserError as error:
+            return {"refused": str(error)}
+        return {"refused": None}
+
+    return run
+
+
+def spare_weight(model: nn.Module) -> None:
+    model.register_parameter("spare", nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+
+
+def own_norm(model: nn.Module) -> None:
+    model[1] = OwnNorm(8).double()
+
+
+def forgetful_norm(model: nn.Module) -> None:
+    model[1] = nn.BatchNorm2d(8, track_running_stats=False).double()
+
+
 def small_batch(data: Dataset) -> dict[str, Any]:
     """A batch of one image cannot be shared."""
     loop = Loop()
@@ -282,6 +330,10 @@ SCENES: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "preparation that fails": preparation_that_fails,
     "careless": careless,
     "small batch": small_batch,
+    "odd norms": odd_norms,
+    "spare weight": refused(spare_weight),
+    "own norm": refused(own_norm),
+    "forgetful norm": refused(forgetful_norm),
 }
 
 

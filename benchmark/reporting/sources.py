@@ -431,8 +431,10 @@ def file_stem(text: str) -> str:
 
 def cell_text(value: Any) -> Any:
     """A text as one line of a CSV file, which no spreadsheet computes; anything else as it is."""
-    line = shown(value) if isinstance(value, str) else value
-    return f"'{line}" if re.match(r"\s*[=+@]|-.", str(line)) else line
+    if not isinstance(value, str):
+        return value
+    line = shown(value)
+    return f"'{line}" if re.match(r"\s*[=+@]|-.", line) else line
 
 
 def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:

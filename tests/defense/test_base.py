@@ -607,3 +607,17 @@ def test_a_run_goes_on_with_its_own_flags_alone(record: Record) -> None:
     cut(record, checkpoint_every=0.0)
     with pytest.raises(UserError, match="was run with --lr "):
         base.defend(config(record, resume=True, lr=0.5), "cut", drifting())
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_finished_result_of_another_attack_is_not_taken_for_one(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder was copied or restored; before, the same call says that nothing is left to do."""
+    base.defend(config(record), "cut", never_ant)
+    with pytest.raises(NothingToDo):
+        base.defend(config(record, resume=True), "cut", never_ant)
+    other = replace(record, sha256="def")
+    monkeypatch.setattr(base, "load_attack", lambda _: other)
+    with pytest.raises(UserError, match="is of another attack than the record"):
+        base.defend(config(record, resume=True), "cut", never_ant)

@@ -21,7 +21,7 @@ from defense.sau import (
     shared_losses,
     shared_perturbation,
     unlearning_loss,
-    warn_at_ceiling,
+    warn_of_loss,
 )
 from models import Classifier
 from models.preactresnet import PreActResNet
@@ -726,7 +726,7 @@ def test_the_warning_goes_by_the_images_that_count() -> None:
     tally["sent"] += torch.tensor([1, 3])
     for shared, is_named in ((3.9, False), (4.1, True)):
         loop = Loop()
-        warn_at_ceiling(loop.findings, tally, shared)
+        warn_of_loss(loop.findings, tally, shared, Config.load())
         assert bool(loop.findings.warnings) == is_named
 
 
@@ -738,7 +738,7 @@ def test_the_warning_goes_by_the_images_of_all_processes(monkeypatch: pytest.Mon
     monkeypatch.setattr(sau.distributed, "total", lambda counts: totals[id(counts)])
     for shared, is_named in ((4.9, False), (5.1, True)):
         loop = Loop()
-        warn_at_ceiling(loop.findings, tally, shared)
+        warn_of_loss(loop.findings, tally, shared, Config.load())
         assert bool(loop.findings.warnings) == is_named
 
 
@@ -799,3 +799,25 @@ def test_after_batchnorm_without_running_statistics_no_image_is_skipped() -> Non
         after = model(images + delta).argmax(1), reference(images + delta).argmax(1)
         shared += int(((after[0] == after[1]) & (after[1] != labels)).sum())
     assert shared
+
+
+def test_a_model_that_no_image_moves_is_named() -> None:
+    """Its logits are so large that softmax, and with it the inner gradient, is exactly flat."""
+    images, labels = problem(1, count=24)
+    for lmd_3, is_named in ((1.0, True), (0.0, False)):
+        model = small_network(1, batch_norm=True)
+        with torch.no_grad():
+            model[-1].weight.mul_(1e6)
+            model[-1].bias.mul_(1e6)
+        loop = Loop()
+        purify(model, images, labels, Config.load(n_rounds=1, pgd_init="zero", lmd_3=lmd_3), loop)
+        told = any("nothing is unlearned" in text for text in loop.findings.warnings)
+        assert told == is_named
+
+
+def test_holding_out_all_images_is_refused() -> None:
+    model, (images, labels) = small_network(0, batch_norm=False), problem(0)
+    with pytest.raises(
+        UserError, match=r"--val_ratio: 0.95 of 12 images leaves none to learn from"
+    ):
+        purify(model, images, labels, Config.load(stop="auto", val_ratio=0.95))

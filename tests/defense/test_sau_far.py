@@ -109,7 +109,19 @@ def test_images_are_cropped_before_they_are_perturbed() -> None:
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
     purify(model, images, labels, config_of(crop_padding=2, n_rounds=2, adv_steps=0), Loop())
-    batches = [batch for batch in seen if len(batch) == len(images)]
+    batches = [batch for batch in seen if len(batch) == len(images)][1:]  # the first shows classes
     assert not torch.equal(batches[0], batches[-1])
     corner = batches[0][:, :, 0, 0]
     assert (corner == 0).all(1).any()  # of a crop that begins outside
+
+
+def test_a_model_too_certain_for_the_loss_is_named() -> None:
+    images, labels = problem(1, count=24)
+    for factor, is_named in ((1, False), (300, True)):
+        model = small_network(1, False)
+        with torch.no_grad():
+            model[-1].weight.mul_(factor)
+            model[-1].bias.mul_(factor)
+        loop = Loop()
+        purify(model, images, labels, config_of(n_rounds=1, crop_padding=0, flip=False), loop)
+        assert any("--exact_sar" in text for text in loop.findings.warnings) == is_named

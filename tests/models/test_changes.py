@@ -125,7 +125,7 @@ def test_without_its_changes_a_network_has_the_names_and_shapes_of_before(
     before = {name: value.shape for name, value in network.state_dict().items()}
     for name, channels in layers:
         insert(network, "polarizer", name, channels)
-    assert shapes_without(network.state_dict(), changes_of(network)) == before
+    assert shapes_without(network, network.state_dict()) == before
 
 
 def test_changes_are_plain_data_in_the_order_of_the_layers() -> None:
@@ -191,3 +191,12 @@ def test_a_part_has_up_to_65536_channels(channels: int, monkeypatch: pytest.Monk
 def test_a_part_is_where_the_network_is() -> None:
     part = insert(conv_net().to("meta"), "polarizer", "conv2", 6)
     assert all(value.is_meta for value in part.state_dict().values())
+
+
+def test_a_layer_under_two_names_is_changed_under_both() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+    network.add_module("again", network[1])
+    before = {name: value.shape for name, value in network.state_dict().items()}
+    assert "again.weight" in before
+    insert(network, "polarizer", "1", 4)
+    assert shapes_without(network, network.state_dict()) == before

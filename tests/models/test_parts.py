@@ -563,7 +563,7 @@ def test_batchnorm_of_several_processes_keeps_its_statistics_too(
     monkeypatch.setattr(distributed, "processes", lambda: 2)
     monkeypatch.setattr(distributed, "total", lambda values: 2 * values)
     distributed._synchronise(network)
-    assert type(network.bn1) is distributed._SynchronisedBatchNorm
+    assert type(network.bn1) is distributed._BatchNorm2d
     before = copied(network.state_dict())
     with torch.no_grad(), keeping_statistics(network):
         logits = network(images)

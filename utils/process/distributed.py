@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from models.fast.batchnorm import BatchNorm2d
@@ -162,14 +163,11 @@ def parallel(model: nn.Module) -> nn.Module:
     if processes() == 1:
         return model
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        _synchronise(model)
+    _synchronise(model, device.type)
     # Statistics are equal already. torch 2.14 has another name for the flag.
     parameters = inspect.signature(DistributedDataParallel).parameters
     flag = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    return DistributedDataParallel(
+    return _Parallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
@@ -178,14 +176,15 @@ def parallel(model: nn.Module) -> nn.Module:
 
 
 def require_equal(model: nn.Module) -> None:
-    """Raises UserError if the processes no longer hold the same weights.
+    """Raises UserError if the processes no longer hold the same weights and statistics.
 
     This happens if a method trains without `Loop.parallel` and `Loop.backward`.
     """
     if processes() == 1:
         return
     with torch.no_grad():
-        sums = torch.stack([w.double().sum() for w in model.parameters()])
+        held = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+        sums = torch.stack([values.double().sum() for values in held])
         mean = total(sums) / processes()
         apart = total((sums - mean).abs() > 1e-3 * (1 + mean.abs()))
     if apart.any():
@@ -265,35 +264,95 @@ class _Total(torch.autograd.Function):
         return total(gradient)
 
 
-class _SynchronisedBatchNorm(nn.BatchNorm2d):
+class _Parallel(DistributedDataParallel):
+    """Data-parallel training that says in a line what it cannot train."""
+
+    def forward(self, *inputs: Any) -> Any:
+        try:
+            return super().forward(*inputs)
+        except RuntimeError as error:
+            if "finished reduction" not in str(error):
+                raise
+            raise UserError(
+                "this network has a weight that its output does not depend on, which several "
+                "processes cannot train; start it without torchrun"
+            ) from None
+
+
+class _Synchronised(_BatchNorm):
     """BatchNorm with the statistics of all processes' images; torch's own is for GPUs only."""
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
-    momentum: float
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if not self.training or processes() == 1:
             return super().forward(features)
-        shape = (1, -1, 1, 1)
+        others = [dim for dim in range(features.dim()) if dim != 1]
+        shape = [-1 if dim == 1 else 1 for dim in range(features.dim())]
         size = torch.tensor([features.numel() / self.num_features])
-        sums = _Total.apply(torch.cat([features.sum((0, 2, 3)), size]))
+        sums = _Total.apply(torch.cat([features.sum(others), size]))
         mean, count = sums[:-1] / sums[-1].detach(), sums[-1].item()
         centered = features - mean.view(shape)
-        variance = _Total.apply(centered.square().sum((0, 2, 3))) / count
+        variance = _Total.apply(centered.square().sum(others)) / count
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
-        scale = self.weight / (variance + self.eps).sqrt()
-        return centered * scale.view(shape) + self.bias.view(shape)
+                share = self.momentum
+                if share is None:  # the mean of all batches
+                    share = 1 / int(self.num_batches_tracked)
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(variance * count / max(count - 1, 1), share)
+        scale = (1 if self.weight is None else self.weight) / (variance + self.eps).sqrt()
+        normal = centered * scale.view(shape)
+        return normal if self.bias is None else normal + self.bias.view(shape)
 
 
-def _synchronise(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) not in (nn.BatchNorm2d, BatchNorm2d):
+class _BatchNorm1d(_Synchronised, nn.BatchNorm1d):
+    pass
+
+
+class _BatchNorm2d(_Synchronised, nn.BatchNorm2d):
+    pass
+
+
+class _BatchNorm3d(_Synchronised, nn.BatchNorm3d):
+    pass
+
+
+_SYNCHRONISED: dict[type[nn.Module], type[_BatchNorm]] = {
+    nn.BatchNorm1d: _BatchNorm1d,
+    nn.BatchNorm2d: _BatchNorm2d,
+    BatchNorm2d: _BatchNorm2d,
+    nn.BatchNorm3d: _BatchNorm3d,
+}
+
+
+def _synchronise(model: nn.Module, device: str = "cpu") -> None:
+    """Makes BatchNorm use the statistics of all processes.
+
+    Raises:
+        UserError: for one that is of another kind, or keeps no running statistics.
+    """
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, _Synchronised)
+    ]
+    for name, layer in layers:
+        if layer.running_mean is None:
+            fault = "keeps no running statistics"
+        elif device != "cuda" and type(layer) not in _SYNCHRONISED:
+            fault = f"is a {type(layer).__name__}"
+        else:
             continue
-        if module.affine and module.momentum and module.track_running_stats:
-            module.__class__ = _SynchronisedBatchNorm  # same weights, statistics and keys
+        raise UserError(
+            f"the BatchNorm layer {name} {fault}, so each of several processes would normalize its "
+            "own images; start it without torchrun"
+        )
+    if device == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        for _, layer in layers:
+            layer.__class__ = _SYNCHRONISED[type(layer)]  # same weights, statistics and keys

@@ -331,7 +331,10 @@ def _refuse_images_inside(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        pickled = next(each for each in archive.infolist() if each.filename.endswith("data.pkl"))
+        parts = (each for each in archive.infolist() if each.filename.endswith("data.pkl"))
+        pickled = next(parts, None)
+        if pickled is None:
+            return  # what is wrong with it is known
         if pickled.file_size > path.stat().st_size:
             return  # compressed, which torch never does
         words = (value for _, value, _ in pickletools.genops(archive.read(pickled)))

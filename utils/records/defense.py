@@ -44,7 +44,7 @@ def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name
     """
     changes = changes_of(model.network) if isinstance(model, Classifier) else []
     state = model_state(model) if isinstance(model, Classifier) else {}
-    shapes = shapes_without(state, changes)
+    shapes = shapes_without(model.network, state) if isinstance(model, Classifier) else {}
     if shapes != {key: value.shape for key, value in attack.state.items()}:
         raise UserError(
             f"{name}: it gave a network that is not the record's, and that models/changes.py does "

@@ -92,7 +92,7 @@ class Best:
 
     def __init__(self, model: nn.Module, patience: int, least: int = 0) -> None:
         self._patience, self._least = patience, least
-        self.state = {f"weights.{k}": v.clone() for k, v in model.state_dict().items()}
+        self.state = {f"weights.{k}": v.clone() for k, v in _tensors(model).items()}
         self.state["smallest"] = torch.tensor([math.inf, 0.0], dtype=torch.float64)
         self.state["round"], self.state["since"] = torch.tensor(0), torch.tensor(0)
 
@@ -118,13 +118,20 @@ class Best:
             self.state["since"].fill_(number)
         if value <= smallest.sum():
             self.state["round"].fill_(number)
-            for name, tensor in model.state_dict().items():
+            for name, tensor in _tensors(model).items():
                 self.state[f"weights.{name}"].copy_(tensor)
         return number >= self._least and number - int(self.state["since"]) >= self._patience
 
     def put_into(self, model: nn.Module) -> None:
         """Makes a model the one that is kept."""
-        model.load_state_dict({k: self.state[f"weights.{k}"] for k in model.state_dict()})
+        kept = {name: self.state[f"weights.{name}"] for name in _tensors(model)}
+        model.load_state_dict(kept, strict=False)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict without what a user's module adds to it (`get_extra_state`)."""
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def acceptable(accuracies: Sequence[float], before: float, acc_ratio: float) -> int:

@@ -98,12 +98,16 @@ class Watch:
         return self._loop
 
     def finish(self, model: nn.Module) -> Scores:
-        """The scores of the model that a method gave; they complete the last row."""
+        """The scores of the model that a method gave; they complete the last row.
+
+        Not if the method says (`best_round`) that its model is that of an earlier round.
+        """
         assert self._score is not None
         with self._paused():
             self._close()
             self.scores = self._score(model)
-            if self._rows and self._rows[-1][self._unit]:
+            last = self._rows[-1][self._unit] if self._rows else 0
+            if last and self.findings.facts.get("best_round", last) == last:
                 seconds = self._rows[-1].pop("seconds")
                 self._rows[-1] |= {**self.scores.values(), "seconds": seconds}
             if self._folder is not None:

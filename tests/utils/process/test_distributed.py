@@ -26,6 +26,7 @@ SCENES = (
     "ft, resumed",
     "scores",
     "preparation",
+    "odd norms",
 )
 
 # The defenses that share their work, as docs/scaling.md says; others may be refused.
@@ -124,6 +125,9 @@ def test_what_is_cached_is_computed_once(found: dict[str, Any]) -> None:
     [
         ("careless", "does not train data-parallel; start it without torchrun"),
         ("small batch", "the last batch has 1 of 37 images, fewer than the 2 processes"),
+        ("spare weight", "a weight that its output does not depend on"),
+        ("own norm", "the BatchNorm layer network.1 is a OwnNorm, so each"),
+        ("forgetful norm", "the BatchNorm layer network.1 keeps no running statistics, so each"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(found: dict[str, Any], scene: str, message: str) -> None:

@@ -252,3 +252,23 @@ def test_the_best_model_goes_on_from_its_state() -> None:
     assert not copied.keep(nn.Linear(1, 1), 1.5, 0.0, 2)
     copied.put_into(other := nn.Linear(1, 1))
     assert torch.equal(other.weight, model.weight)
+
+
+class WithNote(nn.Linear):
+    """A user's module whose state dict has more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"a": 1}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def test_the_best_of_a_network_with_more_than_tensors_is_kept() -> None:
+    model = WithNote(1, 1)
+    best = Best(model, patience=3)
+    with torch.no_grad():
+        model.weight.fill_(3)
+    best.keep(model, 1.0, 0.0, 1)
+    best.put_into(other := WithNote(1, 1))
+    assert other.weight.item() == 3

@@ -397,3 +397,20 @@ def test_a_scorer_asks_for_triggered_and_cross_images_each_time(
     ]
     assert all(test.images is kept for _, test, *_ in given)
     assert all(torch.equal(test.labels, tiny_data.test.labels) for _, test, *_ in given)
+
+
+def test_the_scores_of_an_earlier_round_are_not_those_of_the_last_one(folder: RunFolder) -> None:
+    """A method keeps the model of its first round."""
+    trained = Numbered(10)
+    watch = Watch(folder, "round", score, eval_every=1)
+    loop = watch.start(score(Numbered(90)))
+    for number in loop.rounds(2, model=trained):
+        trained.number.data.fill_(10 * number)
+        loop.log(1, loss=torch.tensor(float(number)))
+    watch.findings.say("kept", best_round=1)
+    assert watch.finish(Numbered(10)).acc == Rate(10, 100)
+    assert rows(folder) == [
+        {"round": 0, "acc": 0.9},
+        {"round": 1, "acc": 0.1, "loss": 1.0},
+        {"round": 2, "loss": 2.0},
+    ]
