@@ -617,7 +617,8 @@ def test_a_finished_result_of_another_attack_is_not_taken_for_one(
     base.defend(config(record), "cut", never_ant)
     with pytest.raises(NothingToDo):
         base.defend(config(record, resume=True), "cut", never_ant)
-    other = replace(record, sha256="def")
+    other = copy.copy(record)
+    other.sha256 = "def"
     monkeypatch.setattr(base, "load_attack", lambda _: other)
     with pytest.raises(UserError, match="is of another attack than the record"):
         base.defend(config(record, resume=True), "cut", never_ant)
