@@ -268,7 +268,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("grid", type=Path, help="YAML file, e.g. benchmark/grids/digits.yaml")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="processes at once (local), >= 1; share the cores"
+        "--jobs", type=int, help="processes at once (local), >= 1; share the cores; 1 if not given"
     )
     parser.add_argument("--executor", choices=("local", "slurm"), default="local")
     parser.add_argument("--record_path", type=Path, help="folder of the grid's records")
@@ -276,8 +276,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="seconds after which it ends (local), > 0")
     parser.add_argument("--detach", action="store_true", help="slurm: submit, and do not wait")
     flags = parser.parse_args()
-    if flags.jobs < 1:
-        raise UserError(f"--jobs: {flags.jobs} is not allowed; give 1 or more")
+    jobs = 1 if flags.jobs is None else flags.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs: {jobs} is not allowed; give 1 or more")
+    if flags.jobs is not None and flags.executor == "slurm":
+        raise UserError("--jobs: is for --executor local; give parallelism in the YAML's slurm")
     if flags.detach and flags.executor == "local":
         raise UserError("--detach: needs --executor slurm; leave it out")
     if flags.budget is not None and not flags.budget > 0:
@@ -300,12 +303,12 @@ def main() -> None:
     made_folder(root, "--record_path")
     RunFolder(root / ".grid").lock()
     logger.info("%d cells in %s, %d done", len(cells), root, sum(c.is_done for c in cells))
-    with Board(cells, None if queue else flags.jobs) as board:
+    with Board(cells, None if queue else jobs) as board:
         try:
             if queue is not None:
                 queue.run(cells, board.set, detach=flags.detach)
             else:
-                run_local(cells, root, flags.jobs, board, flags.budget or math.inf)
+                run_local(cells, root, jobs, board, flags.budget or math.inf)
         except KeyboardInterrupt:
             rest = "the jobs stay in the queue" if queue else "what ran has a checkpoint"
             logger.info("%s; the same command goes on", rest)

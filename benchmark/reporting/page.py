@@ -28,6 +28,8 @@ _PICTURES = {
     "before_after.png": "labels before and after",
     "perturbations.png": "shared adversarial examples",
     "triggers.png": "the smallest triggers, by class",
+    "perturbation.png": "one perturbation for all images",
+    "generated.png": "generated triggers",
 }
 
 # Rows are put in the order of a column, empty cells last; once more turns the order around.

@@ -739,9 +739,11 @@ def test_kinds_of_cells(tmp_path: Path) -> None:
         ("--budget 0", "--budget: 0 is not allowed; give seconds, more than 0"),
         ("--budget nan", "--budget: nan is not allowed"),
         ("--budget 5 --executor slurm", "--budget: is for --executor local"),
+        ("--jobs 2 --executor slurm", "--jobs: is for --executor local; give parallelism"),
+        ("--jobs 0", "--jobs: 0 is not allowed"),
     ],
 )
-def test_a_wrong_budget_is_refused(
+def test_a_wrong_budget_or_number_of_jobs_is_refused(
     flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", str(GRIDS[0]), *flags.split()])
