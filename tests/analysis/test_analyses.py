@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import analysis
-from analysis import base
+from analysis import base, inspection
 from analysis.subject import Subject
 from models import Classifier, Resize
 from models.tiny import TinyNet
@@ -695,3 +696,25 @@ def test_a_record_of_a_built_in_set_that_names_a_folder_is_read(fresh: Path) -> 
     """Earlier versions took `--dataset_path` with them, and ignored it."""
     change(fresh / "bd/attack_result.pt", dataset_path=str(fresh / "gone"))
     assert load_attack(fresh / "bd").load_dataset().name == "random"
+
+
+def test_clean_models_of_other_content_are_other_ones(
+    tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same recipe with other images, or another file of the user, makes another record."""
+    monkeypatch.setattr(inspection, "train", lambda *_: None)
+    config = inspection.Config.load(
+        "digits", record_path=str(tmp_path), train_clean=1, model="tiny"
+    )
+
+    def name(images: Dataset, sha256: str | None) -> str:
+        subject: Any = SimpleNamespace(
+            attack=None, model_sha256=sha256, model_name="tiny", data=images
+        )
+        (found,) = inspection.train_clean(subject, config)
+        return found
+
+    changed = replace(tiny_data.train, images=255 - tiny_data.train.images)
+    others = {name(replace(tiny_data, train=changed), None), name(tiny_data, "ab")}
+    assert len({name(tiny_data, None), *others}) == 3
+    assert name(tiny_data, None) == name(tiny_data, None)
