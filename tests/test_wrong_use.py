@@ -481,13 +481,16 @@ def test_two_runs_of_one_name(
 FINISH = """
 import sys
 from pathlib import Path
+from utils.files import file_sha256
 from utils.records.folders import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.claim(overwrite=True)
 run.start("dataset_path: null\\n")
 print("held", flush=True)
 sys.stdin.readline()
-run.write_summary({})
+run.write_text("defense_result.pt", "purified")
+files = {"defense_result.pt": file_sha256(run.path / "defense_result.pt")}
+run.write_summary({"attack_sha256": sys.argv[2], "files": files})
 """
 
 
@@ -517,7 +520,7 @@ def test_a_second_run_that_waits_for_the_first(
     else:
         folder = good / "defense" / name
         run = defense_flags(workplace, "good", save_folder_name=name)
-    call = [sys.executable, "-c", FINISH, folder]
+    call = [sys.executable, "-c", FINISH, folder, load_attack(good).sha256]
     with subprocess.Popen(
         call, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:
@@ -536,6 +539,7 @@ def test_a_second_run_that_waits_for_the_first(
     assert re.search(message, capsys.readouterr().err)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.yaml",
+        "defense_result.pt",
         "run.json",
         "summary.json",
     ]
