@@ -57,7 +57,8 @@ from utils.training.labelshare import Tally, add, label_share
 from utils.training.loop import Loop
 from utils.training.selection import Best, fit_and_held_out
 
-NEAR_CEILING = 10.0  # L_sar of an image; it ends at 13.8
+FLOOR = 1e-6  # is added to what L_sar takes the logarithm of
+NEAR_CEILING = 10.0  # L_sar of an image; by the floor it ends at 13.8
 LEAST = 0.2  # part of n_rounds that `--stop auto` runs in any case
 
 
@@ -259,7 +260,8 @@ def shared_losses(
     probabilities = adv_logits.softmax(1)
     p = probabilities[is_fooled_to]
     others = probabilities.masked_fill(is_fooled_to, 0).sum(1)
-    return -((1e-6 + others.clamp(max=0.999)).log() + (1 + 1e-6 - p.clamp(min=0.001)).log()) / 2
+    by_others = (FLOOR + others.clamp(max=0.999)).log()
+    return -(by_others + (1 + FLOOR - p.clamp(min=0.001)).log()) / 2
 
 
 def held_out_signals(
@@ -444,7 +446,7 @@ def warn_of_loss(findings: Findings, sent: Tally, shared: float, config: SharedA
         )
     elif shared > NEAR_CEILING * counted and not config.exact_sar:
         findings.warn(
-            f"L_sar, {shared:.1f}, is near its ceiling of {-counted * math.log(1e-6):.1f}, where "
+            f"L_sar, {shared:.1f}, is near its ceiling of {-counted * math.log(FLOOR):.1f}, where "
             "it has hardly any gradient: SAU as published may leave the backdoor as it is; give "
             "--exact_sar"
         )

@@ -32,11 +32,7 @@ def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
         for name, module in bare(model).named_modules()
         if isinstance(module, nn.BatchNorm2d) and module.affine
     }
-    if not layers:
-        raise UserError(
-            "this method works on the channels of BatchNorm layers (BatchNorm2d), and this network "
-            "has none; give another method or network"
-        )
+    _require(layers, "BatchNorm layers (BatchNorm2d)")
     changeable(layers, model)
     return layers
 
@@ -67,12 +63,16 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
         for name, module in bare(model).named_modules()
         if isinstance(module, nn.Conv2d)
     }
-    if not by_name:
-        raise UserError(
-            "this method works on the channels of convolutions (Conv2d), and this network has "
-            "none; give another method or network"
-        )
+    _require(by_name, "convolutions (Conv2d)")
     return by_name
+
+
+def _require(layers: Mapping[str, nn.Module], what: str) -> None:
+    if not layers:
+        raise UserError(
+            f"this method works on the channels of {what}, and this network has none; give another "
+            "method or network"
+        )
 
 
 def convolutions_before(

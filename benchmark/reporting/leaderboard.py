@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from benchmark.reporting import tables
-from benchmark.reporting.means import COLLAPSED, FLAGS, Number, Table, percent
+from benchmark.reporting.means import FLAGS, Number, Table, has_collapsed, percent
 from benchmark.reporting.sources import HEADLINES
 from benchmark.reporting.summaries import is_clean
 from utils.metrics import FAILED_ASR
@@ -278,7 +278,7 @@ def _flags(table: Table, label: str, runs: pd.DataFrame) -> str:
     flags = {flag for number in numbers for flag in number.flags} - {"s"}
     if not (runs["asr_before"] < FAILED_ASR).any():
         flags.discard("a")  # that of models that are not used
-    if not (runs["acc"] < COLLAPSED * runs["acc_before"]).any():
+    if not has_collapsed(runs):
         flags.discard("c")  # likewise
     return "".join(sorted(flags | ({"s"} if runs.groupby("row").size().max() == 1 else set())))
 

@@ -25,6 +25,11 @@ FLAGS = {
 }
 
 
+def has_collapsed(runs: pd.DataFrame) -> bool:
+    """Whether a run has lost more than half of its ACC."""
+    return bool((runs["acc"] < COLLAPSED * runs["acc_before"]).any())
+
+
 def percent(rate: float) -> float:
     """A rate as it is printed: percent with two decimals."""
     return round(100 * float(rate), 2)
@@ -184,7 +189,7 @@ def _cells(runs: pd.DataFrame) -> Cells:
             general += flag if (group["sees"] == kind).any() else ""
         general += "v" if usual is not None and (made_by[group.index] != usual).any() else ""
         failed = "a" if (group["asr_before"] < FAILED_ASR).any() else ""
-        collapsed = "c" if (group["acc"] < COLLAPSED * group["acc_before"]).any() else ""
+        collapsed = "c" if has_collapsed(group) else ""
         flags = {"acc": collapsed + general, "asr": failed, "ra": "", "der": failed}
         cells[str(attack), str(label)] = {
             metric: _number(values, f)
