@@ -59,7 +59,7 @@ class Pair:
 
 
 def _by_round(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, float_precision="round_trip").set_index("round")
+    return pd.read_csv(path, dtype=str).astype(float).set_index("round")  # exact
 
 
 def read_pair(record: Path) -> Pair | None:

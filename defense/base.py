@@ -513,7 +513,7 @@ def _defend(
                 "sees": config.sees,
                 "seen_images": len(given.index),
                 "clean_images": len(given.index) if config.sees == "clean" else 0,
-                "rounds": getattr(config, "n_rounds", None),
+                "rounds": watch.metrics[-1]["round"] if hasattr(config, "n_rounds") else None,
                 "purify_seconds": round(watch.training_seconds, 2),
                 "attack_sha256": attack.sha256,
             },

@@ -319,7 +319,7 @@ def _write_notes(
         import pandas as pd  # here, because `--help` must not wait for it
 
         with explained(metrics, "a table of metrics"):
-            ours = pd.read_csv(metrics, float_precision="round_trip")
+            ours = pd.read_csv(metrics, dtype=object, na_filter=False)  # each number as it is
             columns = {theirs: ours[name] for theirs, name in _COLUMNS.items() if name in ours}
         table = pd.DataFrame(columns, columns=list(METRICS))
         folder.write("attack_df.csv", lambda path: table.to_csv(path, index=False))

@@ -428,6 +428,18 @@ def test_a_run_without_a_trigger_draws_no_images(
     assert "DER" not in log.replace("no ASR or DER", "")
 
 
+def test_the_summary_has_the_rounds_that_were_run(record: Record) -> None:
+    def purify(model: Any, images: Any, labels: Any, config: Any, loop: Any) -> nn.Module:
+        for number in loop.rounds(5, model=model):
+            loop.log(1, loss=torch.tensor(1.0))
+            if number == 3:
+                loop.stop()
+        return model
+
+    folder = base.defend(config(record, n_rounds=5), "early", purify)
+    assert summary_of(folder)["rounds"] == 3
+
+
 def test_a_method_that_sees_nothing_is_given_nothing(record: Record) -> None:
     where = {"result_file": "x", "record_path": str(record.folder.parent)}
     flags = clp.Config.load("digits", **where, n_rounds=2)

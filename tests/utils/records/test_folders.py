@@ -97,8 +97,8 @@ def test_metrics_read_back(run: RunFolder) -> None:
     assert (run.path / "metrics.csv").read_bytes() == (
         b"epoch,loss,acc\n1,0.3333333333333333,\n2,,0.9\n"
     )
-    expected = pd.DataFrame({"epoch": [1, 2], "loss": [1 / 3, none], "acc": [none, 0.9]})
-    read = pd.read_csv(run.path / "metrics.csv", float_precision="round_trip")
+    expected = pd.DataFrame({"epoch": [1.0, 2.0], "loss": [1 / 3, none], "acc": [none, 0.9]})
+    read = pd.read_csv(run.path / "metrics.csv", dtype=str).astype(float)
     pd.testing.assert_frame_equal(read, expected)
 
 
