@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+from models import Classifier
+from models.fast.batchnorm import BatchNorm2d
+
 # Flags of fine-tuning on `problem`: three rounds of three batches (5, 5 and 2 images).
 TUNING = {"n_rounds": 3, "batch_size": 5, "lr": 0.05, "wd": 0.01, "crop_padding": 1}
 
@@ -42,6 +45,22 @@ def conv_net(seed: int = 0, classes: int = 4, widths: tuple[int, int] = (6, 8)) 
     return network.eval()
 
 
+class Norms(nn.Module):
+    """Layers of which two are BatchNorm2d with weights, and one of these keeps statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False))
+        self.a = BatchNorm2d(3, track_running_stats=False)
+        self.flat = nn.BatchNorm1d(3)
+        self.group = nn.GroupNorm(1, 3)
+
+
+def classifier(network: nn.Module) -> Classifier:
+    """Normalization to (x - 0.5) / 0.25 before a network of double precision."""
+    return Classifier(network, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).double().eval()
+
+
 def problem(
     seed: int = 0, count: int = 12, classes: int = 4, side: int = 8
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,3 +79,8 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     """The names under which two state dicts do not hold the same bits."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def hooks(model: nn.Module) -> int:
+    """How many hooks its modules have."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from models import Classifier, build_model
 from models.lastmap import last_map
-from tests.models.test_parts import hooks
+from tests.networks import hooks
 from utils.errors import UserError
 
 Head = Callable[[torch.Tensor], torch.Tensor]
