@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from analysis.base import AnalysisConfig
+from models.heads import head
 from models.modes import evaluating, frozen
 from models.outputs import recording
-from models.parts import head
 from utils.data.batches import as_float
 from utils.data.labelled import Labelled
 from utils.errors import UserError
@@ -380,7 +380,7 @@ def signals_of(
         return asdict(Signal(shares, statistic, top, {"z": robust_z(values)}))
 
     def features() -> dict[str, Any]:
-        _, last = head(model)
+        _, last = head(model, images.shape[1:])
         weight = last.weight.detach().float().cpu()
         bias = torch.zeros(len(weight)) if last.bias is None else last.bias.detach().float().cpu()
         entered = head_features(model, images).float().cpu()
@@ -409,12 +409,10 @@ def signals_of(
 def has_linear_head(model: nn.Module, image: torch.Tensor) -> bool:
     """Whether the network's last layer is linear and gives the logits."""
     try:
-        name, _ = head(model)
+        name, _ = head(model, image.shape[1:])
     except UserError:
         return False
     with recording(model, [name]) as outputs, evaluating(model), torch.no_grad():
         logits = model(image)
-    if name not in outputs:  # the network does not call it
-        return False
     last = outputs[name].float()  # where the network computes in bf16, it is bf16
     return last.shape == logits.shape and bool(torch.allclose(last, logits))

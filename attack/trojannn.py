@@ -27,6 +27,7 @@ CIFAR-10, PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 93.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,8 +42,8 @@ from attack.poisoning import run
 from attack.recipe import AttackConfig, bare_model, clean_model, recipe
 from attack.setting import Setting
 from models import Classifier
+from models.heads import last_linear
 from models.outputs import recording
-from models.parts import last_linear
 from utils.data.batches import truncated
 from utils.data.poison import Trigger
 from utils.errors import UserError
@@ -82,13 +83,16 @@ def disc(height: int, width: int) -> torch.Tensor:
     return rows.square() + columns.square() <= (0.15 * height) ** 2
 
 
-def neurons_of(network: nn.Module) -> tuple[str, nn.Linear]:
+def neurons_of(network: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
     """The layer that makes the logits, with its name; its inputs are the neurons.
 
+    Args:
+        image_shape: (C, H, W).
+
     Raises:
-        UserError: if the network has no linear layer.
+        UserError: if it is not linear.
     """
-    return last_linear(network, "--model", "give preactresnet18")
+    return last_linear(network, image_shape, "--model", "give preactresnet18")
 
 
 def strongest(weight: torch.Tensor, count: int) -> torch.Tensor:
@@ -96,23 +100,17 @@ def strongest(weight: torch.Tensor, count: int) -> torch.Tensor:
     return weight.detach().abs().sum(dim=0).topk(count).indices
 
 
-def penultimate(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The inputs of the last linear layer.
+def penultimate(network: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
+    """The inputs of a linear layer.
+
+    Args:
+        name: of the layer.
 
     Shape:
         (N, C, H, W) float, as the bare network takes them -> (N, features) float.
-
-    Raises:
-        UserError: if the network has no linear layer, or does not call its last one.
     """
-    name, _ = neurons_of(network)
     with recording(network, [name], of="input") as inputs:
         network(images)
-    if name not in inputs:
-        raise UserError(
-            f"--model: does not call {name}, its last linear layer, whose inputs are the neurons; "
-            "give preactresnet18"
-        )
     return inputs[name]
 
 
@@ -136,12 +134,13 @@ def invert(
     start = (config.start * mask).unsqueeze(0)
     patch = start.clone()
     best, lowest = patch, float("inf")
+    name, _ = neurons_of(model.network, mask.shape)
     seen: list[torch.Tensor] = []
     with Progress(config.iterations + 1, "optimising the patch", "step") as progress:
         for _ in range(config.iterations + 1):
             patch.requires_grad_()
             images = model.normalize(patch) if config.normalize else patch
-            features = penultimate(model.network, images)[0, neurons]
+            features = penultimate(model.network, images, name)[0, neurons]
             cost = (features - config.feature_target).square().sum()
             (gradient,) = torch.autograd.grad(cost, patch)
             patch = patch.detach()
@@ -162,7 +161,7 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor:
         UserError: if the network has no linear layer, or fewer features than --neurons.
     """
     network = bare_model(config, setting.data).network
-    _, layer = neurons_of(network)  # refused before training one
+    _, layer = neurons_of(network, setting.data.image_shape)  # refused before training one
     if config.neurons > layer.in_features:
         raise UserError(
             f"--neurons: {config.neurons}, but the last linear layer of {config.model} has "
@@ -176,7 +175,7 @@ def prepare(config: Config, setting: Setting) -> torch.Tensor:
 
     def compute() -> dict[str, torch.Tensor]:
         model = clean_model(config, setting, config.clean_epochs)
-        weight = neurons_of(model.network)[1].weight
+        weight = neurons_of(model.network, setting.data.image_shape)[1].weight
         if config.neuron_choice == "random":
             rng = generator(config.random_seed, "trojan head")
             weight = torch.rand(RANDOM_HEAD, weight.shape[1], generator=rng)

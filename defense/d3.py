@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
 from models.copies import copied
-from models.parts import changeable, layer_or_last
+from models.heads import layer_or_last, require_use
+from models.parts import changeable
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -100,19 +101,24 @@ def start_of(initial: torch.Tensor, method: Start, draws: torch.Generator) -> to
         return drawn
     if method == "noise":
         noise = torch.randn(initial.shape, generator=draws, dtype=torch.float32).to(initial)
-        return initial + noise * initial.std()
+        return initial + noise * (initial.std() if initial.numel() > 1 else 0)
     return initial * {"far": -1, "middle": 0, "near": 1}[method]
 
 
-def pushed_weights(model: nn.Module, name: str | None) -> list[torch.Tensor]:
+def pushed_weights(
+    model: nn.Module, name: str | None, image_shape: Sequence[int]
+) -> list[torch.Tensor]:
     """The weights of all linear and convolution layers inside a layer.
 
+    Args:
+        image_shape: (C, H, W).
+
     Raises:
-        UserError: if there is none, or one is frozen.
+        UserError: if there is none, one is frozen, or the network uses none.
     """
-    chosen = layer_or_last(model, name, "--select_layer_name")
+    name, chosen = layer_or_last(model, name, "--select_layer_name", image_shape)
     inside = {
-        ".".join(filter(None, (name, part_name))) or "that is the last linear one": part
+        ".".join(filter(None, (name, part_name))): part
         for part_name, part in chosen.named_modules()
         if isinstance(part, (nn.Linear, nn.Conv2d))
     }
@@ -128,6 +134,7 @@ def pushed_weights(model: nn.Module, name: str | None) -> list[torch.Tensor]:
             "a weight that this method pushes is frozen; set its requires_grad, or give another "
             "--select_layer_name"
         )
+    require_use(model, inside, image_shape, "--select_layer_name")
     return [part.weight for part in layers]
 
 
@@ -160,7 +167,7 @@ def purify(
     """
     loop = loop or Loop()
     model = copied(model).eval()
-    weights = pushed_weights(model, config.select_layer_name)
+    weights = pushed_weights(model, config.select_layer_name, images.shape[1:])
     if config.n_rounds == 0:
         return model
     initial = [weight.detach().clone() for weight in weights]

@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense.base import FineTuned, HeldOut, checked, run
 from models.channels import named_channels
 from models.copies import copied
-from models.parts import changeable, head, learning_weights
+from models.heads import head
+from models.parts import bare, changeable, learning_weights
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
 from utils.training.pruning import chosen_level, say_pruned
@@ -84,17 +85,17 @@ def purify(
         good level.
 
     Raises:
-        UserError: if the network has no linear layer in its last part, or all images are held out.
+        UserError: if no linear layer makes the logits, or all images are held out.
 
     Example:
         >>> config = Config.load(n_rounds=1)
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    name, linear = head(model)
-    changeable({name: linear}, model)
     if config.n_rounds:
         learning_weights(model)
+    name, linear = head(model, images.shape[1:])
+    changeable({name: linear}, model)
     count = linear.in_features
     purified = copied(model).eval()
     if config.n_rounds == 0:
@@ -112,7 +113,7 @@ def purify(
 
         def of_level(level: int) -> nn.Module:
             pruned = copied(model)
-            _prune(pruned, order[:level])
+            _prune(pruned, name, order[:level])
             return pruned
 
         levels = range(0, count, step)
@@ -123,16 +124,20 @@ def purify(
     is_pruned = torch.zeros(count, dtype=torch.bool).index_fill(0, features, True)
     text = f"{level} of {count} features pruned"
     say_pruned(loop.findings, named_channels({name: is_pruned}), text, level=level, channels=count)
-    _prune(purified, features)
-    fine_tune(purified, images, labels, config, loop, after_step=lambda: _prune(purified, features))
+    _prune(purified, name, features)
+
+    def after_step() -> None:
+        _prune(purified, name, features)
+
+    fine_tune(purified, images, labels, config, loop, after_step=after_step)
     return purified
 
 
 @torch.no_grad()
-def _prune(model: nn.Module, features: torch.Tensor) -> None:
-    """Makes the head ignore some features; in place."""
-    _, linear = head(model)
-    linear.weight[:, features.to(linear.weight.device)] = 0
+def _prune(model: nn.Module, name: str, features: torch.Tensor) -> None:
+    """Makes the head of that name ignore some features; in place."""
+    weight = bare(model).get_submodule(name).get_parameter("weight")
+    weight[:, features.to(weight.device)] = 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ be learned again from a few triggered images.
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
 from models.copies import copied
-from models.parts import changeable, layer_or_last
+from models.heads import layer_or_last, require_use
+from models.parts import changeable
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -66,24 +68,28 @@ def shift_loss(
     return F.cross_entropy(logits, labels) + alpha * (weight * initial).sum()
 
 
-def head_of(model: nn.Module, name: str | None) -> nn.Linear:
+def head_of(model: nn.Module, name: str | None, image_shape: Sequence[int]) -> nn.Linear:
     """The linear layer that is shifted.
 
+    Args:
+        image_shape: (C, H, W).
+
     Raises:
-        UserError: if there is none, or it is frozen.
+        UserError: if there is none, it is frozen, or the network does not use it.
     """
-    head = layer_or_last(model, name, "--select_layer_name")
+    name, head = layer_or_last(model, name, "--select_layer_name", image_shape)
     if not isinstance(head, nn.Linear):
         raise UserError(
             f"--select_layer_name: {name} is a {type(head).__name__}, but the head is shifted; "
             "give a linear layer, or null for the last one"
         )
-    changeable({name or "that is the last linear one": head}, model)
+    changeable({name: head}, model)
     if not head.weight.requires_grad:
         raise UserError(
             "the head's weight is frozen, but this method trains it; set its requires_grad, or "
             "give another --select_layer_name"
         )
+    require_use(model, {name: head}, image_shape, "--select_layer_name")
     return head
 
 
@@ -116,7 +122,7 @@ def purify(
     """
     loop = loop or Loop()
     model = copied(model).eval()
-    head = head_of(model, config.select_layer_name)
+    head = head_of(model, config.select_layer_name, images.shape[1:])
     if config.n_rounds == 0:
         return model
     weight, initial = head.weight, head.weight.detach().clone()

@@ -15,7 +15,7 @@ from models import Classifier
 from models.copies import copied
 from models.modes import evaluating
 from models.outputs import watching
-from models.parts import bare, changeable, usual_weight
+from models.parts import bare, black_images, changeable
 from utils.errors import UserError
 
 Pairs = Literal["order", "direct"]
@@ -101,8 +101,7 @@ def convolutions_before(
                 before[name] = last
     else:
         all_convolutions = convolutions(model)
-        weight = usual_weight(model)
-        image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
+        image = black_images(model, image_shape)
         outputs: dict[str, tuple[torch.Tensor, int]] = {}
         inputs: dict[str, tuple[torch.Tensor, int]] = {}
         with (

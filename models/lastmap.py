@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from models.modes import evaluating
-from models.parts import bare, top_level, usual_weight
+from models.parts import bare, black_images, top_level
 from utils.errors import UserError
 
 _MEANS = ("mean", "sum", "amax", "max", "logsumexp")  # and what has `pool` in its name
@@ -87,8 +87,7 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
     Raises:
         UserError: if there is none.
     """
-    weight = usual_weight(model)
-    images = torch.zeros(2, *image_shape, device=weight.device, dtype=weight.dtype)
+    images = black_images(model, image_shape, 2)
     seen: list[tuple[str, torch.Tensor]] = []
     hooks = [
         module.register_forward_hook(

@@ -1,11 +1,12 @@
-"""Parts of any network that defenses ask for: layers by name, the head, weights that learn.
+"""Parts of any network that defenses ask for: layers by name, weights that learn.
 
 Names are those of the bare network (`Classifier.network`, else the module itself), as in a
 record's state dict: `layer4.1.bn2`. A network that lacks what is asked for is refused in one line.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from models import Classifier
@@ -41,8 +42,8 @@ def layer(model: nn.Module, name: str, flag: str) -> nn.Module:
 def top_level(model: nn.Module) -> dict[str, nn.Module]:
     """The parts that the bare network is made of, by name, in their order.
 
-    Of a network inside another one that only prepares its images (a `Resize`, a normalization), or
-    spreads them over devices, they are its own parts: `1.layer1`, `module.layer1`, ...
+    Of a network inside another one that has no other layers (it prepares images, spreads them over
+    devices, or only calls it), they are its own parts: `1.layer1`, `module.layer1`, ...
     """
     network, prefix = bare(model), ""
     while name := _inside(network):
@@ -56,27 +57,8 @@ def _inside(network: nn.Module) -> str:
         return "module"
     parts = dict(network.named_children())
     learned = [name for name, part in parts.items() if any(True for _ in part.parameters())]
-    is_around = len(parts) > 1 and len(learned) == 1 and not network._parameters
+    is_around = len(learned) == 1 and all(own.dim() < 2 for own in network.parameters(False))
     return learned[0] if is_around and any(True for _ in parts[learned[0]].children()) else ""
-
-
-def head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """The first linear layer inside the last top-level part of the bare network, with its name.
-
-    It takes the features: `linear`, `fc`, VGG's `classifier.0`, a ViT's `heads.head`.
-
-    Raises:
-        UserError: if there is none.
-    """
-    children = list(top_level(model).items())
-    last, part = children[-1] if children else ("", bare(model))
-    for inner, module in part.named_modules():
-        if isinstance(module, nn.Linear):
-            return ".".join(filter(None, (last, inner))), module
-    raise UserError(
-        "this network's last part has no linear layer, which this method works on; give another "
-        "method or network"
-    )
 
 
 def usual_weight(model: nn.Module) -> nn.Parameter:
@@ -87,6 +69,16 @@ def usual_weight(model: nn.Module) -> nn.Parameter:
     floats = [weight for weight in model.parameters() if weight.is_floating_point()]
     of_layers = [weight for weight in floats if weight.dim() > 1]
     return [*of_layers, *floats, *model.parameters()][0]
+
+
+def black_images(model: nn.Module, image_shape: Sequence[int], count: int = 1) -> torch.Tensor:
+    """Zeros (count, C, H, W) of the type, and on the device, of the network's weights.
+
+    Args:
+        image_shape: (C, H, W).
+    """
+    weight = usual_weight(model)
+    return torch.zeros(count, *image_shape, device=weight.device, dtype=weight.dtype)
 
 
 def changeable(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
@@ -128,40 +120,3 @@ def learning_weights(model: nn.Module) -> list[nn.Parameter]:
             "this method shall change"
         )
     return weights
-
-
-def layer_or_last(model: nn.Module, name: str | None, flag: str) -> nn.Module:
-    """A layer of the bare network by its name; without a name its last linear layer.
-
-    Args:
-        flag: that gave the name, for the message.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if name is not None:
-        return layer(model, name, flag)
-    return last_linear(model, flag, "name a layer")[1]
-
-
-def last_linear(model: nn.Module, flag: str, advice: str) -> tuple[str, nn.Linear]:
-    """The last linear layer of the bare network, with its name.
-
-    Args:
-        flag: that is to blame, for the message.
-        advice: what to do, for the message.
-
-    Raises:
-        UserError: if there is none.
-    """
-    linear = [
-        (name, module)
-        for name, module in bare(model).named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    if not linear:
-        raise UserError(
-            f"{flag}: this network has no linear layer, of which the last one would be taken; "
-            f"{advice}"
-        )
-    return linear[-1]

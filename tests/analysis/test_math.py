@@ -510,12 +510,20 @@ class Forked(nn.Module):
         return self.heads["used"](self.block["used"](images).relu().mean((2, 3)))
 
 
-def test_a_network_that_does_not_call_its_head_has_no_signal_of_it() -> None:
-    images = torch.rand(2, 3, 8, 8)
-    assert not signals.has_linear_head(Forked(), images[:1])
+class Convolved(Forked):
+    """A convolution gives its logits."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.block["used"](images).mean((2, 3))
+
+
+@pytest.mark.parametrize("network", [Forked, Convolved])
+def test_only_a_network_with_a_linear_head_has_a_signal_of_it(network: type[nn.Module]) -> None:
+    images, model, has_head = torch.rand(2, 3, 8, 8), network(), network is Forked
+    assert signals.has_linear_head(model, images[:1]) == has_head
     probes = Labelled(images, torch.tensor([0, 1]))
-    computed = signals.signals_of(Forked(), probes, inspection.Config.load(), torch.device("cpu"))
-    assert signals.HEAD not in computed
+    computed = signals.signals_of(model, probes, inspection.Config.load(), torch.device("cpu"))
+    assert (signals.HEAD in computed) == has_head
 
 
 def test_convolutions_that_are_never_called_are_not_compared() -> None:

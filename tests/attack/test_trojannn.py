@@ -126,10 +126,10 @@ def test_features_are_what_the_last_linear_layer_reads(tiny_model: Classifier) -
     tiny_model.eval()
     network = tiny_model.network
     images = torch.rand(2, 3, 8, 8)
-    features = penultimate(network, images)
-    assert features.shape == (2, 4)
-    name, layer = neurons_of(network)
+    name, layer = neurons_of(network, (3, 8, 8))
     assert name == "linear"
+    features = penultimate(network, images, name)
+    assert features.shape == (2, 4)
     assert torch.equal(layer(features), network(images))
     assert not layer._forward_pre_hooks
     assert not layer._forward_hooks
@@ -142,14 +142,13 @@ def test_more_neurons_than_features_are_refused_before_training(setting: Setting
 
 def test_a_network_without_a_linear_layer_is_refused() -> None:
     with pytest.raises(UserError, match=r"--model: .* no linear layer"):
-        neurons_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))
+        neurons_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()), (3, 8, 8))
 
 
-def test_a_network_that_does_not_call_its_last_layer_is_refused() -> None:
+def test_a_layer_that_is_not_called_has_no_neurons() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     network[1].register_module("idle", nn.Linear(2, 2))
-    with pytest.raises(UserError, match=r"--model: does not call 1.idle, its last linear layer"):
-        penultimate(network, torch.rand(1, 3, 2, 2))
+    assert neurons_of(network, (3, 2, 2)) == ("1", network[1])
 
 
 def test_the_chosen_features_grow(tiny_model: Classifier) -> None:
@@ -164,9 +163,11 @@ def test_the_chosen_features_grow(tiny_model: Classifier) -> None:
     assert (patch[mask == 0] == 0).all()
     assert patch.min() >= 0
     assert patch.max() <= 1
-    found = penultimate(tiny_model.network, tiny_model.normalize(patch[None]))[0, neurons]
+    found = penultimate(tiny_model.network, tiny_model.normalize(patch[None]), "linear")[0, neurons]
     torch.testing.assert_close(found, after)
-    start = penultimate(tiny_model.network, tiny_model.normalize(0.5 * mask[None]))[0, neurons]
+    start = penultimate(tiny_model.network, tiny_model.normalize(0.5 * mask[None]), "linear")[
+        0, neurons
+    ]
     torch.testing.assert_close(start, before)
 
 

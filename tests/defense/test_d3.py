@@ -171,17 +171,17 @@ def test_the_norm_is_kept_and_the_distance_is_at_most_twice_it(start: str) -> No
 def test_the_weights_of_all_layers_inside_are_pushed() -> None:
     """By name; without one those of the last linear layer. Norms' and biases are not among them."""
     network = ConvNet(4, (6, 8))
-    network.block = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    network.conv1 = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Linear(8, 8))
     model = Classifier(network, (0.5,) * 3, (0.25,) * 3)
 
     def names(name: str | None) -> list[str]:
-        pushed = [id(weight) for weight in pushed_weights(model, name)]
+        pushed = [id(weight) for weight in pushed_weights(model, name, (3, 8, 8))]
         return [key for key, weight in network.named_parameters() if id(weight) in pushed]
 
-    assert names("block") == ["block.0.weight", "block.2.weight"]
-    assert names("conv1") == ["conv1.weight"]
+    assert names("conv1") == ["conv1.0.weight", "conv1.2.weight"]
+    assert names("conv2") == ["conv2.weight"]
     assert names("linear") == ["linear.weight"]
-    assert names(None) == ["block.2.weight"]
+    assert names(None) == ["linear.weight"]
 
 
 def test_each_weight_keeps_its_own_norm() -> None:

@@ -4,12 +4,11 @@ import torch
 from torch import nn
 
 from models import Resize
+from models.heads import head
 from models.modes import evaluating
 from models.outputs import recording
-from models.parts import head
 from utils.data.batches import as_float, release, wide
 from utils.data.labelled import Labelled, Triggered
-from utils.errors import UserError
 from utils.metrics import Rate, Scores
 from utils.process import distributed
 from utils.process.device import images_at_once
@@ -55,19 +54,14 @@ def head_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         (N, D) float32 or float64; if the head works on several places, one row for each place.
 
     Raises:
-        UserError: if the network has no head, or does not call it.
+        UserError: if the network has no head.
     """
-    name, _ = head(model)
+    name, _ = head(model, images.shape[1:])
     device = next(model.parameters()).device
     size = images_at_once(device, _side(model, images))
 
     def features(part: torch.Tensor) -> torch.Tensor:
         model(as_float(part, device))
-        if name not in inputs:
-            raise UserError(
-                f"this network does not call {name}, the first linear layer of its last part, "
-                "whose inputs this method reads; give another method or network"
-            )
         return wide(inputs[name].flatten(0, -2))
 
     with evaluating(model), torch.no_grad(), recording(model, [name], of="input") as inputs:
