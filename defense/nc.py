@@ -233,7 +233,8 @@ def purify(
         loop: lets a pipeline watch the passes, and takes the verdict.
 
     Returns:
-        The model after the last round, in eval mode; as it was, if no class is flagged.
+        The model after the last round, in eval mode; as it was, if no class is flagged, as always
+        of two classes.
 
     Example:
         >>> config = Config.load(n_rounds=1, nc_epoch=2)
@@ -245,6 +246,11 @@ def purify(
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
         classes = model(as_float(images[:1], device)).shape[1]
+    if classes < 3:
+        loop.findings.warn(
+            "of two classes none can be flagged, because the smaller norm is the median; the "
+            "triggers are shown without a verdict; give another defense"
+        )
     triggers = [invert_trigger(model, images, label, config, loop) for label in range(classes)]
     norms = torch.stack([mask.sum().cpu() for mask, _ in triggers])
     flagged = flagged_classes(norms, config.mad_threshold)
@@ -279,10 +285,11 @@ def _report(
     norms: torch.Tensor,
     flagged: list[int],
 ) -> None:
-    """States the norms, the triggers of the eight smallest, and the verdict."""
+    """States the norms, the triggers of the eight smallest, and the verdict on three or more."""
     index = outlier_index(norms)
     suspicion = index.where(norms <= norms.median(), 0)
-    loop.findings.verdict = Verdict(bool(flagged), tuple(flagged), tuple(suspicion.tolist()))
+    if len(norms) > 2:
+        loop.findings.verdict = Verdict(bool(flagged), tuple(flagged), tuple(suspicion.tolist()))
     loop.findings.tables["norms"] = [
         {"class": label, "mask_norm": float(norms[label]), "index": float(index[label])}
         for label in range(len(norms))

@@ -675,6 +675,23 @@ def test_the_verdict_names_targets_and_how_suspicious_each_class_is(
     assert rows[9]["index"] == pytest.approx(10 / 5.9304, abs=1e-4)
 
 
+def test_of_two_classes_none_is_flagged_and_there_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The smaller norm is the lower median; of three classes the smallest may be an outlier."""
+    assert flagged_classes(torch.tensor([1.0, 900])) == []
+    assert flagged_classes(torch.tensor([900.0, 1])) == []
+    for classes, norms in ((2, [1.0, 30]), (3, [1.0, 30, 31])):
+        given_triggers(monkeypatch, norms)
+        spied_tuning(monkeypatch)
+        loop, images = Loop(), problem(classes=classes)[0].float()
+        purify(conv_net(classes=classes).float(), images, torch.arange(12) % 2, Config.load(), loop)
+        warned = any("of two classes none can be flagged" in text for text in loop.findings.warnings)
+        assert warned == (classes == 2)
+        assert (loop.findings.verdict is None) == (classes == 2)
+        assert len(loop.findings.tables["norms"]) == classes
+
+
 def test_a_higher_threshold_flags_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     given_triggers(monkeypatch, NORMS.tolist())
     calls = spied_tuning(monkeypatch)
