@@ -22,22 +22,25 @@ _KEEPING = (
 class _Pooling(TorchFunctionMode):
     """Inside, keeps the last map (N, C, H, W) that is pooled, or flattened, to (N, D).
 
-    Pooling and flattening may be two calls. Maps that become tokens (N, L, D) do not count, nor
-    those that are pooled to weigh channels, as squeeze and excitation does.
+    Pooling and flattening may be two calls, with others between, and a map may be pooled in several
+    ways that are joined. Maps that become tokens (N, L, D) do not count, nor those that are pooled
+    to weigh channels, as squeeze and excitation does.
 
     Attributes:
-        found: the map; None so far.
+        found: the map; None so far, or if several maps are pooled and joined.
         place: what `place` gave when it was pooled.
+        is_joined: whether several maps are pooled and joined.
     """
 
     def __init__(self, place: Callable[[], int]) -> None:
         super().__init__()
         self.found: torch.Tensor | None = None
         self.place = 0
+        self.is_joined = False
         self._place = place
-        # Results that a map was pooled or flattened to, with the map and its place. Each result is
-        # kept, because else another tensor might get its id.
-        self._results: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        # Results that a map was pooled or flattened to, with the map (None for several maps) and
+        # its place. Each result is kept, because else another tensor might get its id.
+        self._results: dict[int, tuple[torch.Tensor, torch.Tensor | None, int]] = {}
 
     def __torch_function__(
         self,
@@ -49,24 +52,46 @@ class _Pooling(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         source = args[0] if args else None
         if isinstance(source, torch.Tensor) and isinstance(result, torch.Tensor):
-            self._look(getattr(func, "__name__", ""), source, result)
+            others = [a for a in args[1:] if isinstance(a, torch.Tensor) and a.ndim == 4]
+            self._look(getattr(func, "__name__", ""), source, result, bool(others))
+        elif isinstance(source, (list, tuple)) and isinstance(result, torch.Tensor):
+            self._join(source, result)
         return result
 
-    def _look(self, name: str, source: torch.Tensor, result: torch.Tensor) -> None:
+    def _look(
+        self, name: str, source: torch.Tensor, result: torch.Tensor, has_others: bool
+    ) -> None:
         own = (source, self._place())
         origin, place = self._results.get(id(source), (None, *own))[1:]
-        if origin.ndim != 4:
+        if source.ndim == 2 or (origin is not None and origin.ndim != 4):
             return
-        is_whole = "adaptive" in name or result.shape[2:].numel() == 1
+        pixels = result.shape[2:].numel()
+        is_whole = "adaptive" in name or pixels == 1
+        is_small = pixels == 1 and source.shape[2:].numel() == 1
+        # Weights of channels times a map of one pixel are a map of its own.
+        is_after = name in _KEEPING or (is_small and ("conv" in name or not has_others))
         if result.ndim == 2:
-            self.found, self.place = origin, place
+            self._keep(result, origin, place)
         elif result.ndim == 4 and is_whole and ("pool" in name or name in _MEANS):
             self._results[id(result)] = (result, *own)
-        elif result.ndim == 4 and name in _KEEPING and origin is not source:
+        elif result.ndim == 4 and is_after and origin is not source:
             self._results[id(result)] = (result, origin, place)
         elif result.ndim == 3 and source.ndim == 4:
             self._results[id(result)] = (result, origin, place)
             self.found = None  # tokens, unless the next call pools or flattens them
+
+    def _join(self, sources: Sequence[Any], result: torch.Tensor) -> None:
+        known = [self._results[id(source)] for source in sources if id(source) in self._results]
+        if not known or len(known) < len(sources):
+            return
+        _, origin, place = known[0]
+        is_one = all(other is origin for _, other, _ in known)
+        self._keep(result, origin if is_one else None, place)
+
+    def _keep(self, result: torch.Tensor, origin: torch.Tensor | None, place: int) -> None:
+        self._results[id(result)] = (result, origin, place)
+        if result.ndim == 2:
+            self.found, self.place, self.is_joined = origin, place, origin is None
 
 
 def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1) -> str:
@@ -108,6 +133,11 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
         for name, output in seen[: pooling.place]
         if times[name] == 1 and isinstance(output, torch.Tensor) and output.ndim == 4
     ]
+    if pooling.is_joined:
+        raise UserError(
+            "this network joins features of several maps, and this method masks those of one; give "
+            "another method or network"
+        )
     found, names = pooling.found, []
     if found is not None and found.shape[2:].numel() < least_pixels:
         parts = top_level(model)

@@ -75,6 +75,14 @@ def early(features: torch.Tensor) -> torch.Tensor:
         lambda x: F.adaptive_avg_pool2d(x, 3).flatten(1),
         lambda x: F.max_pool2d(x.relu(), x.shape[2:]).flatten(1),
         lambda x: F.max_pool2d(x.relu(), 2).flatten(1),
+        lambda x: F.avg_pool2d(x.clamp(min=1e-6) ** 3, x.shape[2:]).pow(1 / 3).flatten(1),  # GeM
+        lambda x: F.hardswish(
+            F.conv2d(F.adaptive_avg_pool2d(x, 1), torch.ones(7, 5, 1, 1))
+        ).flatten(1),
+        lambda x: torch.cat(
+            [F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)], dim=1
+        ).flatten(1),
+        lambda x: torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1),
     ],
 )
 def test_any_way_to_pool_or_to_flatten_is_seen(head: Head) -> None:
@@ -109,6 +117,31 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("is_behind", [False, True])
 def test_a_map_beside_that_is_not_pooled_does_not_count(is_behind: bool) -> None:
     assert last_map(Branches(is_behind), (3, 8, 8)) == "pooled"
+
+
+class Joined(nn.Module):
+    """Two maps, pooled and joined; perhaps only to weigh the channels of a third one."""
+
+    def __init__(self, weighs: bool, flattens_first: bool) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 2)
+        self.three = nn.Conv2d(3, 8, 8)
+        self.weighs, self.start = weighs, 2 - flattens_first
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = [x.mean((2, 3), keepdim=True) for x in (self.one(images), self.two(images))]
+        weights = torch.cat([x.flatten(self.start) if self.start == 1 else x for x in pooled], 1)
+        if self.weighs:
+            return (weights.view(-1, 8, 1, 1) * self.three(images)).flatten(1)
+        return weights.flatten(1)
+
+
+@pytest.mark.parametrize("flattens_first", [False, True])
+def test_several_maps_that_are_joined_are_refused(flattens_first: bool) -> None:
+    """One of them would be half of what the logits read."""
+    with pytest.raises(UserError, match=r"^this network joins features of several maps[^\n]*$"):
+        last_map(Joined(False, flattens_first), (3, 8, 8))
+    assert last_map(Joined(True, flattens_first), (3, 8, 8)) == "three"
 
 
 def test_a_network_without_a_last_map_is_refused_in_a_line() -> None:
