@@ -43,6 +43,7 @@ from utils.training.findings import Findings
 from utils.training.guard import (
     apart,
     check_given,
+    half_precision,
     in_any_order,
     learning,
     made_on_the_cpu,
@@ -350,6 +351,12 @@ def checked(purify: Purify[C]) -> Purify[C]:
             made_on_the_cpu(),
         ):
             given = copied(model) if has_own_code(model) else model
+            loop = loop or Loop()
+            if config.learns and (half := half_precision(model)):
+                loop.findings.warn(
+                    f"the model's weights are in {half}, where small steps are lost in rounding; "
+                    "give model.float()"
+                )
             purified = purify(given, apart(images), apart(labels), config, loop)
             require_finite(purified)
             for weight in purified.parameters():

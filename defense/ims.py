@@ -212,13 +212,12 @@ def purify(
     scalable(layers, model)
     weight = usual_weight(model)
     model = copied(result).requires_grad_(False)
-    a, s = (
-        torch.ones(sum(widths.values()), device=weight.device, dtype=weight.dtype).requires_grad_()
-        for _ in range(2)
+    a, s = (  # steps of 0.01 from 1 would be lost in half precision
+        wide(weight.new_ones(sum(widths.values()))).requires_grad_() for _ in range(2)
     )
 
     def by_layer(side: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = factors(side, s).split(list(widths.values()))
+        parts = factors(side, s).to(weight.dtype).split(list(widths.values()))
         return dict(zip(widths, parts, strict=True))
 
     def network_of(side: torch.Tensor) -> Network:

@@ -40,7 +40,7 @@ from models.modes import evaluating, keeping_statistics
 from models.outputs import recording
 from models.parts import bare, layer
 from utils.data.batches import as_float
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.perturb import Norm, project
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -162,12 +162,25 @@ def input_channels(model: nn.Module, name: str, images: torch.Tensor) -> int:
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad(), recording(model, [name], of="input") as inputs:
         model(as_float(images[:1], device))
-    if name not in inputs or inputs[name].dim() != 4:
+    if name not in inputs or not isinstance(inputs[name], torch.Tensor) or inputs[name].dim() != 4:
         raise UserError(
             f"--target_layer_name: no map (N, C, H, W) enters {name}, which a polarizer needs; "
             "give a late convolution of a convolutional network"
         )
     return inputs[name].shape[1]
+
+
+def _require_pass(model: nn.Module, name: str, image: torch.Tensor) -> None:
+    """Raises UserError if the network, with a polarizer before a layer, does not take an image."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(image)
+    except Exception as error:  # the network's own code may ask the layer for anything
+        raise UserError(
+            f"--target_layer_name: the network does not run with a polarizer before {name} "
+            f"({type(error).__name__}: {one_line(error)}); give a layer that takes one map alone, "
+            "and whose attributes are not used elsewhere"
+        ) from None
 
 
 @checked
@@ -206,6 +219,7 @@ def purify(
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     model.requires_grad_(False)
     polarizer = insert(bare(model), "polarizer", config.target_layer_name, channels)
+    _require_pass(model, config.target_layer_name, as_float(images[:1], device))
     order = generator(config.random_seed, "batches")
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -361,7 +361,8 @@ def purify(
     learner = loop.parallel(model)
     attacked = loop.alone(model), loop.alone(reference)
     optimizer = config.adam(model)
-    with torch.no_grad():  # the reference on clean images never changes
+    is_mixing = mixes_images(reference)
+    with torch.no_grad():  # the reference on clean images never changes, if it takes each alone
         ref_logits = torch.cat(
             [reference(as_float(batch, device)) for batch in images.split(config.batch_size)]
         )
@@ -375,7 +376,8 @@ def purify(
     for number in loop.rounds(config.n_rounds, model=model, **changing):
         for index in loop.batches(len(images), config.batch_size, order, least=1):
             x, y = as_float(images[index], device), labels[index].to(device)
-            ref_clean = ref_logits[index.to(device)]
+            with torch.no_grad():
+                ref_clean = reference(x) if is_mixing else ref_logits[index.to(device)]
             ref_predictions = ref_clean.argmax(1)
             delta = shared_perturbation(
                 *attacked,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from models import Classifier
 
@@ -96,16 +97,26 @@ def mixes_images(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def keeping_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm in train mode uses the batch's statistics and does not keep them."""
-    tracking = [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
+    """Inside, BatchNorm in train mode uses the batch's statistics and does not keep them.
+
+    Nor does InstanceNorm, in train mode, that keeps an average of its images' statistics.
+    """
+    modules = list(model.modules())
+    tracking = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
+    averaging = [
+        (module, name, module._buffers[name])
+        for module in modules
+        if isinstance(module, _InstanceNorm) and module.training
+        for name in ("running_mean", "running_var")
     ]
     for module in tracking:
         module.track_running_stats = False
+    for module, name, _ in averaging:
+        module._buffers[name] = None
     try:
         yield
     finally:
         for module in tracking:
             module.track_running_stats = True
+        for module, name, value in averaging:
+            module._buffers[name] = value

@@ -70,6 +70,22 @@ def test_agreement_in_half_precision_is_that_of_the_same_logits(dtype: torch.dty
             assert torch.equal(found, expected)
 
 
+def test_masks_are_learned_with_all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 0.001 from 1 is none in bfloat16."""
+    seen = set()
+
+    def spied(a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        seen.add(a.dtype)
+        return factors(a, s)
+
+    monkeypatch.setattr(ims, "factors", spied)
+    images, labels = problem()
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        seen.clear()
+        purify(conv_net().to(dtype), images.to(dtype), labels, Config.load(n_rounds=1, lr=1e-3))
+        assert seen == {expected}
+
+
 def test_agreement_and_disagreement_by_hand() -> None:
     """(1/2, 1/2) . (1/4, 3/4) = 1/2, (0.9, 0.1) . (0.2, 0.8) = 0.26, image by image."""
     one, other = logits((0.5, 0.5), (0.9, 0.1)), logits((0.25, 0.75), (0.2, 0.8))

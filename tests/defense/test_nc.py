@@ -686,7 +686,9 @@ def test_of_two_classes_none_is_flagged_and_there_is_no_verdict(
         spied_tuning(monkeypatch)
         loop, images = Loop(), problem(classes=classes)[0].float()
         purify(conv_net(classes=classes).float(), images, torch.arange(12) % 2, Config.load(), loop)
-        warned = any("of two classes none can be flagged" in text for text in loop.findings.warnings)
+        warned = any(
+            "of two classes none can be flagged" in text for text in loop.findings.warnings
+        )
         assert warned == (classes == 2)
         assert (loop.findings.verdict is None) == (classes == 2)
         assert len(loop.findings.tables["norms"]) == classes

@@ -475,7 +475,7 @@ class Pass:
 
 @pytest.mark.parametrize("polarizer_train", [False, True])
 def test_the_modes_of_each_pass(polarizer_train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch: logits of x without a gradient, two inner steps, then x and x' with one."""
+    """A trial; then per batch: x without a gradient, two inner steps, and x and x' with one."""
     passes: list[Pass] = []
 
     def forward(part: Polarizer, features: torch.Tensor) -> torch.Tensor:
@@ -488,7 +488,8 @@ def test_the_modes_of_each_pass(polarizer_train: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(npd, "ENOUGH", 1.0)
     flags = config(warm_epochs=1, n_rounds=1, batch_size=12, polarizer_train=polarizer_train)
     purify(conv_net(), *problem(), flags)
-    warm_up, looked, *inner = passes[:-2]
+    trial, warm_up, looked, *inner = passes[:-2]
+    assert trial == Pass(False, True, False)
     assert warm_up == Pass(True, True, True)
     assert looked == Pass(False, True, False)
     assert inner == [Pass(False, True, True)] * 2
@@ -572,6 +573,42 @@ def test_a_layer_that_no_map_enters_is_refused_in_a_line(name: str) -> None:
         flags = config(target_layer_name=name, n_rounds=rounds)
         with pytest.raises(UserError, match=rf"^--target_layer_name: [^\n]*{name}[^\n]*$"):
             purify(Tokens().double(), *problem(), flags)
+
+
+class Dense(nn.Module):
+    """Layers that take a list of maps, two maps, or whose padding the network reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed, self.added, self.padded = Listed(), Added(), nn.Conv2d(3, 3, 3, padding=1)
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.added(self.listed([images, images]), images)
+        return self.linear(self.padded(x * self.padded.padding[0]).mean((2, 3)))
+
+
+class Listed(nn.Module):
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        return maps[0] + maps[1]
+
+
+class Added(nn.Module):
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return one + other
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("listed", r"no map \(N, C, H, W\) enters listed"),
+        ("added", r"before added \(TypeError: "),
+        ("padded", r"before padded \(AttributeError: "),
+    ],
+)
+def test_a_layer_that_takes_no_polarizer_is_refused_in_a_line(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"^--target_layer_name: [^\n]*{said}[^\n]*$"):
+        purify(Dense().double(), *problem(), config(target_layer_name=name))
 
 
 @pytest.mark.parametrize("name", ["layer4.1.conv1", "conv3", "", "conv2.weight"])

@@ -432,7 +432,9 @@ def test_weights_that_hooks_compute_in_each_pass_are_copied(
 
 @every_defense
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_works_or_is_refused(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_works_or_is_refused(
+    name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also where the logits are large, so that probabilities are 0 and 1."""
     model = made(Own)
     with torch.no_grad():
@@ -446,6 +448,13 @@ def test_half_precision_works_or_is_refused(name: str, dtype: torch.dtype) -> No
     else:
         result = purified(name, model.to(dtype), given)
         assert next(result.parameters()).dtype == dtype
+    if dtype == torch.bfloat16:
+        learns = module(name).Config.learns
+        said = "the model's weights are in bfloat16, where small steps are lost"
+        assert sum(said in record.message for record in caplog.records) == learns
+        caplog.clear()
+        purified(name, made(Own))
+        assert not any(said in record.message for record in caplog.records)
 
 
 @every_defense

@@ -285,44 +285,44 @@ def test_jensen_shannon_by_hand() -> None:
 def literal_unlearning(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
 ) -> nn.Module:
-    """Whole-subset batches, the oracle's perturbation and losses, Adam with AMSGrad."""
+    """Batches in order, the oracle's perturbation and losses, Adam with AMSGrad."""
     reference = copy.deepcopy(model).eval()
     model = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True)
     order = generator(config.random_seed, "batches")
     for _ in range(config.n_rounds):
-        index = torch.randperm(len(images), generator=order)
-        x, y = images[index], labels[index]
-        delta = oracle.perturbation(
-            model,
-            reference,
-            x,
-            y,
-            norm=config.norm_type,
-            start=config.pgd_init,
-            bound=config.trigger_norm,
-            step=config.adv_lr,
-            steps=config.adv_steps,
-            beta_1=config.beta_1,
-            beta_2=config.beta_2,
-            generator=torch.Generator(),
-        )
-        for _ in range(config.outer_steps):
-            if config.train_mode:
-                model.train()
-            logits = model(torch.cat([x, x + delta]))
-            model.eval()
-            found = oracle.losses(
-                logits[: len(x)],
-                logits[len(x) :],
-                reference(x),
-                reference(x + delta),
+        for index in torch.randperm(len(images), generator=order).split(config.batch_size):
+            x, y = images[index], labels[index]
+            delta = oracle.perturbation(
+                model,
+                reference,
+                x,
                 y,
-                (config.lmd_1, config.lmd_2, config.lmd_3),
+                norm=config.norm_type,
+                start=config.pgd_init,
+                bound=config.trigger_norm,
+                step=config.adv_lr,
+                steps=config.adv_steps,
+                beta_1=config.beta_1,
+                beta_2=config.beta_2,
+                generator=torch.Generator(),
             )
-            optimizer.zero_grad()
-            found["total"].backward()
-            optimizer.step()
+            for _ in range(config.outer_steps):
+                if config.train_mode:
+                    model.train()
+                logits = model(torch.cat([x, x + delta]))
+                model.eval()
+                found = oracle.losses(
+                    logits[: len(x)],
+                    logits[len(x) :],
+                    reference(x),
+                    reference(x + delta),
+                    y,
+                    (config.lmd_1, config.lmd_2, config.lmd_3),
+                )
+                optimizer.zero_grad()
+                found["total"].backward()
+                optimizer.step()
     return model
 
 
@@ -340,6 +340,19 @@ def test_purify_follows_the_literal_procedure(train_mode: bool, outer_steps: int
         assert torch.allclose(found[name].double(), value.double(), rtol=0, atol=1e-9), name
     moved = found["1.running_mean"] - model.state_dict()["1.running_mean"]
     assert bool(moved.abs().max() > 0) == train_mode  # running statistics move in train mode alone
+
+
+def test_labels_of_a_reference_that_mixes_images_are_those_of_the_batch() -> None:
+    """BatchNorm without running statistics; a batch has other ones than the first four images."""
+    model = small_network(0, batch_norm=True)
+    model[1].track_running_stats = False
+    model[1].running_mean = model[1].running_var = None
+    images, labels = problem(0)
+    config = Config.load(n_rounds=3, batch_size=4, lr=1e-2)
+    found = purify(model, images, labels, config).state_dict()
+    expected = literal_unlearning(model, images, labels, config).state_dict()
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value.double(), rtol=0, atol=1e-9), name
 
 
 def test_purify_leaves_its_model_untouched_and_moves_the_copy() -> None:

@@ -44,6 +44,22 @@ def test_eval_mode_stays_eval_mode_where_statistics_are_kept() -> None:
             assert torch.equal(network(images), expected)
 
 
+def test_instance_norm_keeps_its_statistics_too() -> None:
+    """In eval mode it uses them, as before."""
+    network = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.InstanceNorm2d(3))
+    images = torch.rand(2, 3, 4, 4)
+    other = copy.deepcopy(network)
+    before = copied(network.state_dict())
+    with keeping_statistics(network):
+        assert torch.equal(network(images), other(images))
+    assert differing(network.state_dict(), before) == []
+    expected = network.eval()(images)
+    with keeping_statistics(network):
+        assert torch.equal(network(images), expected)
+    assert network[0].track_running_stats
+    assert not network[1].track_running_stats
+
+
 def test_statistics_move_again_after_an_error_and_only_where_they_did() -> None:
     network = Norms()
     with keeping_statistics(network):

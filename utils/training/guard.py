@@ -59,6 +59,12 @@ def in_any_order(model: nn.Module) -> AbstractContextManager[None]:
     return any_order(not isinstance(model, Classifier) and has_own_code(model))
 
 
+def half_precision(model: nn.Module) -> str:
+    """The name of the half precision that weights of a network have; "" if none has."""
+    types = {weight.dtype for weight in model.parameters()}
+    return next((f"{t}"[6:] for t in (torch.float16, torch.bfloat16) if t in types), "")
+
+
 def apart(images: torch.Tensor) -> torch.Tensor:
     """The same images, through which no gradient reaches the caller's."""
     return images.clone() if images.is_inference() else images.detach()
@@ -145,7 +151,7 @@ def check_given(
     if not takes_float16 and any(w.dtype == torch.float16 for w in model.parameters()):
         raise UserError(
             "model: its weights are in float16, whose numbers are too coarse for the steps of this "
-            "method; give model.float(), or model.bfloat16()"
+            "method; give model.float()"
         )
     _check_images(images, needs_images)
     if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
