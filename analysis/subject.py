@@ -26,7 +26,7 @@ from utils.records import places
 from utils.records.attack import SUMMARY, AttackRecord, load_attack
 from utils.records.contents import NAME
 from utils.records.defense import RESULT, checked_result, load_defense
-from utils.records.named import OfRecord, named_record
+from utils.records.named import OfRecord, check_dataset, named_record
 from utils.training.findings import Findings
 from utils.training.watch import scorer
 
@@ -228,10 +228,7 @@ def open_subject(config: RecordConfig) -> Subject:
         UserError: if it does not fit together.
     """
     attack = load_attack(named_record(config.result_file, config.record_path))
-    if config.dataset not in (None, attack.dataset):
-        raise UserError(
-            f"--dataset: {config.dataset}, but the record says {attack.dataset}; leave the flag out"
-        )
+    check_dataset(config, attack)
     attack.check_model(config.model)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)

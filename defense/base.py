@@ -36,7 +36,7 @@ from utils.records import folders, places
 from utils.records.attack import AttackRecord, load_attack, read_index
 from utils.records.checkpoint import Origin
 from utils.records.defense import checked_result, save_defense
-from utils.records.named import OfRecord, dataset_of_record, named_record
+from utils.records.named import OfRecord, check_dataset, dataset_of_record, named_record
 from utils.training import ending, selection
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
@@ -419,10 +419,7 @@ def _defend(
     started: float,
 ) -> folders.RunFolder:
     """As `defend`, with the record that was read and the folder that was claimed."""
-    if config.dataset not in (None, attack.dataset):
-        raise UserError(
-            f"--dataset: {config.dataset}, but the record says {attack.dataset}; drop the flag"
-        )
+    check_dataset(config, attack)
     attack.check_model(config.model)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)

@@ -109,14 +109,14 @@ def keeping_statistics(model: nn.Module) -> Iterator[None]:
         if isinstance(module, _InstanceNorm) and module.training
         for name in ("running_mean", "running_var")
     ]
-    for module in tracking:
-        module.track_running_stats = False
-    for module, name, _ in averaging:
-        module._buffers[name] = None
+    for norm in tracking:
+        norm.track_running_stats = False
+    for instance_norm, name, _ in averaging:
+        instance_norm._buffers[name] = None
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
-        for module, name, value in averaging:
-            module._buffers[name] = value
+        for norm in tracking:
+            norm.track_running_stats = True
+        for instance_norm, name, value in averaging:
+            instance_norm._buffers[name] = value

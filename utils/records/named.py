@@ -3,18 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
 from utils import config as configuration
 from utils.config import Group
-from utils.errors import UserError
-from utils.files import as_path
+from utils.data.datasets import DatasetName
+from utils.errors import UserError, shown
+from utils.files import as_path, read_object
 from utils.plain import read_yaml
 from utils.process.device import Precision
 from utils.records import backdoorbench
-from utils.records.attack import is_backdoorbench
+from utils.records.attack import SUMMARY, AttackRecord, is_backdoorbench
 from utils.records.places import find_record
 
 
@@ -57,8 +58,35 @@ def recorded_dataset(folder: Path) -> str | None:
     """The dataset that a record names, read before everything else; None if it names none."""
     if is_backdoorbench(folder):
         return backdoorbench.read_dataset_name(folder)
-    path = folder / "config.yaml"
-    return read_yaml(path).get("dataset") if path.exists() else None
+    readers = {"config.yaml": read_yaml, SUMMARY: read_object}
+    for path, read in ((folder / name, read) for name, read in readers.items()):
+        name = read(path).get("dataset") if path.exists() else None
+        if name is None:
+            continue
+        if name not in get_args(DatasetName):
+            raise UserError(
+                f"{path}: the dataset {shown(str(name), 40)} is none of "
+                f"{', '.join(get_args(DatasetName))}; restore the file, or run the attack again"
+            )
+        return str(name)
+    return None
+
+
+def check_dataset(config: OfRecord, attack: AttackRecord) -> None:
+    """Raises UserError unless the flag, and what the record's other files say, fit the record.
+
+    Flags without a value are those of the dataset that `recorded_dataset` names.
+    """
+    if config.dataset not in (None, attack.dataset):
+        raise UserError(
+            f"--dataset: {config.dataset}, but the record says {attack.dataset}; leave the flag out"
+        )
+    named = recorded_dataset(attack.folder)
+    if named not in (None, attack.dataset):
+        raise UserError(
+            f"{attack.folder}: config.yaml or summary.json says that the dataset is {named}, but "
+            f"attack_result.pt says {attack.dataset}; restore the file, or run the attack again"
+        )
 
 
 def named_record(result_file: str | None, record_path: str | None) -> Path:

@@ -73,15 +73,23 @@ def _checked_name(name: str) -> str:
 def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
     """The folder of a record's name, or an existing folder; None if there is neither.
 
+    Returns:
+        A path that ends with the folder's own name, by which it is locked.
+
     Raises:
         UserError: naming the flag, if the record is a link.
     """
+    name = name.rstrip("/" + os.sep) or name
     folder = (root or ROOT / "record") / name
-    if NAME.fullmatch(name) and os.path.isdir(folder):
-        if folder.is_symlink():
-            raise UserError(f"{flag}: {folder} is a link; give the folder that it leads to")
-        return folder
-    return Path(name) if os.path.isdir(name) else None  # also for a name that cannot be one
+    if not (NAME.fullmatch(name) and os.path.isdir(folder)):
+        if not os.path.isdir(name):  # also for a name that cannot be one
+            return None
+        folder = Path(name)
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    if folder.is_symlink():
+        raise UserError(f"{flag}: {folder} is a link; give the folder that it leads to")
+    return folder if folder.name else None
 
 
 def find_record(name: str, root: Path | None) -> Path:
@@ -94,8 +102,9 @@ def find_record(name: str, root: Path | None) -> Path:
     if folder is not None:
         return folder
     records = root or ROOT / "record"
-    found = (path.parent.name for path in records.glob("[!.]*/attack_result.pt"))
-    names = sorted(name for name in found if NAME.fullmatch(name))  # others are given as folders
+    found = [path.parent for path in records.glob("[!.]*/attack_result.pt")]
+    # Others are given as folders.
+    names = sorted(x.name for x in found if NAME.fullmatch(x.name) and not x.is_symlink())
     raise UserError(
         f"--result_file: {name} is no record in {records}; "
         + (

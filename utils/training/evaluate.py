@@ -9,6 +9,7 @@ from models.modes import evaluating
 from models.outputs import recording
 from utils.data.batches import as_float, release, wide
 from utils.data.labelled import Labelled, Triggered
+from utils.errors import UserError
 from utils.metrics import Rate, Scores
 from utils.process import distributed
 from utils.process.device import images_at_once
@@ -26,14 +27,25 @@ def predict(
 
     Returns:
         int64 (N,), on the CPU.
+
+    Raises:
+        UserError: if the largest logit of an image is NaN or infinite, which is no prediction.
     """
     if len(images) == 0:
         return torch.zeros(0, dtype=torch.int64)
     with evaluating(model), torch.inference_mode():
-        predictions = []
+        predictions, largest = [], []
         for batch in images.split(batch_size or images_at_once(device, _side(model, images))):
-            predictions.append(model(as_float(batch, device)).argmax(1))
+            logits = model(as_float(batch, device))
+            predictions.append(logits.argmax(1))
+            largest.append(logits.amax(1))
             release(images)
+        broken = int((~torch.cat(largest).isfinite()).sum())
+    if broken:
+        raise UserError(
+            f"the network's logits for {broken} of {len(images)} images are NaN or infinite, so it "
+            "has no prediction for them; give a smaller learning rate, or repair the network"
+        )
     return torch.cat(predictions).cpu()
 
 

@@ -197,6 +197,42 @@ def test_a_record_is_found_by_its_name_or_its_folder(run: RunFolder) -> None:
     assert find_record(str(run.path), run.path.parent / "elsewhere") == run.path
 
 
+def test_a_record_s_folder_ends_with_its_own_name(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is beside the folder, of that name: each way to say it leads to the same lock."""
+    inside = run.path / "defense"
+    inside.mkdir()
+    records = run.path.parent / "elsewhere"
+    monkeypatch.chdir(run.path)
+    assert find_record(".", records) == run.path.resolve()
+    monkeypatch.chdir(inside)
+    assert find_record("..", records) == run.path.resolve()
+    assert find_record(str(inside / ".."), records) == run.path.resolve()
+    assert find_record(f"{run.path}/", records) == run.path
+    assert find_record("demo/", run.path.parent) == run.path
+
+
+@pytest.mark.parametrize("name", ["/", "//", "/.."])
+def test_the_root_of_all_folders_is_no_record(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--result_file: {name} is no record in"):
+        find_record(name, tmp_path)
+
+
+def test_a_record_that_is_a_link_is_refused_however_it_is_named(run: RunFolder) -> None:
+    """Its lock would have another name; the folder of all records may be a link."""
+    run.write_tensors("attack_result.pt", {})
+    records = run.path.parent
+    (records / "link").symlink_to("demo")
+    for name in ("link", str(records / "link"), str(records / "link") + "/"):
+        with pytest.raises(UserError, match=r"--result_file: .*link is a link; give the"):
+            find_record(name, records)
+    with pytest.raises(UserError, match=r"give one of demo$"):
+        find_record("nobody", records)
+    (records.parent / "all").symlink_to(records)
+    assert find_record("demo", records.parent / "all").name == "demo"
+
+
 def test_an_unknown_record_is_refused_with_those_that_exist(run: RunFolder) -> None:
     run.write_tensors("attack_result.pt", {})
     records = run.path.parent

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from defense import clp
 from models import Classifier, build_model
 from tests.conftest import NO_FILES, put_no_file
 from utils.data import archives
@@ -26,7 +27,7 @@ from utils.data.poison import (
 from utils.errors import UserError
 from utils.records.attack import file_hashes, load_attack, model_state, read_index, save_attack
 from utils.records.folders import RunFolder
-from utils.records.named import recorded_dataset
+from utils.records.named import check_dataset, recorded_dataset
 
 FACTS = {
     "attack": "white",
@@ -103,6 +104,37 @@ def load_problem(folder: RunFolder) -> str:
 def test_the_dataset_is_known_before_the_record_is_read(run: RunFolder, tmp_path: Path) -> None:
     assert recorded_dataset(run.path) == "tiny"
     assert recorded_dataset(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [None, "", "seed: 0\n"])
+def test_the_dataset_is_that_of_the_summary_where_the_configuration_names_none(
+    run: RunFolder, content: str | None
+) -> None:
+    (run.path / "config.yaml").unlink()
+    if content is not None:
+        (run.path / "config.yaml").write_text(content)
+    run.write_summary({"dataset": "digits"})
+    assert recorded_dataset(run.path) == "digits"
+
+
+@pytest.mark.parametrize("name", ["[1]", "../../etc", "no_such"])
+def test_a_dataset_that_is_not_known_is_refused(run: RunFolder, name: str) -> None:
+    (run.path / "config.yaml").write_text(f"dataset: {name}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: the dataset .* is none of .*restore"):
+        recorded_dataset(run.path)
+
+
+@pytest.mark.parametrize("given", [None, "tiny"])
+def test_a_configuration_of_another_dataset_is_refused(saved: RunFolder, given: str | None) -> None:
+    """A defense would take the recipe of that dataset."""
+    attack = load_attack(saved.path)
+    flags = dataclasses.replace(clp.Config.load("digits"), dataset=given)
+    check_dataset(flags, attack)
+    (saved.path / "config.yaml").write_text("dataset: digits\n")
+    with pytest.raises(UserError, match=r"is digits, but attack_result\.pt says tiny; restore"):
+        check_dataset(flags, attack)
+    with pytest.raises(UserError, match=r"^--dataset: digits, but the record says tiny"):
+        check_dataset(dataclasses.replace(flags, dataset="digits"), attack)
 
 
 def test_a_record_reads_back_as_it_was_saved(

@@ -1,5 +1,7 @@
 """ACC, ASR and RA of a model whose predictions are known."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import utils.training.evaluate
 from models import Resize
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import LabelMap, triggered_test_set
+from utils.errors import UserError
 from utils.metrics import Rate, Scores
 from utils.training.evaluate import evaluate, head_features, predict
 
@@ -70,6 +73,29 @@ def test_the_model_predicts_in_eval_mode_and_gets_its_mode_back() -> None:
     model = Reader().train()
     assert predict(model, images_naming(2, 0, 1), CPU).tolist() == [2, 0, 1]
     assert model.training
+
+
+@pytest.mark.parametrize("row", [[math.nan, 0, 1], [0, 1, math.nan], [0, math.inf, math.inf]])
+def test_logits_without_a_largest_number_are_no_prediction(row: list[float]) -> None:
+    """argmax would take NaN for a class."""
+
+    class Broken(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(len(images), 3)
+            logits[images[:, 0, 0, 0] > 1.5 / 255] = torch.tensor(row)
+            return logits
+
+    assert predict(Broken(), images_naming(0, 1), CPU).tolist() == [0, 0]
+    with pytest.raises(UserError, match=r"logits for 2 of 4 images are NaN or infinite"):
+        predict(Broken(), images_naming(0, 2, 1, 2), CPU, batch_size=2)
+
+
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero() -> None:
+    class Sure(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([-math.inf, 0.0]).expand(len(images), 2)
+
+    assert predict(Sure(), images_naming(0, 1), CPU).tolist() == [1, 1]
 
 
 def test_a_network_that_enlarges_images_gets_fewer_at_once(
