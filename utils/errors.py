@@ -22,6 +22,10 @@ class UserError(ValueError):
         return "\n".join(map(str, self.problems))
 
 
+class Diverged(UserError):
+    """Numbers became NaN or infinite. From a checkpoint the run would do the same again."""
+
+
 class NothingToDo(Exception):
     """The work was already done before. Scripts say so and exit with 0."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from utils import locks
-from utils.errors import NothingToDo, UserError, listed, shown
+from utils.errors import Diverged, NothingToDo, UserError, listed, shown
 from utils.files import (
     not_written,
     read_object,
@@ -210,12 +210,15 @@ class RunFolder:
         """Inside, a run writes the claimed folder; at the end, what it replaced is gone.
 
         If it ends in another way, and without a checkpoint, what it replaced is there again. With
-        one it can be resumed, and what it replaced is kept.
+        one it can be resumed, and what it replaced is kept. A run that has diverged cannot.
         """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if distributed.is_main():
+                if isinstance(error, Diverged):
+                    with contextlib.suppress(OSError):
+                        self._checkpoint.unlink(missing_ok=True)
                 if not self.is_done and not self._checkpoint.exists():
                     with contextlib.suppress(UserError, OSError):  # the error itself is told
                         self._put_back()

@@ -9,7 +9,7 @@ from models.modes import evaluating
 from models.outputs import recording
 from utils.data.batches import as_float, release, wide
 from utils.data.labelled import Labelled, Triggered
-from utils.errors import UserError
+from utils.errors import Diverged
 from utils.metrics import Rate, Scores
 from utils.process import distributed
 from utils.process.device import images_at_once
@@ -42,7 +42,7 @@ def predict(
             release(images)
         broken = int((~torch.cat(largest).isfinite()).sum())
     if broken:
-        raise UserError(
+        raise Diverged(
             f"the network's logits for {broken} of {len(images)} images are NaN or infinite, so it "
             "has no prediction for them; give a smaller learning rate, or repair the network"
         )

@@ -12,7 +12,7 @@ from models import Classifier
 from models.copies import copied
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
-from utils.errors import UserError, one_line, shown
+from utils.errors import Diverged, UserError, one_line, shown
 from utils.process.seeds import random_states, seed_everything
 from utils.training.state import restore_random
 
@@ -76,7 +76,7 @@ def require_finite(purified: nn.Module) -> None:
     Losses do not always say so, because BatchNorm keeps them small.
     """
     if (name := _not_finite(purified)) is not None:
-        raise UserError(
+        raise Diverged(
             f"{shown(name, 100)} of the purified network is not finite; give smaller learning "
             "rates, or take back what else makes steps large"
         )

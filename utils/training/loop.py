@@ -11,9 +11,10 @@ from torch import nn
 from models.fast.graphed import Graphed
 from models.parts import learning_weights
 from utils.data.batches import wide
-from utils.errors import UserError, one_line
+from utils.errors import Diverged, UserError, one_line, shown
 from utils.process import distributed
 from utils.process.seeds import random_states
+from utils.tensors import not_finite
 from utils.training.findings import Findings
 from utils.training.state import device_of, restore, restore_random, state_of
 
@@ -69,7 +70,7 @@ class Loop:
     ) -> None:
         self.phase = ""
         self.findings = Findings()
-        self._rate = rate
+        self._rate = self._present_rate = rate
         self._resume = resume
         self._state: dict[str, Any] = {}
         self._done: dict[str, dict[str, Any]] = {}
@@ -140,6 +141,7 @@ class Loop:
             )
         self._state = state if model is None else {"model": model, **state}
         self.phase, self._total, self._round, self._batch = phase, total, 0, 0
+        self._present_rate = rate or self._rate
         self._generator = self._order = None
         self._sums, self._images, self._ends = {}, 0, False
         first = 1
@@ -159,13 +161,7 @@ class Loop:
             losses = self.losses()
             if model is not None:
                 distributed.require_equal(model)
-            broken = [name for name, value in losses.items() if not math.isfinite(value)]
-            if broken:
-                where = f"round {number} of {total}" + (f" ({phase})" if phase else "")
-                raise UserError(
-                    f"the loss '{broken[0]}' is not finite in {where}; give a smaller "
-                    f"{rate or self._rate}, or take back what else makes losses or steps large"
-                )
+            self._refuse_divergence()
             if self._after_round:
                 self._after_round(number, total, losses, self._state)
             if self._ends:
@@ -173,6 +169,21 @@ class Loop:
         self._is_open, self._has_ended = False, phase == ""
         if phase and self._after_batch:  # else nobody takes snapshots
             self._done[phase] = _kept(self._objects())
+
+    def _refuse_divergence(self, of_networks: bool = False) -> None:
+        """Raises Diverged if a loss, or a weight of a network that learns, is not finite."""
+        losses = self.losses()
+        broken = [f"loss '{name}'" for name, value in losses.items() if not math.isfinite(value)]
+        for value in self._state.values() if of_networks else ():
+            if isinstance(value, nn.Module):
+                broken += [f"weight {name}" for name in not_finite(value.state_dict())]
+        if broken:
+            where = f"round {self._round} of {self._total}"
+            where += f" ({self.phase})" if self.phase else ""
+            raise Diverged(
+                f"the {shown(broken[0], 100)} is not finite in {where}; give a smaller "
+                f"{self._present_rate}, or take back what else makes losses or steps large"
+            )
 
     def stop(self) -> None:
         """Makes the present round the last one of its phase."""
@@ -280,7 +291,9 @@ class Loop:
 
         Raises:
             TypeError: if a part of the state is of a kind that cannot be kept.
+            UserError: if a loss or a weight is not finite, from which nothing can go on.
         """
+        self._refuse_divergence(of_networks=True)
         return {
             "done": self._done,
             "phase": self.phase,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import make_small
 from tests.test_end_to_end import run_script
-from utils.errors import NothingToDo, UserError
+from utils.errors import Diverged, NothingToDo, UserError
 from utils.files import ROOT, file_sha256
 from utils.process.script import _Stop, defer_signals
 from utils.records.contents import Contents
@@ -99,6 +99,14 @@ def test_after_a_checkpoint_both_runs_are_kept(
     run.claim(overwrite=False, resume=True)
     assert (run.path / "checkpoint.pt").exists()
     run.claim(overwrite=True)  # the new run is given up
+    assert content(tmp_path) == before
+
+
+def test_a_run_that_diverged_is_not_resumed(run: RunFolder, tmp_path: Path) -> None:
+    """From its checkpoint it would diverge again."""
+    before = content(tmp_path)
+    with pytest.raises(Diverged):
+        replace(run, "log.txt", "checkpoint.pt", error=Diverged("the loss 'loss' is not finite"))
     assert content(tmp_path) == before
 
 

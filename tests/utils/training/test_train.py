@@ -13,7 +13,7 @@ from models import Classifier
 from utils.data.batches import as_float
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import PoisonedSet, unpoisoned
-from utils.errors import UserError
+from utils.errors import Diverged, UserError
 from utils.process import distributed
 from utils.training.loop import Loop, batch_sizes
 from utils.training.sgd import Schedule, Scheduler, Supervised, lr_multiplier, train_classifier
@@ -158,6 +158,24 @@ def test_a_loss_that_is_not_finite_names_its_round(value: float) -> None:
     with pytest.raises(UserError, match=message):
         run()
     assert finished == [1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["loss 'loss'", "weight bias"])
+def test_what_diverges_has_no_snapshot(what: str, value: float) -> None:
+    """A weight may be broken before the first loss is; nothing could go on from either."""
+    model, loop = nn.Linear(2, 2), Loop()
+    for _ in loop.rounds(1, "warm-up", model=model, rate="--warm_lr"):
+        loop.log(1, loss=torch.tensor(1.0))
+        loop.snapshot()
+        if what == "weight bias":
+            model.bias.data[0] = value
+        else:
+            loop.log(1, loss=torch.tensor(value))
+        message = rf"the {what} is not finite in round 1 of 1 \(warm-up\); give a smaller --warm_lr"
+        with pytest.raises(Diverged, match=message):
+            loop.snapshot()
+        return
 
 
 def test_a_loop_without_callbacks_only_counts() -> None:
