@@ -106,6 +106,8 @@ def test_the_heads_of_plain_modules() -> None:
     assert head(network, SHAPE) == ("1.2", stack[2])  # the sequence alone has layers
     network = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), nn.Linear(5, 3))
     assert head(network, SHAPE) == ("1", network[1])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.ReLU(), nn.Linear(3, 3))
+    assert head(network, SHAPE) == ("3", network[3])  # both have an output per class
     linear = nn.Linear(8, 3)
     assert head(linear, (8,)) == ("", linear)
 
