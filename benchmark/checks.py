@@ -2,19 +2,22 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmark.cells import Cell, cells_in, config_class, fields, scripts, summary_of
 from benchmark.grid import OF_GRID, Grid
 from models import check_name
 from utils.config import FILES
-from utils.errors import UserError, listed, suggestion
-from utils.plain import read_yaml
+from utils.errors import UserError, listed, quoted, suggestion
+from utils.plain import parse_yaml, read_yaml
 from utils.records import places
 from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
 from utils.records.places import CLEAN
 
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
+_OF_RECORD = ("dataset", "model")  # of a defense or an analysis, repeat what the record says
 
 
 def cells_of(grid: Grid, root: Path, is_run: bool = True) -> list[Cell]:
@@ -40,6 +43,7 @@ def cells_of(grid: Grid, root: Path, is_run: bool = True) -> list[Cell]:
         if name not in taken
     ]
     checked: set[str] = set()  # a defense is given the same flags for every attack
+    resolved: dict[str, dict[str, Any]] = {}
     for cell in cells:
         given = {name: value for name, value in cell.flags.items() if name not in OF_GRID}
         key = f"{cell.script} {given}"
@@ -48,7 +52,7 @@ def cells_of(grid: Grid, root: Path, is_run: bool = True) -> list[Cell]:
         if not cell.is_done:
             problems += _problems_of_name(cell)
             problems += [*_lacking_files(cell), *_lacking_inputs(cell)] if is_run else []
-        problems += _differences(cell)
+        problems += _differences(cell, resolved)
     count = Counter(cell.name for cell in cells)
     problems += [
         f"{name}: {many} cells of the grid have this name, since what tells them apart is not in "
@@ -63,7 +67,7 @@ def cells_of(grid: Grid, root: Path, is_run: bool = True) -> list[Cell]:
 
 def _problems(cell: Cell) -> list[str]:
     """The errors that the cell's script would report about its flags."""
-    folder, _, name = cell.script.removesuffix(".py").partition("/")
+    folder, name = _script(cell)
     config = config_class(folder, name)
     if config is None:
         names = ", ".join(scripts(folder))
@@ -119,21 +123,61 @@ def _lacking_inputs(cell: Cell) -> list[str]:
     return problems
 
 
-def _differences(cell: Cell) -> list[str]:
+def _script(cell: Cell) -> tuple[str, str]:
+    """Folder and name of the cell's script."""
+    folder, _, name = cell.script.removesuffix(".py").partition("/")
+    return folder, name
+
+
+def _resolved(cell: Cell, flags: Mapping[str, Any], known: dict[str, dict[str, Any]]) -> Any:
+    """The whole configuration that the cell's script makes of some flags; empty if it refuses them.
+
+    Args:
+        known: what was resolved before, to which this is added.
+    """
+    dataset = (cell.attack or cell).flags["dataset"]
+    given = {n: v for n, v in flags.items() if n not in (*OF_GRID, "dataset")}
+    key = f"{cell.script} {dataset} {given}"
+    if key not in known:
+        config = config_class(*_script(cell))
+        try:
+            text = "" if config is None else config.load(dataset, **given).dump()
+        except UserError:
+            text = ""  # said elsewhere
+        known[key] = parse_yaml(text, cell.script)
+    return {**known[key], **{n: v for n, v in flags.items() if n in OF_GRID and known[key]}}
+
+
+def _other_values(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
+    """The flags, also those that the grid leaves to their defaults, with which it was not made.
+
+    A flag that the record's version did not have was at its default. `auto` leaves a choice to the
+    machine, so that any choice is one of it.
+    """
+    before = read_yaml(cell.folder / "config.yaml")
+    free = _FREE if cell.attack is None else (*_FREE, *_OF_RECORD)
+    now = _resolved(cell, cell.flags, resolved)
+    if set(now) - set(before):
+        before = {**_resolved(cell, {}, resolved), **before}
+    return [
+        f"{name} {quoted(before[name])}, not {quoted(value)}"
+        for name, value in now.items()
+        if name not in free
+        and name in before
+        and value != "auto"
+        and not is_same(cell.folder, name, value, before[name])
+    ]
+
+
+def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
     """How a finished record differs from what the grid asks for."""
     if not cell.is_done:
         return []
-    before = read_yaml(cell.folder / "config.yaml")
-    differing = {
-        name: value
-        for name, value in cell.flags.items()
-        if name not in _FREE
-        and name in before
-        and not is_same(cell.folder, name, value, before[name])
-    }
-    shown = ", ".join(f"{name} {before[name]}, not {value}" for name, value in differing.items())
-    if shown:
-        return [f"{cell.folder}: was made with {shown}; delete it, or give the grid another name"]
+    if differing := _other_values(cell, resolved):
+        return [
+            f"{cell.folder}: was made with {listed(differing, limit=220)}; delete it, or give the "
+            "grid another name"
+        ]
     if changed := changed_files(cell.folder, cell.flags):
         return [
             f"{cell.folder}: was made with another content of {', '.join(changed)}; delete it, or "

@@ -21,9 +21,11 @@ from benchmark.cells import Cell
 from benchmark.checks import cells_of
 from benchmark.grid import read_grid
 from benchmark.narrow import build as narrow_network
+from defense.sau import Config as SAU
 from models.preactresnet import preactresnet18
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.plain import as_yaml, parse_yaml
 
 GRIDS = sorted((ROOT / "benchmark/grids").glob("*.yaml"))
 DEFENSES = "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}"
@@ -118,7 +120,7 @@ def test_a_target_may_be_given_by_its_name(tmp_path: Path) -> None:
     text = TEXT.replace("  badnet:\n", "  badnet: {attack_target: apfel}\n")
     (cell, *_) = grid_of(text, tmp_path)
     cell.folder.mkdir(parents=True)
-    (cell.folder / "config.yaml").write_text("attack_target: 3\n")
+    (cell.folder / "config.yaml").write_text("attack_target: 3\nepochs: 2\n")
     (cell.folder / "summary.json").write_text('{"attack_target_name": "apfel"}')
     assert grid_of(text, tmp_path)[0].is_done
     with pytest.raises(UserError, match="was made with attack_target 3, not birne"):
@@ -365,6 +367,44 @@ def test_a_record_made_with_other_flags_is_not_passed_off_as_the_grid_s(tmp_path
     assert (
         problem == f"{attack.folder}/summary.json: cannot be read; restore it, or delete the folder"
     )
+
+
+def test_flags_that_a_grid_no_longer_has_count_like_those_that_it_has(tmp_path: Path) -> None:
+    """The whole configuration counts, so that a flag that left the YAML is at its default again.
+
+    A flag that an earlier version did not have was at its default, and `auto` is any choice of the
+    machine. The values of a dataset's own YAML are defaults, too.
+    """
+    text = "datasets: [random]\nmodels: [tiny]\nattacks: {badnet: FLAGS}\nseeds: [0]\n"
+    text += "defenses: {sau: OTHERS}\n"
+
+    def grid(flags: str, others: str = "{}") -> list[Cell]:
+        return grid_of(text.replace("FLAGS", flags).replace("OTHERS", others), tmp_path)
+
+    attack, defense = grid("{epochs: 2, lr: 0.5}", "{lr: 0.3}")
+    defense.folder.mkdir(parents=True)
+    made = [(attack, Config), (defense, SAU)]
+    for cell, of in made:
+        flags = {name: value for name, value in cell.flags.items() if name != "dataset"}
+        values = parse_yaml(of.load("random", **flags).dump(), "")
+        for name in ("exact_sar", "rim"):  # of a later version
+            values.pop(name, None)
+        (cell.folder / "config.yaml").write_text(as_yaml({**values, "precision": "fp32"}))
+        (cell.folder / "summary.json").write_text('{"attack_sha256": "a"}')
+    assert all(cell.is_done for cell in grid("{epochs: 2, lr: 0.5}", "{lr: 0.3}"))
+    assert all(cell.is_done for cell in grid("{epochs: 2, lr: 0.5, eval_every: 1}", "{lr: 0.3}"))
+    with pytest.raises(UserError) as error:
+        grid("{}")
+    assert error.value.problems == (
+        f"{attack.folder}: was made with epochs 2, not 20, lr 0.5, not 0.1; delete it, or give the "
+        "grid another name",
+        f"{defense.folder}: was made with lr 0.3, not 0.0001; delete it, or give the grid "
+        "another name",
+    )
+    with pytest.raises(UserError, match="was made with exact_sar False, not True; delete it"):
+        grid("{epochs: 2, lr: 0.5}", "{lr: 0.3, exact_sar: true}")
+    with pytest.raises(UserError, match="was made with precision fp32, not bf16; delete it"):
+        grid("{epochs: 2, lr: 0.5, precision: bf16}", "{lr: 0.3}")
 
 
 STUB = """

@@ -319,7 +319,7 @@ def test_a_cell_is_not_done_when_a_file_that_it_names_has_changed(tmp_path: Path
     indices = {"--index": ending.files_of({"index": str(index)})["--index"]}
     for cell, read in zip(cells(), (inputs, inputs | indices), strict=True):
         write(cell.folder, {"inputs": {"dataset": A, **read}, "attack_sha256": B})
-        (cell.folder / "config.yaml").write_text("epochs: 2\n")
+        (cell.folder / "config.yaml").write_text(f"model: {net}:build\nindex: {index}\n")
     net.write_text(OWN)
     assert all(cell.is_done for cell in cells())
     index.write_text("0\n2\n")
