@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmark import gallery
 from benchmark.reporting import sources
-from benchmark.reporting.means import Grid, Table
+from benchmark.reporting.means import Grid, Table, seeds_of
 from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean
 from utils import plot
 from utils.errors import UserError
@@ -67,7 +67,7 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
     rates = ["acc_before", "asr_before", "acc", "asr", "der", "seconds"]
     points = plain.groupby(["label", "row"], as_index=False)[rates].mean()
     points = points.rename(columns={"label": "defense", "row": "attack"})
-    seeds = {str(label): group["seed"].nunique() for label, group in plain.groupby("label")}
+    seeds = {str(label): seeds_of(group) for label, group in plain.groupby("label")}
     for metric, which in (("asr", "lower"), ("ra", "higher")):
         values = _by_attack(table, metric)
         if values.shape[1] > 1:
@@ -87,7 +87,7 @@ def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure
     for label, group in plain.groupby("label"):
         panels = {str(row): m for row, g in group.groupby("row") if (m := _metrics(g)) is not None}
         if panels:
-            count = int(group["seed"].nunique())
+            count = seeds_of(group)
             title = f"{label}, {table.title}: " + (
                 f"mean, and lowest to highest of up to {count} seeds" if count > 1 else "one seed"
             )

@@ -291,8 +291,9 @@ def _mean(runs: pd.DataFrame, metric: str) -> Number | None:
     runs = runs.dropna(subset=[metric])
     if runs.empty:
         return None
-    by_seed = runs.pivot_table(metric, "seed", "row")
-    has_all = len(by_seed) > 1 and by_seed.notna().all(axis=None) and runs["seed"].notna().all()
+    by_seed = runs.pivot_table(metric, "model_seed", "row")
+    is_whole = by_seed.notna().all(axis=None) and runs["model_seed"].notna().all()
+    has_all = len(by_seed) > 1 and is_whole
     sd = float(by_seed.mean(axis=1).std()) if has_all else None
     return Number(float(runs.groupby("row")[metric].mean().mean()), sd, len(runs))
 

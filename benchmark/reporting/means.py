@@ -30,6 +30,11 @@ def has_collapsed(runs: pd.DataFrame) -> bool:
     return bool((runs["acc"] < COLLAPSED * runs["acc_before"]).any())
 
 
+def seeds_of(runs: pd.DataFrame) -> int:
+    """How many seeds the attack with most of them has: of the models, not of the defense."""
+    return int(runs.groupby("row")["record"].nunique().max())
+
+
 def percent(rate: float) -> float:
     """A rate as it is printed: percent with two decimals."""
     return round(100 * float(rate), 2)
@@ -279,11 +284,11 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
                 flags += "s"
             mean = sum(n.mean for n in cells) / len(cells)
             attacked = runs[(runs["label"] == heading) & ~runs["row"].map(is_clean)]
-            by_seed = attacked.pivot_table(metric, "seed", "row")
+            by_seed = attacked.pivot_table(metric, "model_seed", "row")
             is_whole = (
                 len(by_seed) > 1
                 and by_seed.shape[1] == len(cells)
-                and bool(by_seed.notna().to_numpy().all() and attacked["seed"].notna().all())
+                and bool(by_seed.notna().to_numpy().all() and attacked["model_seed"].notna().all())
             )
             sd = float(by_seed.mean(axis=1).std()) if is_whole else None
             numbers[heading, metric] = Number(mean, sd, len(cells), flags)

@@ -132,8 +132,9 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
     Returns:
         One row per run, in the order of the records' names: `record` (its name), `run` (how it is
         stored), `attack`, `label` (`UNDEFENDED` or the name of the result's folder), scores in
-        [0, 1] (NaN if there is none), and the facts about how it was made. And one message for each
-        file, and for each line of a file, that is skipped.
+        [0, 1] (NaN if there is none), and the facts about how it was made: `seed` is that of the
+        run, and `model_seed` that of the record, by which repeats are counted. And one message for
+        each file, and for each line of a file, that is skipped.
 
     Raises:
         UserError: if two folders have different models in records of one name.
@@ -278,6 +279,7 @@ def _rows(
     is_described = bool(attack and (attack.seed is not None or attack.inputs))
     shared = {
         "record": record.name,
+        "model_seed": attack.seed if attack else None,  # a defense may have another one
         "_dataset": facts.inputs.get("dataset", _UNKNOWN),
         "_place": (attack and attack.dataset_path) or "",
         "_model": facts.inputs.get("--model", _UNKNOWN),
@@ -339,8 +341,8 @@ def _row(
 
 def _numeric(runs: pd.DataFrame) -> pd.DataFrame:
     """The same runs, with columns of numbers."""
-    numbers = ["pratio", "image_size", "train_images", "test_images", "seed", *METRICS, "seconds"]
-    numbers += ["purify_seconds", *HEADLINES]
+    numbers = ["pratio", "image_size", "train_images", "test_images", *METRICS, "seconds"]
+    numbers += ["seed", "model_seed", "purify_seconds", *HEADLINES]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
     return runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
 
@@ -400,7 +402,7 @@ def _by_recipe(runs: pd.DataFrame) -> pd.Series:
 
     A model without a seed was trained elsewhere, and is not a repeat of any other model.
     """
-    recipes, has_seed = runs["_recipe"], runs["seed"].notna()
+    recipes, has_seed = runs["_recipe"], runs["model_seed"].notna()
     records = runs["record"].map(lambda name: re.sub(r"-s\d+$", "", name.rpartition("/")[2]))
     names = _names(recipes, records, is_mixed=bool(has_seed.any() and not has_seed.all()))
     first = recipes[has_seed & (recipes != _UNKNOWN)].head(1)
@@ -456,13 +458,13 @@ def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFr
     records of one model that was trained elsewhere.
     """
     undefended = runs[runs["label"] == UNDEFENDED]
-    seeds = undefended["seed"].astype(object)
-    seeds = seeds.where(undefended["seed"].notna(), undefended["_recipe"])
+    seeds = undefended["model_seed"].astype(object)
+    seeds = seeds.where(undefended["model_seed"].notna(), undefended["_recipe"])
     comparable = undefended.assign(_same=seeds)[seeds != _UNKNOWN]
     results = runs[runs["label"] != UNDEFENDED].groupby("record")["label"].agg(list)
     for _, same in comparable.groupby([*_CELL, "_same"], dropna=False, sort=False):
         names = sorted(same["record"], key=lambda name: -len(results.get(name, [])))  # is stable
-        what = "attack and seed" if pd.notna(same["seed"].iloc[0]) else "model"
+        what = "attack and seed" if pd.notna(same["model_seed"].iloc[0]) else "model"
         for repeat in names[1:]:
             its = f", with its {listed(results[repeat])}" if repeat in results else ""
             problems.append(f"{repeat}: is of the same {what} as {names[0]}; skipped{its}")

@@ -95,14 +95,14 @@ def made_by(table: Table) -> tuple[pd.DataFrame, str]:
     )
     columns = dict.fromkeys(("config", "commit", "versions", "device"), distinct)
     grouped = short.groupby(["row", "label"], as_index=False).agg(
-        {"seed": seeds, "seconds": span, **columns}
+        {"model_seed": seeds, "seconds": span, **columns}
     )
     order = ["is_clean", "row", "is_defense", "label"]
     grouped = grouped.assign(
         is_clean=grouped["row"].map(is_clean), is_defense=grouped["label"] != UNDEFENDED
     ).sort_values(order, ignore_index=True)
     grouped = grouped.drop(columns=["is_clean", "is_defense"])
-    grouped = grouped.rename(columns={"row": "attack", "label": "defense", "seed": "seeds"})
+    grouped = grouped.rename(columns={"row": "attack", "label": "defense", "model_seed": "seeds"})
     same = [name for name in columns if len(grouped) > 1 and grouped[name].nunique() == 1]
     text = "; ".join(f"{name} {grouped[name].iloc[0]}" for name in same)
     return grouped.drop(columns=same), f"{_MADE_BY} All: {text}." if same else _MADE_BY
@@ -291,7 +291,8 @@ def as_csv(rows: pd.DataFrame) -> str:
     for name in rows:
         values = rows[name]
         if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
-            whole = {"train_images", "test_images", "seed", "acc_total", "asr_total", "seeds"}
+            whole = {"train_images", "test_images", "acc_total", "asr_total", "seeds"}
+            whole |= {"seed", "model_seed"}
             rows[name] = values.astype("Int64") if name in whole else values
         elif not pd.api.types.is_numeric_dtype(values):
             rows[name] = values.map(cell_text)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import models
-from benchmark.reporting import page, sources, tables
+from benchmark.reporting import figures, leaderboard, page, sources, tables
 from benchmark.reporting.figures import draw
 from benchmark.reporting.files import made_folder
 from benchmark.reporting.means import Number, Table, summarize
@@ -320,6 +320,35 @@ def test_a_mean_over_seeds_that_some_attacks_lack_has_no_deviation(two_attacks: 
     shutil.rmtree(two_attacks / "sig-1")
     table = the_table(two_attacks)
     assert printed(table, "mean of 2 attacks", UNDEFENDED)[0] == "92.00"
+
+
+def test_a_seed_is_that_of_the_model_whatever_that_of_the_defense(
+    two_attacks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defense by hand has seed 0 on every record.
+
+    The deviations over seeds stay those of `test_means_and_deviations_by_hand`, and what says how
+    many seeds there are says two.
+    """
+    before = numbers(the_table(two_attacks), "mean of 2 attacks")["ft", "acc"]
+    assert before.sd is not None
+    for path in two_attacks.glob("*/defense/*/summary.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 0}))
+    for record in ("blended-0", "blended-1"):
+        with_curves(two_attacks / record)
+    table = the_table(two_attacks)
+    assert numbers(table, "mean of 2 attacks")["ft", "acc"] == before
+    (board,) = leaderboard.leaderboards(table)
+    entry = next(entry for entry in board.entries if entry.defense == "ft")
+    assert entry.asr.sd == pytest.approx(0.05 / 2**0.5)
+    facts, _ = tables.made_by(table)
+    assert set(facts[facts["attack"] != CLEAN]["seeds"]) == {"0, 1"}
+    said: list[Any] = []
+    monkeypatch.setattr(plot, "before_after", lambda points, seeds, title: said.append(seeds))
+    monkeypatch.setattr(plot, "curves_with_bands", lambda panels, title: said.append(title))
+    list(figures._figures(table, has_gallery=True))
+    assert said[0] == {"ft": 2, "sau": 2}
+    assert all("up to 2 seeds" in str(title) for title in said[1:])
 
 
 def test_an_analysis_that_has_not_ended_is_no_record(two_attacks: Path) -> None:
