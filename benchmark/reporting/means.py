@@ -1,8 +1,9 @@
 """Means over seeds: one row per attack, columns for each defense, and flags as warnings."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -49,6 +50,7 @@ class Number:
     seeds: int
     flags: str = ""
     is_best: bool = False
+    records: frozenset[str] = field(default=frozenset(), compare=False)  # of the models
 
     def rounded(self) -> float:
         """The number as it is printed: percent with two decimals."""
@@ -197,9 +199,9 @@ def _cells(runs: pd.DataFrame) -> Cells:
         collapsed = "c" if has_collapsed(group) else ""
         flags = {"acc": collapsed + general, "asr": failed, "ra": "", "der": failed}
         cells[str(attack), str(label)] = {
-            metric: _number(values, f)
+            metric: _number(having, metric, f)
             for metric, f in flags.items()
-            if len(values := group[metric].dropna())
+            if len(having := group.dropna(subset=[metric]))
         }
     return cells
 
@@ -291,7 +293,9 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
                 and bool(by_seed.notna().to_numpy().all() and attacked["model_seed"].notna().all())
             )
             sd = float(by_seed.mean(axis=1).std()) if is_whole else None
-            numbers[heading, metric] = Number(mean, sd, len(cells), flags)
+            numbers[heading, metric] = Number(
+                mean, sd, len(cells), flags, records=frozenset().union(*(n.records for n in cells))
+            )
     return Row(f"mean of {len(rows)} attacks", None, "", numbers, attacks=len(rows))
 
 
@@ -317,16 +321,19 @@ def _best(
 ) -> list[tuple[str, str]]:
     """Which of several rivals, (anything, heading) -> numbers, is best; all that print the same.
 
-    These do not compete: numbers with fewer seeds or attacks than others, those of a failed attack
-    or a collapsed defense, and those of a defense that sees the poisoned training set.
+    These do not compete: numbers of fewer or other models than most of the rivals have, those of a
+    failed attack or a collapsed defense, and those of a defense that sees poisoned images.
     """
     numbers = {key: of[key[1], metric] for key, of in rivals.items()}
-    most = max((number.seeds for number in numbers.values()), default=0)
+    sets = Counter(number.records for number in numbers.values())
+    most = max(((len(records), count) for records, count in sets.items()), default=(0, 0))
+    same = [records for records, count in sets.items() if (len(records), count) == most]
     fair = {
         key: number.rounded()
         for key, number in numbers.items()
-        if number.seeds == most
-        and not set("am") & set(number.flags)
+        if same == [number.records]
+        and "m" not in number.flags
+        and "a" not in rivals[key].get((key[1], "asr"), number).flags
         and not set("cp") & set(rivals[key].get((key[1], "acc"), number).flags)
     }
     if len(fair) < 2:
@@ -335,6 +342,7 @@ def _best(
     return [key for key, value in fair.items() if value == best]
 
 
-def _number(values: pd.Series, flags: str) -> Number:
+def _number(runs: pd.DataFrame, metric: str, flags: str) -> Number:
+    values = runs[metric]
     sd = float(values.std()) if len(values) > 1 else None  # of a sample: divides by n - 1
-    return Number(float(values.mean()), sd, len(values), flags)
+    return Number(float(values.mean()), sd, len(values), flags, records=frozenset(runs["record"]))

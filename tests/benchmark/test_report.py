@@ -16,7 +16,7 @@ from benchmark.reporting import figures, leaderboard, page, sources, tables
 from benchmark.reporting.figures import draw
 from benchmark.reporting.files import made_folder
 from benchmark.reporting.means import Number, Table, summarize
-from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
+from benchmark.reporting.summaries import CLEAN, METRICS, UNDEFENDED, read_runs
 from models.tiny import TinyNet
 from tests.test_end_to_end import badnet, cache, defense_flags, run_script, trained, workplace
 from utils import plot
@@ -294,16 +294,31 @@ def test_flags_stand_beside_the_numbers_that_need_them(two_attacks: Path) -> Non
 
 
 def test_a_failed_attack_and_a_collapsed_defense_win_nothing(two_attacks: Path) -> None:
-    """LF fails: no best ASR and DER. FT halves the ACC of BPP, and with it the ASR falls to 0."""
+    """LF fails: nothing is best. FT halves the ACC of BPP, and with it the ASR falls to 0."""
     lf = attack(two_attacks, "lf-0", 0.92, 0.3, 0.5)
     bpp = attack(two_attacks, "bpp-0", 0.92, 1.0, 0.0)
     for folder, ft in ((lf, 0.9), (bpp, 0.1)):
         defense(folder, "ft", ft, 0.0, 0.2)
         defense(folder, "sau", 0.85, 0.02, 0.8)
     table = the_table(two_attacks)
-    best = {key for key, number in numbers(table, "lf").items() if number.is_best}
-    assert best == {("ft", "acc"), ("sau", "ra")}
-    assert not any(number.is_best for number in numbers(table, "bpp").values())
+    for row in ("lf", "bpp", "mean of 4 attacks"):
+        assert not any(number.is_best for number in numbers(table, row).values())
+
+
+def test_numbers_of_other_models_do_not_compete(two_attacks: Path) -> None:
+    """FT and SAU with two seeds of three each, one of them the same; FT lacks the bad one."""
+    third = attack(two_attacks, "blended-2", 0.9, 1.0, 0.04)
+    defense(third, "sau", 0.5, 0.9, 0.1)
+    shutil.rmtree(two_attacks / "blended-0/defense/sau")
+    table = the_table(two_attacks)
+    assert printed(table, "blended", "sau")[0].endswith(" (2)")
+    assert printed(table, "blended", "ft")[0].endswith(" (2)")
+    for row in ("blended", "mean of 2 attacks"):
+        assert not any(number.is_best for number in numbers(table, row).values())
+    defense(two_attacks / "blended-0", "nad", 0.8, 0.9, 0.1)  # of the same models as FT:
+    defense(two_attacks / "blended-1", "nad", 0.8, 0.9, 0.1)
+    best = {key for key, n in numbers(the_table(two_attacks), "blended").items() if n.is_best}
+    assert best == {("ft", metric) for metric in METRICS}
 
 
 def test_without_a_majority_no_commit_is_flagged(two_attacks: Path) -> None:
