@@ -227,12 +227,12 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
         without: a folder below it whose content is not looked at.
 
     Returns:
-        The runs: for each record first itself, then its results. And one message for each line of
-        a `runs.jsonl` that is skipped.
+        The runs: for each record first itself, then its results; none of a record that is not
+        finished. And one message for each line of a `runs.jsonl` that is skipped.
     """
     records: dict[Path, list[Path]] = {}
     grids: list[Path] = []
-    unfinished: list[str] = []
+    unfinished: dict[Path, list[str]] = {}  # with the results that are in them
     excluded = without.resolve() if without is not None else None
     for path, folders, files in os.walk(under):
         here = Path(path)
@@ -243,9 +243,11 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
             continue
         if "summary.json" not in files:
             if "config.yaml" in files and "run.json" in files:
-                unfinished.append(_below(here, under))
+                unfinished[here] = []
             continue
-        if _is_in_record(here, "defense"):
+        if _is_in_record(here, "defense") and here.parent.parent in unfinished:
+            unfinished[here.parent.parent].append(here.name)
+        elif _is_in_record(here, "defense"):
             records.setdefault(here.parent.parent, []).append(here)
         else:
             records.setdefault(here, [])
@@ -258,7 +260,11 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
             runs.append(RunInFolder(name, shown(result.name), _below(result, under), result))
     problems = []
     if unfinished:
-        problems.append(f"left out, because not finished: {listed(sorted(unfinished))}")
+        names = [
+            _below(folder, under) + (f" (with its {listed(sorted(results))})" if results else "")
+            for folder, results in sorted(unfinished.items())
+        ]
+        problems.append(f"left out, because not finished: {listed(names, limit=200)}")
     for grid in sorted(grids):
         lines, wrong = read_lines(grid, under)
         runs += lines
@@ -397,7 +403,8 @@ def first_fault(error: ValidationError) -> str:
     """The first fault of plain data, compared with a description, as one short line."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return shown(": ".join(filter(None, (where, first["msg"]))), 200)
+    what = first["msg"].removeprefix("Value error, ")
+    return shown(": ".join(filter(None, (where, what))), 200)
 
 
 def _reason(error: Exception) -> str:

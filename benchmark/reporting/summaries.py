@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pandas as pd
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 from pydantic import ValidationError as NotAsDescribed
 
 from benchmark.reporting.sources import (
@@ -25,6 +32,7 @@ from benchmark.reporting.sources import (
     without_places,
 )
 from utils.errors import UserError, listed, one_line, shown
+from utils.metrics import rating
 
 UNDEFENDED = "no defense"
 CLEAN = "clean model"
@@ -107,6 +115,20 @@ class _Defense(_Facts):
     sees: Text | None = None
     purify_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     attack_sha256: Text | None = None
+
+    @model_validator(mode="after")
+    def _has_its_der(self) -> "_Defense":
+        """A DER that is not that of its own scores says that one of the numbers was changed."""
+        if self.der is not None:
+            before, after = self.before, self.after
+            if before.asr is None or after.asr is None:
+                raise ValueError("there is a DER, but no ASR before and after")
+            der = rating(before.acc - after.acc, before.asr - after.asr)
+            if abs(self.der - der) > 1e-6:
+                raise ValueError(
+                    f"DER is {self.der:g}, but {der:g} of ACC and ASR before and after"
+                )
+        return self
 
 
 S = TypeVar("S", bound=BaseModel)

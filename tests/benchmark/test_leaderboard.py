@@ -312,9 +312,9 @@ def test_places_are_those_of_the_numbers_that_are_printed() -> None:
 
 
 def test_seeds_that_one_defense_lacks_are_not_used(two_attacks: Path) -> None:
-    """SAU's run on blended, seed 1, is gone, so FT's DER there, which is 0, is not used."""
+    """SAU's run on blended, seed 1, is gone, so FT's DER there, which is 0.03, is not used."""
     shutil.rmtree(two_attacks / "blended-1/defense/sau")
-    defense(two_attacks / "blended-1", "ft", 0.0, 0.9, 0.0, der=0.0)
+    defense(two_attacks / "blended-1", "ft", 0.0, 0.9, 0.0)
     board = the_board(two_attacks)
     ft = board.entries[1]
     assert ft.der.mean == pytest.approx(0.6225)

@@ -582,6 +582,36 @@ def test_runs_that_are_not_finished_are_named(two_attacks: Path) -> None:
     assert problems == ["left out, because not finished: late, sig-0/defense/half"]
 
 
+def test_results_of_a_record_that_is_not_finished_are_left_out_with_it(two_attacks: Path) -> None:
+    """As when it is being trained again: warning, count and tables say the same."""
+    again = two_attacks / "blended-1"
+    (again / "summary.json").unlink()
+    for name in ("run.json", "config.yaml"):
+        (again / name).write_text("{}")
+    runs, problems = read_runs(two_attacks)
+    assert problems == ["left out, because not finished: blended-1 (with its ft, sau)"]
+    assert "blended-1" not in set(runs["record"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"der": 0.99}, "DER is 0.99, but 0.89 of ACC and ASR before and after"),
+        ({"after": scores(0.9, None, None)}, "there is a DER, but no ASR before and after"),
+    ],
+)
+def test_a_result_that_contradicts_itself_is_skipped(
+    two_attacks: Path, changes: dict[str, Any], reason: str
+) -> None:
+    """Of SIG, SAU takes 0.8 of the ASR and 0.02 of the ACC: (0.8 - 0.02 + 1) / 2 = 0.89."""
+    path = two_attacks / "sig-0/defense/sau/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    runs, problems = read_runs(two_attacks)
+    where = path.relative_to(two_attacks)
+    assert problems == [f"{where}: is no summary of a run ({reason}); skipped"]
+    assert not ((runs["record"] == "sig-0") & (runs["label"] == "sau")).any()
+
+
 def test_what_cannot_be_trusted_is_skipped_and_said(two_attacks: Path, tmp_path: Path) -> None:
     """A second record of one seed, a result of a model that is gone, links."""
     attack(two_attacks, "sig-7", 0.5, 0.5, seed=0)
