@@ -5,8 +5,10 @@
 
 For each attack and signal: AUROC of the models of the attack against the clean models of the same
 dataset and network (0.5 is chance, 1 is perfect), and how often the most suspicious class is the
-target. It reads the summaries of inspections, at any depth under the folders. AUROC of few models
-is a rough number: with three against six, chance alone gives 0.9 or more in two of 84 cases.
+target. It reads the summaries of inspections, at any depth under the folders, from the folders
+`analysis/inspect`: one under another name has other settings. An imported model of which nobody has
+said that it has a backdoor is skipped. AUROC of few models is a rough number: with three against
+six, chance alone gives 0.9 or more in two of 84 cases.
 """
 
 import csv
@@ -22,14 +24,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmark.reporting.sources import counts
 from utils.config import Parser
 from utils.errors import UserError, shown
-from utils.files import read_object
+from utils.files import file_sha256, read_object
 from utils.process.script import logger, run_script
+from utils.records.checkpoint import digest
 from utils.records.folders import RunFolder
 from utils.records.places import refuse_foreign
+from utils.tensors import load_tensors
 
-CLEAN = "prototype"
+CLEAN, EXTERNAL = "prototype", "external"
 ALL = "all of these"
 
 
@@ -73,6 +78,11 @@ class Inspection(BaseModel):
     def name(self) -> str:
         """The attack's name; all-to-all is another attack."""
         return f"{self.attack}{'_all2all' if self.attack_label_trans == 'all2all' else ''}"
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nobody knows if the model has a backdoor: an import without a target."""
+        return self.attack == EXTERNAL and self.attack_label_trans is None
 
 
 @dataclass(frozen=True)
@@ -151,28 +161,58 @@ def powers(inspections: Iterable[Inspection]) -> list[Power]:
 def read(folders: Sequence[Path]) -> list[Inspection]:
     """The inspections of records under some folders; what is no summary of one is skipped.
 
-    A model counts once, however often it was inspected or copied.
+    A model counts once, however often it was inspected, copied or imported; as a record of its
+    attack, if there is one.
 
     Raises:
         UserError: if there is none.
     """
-    inspections: dict[str, Inspection] = {}
+    found: list[tuple[Path, Inspection]] = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--under: {folder} is no folder; give one that holds records")
         for path in sorted(folder.glob("**/analysis/[!.]*/summary.json")):
             try:
                 content: Mapping[str, Any] = read_object(path)
-                if content.get("analysis") == "inspect" and content.get("attack"):
-                    one = Inspection.model_validate(content)
-                    inspections.setdefault(one.attack_sha256 or str(path.resolve()), one)
+                if content.get("analysis") != "inspect" or not content.get("attack"):
+                    continue
+                one = Inspection.model_validate(content)
+                if not counts(path.parent, content):
+                    logger.warning("warning: %s: skipped, only analysis/inspect counts", path)
+                elif one.is_unknown:
+                    logger.warning(
+                        "warning: %s: skipped, nothing says whether the model has a backdoor", path
+                    )
+                else:
+                    found.append((path, one))
             except (OSError, ValueError, ValidationError):
                 logger.warning("warning: %s: is no summary of an inspection; skipped", path)
+    inspections: list[Inspection] = []
+    seen: set[str] = set()
+    for path, one in sorted(found, key=lambda pair: pair[1].attack == EXTERNAL):
+        if seen.isdisjoint(of_model := _identities(path, one)):
+            seen |= of_model
+            inspections.append(one)
     if not inspections:
         raise UserError(
             f"--under: {folders[0]} holds no inspection; run analysis/inspect.py on its records"
         )
-    return list(inspections.values())
+    return inspections
+
+
+def _identities(path: Path, one: Inspection) -> set[str]:
+    """What tells a model from others: its file, and its weights if the file is still there."""
+    if one.attack_sha256 is None:
+        return {str(path.resolve())}
+    known = {one.attack_sha256}
+    file = path.parents[2] / "attack_result.pt"
+    try:
+        if file_sha256(file) == one.attack_sha256:
+            weights = load_tensors(file)["model"]
+            known.add(digest(weights[name] for name in sorted(weights)))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # a record of another kind has no weights that can be compared
+    return known
 
 
 def markdown(rows: Sequence[Power]) -> str:

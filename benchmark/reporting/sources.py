@@ -295,13 +295,17 @@ def analysis_folders(record: Path) -> list[Path]:
     return sorted(path for path in home.glob("[!.]*") if path.is_dir() and not path.is_symlink())
 
 
+def counts(folder: Path, summary: Mapping[str, Any]) -> bool:
+    """Whether numbers of an analysis are used: one under another name has other settings."""
+    return bool(summary.get("analysis") == folder.name)
+
+
 def read_analyses(result: Path) -> dict[str, float]:
     """The headline numbers of a defense, of the analyses of its record that are finished.
 
-    Only those in the folder that has the analysis's own name count: one under another name has
-    other settings. An analysis of another model than the defense's present one is skipped with a
-    warning. A number of a control has an ending: `_clean` of a clean model, `_exact` of exact
-    purification.
+    Only those in the folder that has the analysis's own name count, see `counts`. An analysis of
+    another model than the defense's present one is skipped with a warning. A number of a control
+    has an ending: `_clean` of a clean model, `_exact` of exact purification.
 
     Args:
         result: the folder of the defense's result, in the record's `defense/`.
@@ -315,7 +319,7 @@ def read_analyses(result: Path) -> dict[str, float]:
             for part in (summary.get("headline"), summary.get("models"), now.get("files"))
         )
         is_of_defense = isinstance(headline.get(result.name), dict)
-        if summary.get("analysis") != folder.name or not is_of_defense:
+        if not counts(folder, summary) or not is_of_defense:
             continue
         if models.get(result.name) != hashes.get("defense_result.pt"):
             logger.warning(

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmark.power import auroc
 from tests.test_end_to_end import run_script
-from utils.files import ROOT
+from utils.files import ROOT, file_sha256
 
 POWER = ROOT / "benchmark/power.py"
 
@@ -70,6 +71,45 @@ def test_a_model_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     inspection(tmp_path, "x/old", "prototype", 0.1, 0)
     assert run_script(POWER, "--under", tmp_path, tmp_path / "x") == 0
     assert "| digits | tiny | badnet | 2, 1 |" in capsys.readouterr().out
+
+
+def test_an_import_of_a_model_that_is_there_is_no_other_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file has other facts, and the same weights; files that have changed say nothing."""
+    weights = {"b": torch.ones(3), "a": torch.zeros(2, 2)}
+    contents = [
+        {"attack": "external", "model": dict(sorted(weights.items()))},
+        {"attack": "badnet", "model": weights},
+        {"attack": "badnet", "model": weights | {"b": torch.zeros(3)}},
+    ]
+    for name, content in zip("abc", contents, strict=True):
+        file = tmp_path / name / "attack_result.pt"
+        file.parent.mkdir()
+        torch.save(content, file)
+        facts = {"attack_sha256": file_sha256(file), "attack_label_trans": "all2one"}
+        inspection(tmp_path, name, str(content["attack"]), 0.9, 0, **facts)
+    assert run_script(POWER, "--under", tmp_path) == 0
+    assert "| digits | tiny | badnet | 2, 0 |" in capsys.readouterr().out
+    (tmp_path / "a/attack_result.pt").write_bytes(b"another")
+    assert run_script(POWER, "--under", tmp_path) == 0
+    assert "| digits | tiny | external | 1, 0 |" in capsys.readouterr().out
+
+
+def test_what_was_inspected_with_other_settings_or_is_not_known_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one model, a folder whose name comes first has another value."""
+    inspection(tmp_path, "a", "badnet", 0.9, 0, attack_sha256="1")
+    inspection(tmp_path, "clean", "prototype", 0.5, 0, attack_sha256="2")
+    inspection(tmp_path, "other", "badnet", 0.1, 0, attack_sha256="1")
+    (tmp_path / "other/analysis/inspect").rename(tmp_path / "a/analysis/again")
+    inspection(tmp_path, "theirs", "external", 0.1, 0, attack_sha256="3", attack_target=None)
+    assert run_script(POWER, "--under", tmp_path) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[2:] == ["| digits | tiny | badnet | 1, 1 | 1.00, - |"]
+    assert "a/analysis/again/summary.json: skipped, only analysis/inspect counts" in said.err
+    assert "theirs/analysis/inspect/summary.json: skipped, nothing says whether" in said.err
 
 
 def test_datasets_and_networks_of_one_name_are_told_apart(
