@@ -10,7 +10,7 @@ from benchmark.reporting import leaderboard, page, sources, tables
 from benchmark.reporting.figures import draw
 from benchmark.reporting.means import Table, summarize
 from benchmark.reporting.summaries import read_runs
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, shown
 from utils.files import read_text
 from utils.process.script import logger
 from utils.records.folders import RunFolder
@@ -19,6 +19,8 @@ from utils.records.places import made_folder, refuse_foreign
 _MARKED = {"table.md": tables.markdown, "leaderboard.md": leaderboard.markdown}
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+\.png)\)")
 _MARK = re.compile(r"<!-- (?P<kind>begin|end) (?P<name>[^\s<>]+) -->\s*")
+# What somebody may have meant to be one: with a table's name, or with none.
+_LIKE_A_MARK = re.compile(r"[\s>*+-]*<\s*!\s*[-–—]+\s*(begin|end)\b([^>]*\.md|\W*$)", re.IGNORECASE)
 
 
 def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[str]) -> None:
@@ -104,7 +106,8 @@ def rebuild(texts: Sequence[Path]) -> None:
     The figures of these folders that a text shows are drawn again, too. Each folder is read once.
 
     Raises:
-        UserError: if a mark has no other half, or names a folder that is not there.
+        UserError: if a mark has no other half, is not written exactly, or names a folder that is
+            not there.
     """
     folders: dict[Path, list[Table]] = {}
     for text in texts:
@@ -163,11 +166,21 @@ def _draw_shown(all_tables: list[Table], figures: Path, shown: set[str]) -> None
 
 
 def _marked(text: Path, content: str) -> list[str]:
-    """The names in marks; each mark must be opened and closed, and none may be inside another."""
+    """The names in marks; each mark must be opened and closed, and none may be inside another.
+
+    Raises:
+        UserError: if that is not so, or a line looks like a mark and is none: its table would stay
+            as it is.
+    """
     names: list[str] = []
     opened: str | None = None
     for number, line in enumerate(content.split("\n"), start=1):
         mark = _MARK.fullmatch(line)
+        if mark is None and _LIKE_A_MARK.match(line):
+            raise UserError(
+                f"{text}:{number}: {shown(line.strip(), 100)} is no mark; write it alone in its "
+                "line, from the first letter on, like <!-- begin results/<grid>/table.md -->"
+            )
         if mark is None:
             continue
         kind, name = mark.groups()

@@ -1162,6 +1162,33 @@ def test_wrong_marks_change_nothing(
     assert text.read_text() == before
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "  <!-- begin results/x/table.md -->",
+        "<!--begin results/x/table.md-->",
+        "<!-- Begin results/x/table.md -->",
+        "<!--- begin results/x/table.md -->",
+        "<!-- begin  results/x/table.md -->",
+        "<!-- begin results/my grid/table.md -->",
+        "- <!-- begin results/x/table.md -->",
+        "<!-- end -->",
+        "<!-- begin results/x/table.md",
+    ],
+)
+def test_a_line_that_looks_like_a_mark_is_told(
+    tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its table would stay as it was; comments about something else are none of ours."""
+    text = tmp_path / "RESULTS.md"
+    text.write_text("<!-- begin of the second part -->\n<!-- the end -->\n")
+    assert report("--rebuild", text) == 0
+    text.write_text(f"one\n{line}\ntwo\n")
+    assert report("--rebuild", text) == 2
+    assert f"RESULTS.md:2: {line.strip()} is no mark; write it alone" in capsys.readouterr().err
+    assert text.read_text() == f"one\n{line}\ntwo\n"
+
+
 @pytest.mark.slow
 def test_results_of_this_repository_are_up_to_date(tmp_path: Path) -> None:
     """No number in the tables of pages and of results/ is typed by hand: they come out again."""
