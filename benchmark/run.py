@@ -39,7 +39,7 @@ from benchmark import slurm
 from benchmark.cells import Cell
 from benchmark.checks import cells_of
 from benchmark.grid import read_grid
-from benchmark.workers import Worker, Workers
+from benchmark.workers import Worker, Workers, told
 from utils.config import Parser
 from utils.errors import UserError, shown
 from utils.files import ROOT
@@ -132,8 +132,25 @@ def log_of(cell: Cell, root: Path) -> Path:
 
 
 def mark_of(cell: Cell, root: Path) -> Path:
-    """The empty file that says that a cell's last run has failed."""
+    """The file that says that a cell's last run has failed, and which signal has ended it."""
     return log_of(cell, root).with_suffix(".failed")
+
+
+def mark_failed(cell: Cell, root: Path, code: int) -> None:
+    """Says that a cell has failed; its log cannot say so itself if a signal has ended it."""
+    what = f"{told(code)}\n" if code < 0 else ""
+    mark_of(cell, root).write_text(what)
+    with log_of(cell, root).open("a") as log:
+        log.write(what)
+
+
+def cause_of(cell: Cell, root: Path, queue: "slurm.Queue | None") -> str:
+    """Where the messages of a failed cell are, after the signal that has ended it, if one has."""
+    if queue is not None:
+        return f"see {queue.log_of(cell)}"
+    mark = mark_of(cell, root)
+    what = mark.read_text(errors="replace").strip() if mark.exists() else ""
+    return ", ".join(filter(None, (what, f"see {log_of(cell, root)}")))
 
 
 def has_failed(cell: Cell, root: Path) -> bool:
@@ -194,8 +211,8 @@ def run_local(
                 if code == 0 and cell.is_done:
                     board.set(cell, "done")
                 else:
-                    mark_of(cell, root).touch()
-                    note = f"exit code {code}, {log_of(cell, root)}"
+                    mark_failed(cell, root, code)
+                    note = f"{told(code)}, {log_of(cell, root)}"
                     board.set(cell, "failed", note)
             elsewhere = 0
             if len(running) < jobs:  # else nothing can be started
@@ -294,8 +311,7 @@ def main() -> None:
     if flags.status:
         states = states_of(cells, root, queue)
         for cell in cells:
-            log = queue.log_of(cell) if queue else log_of(cell, root)
-            end = f"  (see {log})" if states[cell.name] == "failed" else ""
+            end = f"  ({cause_of(cell, root, queue)})" if states[cell.name] == "failed" else ""
             print(shown(f"{states[cell.name]:12} {cell.name}{end}"))
         print(f"{len(cells)} cells: {summary(states.values())}")
         return
@@ -327,10 +343,7 @@ def main() -> None:
             )
     failed = [cell for cell in cells if board.states[cell.name] == "failed"]
     if failed:
-        logs = [(queue.log_of(cell) if queue else log_of(cell, root)) for cell in failed]
-        raise UserError(
-            *(f"{c.name}: failed, see {log}" for c, log in zip(failed, logs, strict=True))
-        )
+        raise UserError(*(f"{c.name}: failed, {cause_of(c, root, queue)}" for c in failed))
 
 
 def states_of(cells: Sequence[Cell], root: Path, queue: "slurm.Queue | None") -> dict[str, str]:

@@ -45,6 +45,14 @@ PRELOADED = [
 ]
 
 
+def told(code: int) -> str:
+    """How a process has ended, by its exit code, which is negative if a signal ended it."""
+    if code >= 0:
+        return f"exit code {code}"
+    memory = ", perhaps out of memory" if -code == getattr(signal, "SIGKILL", 9) else ""
+    return f"killed by signal {-code}{memory}"
+
+
 class Worker(Protocol):
     """A process that runs a cell."""
 

@@ -421,6 +421,8 @@ with open(root / "order.txt", "a") as order:
 (folder / "config.yaml").write_text("")
 if "bad" in folder.name:
     sys.exit("no luck")
+if "killed" in folder.name:
+    signal.raise_signal(signal.SIGKILL)
 time.sleep(float((root / "seconds.txt").read_text()))  # an open file would swallow the signal
 (folder / "summary.json").write_text("{}")
 """
@@ -429,7 +431,7 @@ time.sleep(float((root / "seconds.txt").read_text()))  # an open file would swal
 @pytest.fixture
 def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Scripts that only leave traces, in the place of the checkout's; the folder of records."""
-    for script in ("attack/a.py", "attack/bad.py", "defense/d.py"):
+    for script in ("attack/a.py", "attack/bad.py", "attack/killed.py", "defense/d.py"):
         path = tmp_path / script
         path.parent.mkdir(exist_ok=True)
         path.write_text(STUB)
@@ -469,6 +471,30 @@ def test_a_failure_costs_its_defenses_alone_and_done_cells_are_skipped(stubs: Pa
     with run.Board(cells) as board:
         run.run_local(cells, stubs, 2, board)
     assert (stubs / "order.txt").read_text().split()[len(ran) :] == ["bad1"]  # tried again
+
+
+def test_a_cell_that_was_killed_says_so_in_its_log_and_in_the_status(
+    stubs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It could not say so itself; one that ended by itself has said why in its log."""
+    cells = stub_cells(stubs, "bad", "killed")
+    grid = stubs.parent / "grid.yaml"
+    grid.write_text("datasets: [random]\nmodels: [tiny]\nattacks: [badnet]\nseeds: [0]\n")
+    monkeypatch.setattr(run, "cells_of", lambda *_, **__: cells)
+    logs = stubs / ".grid/logs"
+    why = f"killed by signal 9, perhaps out of memory, see {logs / 'killed.log'}"
+    flags = [str(grid), "--record_path", str(stubs)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    with pytest.raises(UserError) as error:
+        run.main()
+    assert error.value.problems == (
+        f"bad: failed, see {logs / 'bad.log'}",
+        f"killed: failed, {why}",
+    )
+    assert (logs / "killed.log").read_text() == "killed by signal 9, perhaps out of memory\n"
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags, "--status"])
+    run.main()
+    assert f"failed       killed  ({why})" in capsys.readouterr().out
 
 
 def test_an_analysis_waits_for_all_that_it_reads(stubs: Path) -> None:
