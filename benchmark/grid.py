@@ -23,6 +23,7 @@ none: that of the same seed, or all of them. Of a clean model, only analyses run
 trigger.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,9 +38,10 @@ from pydantic import (
 )
 
 from utils.config import placed
-from utils.errors import UserError, quoted
+from utils.errors import UserError, quoted, suggestion
 from utils.plain import read_yaml
 from utils.records.contents import NAME
+from utils.values import advice
 
 OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
 
@@ -69,6 +71,8 @@ def _not_of_grid(flags: dict[str, Any]) -> dict[str, Any]:
     for name in OF_GRID:
         if name in flags:
             raise ValueError(f"{name} is set by the grid itself; remove it")
+    if not isinstance(script := flags.get("script", ""), str):
+        raise ValueError(f"script: {quoted(script)} is not allowed; give the name of a script")
     return {name: placed(name, value) for name, value in flags.items()}
 
 
@@ -78,6 +82,30 @@ def _networks(models: list[str]) -> list[str]:
     return networks
 
 
+def _additional(directives: dict[str, Any]) -> dict[str, Any]:
+    """The directives; raises ValueError if one is none, or is the program's own."""
+    for name, value in directives.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_-]+", name):
+            raise ValueError(f"{_told(name)} is no option of sbatch; give one like nice or qos")
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{name}: {_told(value)} is not allowed; give a text in one line")
+        plain = name.replace("-", "_")
+        if plain in _OF_SLURM:
+            raise ValueError(f"{name} is not allowed; give {_OF_SLURM[plain]} in slurm")
+        if plain in _OF_PROGRAM:
+            raise ValueError(f"{name} is set by the grid itself; remove it")
+    return directives
+
+
+# Options of sbatch that are keys of the grid's `slurm`, and that the program needs for itself.
+_OF_SLURM = {
+    **{"time": "timeout_min", "mem": "mem_gb", "cpus_per_task": "cpus_per_task"},
+    **{"partition": "partition", "gpus_per_node": "gpus_per_node", "array": "array"},
+}
+_OF_PROGRAM = (
+    *("job_name", "dependency", "signal", "requeue", "no_requeue", "kill_on_invalid_dep"),
+    *("output", "error", "open_mode", "wrap", "parsable", "wait"),
+)
 Single = bool | int | float | str
 Flags = Annotated[dict[str, Single | list[Single] | None], AfterValidator(_not_of_grid)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
@@ -99,7 +127,7 @@ class Slurm(_Part):
     array: bool = False
     cells_per_job: int = Field(1, ge=1)
     parallelism: int = Field(256, ge=1)
-    directives: dict[str, bool | int | str] = {}
+    directives: Annotated[dict[str, bool | int | str], AfterValidator(_additional)] = {}
 
     @model_validator(mode="after")
     def _has_one_kind_of_jobs(self) -> "Slurm":
@@ -152,19 +180,87 @@ def read_grid(path: Path) -> Grid:
     Raises:
         UserError: naming every key that is missing, unknown, or has a value that is not allowed.
     """
+    content = read_yaml(path)
     try:
-        return Grid.model_validate(read_yaml(path))
+        return Grid.model_validate(content)
     except ValidationError as error:
-        raise UserError(*(f"{path}: {_problem(problem)}" for problem in error.errors())) from None
+        problems: dict[Place, str] = {}  # one for each place, whatever was tried there
+        for problem in error.errors():
+            place = _place(problem, content)
+            key = problem["loc"] if "[key]" in problem["loc"] else place
+            problems.setdefault(key, f"{path}: {_said(problem, place)}")
+        raise UserError(*problems.values()) from None
 
 
-def _problem(problem: Any) -> str:
-    """What pydantic found at a place of the file, or in the file as a whole."""
-    said = problem["msg"].removeprefix("Value error, ")
-    if not problem["loc"]:
-        return str(said)
-    value = "" if problem["type"] == "missing" else f", not {_told(problem['input'])}"
-    return f"{'.'.join(map(quoted, problem['loc']))}: {said}{value}"
+Place = tuple[int | str, ...]
+
+# What may be given at a key, and inside of it.
+_ALLOWED = {
+    "datasets": "names in a list, or names with flags",
+    "models": "a list of networks",
+    "attacks": "names in a list, or names with flags",
+    "pratios": "a list of numbers",
+    "defenses": "names in a list, or names with flags",
+    "analyses": "names in a list, or names with flags",
+    "seeds": "a list of whole numbers",
+    "attack_flags": "names of flags with their values",
+    "defense_flags": "names of flags with their values",
+    "slurm": f"some of {', '.join(Slurm.model_fields)}, with their values",
+}
+_ITEMS = {
+    "models": "the name of a network",
+    "pratios": "a finite number, without quotes",
+    "seeds": "a whole number from 0 to 4294967295, without quotes or a zero in front",
+    "directives": "true, false, a whole number or a text",
+}
+_FLAG = "true, false, a number, a text, null, or a list of these"
+_NAME = "letters, digits, _ . + - with a letter, a digit or _ first, and quotes around a number"
+
+
+def _place(problem: Any, content: Any) -> Place:
+    """The keys and positions in a file of what pydantic found, without the types that it tried."""
+    place: list[int | str] = []
+    for part in problem["loc"]:
+        if problem["type"] != "missing":
+            try:
+                content = content[part]
+            except (LookupError, TypeError):
+                break
+        place.append(part)
+    return tuple(place)
+
+
+def _said(problem: Any, place: Place) -> str:
+    """What is wrong at a place of the file, or in the file as a whole, and what is allowed."""
+    where = ".".join(map(quoted, place))
+    if problem["type"] == "value_error":
+        said = problem["msg"].removeprefix("Value error, ")
+        return f"{where}: {said}" if where else str(said)
+    if problem["type"] == "missing":
+        return f"{where}: is missing; give {_ALLOWED[str(place[0])]}"
+    if problem["type"] == "extra_forbidden":
+        known = list((Slurm if place[0] == "slurm" else Grid).model_fields)
+        return f"{where}: unknown name{suggestion(str(place[-1]), known)}; give {', '.join(known)}"
+    value = _told(problem["input"])
+    if problem["loc"][-1] == "[key]":
+        return f"{'.'.join(map(quoted, place[:1]))}: {value} is no name; give {_NAME}"
+    return f"{where}: {value} is not allowed; give {_allowed(place, problem['input'])}"
+
+
+def _allowed(place: Place, value: Any) -> str:
+    """What may be given at a place of the file instead of a value."""
+    first, *inside = map(str, place)
+    if not inside:
+        return _ALLOWED[first] + (", one or more" if Grid.model_fields[first].is_required() else "")
+    if first == "slurm":
+        info = Slurm.model_fields[inside[0]]
+        is_item = inside[0] == "directives"
+        annotation = Annotated[info.annotation, info]
+        return _ITEMS["directives"] if is_item else advice(annotation, value, is_flag=False)
+    if first in _ITEMS:
+        return _ITEMS[first]
+    is_name = len(inside) == 1 and not first.endswith("_flags")
+    return _ALLOWED["attack_flags"] if is_name else _FLAG
 
 
 def _told(value: Any) -> str:

@@ -277,19 +277,60 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("seeds: [0, 3]", "", "seeds: Field required"),
-        ("seeds: [0, 3]", "seeds: [-1]", r"seeds\.0: .*greater than or equal to 0, not -1"),
-        ("[0, 3]", "[010]", r"seeds\.0: .*valid integer, not '010'"),
-        ("[0, 3]", "[1:30]", r"seeds\.0: .*valid integer, not '1:30'"),
-        ("[0.1, 0.05]", "[0.1, 0.0_5]", r"pratios\.1: .*valid number, not '0.0_5'"),
+        ("seeds: [0, 3]", "", "seeds: is missing; give a list of whole numbers"),
+        (
+            "seeds: [0, 3]",
+            "seeds: [-1]",
+            r"seeds\.0: -1 is not allowed; give a whole number from 0",
+        ),
+        ("[0, 3]", "[010]", r"seeds\.0: '010' is not allowed; .*or a zero in front"),
+        ("[0, 3]", "[1:30]", r"seeds\.0: '1:30' is not allowed; give a whole number"),
+        (
+            "[0.1, 0.05]",
+            "[0.1, 0.0_5]",
+            r"pratios\.1: '0.0_5' is not allowed; give a finite number",
+        ),
         ("epochs: 2", "epochs: 1:30", r"epochs: 1:30 is not allowed; give int >= 1"),
         (
             "attack_flags:",
             "slurm: {mem_gb: .inf}\nattack_flags:",
-            r"mem_gb: .*finite number, not inf",
+            r"slurm.mem_gb: inf is not allowed; give a finite number: float in \(0, ",
         ),
-        ("models:", "modles:", r"modles: Extra inputs are not permitted"),
-        ("  badnet:", "  ../x:", r"attacks\.\.\./x"),
+        ("models:", "modles:", r"modles: unknown name \(did you mean models\?\); give datasets, "),
+        ("models:", "foo: 1\nmodels:", r"foo: unknown name; give datasets, models, attacks, "),
+        ("  badnet:", "  ../x:", r"attacks: '\.\./x' is no name; give letters, digits, _ \. \+ -"),
+        ("  badnet:", "  1:", r"attacks: 1 is no name; give .* quotes around a number"),
+        ("  badnet:", "  badnet: {script: null}", "script: None is not allowed; give the name of"),
+        (
+            "attack_flags:",
+            "slurm: {partitoin: a}\nattack_flags:",
+            r"slurm.partitoin: unknown name \(did you mean partition\?\); give partition, ",
+        ),
+        (
+            "attack_flags:",
+            "slurm: {directives: {time: '1:00'}}\nattack_flags:",
+            "slurm.directives: time is not allowed; give timeout_min in slurm",
+        ),
+        (
+            "attack_flags:",
+            "slurm: {directives: {cpus-per-task: 2}}\nattack_flags:",
+            "slurm.directives: cpus-per-task is not allowed; give cpus_per_task in slurm",
+        ),
+        (
+            "attack_flags:",
+            "slurm: {directives: {requeue: false}}\nattack_flags:",
+            "slurm.directives: requeue is set by the grid itself; remove it",
+        ),
+        (
+            "attack_flags:",
+            "slurm: {directives: {'bad key!': 3}}\nattack_flags:",
+            "slurm.directives: 'bad key!' is no option of sbatch; give one like nice",
+        ),
+        (
+            "attack_flags:",
+            'slurm: {directives: {comment: "a\\nb"}}\nattack_flags:',
+            "slurm.directives: comment: .* is not allowed; give a text in one line",
+        ),
         ("epochs: 2", "epochs: 0", r"attack/badnet.py: epochs: 0 is not allowed"),
         (
             "epochs: 2",
@@ -324,7 +365,11 @@ def test_flags_for_all_defenses_reach_those_that_take_them(tmp_path: Path) -> No
             "ft is there twice; give it once",
         ),
         ("[0, 3]", "[0, 3, 0]", "seeds: .*0 is there twice; give it once"),
-        ("[0, 3]", "[0, 4294967296]", r"seeds\.1: .*less than 4294967296"),
+        (
+            "[0, 3]",
+            "[0, 4294967296]",
+            r"seeds\.1: 4294967296 is not allowed; .* from 0 to 4294967295",
+        ),
         ("[preactresnet18]", "[resnet181]", r"attack/badnet.py: --model: resnet181 is unknown"),
         ("[preactresnet18]", "['no.py:build']", r"attack/badnet.py: --model: no.py cannot be read"),
         ("[0.1, 0.05]", "[0.1, 0.1]", "pratios: .*0.1 is there twice"),
@@ -342,6 +387,30 @@ def test_a_wrong_grid_is_refused_before_anything_runs(
     assert old in TEXT
     with pytest.raises(UserError, match=message):
         grid_of(TEXT.replace(old, new, 1), tmp_path)
+
+
+def test_each_mistake_of_a_grid_has_one_line(tmp_path: Path) -> None:
+    """Whatever types a value might have had."""
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "datasets: ['..', 1]\nmodels: []\nattacks: {badnet: {epochs: {a: 1}, lr: [[1]]}}\n"
+        "seeds: ['0']\nattack_flags: {x: 2020-01-01}\ndefenses: 3\nslurm: {array: 'yes'}\n"
+    )
+    with pytest.raises(UserError) as error:
+        read_grid(path)
+    name = "give letters, digits, _ . + - with a letter, a digit or _ first, and quotes around a"
+    flag = "is not allowed; give true, false, a number, a text, null, or a list of these"
+    assert error.value.problems == (
+        f"{path}: datasets: '..' is no name; {name} number",
+        f"{path}: datasets: 1 is no name; {name} number",
+        f"{path}: models: [] is not allowed; give a list of networks, one or more",
+        f"{path}: attacks.badnet.epochs: {{'a': 1}} {flag}",
+        f"{path}: attacks.badnet.lr: [[1]] {flag}",
+        f"{path}: defenses: 3 is not allowed; give names in a list, or names with flags",
+        f"{path}: seeds.0: '0' is not allowed; give a whole number from 0 to 4294967295, without "
+        "quotes or a zero in front",
+        f"{path}: slurm.array: 'yes' is not allowed; give true or false",
+    )
 
 
 def test_a_record_made_with_other_flags_is_not_passed_off_as_the_grid_s(tmp_path: Path) -> None:
