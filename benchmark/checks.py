@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmark.cells import Cell, cells_in, config_class, fields, scripts, summary_of
 from benchmark.grid import OF_GRID, Grid
 from models import check_name
@@ -20,18 +22,20 @@ _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what com
 _OF_RECORD = ("dataset", "model")  # of a defense or an analysis, repeat what the record says
 
 
-def cells_of(grid: Grid, root: Path, is_run: bool = True) -> list[Cell]:
+def cells_of(grid: Grid, root: Path, is_run: bool = True, is_here: bool = True) -> list[Cell]:
     """Every run of a grid, each attack followed by its defenses.
 
     Args:
         root: folder of the grid's records.
-        is_run: whether the cells are to be run here, so that what they read must be there.
+        is_run: whether the cells are to be run, so that what they read must be there.
+        is_here: whether they are run on this machine, which must then have the devices.
 
     Raises:
         UserError: naming every flag that its script does not take, everything that is not there,
             and every record there that was made with other flags.
     """
     cells = cells_in(grid, root)
+    attacks = {cell.name: cell for cell in cells if cell.attack is None}
     taken = {
         name
         for result, flags in grid.defenses.items()
@@ -51,7 +55,9 @@ def cells_of(grid: Grid, root: Path, is_run: bool = True) -> list[Cell]:
         checked.add(key)
         if not cell.is_done:
             problems += _problems_of_name(cell)
-            problems += [*_lacking_files(cell), *_lacking_inputs(cell)] if is_run else []
+            if is_run:
+                problems += [*_lacking_files(cell), *_lacking_inputs(cell)]
+                problems += [*_lacking_controls(cell, attacks), *_lacking_device(cell, is_here)]
         problems += _differences(cell, resolved)
     count = Counter(cell.name for cell in cells)
     problems += [
@@ -121,6 +127,52 @@ def _lacking_inputs(cell: Cell) -> list[str]:
                 f"{cell.script}: --dataset_path: {what}; give the one that holds train/ and test/"
             )
     return problems
+
+
+def _lacking_controls(cell: Cell, attacks: Mapping[str, Cell]) -> list[str]:
+    """The errors about clean models that an analysis names.
+
+    Args:
+        attacks: the records that the grid makes, by name.
+    """
+    problems = []
+    for flag in ("clean_record", "clean_records"):
+        given = cell.flags.get(flag) or []
+        for name in map(str, [given] if isinstance(given, str) else given):
+            where = f"{cell.script}: --{flag}: {name}"
+            if name in attacks and not attacks[name].is_clean:
+                problems.append(f"{where} is the record of an attack; give one of prototype")
+            elif name not in attacks and not _is_record(name, str(cell.flags["record_path"])):
+                problems.append(
+                    f"{where} is no record; give the grid the attack prototype and leave the flag "
+                    "out, or train a clean model first: attack/prototype.py"
+                )
+    return problems
+
+
+def _is_record(name: str, root: str) -> bool:
+    try:
+        return places.existing_folder(name, Path(root), "--clean_record") is not None
+    except UserError:  # a link
+        return False
+
+
+def _lacking_device(cell: Cell, is_here: bool) -> list[str]:
+    """The error about a device that torch does not know, or that is not there.
+
+    Args:
+        is_here: whether the cell will run on this machine.
+    """
+    name = cell.flags.get("device", "auto")
+    if name == "auto" or not isinstance(name, str):
+        return []
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return [f"{cell.script}: --device: {name} is no device; give auto, cpu or cuda, or mps"]
+    if is_here and device.type == "cuda" and torch.cuda.device_count() <= (device.index or 0):
+        return [f"{cell.script}: --device: {name} is not usable here; give auto or cpu"]
+    return []
 
 
 def _script(cell: Cell) -> tuple[str, str]:

@@ -306,7 +306,7 @@ def main() -> None:
         raise UserError("--budget: is for --executor local; give timeout_min in the YAML's slurm")
     grid = read_grid(flags.grid)
     root = (flags.record_path or ROOT / "record" / flags.grid.stem).resolve()
-    cells = cells_of(grid, root, is_run=not flags.status)
+    cells = cells_of(grid, root, not flags.status, flags.executor == "local")
     queue = slurm.Queue(root, grid.slurm) if flags.executor == "slurm" else None
     if flags.status:
         states = states_of(cells, root, queue)

@@ -765,6 +765,38 @@ def test_a_folder_of_images_must_be_there(tmp_path: Path) -> None:
         grid_of(text.replace("{dataset_path: nowhere}", "{image_size: 16}"), tmp_path)
 
 
+def test_a_device_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SLURM runs the cells is another machine; what has been done needs no device."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    path = tmp_path / "grid.yaml"
+    for device, message in (
+        ("foo", "badnet.py: --device: foo is no device; give auto, cpu or cuda, or mps"),
+        ("cuda:1", "badnet.py: --device: cuda:1 is not usable here; give auto or cpu"),
+    ):
+        text = TEXT.replace("epochs: 2", f"epochs: 2, device: '{device}'")
+        with pytest.raises(UserError, match=re.escape(message)):
+            grid_of(text, tmp_path)
+        assert len(cells_of(read_grid(path), tmp_path / "records", is_run=False)) == 24
+    assert len(cells_of(read_grid(path), tmp_path / "records", is_here=False)) == 24
+    grid_of(text.replace("cuda:1", "cuda:0"), tmp_path)
+
+
+def test_the_controls_that_a_grid_names_must_be_there(tmp_path: Path) -> None:
+    """Among its own records, or as a record from before; an attack's is none."""
+    name = "digits-preactresnet18-{}-s0"
+    text = TEXT.replace("seeds:", "analyses: {path: {clean_record: NAME}}\nseeds:")
+    flag = "analysis/path.py: --clean_record: "
+    for clean, message in (
+        ("nope", "nope is no record; give the grid the attack prototype and leave the flag out"),
+        (name.format("fixed"), f"{name.format('fixed')} is the record of an attack; give one of"),
+    ):
+        with pytest.raises(UserError, match=re.escape(flag + message)):
+            grid_of(text.replace("NAME", clean), tmp_path)
+    grid_of(text.replace("NAME", name.format("prototype")), tmp_path)
+    (tmp_path / "records/nope").mkdir(parents=True)
+    grid_of(text.replace("NAME", "nope"), tmp_path)
+
+
 def test_a_cell_that_has_begun_is_not_too_long_for_a_budget(stubs: Path) -> None:
     """What is left of it may be short."""
     (stubs / "seconds.txt").write_text("0")
@@ -844,6 +876,8 @@ def test_a_tilde_is_the_home_of_who_runs_a_grid(
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "i.txt").write_text("0\n")
     (tmp_path / "net.py").touch()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "records/b").mkdir(parents=True)
     text = TEXT.replace("  ft:\n", "  ft: {index: ~/i.txt}\n")
     text += "analyses: {inspect: {clean_records: [~/a, b]}}\n"
     cells = grid_of(text.replace("[preactresnet18]", "[~/net.py:build]"), tmp_path)
