@@ -351,14 +351,10 @@ def _export_defense(source: Path, attack: AttackRecord, to: Path) -> None:
 
 
 def _parsed() -> Any:
-    parser = Parser(__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    theirs = commands.add_parser(
-        "import", allow_abbrev=False, help="a record of BackdoorBench becomes one of ours"
-    )
-    ours = commands.add_parser(
-        "export", allow_abbrev=False, help="a record becomes one of BackdoorBench"
-    )
+    theirs = commands.add_parser("import", help="a record of BackdoorBench becomes one of ours")
+    ours = commands.add_parser("export", help="a record becomes one of BackdoorBench")
     theirs.add_argument("result_file", metavar="DIR", help="BackdoorBench's record: its folder")
     ours.add_argument("--result_file", required=True, help="record, or its name")
     for command in (theirs, ours):

@@ -14,7 +14,6 @@ with an evaluation in each round and a checkpoint each second. Resident memory a
 be within 3 % of that after 30 rounds; if not, the exit code is 1.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -39,10 +38,12 @@ from attack.poisoning import PoisonedPlan, dirty_label
 from attack.recipe import new_model, supervised, train_by_recipe
 from attack.setting import Setting
 from models import prepare
+from utils.config import Parser
 from utils.data import poison
 from utils.data.datasets import random_images
 from utils.files import ROOT
 from utils.process.device import peak_memory_mib, pick_device, pick_precision
+from utils.process.script import run_script
 from utils.process.seeds import generator, seed_everything
 from utils.records.attack import save_attack
 from utils.records.folders import RunFolder
@@ -185,9 +186,7 @@ def large(gib: float, device_name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measures one kind."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("kind", choices=("cifar", "large", "flat"))
     parser.add_argument("--gib", type=float, default=4.0, help="pixels of `large`")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -199,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

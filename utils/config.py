@@ -72,13 +72,15 @@ class Group(Enum):
 class Parser(argparse.ArgumentParser):
     """Flags of a script; `--help` shows the description as it is.
 
-    If a flag is wrong, one line says so, as everywhere.
+    If a flag is wrong, one line says so, as everywhere. The beginning of a flag is no flag: it
+    would mean another one as soon as there is a new flag.
     """
 
     def __init__(self, description: str | None = None, **more: Any) -> None:
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
             **more,
         )
         # Names and paths; a value of type `str` stays as it is.
@@ -179,7 +181,7 @@ class Config:
         Raises:
             UserError: naming every unknown flag or key and every value that is not allowed.
         """
-        parser = Parser(None, add_help=False, allow_abbrev=False)
+        parser = Parser(None, add_help=False)
         for name in [*_hints(cls), *USER_FILES]:
             const = (
                 "true"

@@ -508,6 +508,21 @@ def test_a_misspelt_flag_is_one_problem_with_the_nearest_name(argv: list[str]) -
 def test_an_abbreviated_flag_is_not_guessed() -> None:
     """--round could only be --rounds today, but would change meaning with a new flag."""
     assert any("--round: unknown flag" in line for line in problems("--round=4"))
+    parser = configuration.Parser()
+    command = parser.add_subparsers().add_parser("go")
+    for one, words in ((parser, ["--round=4"]), (command, ["--round", "4"])):
+        one.add_argument("--rounds")
+        with pytest.raises(UserError, match="--round"):
+            one.parse_args(words)
+
+
+def test_no_script_has_a_parser_of_another_kind() -> None:
+    """Which would guess flags, and say what is wrong in its own way."""
+    rooms = ("analysis", "attack", "benchmark", "defense", "interop", "models", "perf", "utils")
+    scripts = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+    assert len(scripts) > 50
+    made = [path for path in scripts if "ArgumentParser(" in path.read_text(encoding="utf-8")]
+    assert made == []  # that of `utils.config` has it for its base
 
 
 @pytest.mark.parametrize("value", ["-1,2", "-0.5,0,0", "-.5", "-.inf,1", "-1, 2", "-3x"])

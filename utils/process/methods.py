@@ -141,7 +141,7 @@ def run_list(
     """
 
     def main() -> None:
-        parser = Parser(description, prog=f"python -m {package}", allow_abbrev=False)
+        parser = Parser(description, prog=f"python -m {package}")
         parser.add_argument("--markdown", action="store_true", help="the table of README.md")
         print((markdown if parser.parse_args().markdown else text)())
 
