@@ -234,6 +234,9 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
         axis.set_title(printable(defense) + of, fontsize=10)
         axis.label_outer()
         without_frame(axis)
+    for axis in axes[len(panels) - count : len(panels)]:  # the lowest ones, also over no panel
+        axis.set_xlabel("ASR, percent")
+        axis.tick_params(labelbottom=True)
     drawn = 100 * points[["acc", "acc_before"]].stack()
     axes[0].set_ylim(max(-3, drawn.min() - 5), min(102, drawn.max() + 5))
     handles = [

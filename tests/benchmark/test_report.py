@@ -1273,6 +1273,17 @@ def test_a_gallery_is_not_replaced_by_a_poorer_one(
     assert picture.read_bytes() != b"of both attacks"
 
 
+def test_the_lowest_panel_of_each_column_has_an_axis_with_numbers() -> None:
+    """Of four defenses in two lines, the second and the third have no panel under them."""
+    rates = {"acc_before": 0.9, "asr_before": 1.0, "acc": 0.8, "asr": 0.2}
+    points = pd.DataFrame([{"defense": d, "attack": "sig", **rates} for d in "abcd"])
+    figure = plot.before_after(points, dict.fromkeys("abcd", 2), "title")
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_xlabel() for axis in axes] == ["", *["ASR, percent"] * 3]
+    has_numbers = [axis.xaxis.get_tick_params()["labelbottom"] for axis in axes]
+    assert has_numbers == [False, True, True, True]
+
+
 def test_bands_reach_from_the_lowest_to_the_highest_seed() -> None:
     """ACC 90 and 70 in round 2: a mean of 80 and a band from 70 to 90. One seed's round 1 is left
     out, because a mean that changes its seeds jumps."""
