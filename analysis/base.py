@@ -22,7 +22,7 @@ from pydantic import Field
 import analysis
 from analysis.subject import Controlled, RecordConfig, Subject, load_clean, open_subject
 from utils.config import Group
-from utils.errors import NothingToDo, UserError, listed
+from utils.errors import NothingToDo, UserError, counted, listed
 from utils.files import read_object
 from utils.process import distributed
 from utils.process.device import run_conditions
@@ -254,7 +254,7 @@ def write(
         logger.info("%s of %s; defenses: %s", name, title, others)
         logger.info("%s, %s, %s", subject.model_name, subject.device, subject.precision)
         if results.done:
-            logger.info("%d steps were done before", len(results.done))
+            logger.info("done before: %s", counted(len(results.done), "step"))
         for warning in subject.warnings:
             results.warn(warning)
         look(subject, config, results)

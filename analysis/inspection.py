@@ -60,7 +60,7 @@ from models.modes import evaluating
 from utils.data.batches import as_float
 from utils.data.datasets import DatasetName, load_dataset
 from utils.data.labelled import Labelled
-from utils.errors import NothingToDo, UserError, suggestion
+from utils.errors import NothingToDo, UserError, counted, suggestion
 from utils.files import as_path, file_sha256, read_object
 from utils.plain import read_yaml
 from utils.process.device import pick_device, pick_precision
@@ -133,7 +133,7 @@ def conclusion(
         if signal["top"] == large
         and all(name in other and signal["statistic"] > other[name]["statistic"] for other in null)
     ]
-    many = f"{len(null)} clean models" if len(null) > 1 else "1 clean model"
+    many = counted(len(null), "clean model")
     if not {LARGE, SMALL} & set(stronger):
         return f"no clear signal: adversarial images are not more one-sided than in {many}"
     few = "" if len(null) >= ENOUGH_CLEAN else f", which are few: {ENOUGH_CLEAN} say more"
@@ -366,7 +366,8 @@ def draw(
         if subject.attack is None
         else f"a model of the record {subject.attack.folder.name}"
     )
-    compared = f"{clean or 'no'} clean models to compare with"
+    controls = counted(clean, "clean model") if clean else "no clean models"
+    compared = f"{controls} to compare with"
     return charts.inspection(
         torch.tensor(signals[LARGE]["matrix"]),
         {TITLES[name]: signal["by_class"] for name, signal in signals.items()},

@@ -25,7 +25,7 @@ trigger.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -120,13 +120,13 @@ class Slurm(_Part):
     """The resources that a SLURM job of this grid asks for."""
 
     partition: str | None = None
-    timeout_min: int = Field(60, ge=1)
-    mem_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
-    cpus_per_task: int = Field(2, ge=1)
-    gpus_per_node: int = Field(0, ge=0)
+    timeout_min: Annotated[int, Field(ge=1)] = 60
+    mem_gb: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    cpus_per_task: Annotated[int, Field(ge=1)] = 2
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
     array: bool = False
-    cells_per_job: int = Field(1, ge=1)
-    parallelism: int = Field(256, ge=1)
+    cells_per_job: Annotated[int, Field(ge=1)] = 1
+    parallelism: Annotated[int, Field(ge=1)] = 256
     directives: Annotated[dict[str, bool | int | str], AfterValidator(_additional)] = {}
 
     @model_validator(mode="after")
@@ -253,10 +253,10 @@ def _allowed(place: Place, value: Any) -> str:
     if not inside:
         return _ALLOWED[first] + (", one or more" if Grid.model_fields[first].is_required() else "")
     if first == "slurm":
-        info = Slurm.model_fields[inside[0]]
-        is_item = inside[0] == "directives"
-        annotation = Annotated[info.annotation, info]
-        return _ITEMS["directives"] if is_item else advice(annotation, value, is_flag=False)
+        if inside[0] == "directives":
+            return _ITEMS["directives"]
+        hints = get_type_hints(Slurm, include_extras=True)
+        return advice(hints[inside[0]], value, is_flag=False)
     if first in _ITEMS:
         return _ITEMS[first]
     is_name = len(inside) == 1 and not first.endswith("_flags")

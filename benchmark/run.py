@@ -41,7 +41,7 @@ from benchmark.checks import cells_of
 from benchmark.grid import read_grid
 from benchmark.workers import Worker, Workers, told
 from utils.config import Parser
-from utils.errors import UserError, shown
+from utils.errors import UserError, counted, shown
 from utils.files import ROOT
 from utils.process.device import usable_cores
 from utils.process.progress import Progress, clock
@@ -307,18 +307,19 @@ def main() -> None:
     grid = read_grid(flags.grid)
     root = (flags.record_path or ROOT / "record" / flags.grid.stem).resolve()
     cells = cells_of(grid, root, not flags.status, flags.executor == "local")
+    many = counted(len(cells), "cell")
     queue = slurm.Queue(root, grid.slurm) if flags.executor == "slurm" else None
     if flags.status:
         states = states_of(cells, root, queue)
         for cell in cells:
             end = f"  ({cause_of(cell, root, queue)})" if states[cell.name] == "failed" else ""
             print(shown(f"{states[cell.name]:12} {cell.name}{end}"))
-        print(f"{len(cells)} cells: {summary(states.values())}")
+        print(f"{many}: {summary(states.values())}")
         return
 
     made_folder(root, "--record_path")
     RunFolder(root / ".grid").lock()
-    logger.info("%d cells in %s, %d done", len(cells), root, sum(c.is_done for c in cells))
+    logger.info("%s in %s, %d done", many, root, sum(c.is_done for c in cells))
     with Board(cells, None if queue else jobs) as board:
         try:
             if queue is not None:
@@ -329,7 +330,7 @@ def main() -> None:
             rest = "the jobs stay in the queue" if queue else "what ran has a checkpoint"
             logger.info("%s; the same command goes on", rest)
             raise
-    logger.info("%d cells: %s", len(cells), summary(board.states.values()))
+    logger.info("%s: %s", many, summary(board.states.values()))
     unfinished = [cell for cell in cells if board.states[cell.name] not in slurm.ENDED]
     if flags.budget is not None and unfinished:
         shortest = min(board.usual(cell) or 0 for cell in unfinished)

@@ -87,6 +87,11 @@ def listed(names: Sequence[object], between: str = ", ", limit: int = 60) -> str
     return between.join(parts)
 
 
+def counted(count: int, thing: str) -> str:
+    """How many there are: '1 run', '2 runs'."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of choices, or ''."""
     lower = {choice.lower(): choice for choice in choices}

@@ -10,7 +10,7 @@ from benchmark.reporting import leaderboard, page, sources, tables
 from benchmark.reporting.figures import draw
 from benchmark.reporting.means import Table, summarize
 from benchmark.reporting.summaries import read_runs
-from utils.errors import UserError, one_line, shown
+from utils.errors import UserError, counted, one_line, shown
 from utils.files import read_text
 from utils.process.script import logger
 from utils.records.folders import RunFolder
@@ -50,7 +50,8 @@ def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[s
     if drawn:
         figures = made_folder(to / "figures")
         pictures = {table.name: draw(table, figures, drawn) for table in all_tables}
-    logger.info("%d records, %d runs: %s", runs["record"].nunique(), len(runs), to)
+    records = counted(runs["record"].nunique(), "record")
+    logger.info("%s, %s: %s", records, counted(len(runs), "run"), to)
     if "html" in formats:
         title = f"Backdoors and defenses: {', '.join(sorted(set(runs['dataset'])))}"
         folder.write_text("report.html", page.render(title, all_tables, pictures, problems))

@@ -15,6 +15,7 @@ from benchmark.reporting import tables
 from benchmark.reporting.means import FLAGS, Number, Table, has_collapsed, percent
 from benchmark.reporting.sources import HEADLINES
 from benchmark.reporting.summaries import is_clean
+from utils.errors import counted
 from utils.metrics import FAILED_ASR
 
 RESAMPLES = 2000
@@ -307,7 +308,8 @@ def _notes(table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame)
     if others := [label for label in table.labels() if label not in labels]:
         notes.append(f"Not run on all of these attacks: {', '.join(others)}.")
     if skipped:
-        notes.append(f"Not used, since some of these defenses lack their models: {skipped} runs.")
+        runs_skipped = counted(skipped, "run")
+        notes.append(f"Not used, since some of these defenses lack their models: {runs_skipped}.")
     if len(failed):
         models_of = failed.groupby("row")["record"].nunique()
         names = ", ".join(f"{attack} ({count})" for attack, count in models_of.items())

@@ -319,7 +319,7 @@ def test_seeds_that_one_defense_lacks_are_not_used(two_attacks: Path) -> None:
     ft = board.entries[1]
     assert ft.der.mean == pytest.approx(0.6225)
     assert board.notes[0] == "Attacks: blended, sig. Backdoored models: 3."
-    assert "Not used, since some of these defenses lack their models: 1 runs." in board.notes
+    assert "Not used, since some of these defenses lack their models: 1 run." in board.notes
 
 
 def test_one_defense_alone_has_no_rank_and_none_has_no_board(two_attacks: Path) -> None:

@@ -238,7 +238,7 @@ def test_the_state_of_a_grid_is_a_line_a_cell(
     assert run_script(ROOT / "benchmark/run.py", grid, "--record_path", root, "--status") == 0
     cell, total = capsys.readouterr().out.splitlines()
     assert cell.startswith("failed ")
-    assert total == "1 cells: 1 failed"
+    assert total == "1 cell: 1 failed"
     assert is_one_line(cell)
 
 
