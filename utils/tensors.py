@@ -10,7 +10,7 @@ twenty names reads the pickle. Each tensor is a view of bytes that are in the fi
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
@@ -24,11 +24,13 @@ from utils.errors import UserError, first_line, shown
 from utils.files import TENSORS, opened
 
 _MOST_PICKLED = 1 << 26  # bytes of what is no tensor's values
-_MOST_STEPS = 3_000_000  # of a pickle, and parts of what it holds, each as often as it stands there
+# Of a pickle, and parts of what it holds, each as often as it stands there or is copied.
+_MOST_STEPS = 3_000_000
 _MOST_TENSORS = 20_000  # and arrays
 _MOST_LISTED = 1 << 24  # bytes of an archive's list of its parts
 _DEEPEST = 100  # containers inside of each other
 _LARGEST_INTEGER = 1 << 127
+_MOST_SIDES = 64  # dimensions of a tensor; NumPy, too, has no more
 _MOST_EMPTY_ROWS = 1 << 16  # before a dimension of 0
 
 _SCALARS = (str, bytes, int, float, bool, type(None), np.number, np.bool_)
@@ -192,6 +194,8 @@ def _view(values: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Te
     Raises:
         ValueError: if it reaches beyond them, or claims more values than there are.
     """
+    if len(size) > _MOST_SIDES:
+        raise ValueError(f"it holds a tensor of {len(size):,} dimensions")
     numbers = (offset, *size, *stride)
     if (
         not isinstance(values, torch.Tensor)
@@ -200,6 +204,21 @@ def _view(values: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Te
         or any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers)
     ):
         raise ValueError("it describes a tensor in an unknown way")
+    count = _values_in(size)
+    if count > len(values):
+        raise ValueError(f"a tensor of {tuple(size)} is stored in fewer values")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+    if count and last > len(values):
+        raise ValueError(f"a tensor of {tuple(size)} reaches beyond its values")
+    return values.as_strided(size, stride, offset) if count else values.new_empty(size)
+
+
+def _values_in(size: Iterable[int]) -> int:
+    """How many values a tensor or array of these sides has.
+
+    Raises:
+        ValueError: if it has many rows, and nothing in them.
+    """
     count, rows = 1, 1
     for side in size:
         count *= side
@@ -208,12 +227,7 @@ def _view(values: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Te
             break
     if count == 0 and rows > _MOST_EMPTY_ROWS:
         raise ValueError(f"a tensor of {tuple(size)} has rows of nothing")
-    if count > len(values):
-        raise ValueError(f"a tensor of {tuple(size)} is stored in fewer values")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-    if count and last > len(values):
-        raise ValueError(f"a tensor of {tuple(size)} reaches beyond its values")
-    return values.as_strided(size, stride, offset) if count else values.new_empty(size)
+    return count
 
 
 def _typed_view(
@@ -243,6 +257,8 @@ def _dictionary(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _set(members: Any = ()) -> set[Any]:
+    if not isinstance(members, (list, tuple)):
+        raise ValueError("it describes a set in an unknown way")
     return {_key(member) for member in members}
 
 
@@ -253,6 +269,8 @@ def _size(sides: Any = ()) -> tuple[int, ...]:
 
 
 def _device(kind: Any, *_: Any) -> str:
+    if type(kind) is not str:  # a list may unfold to a text of gigabytes
+        raise ValueError("it describes a device in an unknown way")
     return shown(kind, 100)
 
 
@@ -264,8 +282,10 @@ def _encoded(text: Any, encoding: Any = "") -> bytes:
 
 
 def _number_type(name: Any, *_: Any) -> np.dtype:
-    if type(name) is not str or not re.fullmatch(r"b1|[iu][1248]|f[248]", name):
-        kind = _NO_NUMBERS.get(str(name)[:1], "another type")
+    if type(name) is not str:
+        raise ValueError("it describes a type of numbers in an unknown way")
+    if not re.fullmatch(r"b1|[iu][1248]|f[248]", name):
+        kind = _NO_NUMBERS.get(name[:1], "another type")
         what = f"{kind} ({shown(name, 100)})"
         raise ValueError(f"it holds an array of {what}, which is no plain data and is not read")
     return np.dtype(name)
@@ -349,8 +369,9 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._steps = 0
         self._tensors = 0
-        self._array_bytes = 0
+        self._most_copied = 0  # bytes
 
     def run(self, pickled: bytes) -> Any:
         """What the pickle holds.
@@ -358,7 +379,8 @@ class _Machine:
         Raises:
             ValueError: if it holds anything but plain data and what is named above.
         """
-        self._array_bytes = 2 * len(pickled)
+        # Protocol 2 writes an array's bytes as a text: they are copied twice, once from that text.
+        self._most_copied = 2 * len(pickled)
         steps: dict[str, Callable[[Any], None]] = {
             **dict.fromkeys(("PROTO", "FRAME"), lambda _: None),
             **dict.fromkeys(("BINPUT", "LONG_BINPUT"), self._remember),
@@ -393,9 +415,8 @@ class _Machine:
             "BINPERSID": lambda _: self._push(self._storages.get(self._stack.pop())),
         }
         try:
-            for count, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
-                if count > _MOST_STEPS:
-                    raise ValueError("it holds too many parts")
+            for operation, argument, _ in pickletools.genops(pickled):
+                self._count_steps(1)
                 if operation.name == "STOP":
                     (content,) = self._stack
                     return content
@@ -408,6 +429,16 @@ class _Machine:
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its parts do not fit together ({first_line(error)})") from None
         raise ValueError("it ends too early")
+
+    def _count_steps(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > _MOST_STEPS:
+            raise ValueError("it holds too many parts")
+
+    def _count_copied(self, content: bytes) -> None:
+        self._most_copied -= len(content)
+        if self._most_copied < 0:
+            raise ValueError("its bytes and arrays are larger than the file")
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
@@ -451,7 +482,9 @@ class _Machine:
             target[_key(key)] = value
 
     def _name(self, module: Any, name: Any) -> None:
-        if module == "torch._utils" and str(name).startswith(_NO_PLAIN_TENSORS):
+        if type(module) is not str or type(name) is not str:
+            raise TypeError("a name is no text")
+        if module == "torch._utils" and name.startswith(_NO_PLAIN_TENSORS):
             raise ValueError("it holds a sparse, quantized or empty-shelled tensor")
         if (module, name) not in self._names:
             what = shown(f"{module}.{name}", 100)
@@ -463,11 +496,23 @@ class _Machine:
         if not isinstance(function, FunctionType):  # those on the stack are from the names above
             raise TypeError("something is called that is no function")
         result = function(*arguments)
+        self._count_made(result)
+        self._stack.append(result)
+
+    def _count_made(self, result: Any) -> None:
+        """Counts what a call made: a file may call many times, each with the same long argument.
+
+        Raises:
+            ValueError: if it is too much.
+        """
         if isinstance(result, (torch.Tensor, np.ndarray)):
             self._tensors += 1
             if self._tensors > _MOST_TENSORS:
                 raise ValueError("it holds too many tensors")
-        self._stack.append(result)
+        elif isinstance(result, bytes):
+            self._count_copied(result)
+        elif isinstance(result, (dict, set)):
+            self._count_steps(len(result))
 
     def _set_state(self, _: Any) -> None:
         """Data behind an object: an array's content; notes of a state dict, which are dropped."""
@@ -483,10 +528,9 @@ class _Machine:
         _version, shape, dtype, is_fortran, content = state
         if not isinstance(dtype, np.dtype) or type(content) is not bytes:
             raise ValueError("it holds an array that is not of numbers")
-        self._array_bytes -= len(content)
-        if self._array_bytes < 0:
-            raise ValueError("its arrays are larger than the file")
-        array_state = (1, _size(shape), dtype, bool(is_fortran), content)
+        self._count_copied(content)
+        _values_in(_size(shape))
+        array_state = (1, shape, dtype, bool(is_fortran), content)
         target.__setstate__(array_state)  # type: ignore[arg-type]
 
 

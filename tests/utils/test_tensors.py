@@ -299,18 +299,6 @@ def test_lists_that_unfold_are_refused(tmp_path: Path) -> None:
     refuse(tmp_path / "x.pt", "unfold to more than it holds")
 
 
-def test_a_memo_takes_no_room_for_what_is_not_in_it(tmp_path: Path) -> None:
-    """Python's own machine makes a table of 32 GiB for the four billionth entry."""
-    path = archive(tmp_path / "x.pt", b"\x80\x02Nr" + b"\xff\xff\xff\xff" + b".")
-    assert load_plain(path) is None
-
-
-def test_parts_may_stand_in_two_places(tmp_path: Path) -> None:
-    part = {"a": [1, 2]}
-    torch.save([part, part], tmp_path / "x.pt")
-    assert load_plain(tmp_path / "x.pt") == [part, part]
-
-
 def described(
     values: int, size: tuple, stride: tuple, offset: int = 0, kind: str = "FloatStorage"
 ) -> bytes:
@@ -329,6 +317,92 @@ def described(
     arguments = (Reference(), offset, size, stride, False, collections.OrderedDict())
     Pickler(file, 2).dump(Call(torch._utils._rebuild_tensor_v2, *arguments))
     return file.getvalue()
+
+
+def calls(function: Callable[..., Any], *arguments: Any, times: int) -> bytes:
+    """The pickle of many calls with the same arguments, which it holds once."""
+    return pickle.dumps([Call(function, *arguments) for _ in range(times)], 2)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "match"),
+    [
+        (calls(codecs.encode, "x" * 10**5, "latin1", times=8), "bytes and arrays are larger"),
+        (calls(set, [*range(10_000)], times=300), "too many parts"),
+        (
+            calls(collections.OrderedDict, [(n, n) for n in range(10_000)], times=300),
+            "too many parts",
+        ),
+        (calls(set, "text", times=1), "a set in an unknown way"),
+        (described(4, (1,) * 65, (0,) * 65), "a tensor of 65 dimensions"),
+    ],
+    ids=["bytes", "sets", "dictionaries", "a set of a text", "dimensions"],
+)
+def test_copies_of_one_part_are_counted(tmp_path: Path, pickled: bytes, match: str) -> None:
+    """A call of three bytes makes another copy of a long text, of many members, of sides."""
+    refuse(archive(tmp_path / "x.pt", pickled, _0=bytes(16)), match)
+
+
+def test_what_is_copied_once_is_read(tmp_path: Path) -> None:
+    """Protocol 2 writes bytes as a text and a set as a list; an array's bytes are copied twice."""
+    content = {
+        "bytes": [bytes([n % 256]) * 1000 for n in range(200)],
+        "arrays": [np.full(1000, n % 100, np.int8) for n in range(200)],
+        "sets": [set(range(n, n + 50)) for n in range(200)],
+        "names": {np.int64(n): {"label": n, "path": f"{n}.png"} for n in range(30_000)},
+    }
+    torch.save(content, tmp_path / "x.pt")
+    found = load_tensors(tmp_path / "x.pt", arrays=True)
+    for one, other in zip(found.pop("arrays"), content.pop("arrays"), strict=True):
+        assert np.array_equal(one, other)
+    assert found == content
+
+
+def twice(times: int) -> list:
+    """A list that unfolds to a text of 2**times brackets."""
+    value: list = []
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+NAMED_BY_TUPLES = (
+    b"\x80\x02)q\x00"
+    + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(18))
+    + b"h\x12h\x12\x93."
+)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "match"),
+    [
+        (pickle.dumps(Call(torch.device, twice(18)), 2), "a device in an unknown way"),
+        (pickle.dumps(Call(np.dtype, twice(18)), 2), "a type of numbers in an unknown way"),
+        (NAMED_BY_TUPLES, "a name is no text"),
+    ],
+    ids=["device", "type", "name"],
+)
+def test_lists_are_not_shown_before_they_are_counted(
+    tmp_path: Path, pickled: bytes, match: str
+) -> None:
+    refuse(archive(tmp_path / "x.pt", pickled), match)
+
+
+def test_an_array_of_rows_of_nothing_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": np.zeros((10**9, 0))}, tmp_path / "x.pt")
+    refuse(tmp_path / "x.pt", "rows of nothing")
+
+
+def test_a_memo_takes_no_room_for_what_is_not_in_it(tmp_path: Path) -> None:
+    """Python's own machine makes a table of 32 GiB for the four billionth entry."""
+    path = archive(tmp_path / "x.pt", b"\x80\x02Nr" + b"\xff\xff\xff\xff" + b".")
+    assert load_plain(path) is None
+
+
+def test_parts_may_stand_in_two_places(tmp_path: Path) -> None:
+    part = {"a": [1, 2]}
+    torch.save([part, part], tmp_path / "x.pt")
+    assert load_plain(tmp_path / "x.pt") == [part, part]
 
 
 @pytest.mark.parametrize(
