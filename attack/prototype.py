@@ -195,6 +195,7 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
         )
     if isinstance(config, AttackConfig):
         check_target(config.attack_target, data)
+        poison.test_images_to_trigger(data, config.attack_label_trans, config.attack_target)
     if config.batch_size > len(data.train):
         raise UserError(
             f"--batch_size: {config.batch_size} is more than the {len(data.train)} training "

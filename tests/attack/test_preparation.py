@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import utils.data.images
-from attack import inputaware, lc, ssba, trojannn
+from attack import inputaware, lc, prototype, ssba, trojannn
 from attack.setting import Setting
 from tests.test_end_to_end import run_script
 from utils.data.labelled import Dataset
@@ -204,6 +204,25 @@ def test_a_script_makes_checkpoints_as_often_as_it_is_told(
     with pytest.raises(Killed):
         run_script(ROOT / "attack/ssba.py", *flags, *place)
     assert seen == [7.0]
+
+
+def test_a_target_without_test_images_is_refused_before_anything_is_prepared(
+    tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an attack of any kind; all-to-all has test images to trigger in the same set."""
+    one = replace(tiny_data, test=tiny_data.test.at(torch.tensor([0, 3])))
+    monkeypatch.setattr(prototype, "load_dataset", lambda *_: one)
+    flags = {"record_path": str(tmp_path), "save_folder_name": "one", "device": "cpu", **MODEL}
+
+    def prepare(config: Any, setting: Setting) -> Any:
+        raise Killed
+
+    for module in (ssba, inputaware):
+        with pytest.raises(UserError, match=r"^--attack_target: every test image has label 0; "):
+            prototype.train(module.Config.load("digits", **flags), "one", prepare)
+        with pytest.raises(Killed):
+            config = module.Config.load("digits", attack_label_trans="all2all", **flags)
+            prototype.train(config, "one", prepare)
 
 
 TWICE = """
