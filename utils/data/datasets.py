@@ -89,11 +89,6 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
             "the flag, or give --dataset folder"
         )
     dataset = _LOADERS[name](path, image_size)
-    for split, kind in ((dataset.train, "training"), (dataset.test, "test")):
-        if len(split) == 0:
-            raise UserError(
-                f"--dataset {name}: the {kind} set has no image; give at least one per class"
-            )
     counts = (len(dataset.classes), len(dataset.train), len(dataset.test))
     if counts != _OFFICIAL.get(name, counts):
         warning = (
@@ -213,7 +208,10 @@ def _gtsrb_csv(file: Path) -> _Listing:
     """The pictures beside a csv file, in its order, with their labels."""
     lines = _lines(file)
     try:
-        rows = list(csv.DictReader(lines, delimiter=";"))
+        table = csv.DictReader(lines, delimiter=";")
+        rows = list(table)
+        if not {"Filename", "ClassId"} <= {*(table.fieldnames or ())}:
+            raise KeyError
         labels = [int(row["ClassId"]) for row in rows]
         names = [Path(row["Filename"]).name for row in rows]
     except (KeyError, TypeError, ValueError, csv.Error):
@@ -344,7 +342,7 @@ def _folder_warnings(path: Path, dataset: Dataset, skipped: list[Path]) -> Itera
         )
     tested = torch.bincount(dataset.test.labels, minlength=len(dataset.classes))
     untested = [name for name, n in zip(dataset.classes, tested.tolist(), strict=True) if n == 0]
-    if untested and len(dataset.test):
+    if untested:
         yield (
             f"--dataset_path: {path / 'test'} has no image of {listed(untested)}; ACC tells "
             "nothing of these classes"
@@ -437,7 +435,15 @@ def _from_files(
 
     Args:
         constants: mean and standard deviation; None measures them.
+
+    Raises:
+        UserError: if a split has no picture, or one is unreadable.
     """
+    for listing, kind in ((train, "training"), (test, "test")):
+        if not listing.files:
+            raise UserError(
+                f"--dataset {name}: the {kind} set has no image; give at least one per class"
+            )
     pixels = decoded(root, train.files + test.files, image_size)
     count = len(train.files)
     train_set, test_set = (

@@ -643,6 +643,30 @@ def test_a_part_of_an_official_set_is_told(
     assert f"has {found} images, where the official set has {wanted}" in caplog.messages[-1]
 
 
+def test_sets_without_a_picture_are_refused(tmp_path: Path, root: Path) -> None:
+    """Before anything is decoded; folders that somebody emptied, and lists of no picture."""
+    signs = official_gtsrb(tmp_path / "signs")
+    for file in signs.rglob("GT-*.csv"):
+        header = file.read_text().splitlines()[0]
+        if file.name != "GT-final_test.csv":
+            file.write_text(f"{header}\n")
+    with pytest.raises(UserError, match=r"^--dataset gtsrb: the training set has no image; give"):
+        load_dataset("gtsrb", signs, 8)
+    signs = official_gtsrb(tmp_path / "others")
+    (signs / "gtsrb" / "GT-final_test.csv").write_text(f"{header}\n")
+    with pytest.raises(UserError, match=r"^--dataset gtsrb: the test set has no image; give"):
+        load_dataset("gtsrb", signs, 8)
+    (signs / "gtsrb" / "GT-final_test.csv").write_text("Filename;Width\n")
+    with pytest.raises(UserError, match=r"GT-final_test.csv: has no columns Filename and ClassId"):
+        load_dataset("gtsrb", signs, 8)
+    tiny = official_tiny(tmp_path / "tiny", classes=10)
+    for file in tiny.rglob("*.JPEG"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"^--dataset tiny: the training set has no image; give"):
+        load_dataset("tiny", tiny, 8)
+    assert cache_files(root) == []
+
+
 def test_gtsrb_is_decoded_once(tmp_path: Path, root: Path) -> None:
     folder = official_gtsrb(tmp_path)
     load_dataset("gtsrb", folder, 32)
