@@ -166,15 +166,16 @@ def stored(images: torch.Tensor, data: Dataset, truncate: bool) -> torch.Tensor:
         images: float (N, C, H, W); values outside of [0, 1] are clamped.
         data: its mean and standard deviation are those of the network's normalization.
         truncate: as published, triggered images are normalized, brought back, and lose their
-            fractions. This also darkens some 15 % of the unchanged values, by one grey level.
+            fractions. This also darkens some 15 % of the unchanged values, by one grey level. The
+            way back is a second normalization, which divides by 1 / std in float32.
     """
     if not truncate:
         return images.clamp(0, 1).mul(255).round().to(torch.uint8)
-    mean, std = (
+    mean, std, inverse = (
         torch.tensor(values, device=images.device).view(1, -1, 1, 1)
-        for values in (data.mean, data.std)
+        for values in (data.mean, data.std, [1 / value for value in data.std])
     )
-    returned = (images - mean) / std * std + mean
+    returned = (images - mean) / std / inverse + mean
     return returned.clamp(0, 1).mul(255).to(torch.uint8)
 
 
