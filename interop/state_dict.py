@@ -18,8 +18,10 @@ as text. Without triggered images the record has no ASR, and defenses report onl
 was trained with another normalization than the dataset's usual one, give its --mean and --std.
 """
 
+import itertools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -34,8 +36,15 @@ from models import build_model, check_model, model_identity, prepare
 from utils import config as configuration
 from utils.config import Group
 from utils.data import poison
-from utils.data.datasets import DatasetName, class_name, load_dataset
-from utils.data.images import IMAGE_SUFFIXES, decoded
+from utils.data.datasets import (
+    Content,
+    DatasetName,
+    class_name,
+    content_of,
+    load_dataset,
+    skipped_warning,
+)
+from utils.data.images import decoded
 from utils.data.labelled import Dataset, Triggered
 from utils.data.targets import check_target, tell_target, with_target
 from utils.errors import UserError
@@ -106,10 +115,16 @@ class Config(configuration.Config):
     precision: Annotated[Precision, Field(description="auto is bf16 where the hardware has it")]
 
 
-def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
+def read_triggered(
+    folder: Path, data: Dataset, config: Config, warn: Callable[[str], None]
+) -> Triggered:
     """The triggered test images of `<true class>/<position in the test set>.png`.
 
-    Images of the target class are skipped (all2one).
+    Images of the target class are skipped (all2one), and whatever is no picture in the folder of a
+    class. Hidden files and folders do not count.
+
+    Args:
+        warn: gets a line about each kind of what is skipped.
 
     Raises:
         UserError: if a name is no position, or its test image is not of that class.
@@ -119,9 +134,8 @@ def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
             f"--bd_test_dir: {folder} is not a folder; put one folder per class into it"
         )
     files: dict[int, Path] = {}
-    for file in sorted(folder.glob("*/*")):
-        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
-            continue
+    pictures, skipped = _pictures_below(folder)
+    for file in pictures:
         position = int(file.stem) if file.stem.isdecimal() else -1
         if not 0 <= position < len(data.test):
             raise UserError(
@@ -137,6 +151,8 @@ def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
         if position in files:
             raise UserError(f"--bd_test_dir: {file} and {files[position]} are the same test image")
         files[position] = file
+    if skipped:
+        warn(skipped_warning("bd_test_dir", folder, skipped))
     index = torch.tensor(sorted(files), dtype=torch.int64)
     if config.attack_label_trans == "all2one":
         index = index[data.test.labels[index] != config.attack_target]
@@ -145,12 +161,31 @@ def read_triggered(folder: Path, data: Dataset, config: Config) -> Triggered:
             f"--bd_test_dir: {folder} has no image of another class than the target; put "
             "<true class>/<position in the test set>.png into it"
         )
+    if len(index) < len(files):
+        warn(
+            f"--bd_test_dir: {len(files) - len(index)} images of the target class are skipped; ASR "
+            "counts images of other classes"
+        )
     labels = data.test.labels[index]
     images = decoded(folder, [files[position] for position in index.tolist()], data.image_shape[1])
     targets = poison.map_labels(
         labels, config.attack_label_trans, config.attack_target or 0, len(data.classes)
     )
     return Triggered(images, targets, labels, index)
+
+
+def _pictures_below(folder: Path) -> Content:
+    """The pictures in the folders of classes, and what else is in the folder."""
+    pictures: list[Path] = []
+    skipped: list[Path] = []
+    for inside in sorted(itertools.chain(*content_of(folder))):
+        if inside.is_dir():
+            found = content_of(inside)
+            pictures += found.pictures
+            skipped += found.others
+        else:
+            skipped.append(inside)
+    return Content(pictures, skipped)
 
 
 def import_model(config: Config) -> folders.RunFolder:
@@ -194,7 +229,7 @@ def import_model(config: Config) -> folders.RunFolder:
         fill(model, read_state_dict(checkpoint), config.model)
         triggered = None
         if config.bd_test_dir is not None:
-            triggered = read_triggered(Path(config.bd_test_dir), data, config)
+            triggered = read_triggered(Path(config.bd_test_dir), data, config, findings.warn)
         prepare(model, device, precision)
 
         folder.start(config.dump())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
 from utils.data.datasets import load_dataset
+from utils.data.labelled import Triggered
 from utils.files import ROOT
 from utils.records.attack import load_attack
 
@@ -160,6 +162,42 @@ def test_triggered_images_give_asr(workplace: Path, own: Path, state: Path, tmp_
     assert after["before"]["asr_total"] == 12
     assert 0 <= after["der"] <= 1
     assert (workplace / "record/triggered/trigger.png").exists()
+
+
+def test_what_is_skipped_beside_triggered_images_is_told(
+    workplace: Path, own: Path, state: Path, tmp_path: Path
+) -> None:
+    """Other endings, files of no class, deeper folders, the target class; no word of hidden ones."""
+    folder = triggered_images(workplace, tmp_path / "bd")
+    expected = load_triggered(workplace, own, state, folder, "plain")
+    shutil.copytree(folder / "dark", folder / ".ipynb_checkpoints")
+    shutil.copytree(folder / "dark", folder / "dark/deeper")
+    shutil.copytree(folder / "dark", folder / "dark/.hidden")
+    shutil.copytree(folder / "dark", folder / "bright/.hidden")
+    (folder / ".5.png").write_bytes(b"a note")
+    (folder / "dark/.5.png").write_bytes(b"a note")
+    (folder / "5.png").write_bytes(b"a picture of no class")
+    (folder / "notes.txt").write_text("no class")
+    (folder / "dark/notes.txt").write_text("no picture")
+    found = load_triggered(workplace, own, state, folder, "crowded")
+    assert torch.equal(found.index, expected.index)
+    warnings = json.loads((workplace / "record/crowded/summary.json").read_text())["warnings"]
+    assert [w for w in warnings if w.startswith("--bd_test_dir: 4 files or folders are skipped")]
+    assert (
+        "--bd_test_dir: 6 images of the target class are skipped; ASR counts images of other "
+        "classes"
+    ) in warnings
+    plain = json.loads((workplace / "record/plain/summary.json").read_text())["warnings"]
+    assert not [w for w in plain if "files or folders" in w]
+
+
+def load_triggered(workplace: Path, own: Path, state: Path, folder: Path, name: str) -> Triggered:
+    """The triggered images of an import."""
+    changes: dict[str, object] = {"bd_test_dir": folder, "attack_target": 1}
+    assert run(*flags(workplace, own, state, name, **changes)) == 0
+    triggered = load_attack(workplace / "record" / name).triggered
+    assert triggered is not None
+    return triggered
 
 
 def test_all_to_all_keeps_every_image(

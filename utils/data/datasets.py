@@ -243,7 +243,7 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
     counts = []
     for label, wordnet_id in enumerate(ids):
         folder = home / "train" / wordnet_id / "images"
-        pictures = _content(folder).pictures if folder.is_dir() else []
+        pictures = content_of(folder).pictures if folder.is_dir() else []
         train.files.extend(pictures)
         train.labels.extend([label] * len(pictures))
         counts.append(len(pictures))
@@ -266,7 +266,7 @@ def _tiny_validation(folder: Path, ids: list[str]) -> _Listing:
         for label, wordnet_id in enumerate(ids):
             homes = (folder / wordnet_id / "images", folder / wordnet_id)
             home = next((home for home in homes if home.is_dir()), None)
-            pairs += [] if home is None else [(label, file) for file in _content(home).pictures]
+            pairs += [] if home is None else [(label, file) for file in content_of(home).pictures]
     else:
         label_of = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
         for row in (line.split("\t") for line in _lines(notes) if line):
@@ -316,7 +316,7 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
     for homes in folders:
         listing = _Listing([], [])
         for label, folder in enumerate(homes.values()):
-            pictures, others = _content(folder)
+            pictures, others = content_of(folder)
             listing.files.extend(pictures)
             listing.labels.extend([label] * len(pictures))
             skipped += others
@@ -335,11 +335,7 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
 def _folder_warnings(path: Path, dataset: Dataset, skipped: list[Path]) -> Iterator[str]:
     """Warnings about unusual things in a folder of images."""
     if skipped:
-        yield (
-            f"--dataset_path: {len(skipped)} files or folders are skipped, such as "
-            f"{skipped[0].relative_to(path)}; pictures are in the folder of a class and have one "
-            f"of the endings {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+        yield skipped_warning("dataset_path", path, skipped)
     tested = torch.bincount(dataset.test.labels, minlength=len(dataset.classes))
     untested = [name for name, n in zip(dataset.classes, tested.tolist(), strict=True) if n == 0]
     if untested:
@@ -353,6 +349,15 @@ def _folder_warnings(path: Path, dataset: Dataset, skipped: list[Path]) -> Itera
             f"--dataset_path: the brightest pixel of {path / 'train'} is {brightest} of 255; where "
             "16-bit files hold 12 or fewer bits, scale them to all 16 first"
         )
+
+
+def skipped_warning(flag: str, path: Path, skipped: list[Path]) -> str:
+    """The warning about what is in a flag's folder of images, but in no place for one."""
+    return (
+        f"--{flag}: {len(skipped)} files or folders are skipped, such as "
+        f"{skipped[0].relative_to(path)}; pictures are in the folder of a class and have one "
+        f"of the endings {' '.join(sorted(IMAGE_SUFFIXES))}"
+    )
 
 
 def class_name(folder: Path) -> str:
@@ -391,14 +396,14 @@ def _by_name(names: Iterable[str]) -> Callable[[tuple[str, Path]], tuple[int, st
     return lambda item: (int(item[0]) if are_numbers else 0, item[0])
 
 
-class _Content(NamedTuple):
+class Content(NamedTuple):
     """What is in a folder of pictures."""
 
     pictures: list[Path]
     others: list[Path]
 
 
-def _content(folder: Path) -> _Content:
+def content_of(folder: Path) -> Content:
     """The picture files of a folder by name, and the other things in it.
 
     Hidden files are in neither list: they are notes of other programs.
@@ -408,7 +413,7 @@ def _content(folder: Path) -> _Content:
     for file in sorted(folder.iterdir()):
         if not file.name.startswith("."):
             (pictures if file.suffix.lower() in IMAGE_SUFFIXES else others).append(file)
-    return _Content(pictures, others)
+    return Content(pictures, others)
 
 
 def _lines(file: Path) -> Iterable[str]:
