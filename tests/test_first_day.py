@@ -284,6 +284,18 @@ def test_a_folder_for_data_may_be_named(place: Path, monkeypatch: pytest.MonkeyP
     assert not (place / "data").exists()
 
 
+def test_the_folder_for_data_may_begin_with_the_home(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no shell put the home in its place, as in a file of variables."""
+    root = make_images(place / "images", ["cat", "dog"], 1)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(place / "home"))
+    monkeypatch.setenv("SAU_DATA", "~/elsewhere")
+    load_dataset("folder", root, 16)
+    assert list((place / "home/elsewhere/cache").glob("*.bin"))
+
+
 def test_a_place_where_nothing_can_be_kept_is_told(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,19 @@ from threading import Condition
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from utils.data.batches import mapped
 from utils.errors import UserError, one_line
-from utils.files import ROOT, file_sha256, not_written, opened, prepare_folder, replaced
+from utils.files import (
+    ROOT,
+    at_home,
+    file_sha256,
+    not_written,
+    opened,
+    prepare_folder,
+    replaced,
+)
 from utils.process import distributed
 from utils.process.progress import Progress
 from utils.process.script import logger
@@ -49,7 +58,7 @@ _BLOCK = 1 << 26
 
 def data_folder() -> Path:
     """Where downloads and caches are kept: `SAU_DATA`, or `data/` of this checkout."""
-    return Path(os.environ.get("SAU_DATA") or ROOT / "data")
+    return Path(at_home(os.environ.get("SAU_DATA", "")) or ROOT / "data")
 
 
 def no_cache(path: Path, error: Exception) -> UserError:
@@ -65,7 +74,8 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
     is turned upright by its EXIF data.
 
     Raises:
-        UserError: if the file is missing, no picture, cut short, of floats, or huge.
+        UserError: if the file is missing, no picture, cut short, of floats or 32-bit integers, or
+            huge.
     """
     try:
         with opened(file, _LARGEST) as source, Image.open(source, formats=_FORMATS) as image:
@@ -111,6 +121,9 @@ _ROOM = _Room(MOST_PIXELS)
 def _resized(image: Image.Image, side: int) -> np.ndarray:
     """uint8 (3, S, S) of an opened picture; few copies of a large one are held at once."""
     image.load()
+    bits = image.tag_v2.get(258, ()) if isinstance(image, TiffImageFile) else ()
+    if image.mode == "I" and 32 in bits:
+        raise ValueError("integers of 32 bits have no known range")
     image = _eight_bits(_upright(image))
     if image.mode == "P":  # a palette goes by way of RGBA, or Pillow warns of its transparency
         image = image.convert("RGBA")

@@ -193,21 +193,23 @@ def test_folder_reads_the_rarer_kinds_too(tmp_path: Path) -> None:
     palette.save(train / "4.png", transparency=bytes([255, 100]))
     palette.save(train / "5.gif")
     deep = np.full((8, 8), 25700)
-    Image.fromarray(deep.astype(np.int32)).save(train / "6.tif")
+    Image.fromarray(deep.astype(np.uint16)).save(train / "6.tif")
     Image.frombytes("I;16B", (8, 8), deep.astype(">u2").tobytes()).save(train / "7.tif")
+    (train / "8.pgm").write_bytes(b"P5 8 8 65535\n" + deep.astype(">u2").tobytes())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         images = load_dataset("folder", tmp_path / "images", 8).train.images
     colours = [(50,) * 3, (255,) * 3, (10, 20, 30), (200, 100, 50), (200, 100, 50)]
-    expected = torch.tensor([*colours, (100,) * 3, (100,) * 3], dtype=torch.uint8)
-    assert torch.equal(images, expected.view(7, 3, 1, 1).expand_as(images))
+    expected = torch.tensor([*colours, *[(100,) * 3] * 3], dtype=torch.uint8)
+    assert torch.equal(images, expected.view(8, 3, 1, 1).expand_as(images))
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
         (Image.new("F", (8, 8), 0.5), "floats, have no known range"),
-        (Image.new("I", (8, 8), 70000), "values beyond 16 bits"),
+        (Image.new("I", (8, 8), 70000), "integers of 32 bits have no known range"),
+        (Image.new("I", (8, 8), 200), "integers of 32 bits have no known range"),
         (Image.new("L", (9500, 9500)), "9500 x 9500 pixels are too many"),
         (Image.new("1", (15000, 15000)), "decompression bomb"),
     ],
