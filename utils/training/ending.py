@@ -59,7 +59,7 @@ def finish_run(
     Args:
         facts: the first entries of `summary.json`.
         warnings: lines that were not logged so far; the summary has them and those of the findings.
-        result: the lines to log at the end.
+        result: the lines to log at the end; empty for none.
         pictures: what was drawn before; see `draw_findings`.
         files: names whose sha256 the summary has.
         run: from `run_facts`; empty for an import, which runs nothing.
@@ -79,7 +79,7 @@ def finish_run(
     )
     for warning in warnings:
         logger.warning("warning: %s", warning)
-    for line in result.split("\n"):
+    for line in result.split("\n") if result else ():
         logger.info("%s", line)
     logger.info("record: %s", folder.path)
     for path in pictures:

@@ -234,6 +234,17 @@ def test_the_end_logs_what_nobody_has_logged(
     ]
 
 
+def test_a_run_without_a_result_logs_no_empty_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "sau"):
+        finished(tmp_path / "run", Findings(), result="")
+    assert [record.message for record in caplog.records] == [
+        f"record: {tmp_path / 'run'}",
+        f"picture: {tmp_path / 'run' / 'triggers.png'}",
+    ]
+
+
 def test_a_verdict_is_plain_data(tmp_path: Path) -> None:
     verdict = ending.judged(Verdict(True, (2,), (0.0, 1.0)), ALL2ONE)
     assert json.loads(json.dumps(verdict))["targets"] == [2]
