@@ -371,8 +371,8 @@ def test_the_record_of_a_failed_run(workplace: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("attack_result.pt", r"attack_result.pt: is not the file that summary.json describes"),
-        ("poison.pt", r"poison.pt: is not the file that summary.json describes"),
+        ("attack_result.pt", r"attack_result.pt: is missing, though summary.json has it; put it"),
+        ("poison.pt", r"poison.pt: is missing, though summary.json has it; put it back, "),
         (
             "summary.json",
             r"has no summary.json, so its attack did not finish, or it is no record; run",

@@ -85,6 +85,9 @@ def _archive(file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
     """
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if not end:
+        file.seek(0)
+        if file.read(4) == b"PK\x03\x04":  # as each archive begins
+            raise ValueError("it is cut short or damaged: its end is missing")
         raise ValueError("it is no archive of torch.save; torch before 1.6 wrote another format")
     if end[zipfile._ECD_SIZE] > _MOST_LISTED:  # type: ignore[attr-defined]
         raise ValueError("it has too many parts")

@@ -533,6 +533,14 @@ def test_a_part_that_was_changed_is_noticed(tmp_path: Path) -> None:
         load_plain(tmp_path / "x.pt")
 
 
+def test_an_archive_that_was_cut_short_is_told_from_other_formats(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    for count in (4, len(content) // 2, len(content) - 30):
+        (tmp_path / "x.pt").write_bytes(content[:count])
+        refuse(tmp_path / "x.pt", r"^it is cut short or damaged: its end is missing$")
+
+
 def test_the_format_before_archives_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(3)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     refuse(tmp_path / "x.pt", "no archive of torch")

@@ -472,6 +472,11 @@ def checked_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
             "run; run it again, or give another folder"
         ) from None
     for name in names:
+        if name in files and name not in hashes:
+            raise UserError(
+                f"{folder / name}: is missing, though summary.json has it; put it back, or run it "
+                "again"
+            )
         if hashes.get(name) != files.get(name) or names[0] not in hashes:
             raise UserError(
                 f"{folder / name}: is not the file that summary.json describes; run it again"

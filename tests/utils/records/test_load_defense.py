@@ -257,6 +257,11 @@ def test_the_folder_of_an_attack_is_refused(folder: Path) -> None:
     assert "is not the file that summary.json describes" in refusal(folder)
 
 
+def test_a_file_that_is_gone_is_refused(folder: Path) -> None:
+    (folder / RESULT).unlink()
+    assert f"{folder / RESULT}: is missing, though summary.json has it" in refusal(folder)
+
+
 def test_a_damaged_file_is_refused(folder: Path) -> None:
     """One bit of its last weights is another one."""
     content = bytearray((folder / RESULT).read_bytes())

@@ -215,7 +215,8 @@ def test_a_file_that_was_changed_is_refused(saved: RunFolder, name: str) -> None
 @pytest.mark.parametrize("name", ["attack_result.pt", "poison.pt"])
 def test_a_file_that_is_gone_is_refused(saved: RunFolder, name: str) -> None:
     (saved.path / name).unlink()
-    assert str(saved.path / name) in load_problem(saved)
+    problem = load_problem(saved)
+    assert problem.startswith(f"{saved.path / name}: is missing, though summary.json has it; put")
 
 
 @pytest.mark.parametrize("name", ["attack_result.pt", "poison.pt"])
