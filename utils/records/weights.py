@@ -1,7 +1,8 @@
 """Weights of a model that was trained elsewhere: read from a checkpoint, put into a network."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _OF_TORCH = re.compile(r"(?:^(?:module\.|_orig_mod\.)+)|(?<=\.)_orig_mod\.")
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, unwrapped, without torch's own prefixes.
+
+    If other weights are beside them that may be the network's, too, the names of all have their
+    place in the file before them, and `fill` takes those that have the network's names.
 
     Raises:
         UserError: if the file is no checkpoint, or holds anything but tensors.
@@ -54,6 +58,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             f"--state_dict: {path} holds no state dict ({what}); give one, bare or under "
             f"{', '.join(WRAPPERS)}"
         )
+    state = _with_rivals(content, state)
     try:
         broken = not_finite(state)
     except ValueError as error:
@@ -99,6 +104,11 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
             for key, value in network_state.items()
             if key in state and state[key].is_complex() and not value.is_complex()
         ],
+        [
+            f"{key} is {state[key].dtype} instead of floats"
+            for key, value in network_state.items()
+            if key in state and value.is_floating_point() and not _has_fractions(state[key])
+        ],
     )
     problems = [text for texts in zip_longest(*kinds) for text in texts if text]  # some of each
     if problems:
@@ -122,6 +132,72 @@ def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
         content = content[inner]
 
 
+def _has_fractions(weights: torch.Tensor) -> bool:
+    return weights.is_floating_point() or weights.is_complex()
+
+
+def _with_rivals(
+    content: Mapping[Any, Any], state: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """The weights alone, or all under the names of their places, if there are others like them."""
+    places = list(_state_dicts(content))
+    rivals = {
+        place: other
+        for place, other in places
+        if not _are_same(other, state)
+        and (_prefixes(other, _bare(state)) or _prefixes(state, _bare(other)))
+    }
+    if not rivals:
+        return state
+    home = next(place for place, other in places if other is state)
+    together = {home: state, **rivals}
+    return {f"{place}{key}": v for place, weights in together.items() for key, v in weights.items()}
+
+
+def _state_dicts(
+    content: Mapping[Any, Any], place: str = ""
+) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
+    """Each dictionary of nothing but tensors, after its place, such as `model.`."""
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        if all(isinstance(key, str) for key in content):
+            yield place, content
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _state_dicts(value, f"{place}{key}.")
+
+
+def _are_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether both hold the same weights, whatever torch puts before their names."""
+    if one is other:
+        return True
+    first, second = ({_OF_TORCH.sub("", k): v for k, v in each.items()} for each in (one, other))
+    try:
+        return first.keys() == second.keys() and all(
+            torch.equal(value, second[key]) for key, value in first.items()
+        )
+    except RuntimeError:  # of a type that torch cannot compare, and that is not read
+        return False
+
+
+def _bare(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of weights, without counts of batches and without what stands before all names."""
+    names = [_OF_TORCH.sub("", key) for key in state if not key.endswith("num_batches_tracked")]
+    before = os.path.commonprefix([name[: name.rfind(".") + 1] for name in names])
+    return [name[before.rfind(".") + 1 :] for name in names]
+
+
+def _prefixes(state: Mapping[str, torch.Tensor], needed: list[str]) -> list[str]:
+    """What stands before all of the needed names, as often as there is a weight of each."""
+    if not needed:
+        return []
+    candidates = [key.removesuffix(needed[0]) for key in state if key.endswith(needed[0])]
+    return [
+        prefix
+        for prefix in candidates
+        if (not prefix or prefix.endswith(".")) and all(f"{prefix}{key}" in state for key in needed)
+    ]
+
+
 def _without_prefix(
     state: Mapping[str, torch.Tensor], needed: list[str]
 ) -> Mapping[str, torch.Tensor]:
@@ -132,9 +208,7 @@ def _without_prefix(
     """
     if not needed or all(key in state for key in needed):
         return state
-    ending = f".{needed[0]}"
-    prefixes = [key.removesuffix(needed[0]) for key in state if key.endswith(ending)]
-    whole = [p for p in prefixes if all(f"{p}{key}" in state for key in needed)]
+    whole = _prefixes(state, needed)
     if not whole:
         return state
     if len(whole) > 1:

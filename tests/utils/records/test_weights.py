@@ -106,6 +106,88 @@ def test_weights_that_are_there_twice_are_refused(
         filled(tmp_path / "x.pt", content)
 
 
+def other(good: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights that are near to others, as an average is."""
+    return {name: value + 1 for name, value in good.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "places"),
+    [
+        (lambda one, two: {"model": one, "ema": two}, r"model\., ema\."),
+        (lambda one, two: {"state_dict": one, "net": two}, r"state_dict\., net\."),
+        (lambda one, two: {"net": two, "state_dict": one}, r"state_dict\., net\."),
+        (lambda one, two: {"model": one, "teacher": two}, r"model\., teacher\."),
+        (lambda one, two: {"state_dict": {"model": one, "ema": two}}, r"state_dict\.model\., st"),
+        (lambda one, two: {"model": one, "ema": {"net": two, "decay": 0.9}}, r"model\., ema\.net"),
+        (
+            lambda one, two: {
+                "state_dict": {f"model.{name}": value for name, value in one.items()},
+                "ema": {f"module.{name}": value for name, value in two.items()},
+            },
+            r"state_dict\.model\., ema\.module\.",
+        ),
+        (
+            lambda one, two: {
+                "state_dict": {f"model.{name}": value for name, value in one.items()},
+                "average": {f"net.{name}": value for name, value in two.items()},
+            },
+            r"state_dict\.model\., average\.net\.",
+        ),
+        (
+            lambda one, two: {
+                "model": {f"module.{name}": value for name, value in one.items()} | COUNTED,
+                "ema": two,
+            },
+            r"model\.module\., ema\.",
+        ),
+    ],
+)
+def test_different_weights_in_two_places_are_refused(
+    tmp_path: Path,
+    good: dict[str, torch.Tensor],
+    wrap: Callable[[dict, dict], dict],
+    places: str,
+) -> None:
+    with pytest.raises(UserError, match=rf"has all weights 2 times, under {places}.*; give a file"):
+        filled(tmp_path / "x.pt", {"epoch": 3, **wrap(good, other(good))})
+
+
+def test_two_sets_of_names_without_a_dot_are_refused(tmp_path: Path) -> None:
+    torch.save(
+        {"model": nn.Linear(2, 3).state_dict(), "ema": nn.Linear(2, 3).state_dict()},
+        tmp_path / "x.pt",
+    )
+    with pytest.raises(UserError, match=r"has all weights 2 times, under model\., ema\.; give"):
+        fill(
+            Classifier(nn.Linear(2, 3), (0.0,) * 3, (1.0,) * 3),
+            read_state_dict(tmp_path / "x.pt"),
+            "net",
+        )
+
+
+COUNTED = {"n_averaged": torch.tensor(3)}
+
+
+def test_what_is_beside_the_weights_and_no_second_set_is_no_hindrance(
+    tmp_path: Path, good: dict[str, torch.Tensor]
+) -> None:
+    """The same weights again, an optimizer's state, other networks, parts of the same names."""
+    named = {f"module.{name}": value.clone() for name, value in good.items()}
+    optimizer = torch.optim.Adam(Net().parameters())
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for beside in (
+        {"ema": named, "model": good},
+        {"optimizer": optimizer.state_dict(), "scaler": {"scale": torch.ones(1)}},
+        {"net": {"generator.weight": torch.ones(2)}},
+        {"criterion": {"weight": torch.ones(3)}},
+        {"params": {}},
+    ):
+        assert_same(filled(tmp_path / "x.pt", {"state_dict": good, **beside}), good)
+
+
 def test_counts_of_batches_may_be_missing(tmp_path: Path, good: dict[str, torch.Tensor]) -> None:
     content = {name: v for name, v in good.items() if "num_batches" not in name}
     made = filled(tmp_path / "x.pt", content)
@@ -192,6 +274,17 @@ def test_complex_weights_are_refused(tmp_path: Path, good: dict[str, torch.Tenso
     content = good | {"head.bias": good["head.bias"].to(torch.complex64)}
     with pytest.raises(UserError, match=r"head\.bias is torch\.complex64, no real number"):
         filled(tmp_path / "x.pt", content)
+
+
+def test_weights_that_are_stored_as_integers_are_refused(
+    tmp_path: Path, good: dict[str, torch.Tensor]
+) -> None:
+    """BatchNorm's count is one, and stays one."""
+    assert good["bn.num_batches_tracked"].dtype == torch.int64
+    for dtype in (torch.int32, torch.int8, torch.uint8, torch.bool):
+        content = good | {"head.bias": good["head.bias"].to(dtype)}
+        with pytest.raises(UserError, match=rf"head\.bias is {dtype} instead of floats; give its"):
+            filled(tmp_path / "x.pt", content)
 
 
 def test_half_weights_are_read(tmp_path: Path, good: dict[str, torch.Tensor]) -> None:
