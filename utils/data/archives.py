@@ -55,6 +55,18 @@ def nothing_written() -> Iterator[None]:
         _may_write = before
 
 
+def check_place(folder: Path) -> None:
+    """Refuses a folder for downloads if the one around it is not there either: a typing error.
+
+    Inside of `nothing_written` any folder will do, because none is made.
+    """
+    if _may_write and not folder.is_dir() and not folder.parent.is_dir():
+        raise UserError(
+            f"--dataset_path: {folder} is no folder, and {folder.parent} is none either; give the "
+            "folder that has the dataset, or a new one in a folder that is there"
+        )
+
+
 def extract_all(dataset: str, folder: Path, archives: Sequence[Archive]) -> None:
     """Puts the content of each archive into a folder; what is there already stays.
 

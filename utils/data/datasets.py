@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from utils.data.archives import Archive, extract_all
+from utils.data.archives import Archive, check_place, extract_all
 from utils.data.batches import release
 from utils.data.images import IMAGE_SUFFIXES, data_folder, decoded
 from utils.data.labelled import Dataset, Labelled
@@ -69,8 +69,9 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
 
     Args:
         name: one of `DatasetName`.
-        path: the folder of images for `folder`; None for the sets of `BUILT_IN`; where downloads
-            are kept for the others, None for `data/` of this checkout.
+        path: the folder of images for `folder`; None for the sets of `BUILT_IN`; for the others
+            where downloads are kept, in it or in its `<name>/`, or the extracted folder itself;
+            None for `data/` of this checkout.
         image_size: side of the images in pixels; other sizes are resized (bilinear, antialiased).
 
     Raises:
@@ -88,6 +89,8 @@ def load_dataset(name: str, path: Path | None, image_size: int) -> Dataset:
             f"--dataset_path: {path}, but {name} is part of the program and reads no folder; drop "
             "the flag, or give --dataset folder"
         )
+    if path is not None and name != "folder":
+        check_place(path)
     dataset = _LOADERS[name](path, image_size)
     counts = (len(dataset.classes), len(dataset.train), len(dataset.test))
     if counts != _OFFICIAL.get(name, counts):
@@ -153,16 +156,26 @@ def _cifar(
         from torchvision import datasets  # here, because it takes seconds to import
 
         reader = getattr(datasets, source)
+        archive = Archive(reader.url, reader.tgz_md5, reader.base_folder)
         folder = path or data_folder()
-        extract_all(name, folder, [Archive(reader.url, reader.tgz_md5, reader.base_folder)])
+        if (folder / reader.meta["filename"]).exists():
+            home = folder
+        else:
+            root = _home_of(name, folder, [archive.content, archive.name]) or folder
+            extract_all(name, root, [archive])
+            home = root / archive.content
+
+        class Extracted(reader):  # type: ignore[misc, valid-type]
+            base_folder = ""  # the folder may have any name
+
         splits = []
         for is_train in (True, False):
             try:
-                data = reader(root=str(folder), train=is_train)
+                data = Extracted(root=str(home), train=is_train)
             except Exception:  # torchvision raises what os, pickle and its own checks raise
                 raise UserError(
-                    f"{folder / reader.base_folder}: is damaged or incomplete (a file is missing "
-                    "or its md5 differs); remove that folder and run again"
+                    f"{home}: is damaged or incomplete (a file is missing or its md5 differs); "
+                    "remove that folder and run again"
                 ) from None
             images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
             splits.append(Labelled(_resize(images, image_size), torch.tensor(data.targets)))
@@ -172,6 +185,16 @@ def _cifar(
     return load
 
 
+def _home_of(name: str, root: Path, entries: Iterable[str]) -> Path | None:
+    """The one of `<name>/` in a folder, where BackdoorBench keeps a dataset, and of that folder.
+
+    Args:
+        entries: files and folders, any of which it has; None is returned if neither has one.
+    """
+    homes = (root / name, root)
+    return next((h for h in homes if any((h / entry).exists() for entry in entries)), None)
+
+
 def _gtsrb(path: Path | None, image_size: int) -> Dataset:
     """German traffic signs, 43 classes, 39,209 / 12,630 images of many sizes.
 
@@ -179,9 +202,8 @@ def _gtsrb(path: Path | None, image_size: int) -> Dataset:
     official archives or in BackdoorBench's, in the order of the csv files.
     """
     root = path or data_folder()
-    homes = [root / "gtsrb", root]
     entries = ["GTSRB", "Train", *(archive.name for archive in _GTSRB_ARCHIVES)]
-    home = next((h for h in homes if any((h / name).exists() for name in entries)), homes[0])
+    home = _home_of("gtsrb", root, entries) or root / "gtsrb"
     if (home / "Train").is_dir():
         train_root, test_root = home / "Train", home / "Test"
         truth = test_root / "GT-final_test.csv"
@@ -232,9 +254,9 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
     does not depend on the layout and is the order that other programs number them in.
     """
     root = path or data_folder()
-    if (root / "wnids.txt").exists():
-        home = root
-    else:
+    home = _home_of("tiny", root, ["wnids.txt"])
+    if home is None:
+        root = _home_of("tiny", root, [_TINY_ARCHIVE.content, _TINY_ARCHIVE.name]) or root
         extract_all("tiny", root, [_TINY_ARCHIVE])
         home = root / _TINY_ARCHIVE.content
     ids = sorted(" ".join(_lines(home / "wnids.txt")).split())

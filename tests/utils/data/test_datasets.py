@@ -47,6 +47,11 @@ def tree(tmp_path: Path) -> Path:
     return folder
 
 
+def unreachable(*_: object, **__: object) -> NoReturn:
+    """In the place of `urlopen`."""
+    raise urllib.error.URLError("no route to host")
+
+
 def cache_files(root: Path) -> list[Path]:
     return sorted((root / "data" / "cache").glob("*"))
 
@@ -496,6 +501,53 @@ def test_cifar_is_looked_for_in_the_checkout_by_default(
     assert len(load_dataset("cifar10", None, 32).train) == 10
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "gtsrb", "tiny"])
+def test_official_sets_are_found_where_backdoorbench_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In data/<name>/, extracted or as archives."""
+    source = official(name, tmp_path / "source", monkeypatch)
+    expected = load_dataset(name, source, 32).fingerprint()
+    if name == "gtsrb":
+        shutil.copytree(source / "gtsrb", tmp_path / "data/gtsrb")
+    else:
+        shutil.copytree(source, tmp_path / "data" / name)
+    assert load_dataset(name, tmp_path / "data", 32).fingerprint() == expected
+    (tmp_path / "packed").mkdir()
+    packed(name, source, tmp_path / "packed" / name, monkeypatch)
+    assert load_dataset(name, tmp_path / "packed", 32).fingerprint() == expected
+    assert [path.name for path in (tmp_path / "packed").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_may_be_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of any name; what is missing there is told, and nothing is downloaded into it."""
+    source = official_cifar(tmp_path / "source", name, monkeypatch)
+    expected = load_dataset(name, source, 32).fingerprint()
+    (inside,) = source.iterdir()
+    assert load_dataset(name, inside, 32).fingerprint() == expected
+    own = inside.rename(tmp_path / "mine")
+    assert load_dataset(name, own, 32).fingerprint() == expected
+    next(path for path in own.iterdir() if "test" in path.name).unlink()
+    with pytest.raises(UserError, match=rf"^{own}: is damaged or incomplete"):
+        load_dataset(name, own, 32)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "gtsrb", "tiny"])
+def test_a_folder_without_a_folder_around_it_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A typing error; a new folder in one that is there is what a download may go to."""
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    with pytest.raises(UserError, match=r"^--dataset_path: .*no/where is no folder, and .*no is"):
+        load_dataset(name, tmp_path / "no/where", 32)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="not found and the download failed"):
+        load_dataset(name, tmp_path / "new", 32)
+
+
 def test_cifar_is_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_dataset("cifar10", official_cifar(tmp_path / "d", "cifar10", monkeypatch), 16)
     assert data.image_shape == (3, 16, 16)
@@ -519,9 +571,6 @@ def test_cifar_has_the_published_normalization(
 def test_a_failing_download_says_where_to_put_the_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, archive: str
 ) -> None:
-    def unreachable(*_: object, **__: object) -> NoReturn:
-        raise urllib.error.URLError("no route to host")
-
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError) as caught:
         load_dataset(name, tmp_path / "empty", 32)
@@ -596,9 +645,6 @@ def test_archives_are_checked_and_extracted(
 def test_without_a_network_the_wanted_files_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wanted: str
 ) -> None:
-    def unreachable(*_: object, **__: object) -> NoReturn:
-        raise urllib.error.URLError("no route to host")
-
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError) as caught:
         load_dataset(name, tmp_path, 32)
