@@ -246,11 +246,13 @@ def clean_models(subject: Subject, config: Config) -> dict[str, AttackRecord]:
     """The records of clean models by their names: those that are named, and trained ones.
 
     Raises:
-        UserError: if two of them, or one of them and another model here, share a name.
+        UserError: if two of them, or one of them and another model here, share a name, or if they
+            are the same model, which would count twice.
     """
     names = dict.fromkeys([*config.clean_records, *train_clean(subject, config)])
     taken = {purified.name for purified in subject.purified} | {BEFORE}
     records: dict[str, AttackRecord] = {}
+    of_content: dict[str, str] = {}
     for name in names:
         record = load_clean(name, "--clean_records", config.record_path, subject.data)
         short = record.folder.name
@@ -262,6 +264,12 @@ def clean_models(subject: Subject, config: Config) -> dict[str, AttackRecord]:
         if subject.attack is not None and record.sha256 == subject.attack.sha256:
             raise UserError(
                 f"--clean_records: {name} is the model that is inspected; give other ones"
+            )
+        twin = of_content.setdefault(record.sha256, name)
+        if twin != name:
+            raise UserError(
+                f"--clean_records: {name} is the same model as {twin}, and would count twice; "
+                "leave one out"
             )
         records[short] = record
     return records

@@ -573,6 +573,19 @@ def test_models_of_one_name_are_not_taken_for_one(
     assert "clean is the model that is inspected" in refusal(capsys)
 
 
+def test_a_copied_clean_model_does_not_count_twice(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each model more halves, at the best, the smallest share that a table can have."""
+    shutil.copytree(records / "clean", tmp_path / "copied")
+    flags = ["--save_folder_name", "copies", "--clean_records", f"clean,{tmp_path}/copied"]
+    assert run(records, "inspect", *flags) == 2
+    assert refusal(capsys) == (
+        f"--clean_records: {tmp_path}/copied is the same model as clean, and would count twice; "
+        "leave one out"
+    )
+
+
 def test_all_gives_the_inspection_its_clean_model(records: Path, tmp_path: Path) -> None:
     for name in ("bd", "clean"):
         ignored = shutil.ignore_patterns("analysis", "sau", "npd")
