@@ -62,7 +62,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
 
     Tables: `weights` (defense, layer, is_matrix: convolution or linear, distance), `channels`
     (defense, layer, channel, distance: the farthest ones of convolutions and linear layers).
-    Headline: `distance` over all weights, and `farthest_layer`.
+    Headline: `distance` over all weights, and `farthest_layer`, which is None if none has moved.
     """
     before = layers_of(subject.model)
     rows: list[dict[str, Any]] = []
@@ -91,9 +91,11 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         moved.sort(key=lambda row: -float(row["distance"]))
         channels += moved[: config.channels]
         whole = distance(*(list(chain.from_iterable(w.values())) for w in (before, after)))
-        numbers = {name: value for name, value in distances.items() if value == value}  # no NaN
+        numbers = {name: value for name, value in distances.items() if value > 0}  # NaN is not
         farthest = max(numbers, key=lambda name: numbers[name], default=None)
         results.headline[purified.name] = {"distance": whole, "farthest_layer": farthest}
+        if whole == 0:
+            results.conclude(f"{purified.name}: no weight has moved")
         if farthest is not None:
             results.conclude(
                 f"{purified.name}: weights moved by {100 * whole:.2f} %, most in {farthest} "

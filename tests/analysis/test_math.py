@@ -803,6 +803,20 @@ def test_a_layer_that_was_0_is_not_the_farthest(name: str) -> None:
     assert results.conclusion[0].endswith(f"most in {moved} (100.0 %)")
 
 
+def test_of_weights_that_have_not_moved_none_has_moved_most() -> None:
+    """As of a defense that has found nothing to prune."""
+    model = build_model("tiny", 3)
+    subject = SimpleNamespace(
+        model=model,
+        purified=[SimpleNamespace(name="clp")],
+        same_network=lambda *_: copy.deepcopy(model),
+    )
+    results = Results()
+    weights.look(subject, weights.Config.load(), results)
+    assert results.headline["clp"] == {"distance": 0, "farthest_layer": None}
+    assert results.conclusion == ["clp: no weight has moved"]
+
+
 def test_the_nearest_class_in_features() -> None:
     queries = torch.tensor([[0.0, 1.0], [5.0, 5.0]])
     points = torch.tensor([[0.0, 0.0], [4.0, 4.0]])
