@@ -24,6 +24,7 @@ from analysis.subject import Controlled, RecordConfig, Subject, load_clean, open
 from utils.config import Group
 from utils.errors import NothingToDo, UserError, counted, listed
 from utils.files import read_object
+from utils.metrics import has_collapsed
 from utils.process import distributed
 from utils.process.device import run_conditions
 from utils.process.script import file_log, logger, run_script
@@ -75,6 +76,7 @@ class Results(Findings):
             name, which leaderboards show; None is a number that does not exist.
         conclusion: what the numbers say, a sentence each.
         models: sha256 of the models that are compared with the record's, by name.
+        collapsed: names of models that have collapsed, whose ASR says nothing.
         done: JSON of the steps that were done, by name.
         keep: called with `done` after each step.
     """
@@ -83,6 +85,7 @@ class Results(Findings):
     headline: dict[str, dict[str, Any]] = field(default_factory=dict)
     conclusion: list[str] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
+    collapsed: set[str] = field(default_factory=set)
     done: dict[str, str] = field(default_factory=dict)
     keep: Callable[[dict[str, str]], None] = field(default=lambda done: None)
 
@@ -111,6 +114,31 @@ class Results(Findings):
             others = listed(names[most:])
             self.warn(f"the figure has room for {most} models; not in it: {others}")
         return list(names[:most])
+
+    def tell_collapse(self, name: str, acc: object, before: object, how: str = "") -> bool:
+        """Says of a model that has lost more than half of its ACC that it has.
+
+        Args:
+            name: of the model.
+            acc: its ACC; what is no number, as in a foreign summary, is not compared.
+            before: that of the record's model.
+            how: it was changed, for the message.
+
+        Returns:
+            Whether it has collapsed; then nothing of a backdoor follows from its ASR.
+        """
+        if not isinstance(acc, int | float) or not isinstance(before, int | float):
+            return False
+        if not has_collapsed(acc, before):
+            return False
+        text = (
+            f"{name}: has collapsed{how} (ACC {percent(before)} -> {percent(acc)}), so its ASR "
+            "says nothing of a backdoor"
+        )
+        self.collapsed.add(name)
+        self.warn(text)
+        self.conclude(text)
+        return True
 
     def lack_of_control(self, clean: object, consequence: str) -> None:
         """Says what the conclusion lacks if there is no clean model."""
@@ -257,6 +285,7 @@ def write(
             logger.info("done before: %s", counted(len(results.done), "step"))
         for warning in subject.warnings:
             results.warn(warning)
+        tell_doubts(subject, results)
         look(subject, config, results)
         if not distributed.is_main():
             return folder
@@ -295,6 +324,19 @@ def write(
             ),
         )
     return folder
+
+
+def tell_doubts(subject: Subject, results: Results) -> None:
+    """Says where a look at a backdoor says little: the attack had failed, a defense has collapsed."""
+    if subject.attack is not None and subject.scores.attack_failed:
+        results.warn(
+            f"the attack had failed (ASR {subject.scores.asr}), so this says little of a backdoor "
+            "and of defenses against it"
+        )
+    for purified in subject.purified:
+        before, after = (purified.summary.get(when) for when in ("before", "after"))
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            results.tell_collapse(purified.name, after.get("acc"), before.get("acc"))
 
 
 def models_of(subject: Subject, config: RecordConfig) -> dict[str, str]:

@@ -148,7 +148,8 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """Scores of w(t) for each defense, and for a clean model.
 
     Tables: `path` (defense, t, rates with counts, bn). Headline of each of them: `t_half`, the t at
-    which ASR passes 50 % (see `crossing`), and `acc_barrier`.
+    which ASR passes 50 % (see `crossing`; None if the attack had failed, or the model at t = 1 has
+    collapsed), and `acc_barrier`.
     """
     results.lack_of_control(
         subject.clean, "how the path to a model without a backdoor looks is not known"
@@ -193,8 +194,10 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         numbers: dict[str, Any] = {"acc_barrier": barrier(ts, accuracies)}
         if "asr" in points[0]:
             rates = [point["asr"] for point in points]
-            numbers = {"t_half": crossing(ts, rates), **numbers}
-            results.conclude(_read(name, ts, rates, float(accuracies[0]), numbers))
+            says_something = rates[0] >= HALF and name not in results.collapsed
+            numbers = {"t_half": crossing(ts, rates) if says_something else None, **numbers}
+            if name not in results.collapsed:
+                results.conclude(_read(name, ts, rates, float(accuracies[0]), numbers))
         results.headline[name] = numbers
     results.tables["path"] = rows
     if rows:

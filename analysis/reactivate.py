@@ -111,7 +111,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """ASR with the perturbation that was made for each model, beside its controls.
 
     Tables: `reactivate` (model; `asr`, `asr_reactivated`, `clean_as_target` with counts). Headline:
-    the same rates.
+    the same rates; of a model that has collapsed, only the first one.
     """
     images, targets = triggered_training_images(subject, config, results)
     models = subject.purified_and_clean()
@@ -130,9 +130,11 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     results.tables["reactivate"] = rows
     rates = ("asr", "asr_reactivated", "clean_as_target")
     results.headline |= {row["model"]: {rate: row[rate] for rate in rates} for row in rows}
+    for name in results.collapsed & results.headline.keys():
+        results.headline[name] |= {"asr_reactivated": None, "clean_as_target": None}
     control = results.headline.get(CLEAN)
     for name, numbers in results.headline.items():
-        if name != CLEAN:
+        if name != CLEAN and name not in results.collapsed:
             text = (
                 f"{name}: ASR {percent(numbers['asr'])} -> {percent(numbers['asr_reactivated'])} "
             )

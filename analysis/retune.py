@@ -121,7 +121,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """ASR, RA and ACC of every model before and after it was tuned with k poisoned images.
 
     Tables: `retune` (model, poisoned_images: empty before, rates with counts). Headline:
-    `asr_retuned` (5 images), `asr` before, `acc_retuned`.
+    `asr_retuned` (5 images; None of a model that has collapsed), `asr` before, `acc_retuned`.
     """
     clean, poisoned, true_labels = images_of(subject, config, results)
     models: dict[str, Callable[[], nn.Module]] = {**subject.purified_and_clean()}
@@ -156,7 +156,11 @@ def look(subject: Subject, config: Config, results: Results) -> None:
             rows.append({"model": name, "poisoned_images": count, **point})
     results.tables["retune"] = rows
     for name in models:
-        results.headline[name] = headline([row for row in rows if row["model"] == name])
+        numbers = headline([row for row in rows if row["model"] == name])
+        accuracies = numbers["acc_retuned"], subject.scores.acc.value
+        if results.tell_collapse(name, *accuracies, " while it was tuned"):
+            numbers["asr_retuned"] = None
+        results.headline[name] = numbers
     conclude(results)
     results.figures["retune"] = lambda: draw(rows)
 
@@ -233,12 +237,12 @@ def conclude(results: Results) -> None:
     """A sentence for each defense, beside its controls."""
     control = results.headline.get(CLEAN)
     for name, numbers in results.headline.items():
-        if name in (CLEAN, EXACT) or numbers["poisoned_images"] is None:
+        if name in (CLEAN, EXACT) or numbers["asr_retuned"] is None:
             continue
         asr, after = numbers["asr"], numbers["asr_retuned"]
         text = f"{name}: ASR {percent(asr)} -> {percent(after)} after {numbers['poisoned_images']} "
         text += "poisoned images"
-        if control is not None:
+        if control is not None and control["asr_retuned"] is not None:
             text += f"; a clean model: {percent(control['asr_retuned'])}"
         results.conclude(text)
 

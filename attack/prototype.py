@@ -36,7 +36,7 @@ from utils.data.labelled import Dataset
 from utils.data.targets import check_target, tell_target, with_target
 from utils.errors import UserError
 from utils.files import absolute, as_path
-from utils.metrics import FAILED_ASR, Scores
+from utils.metrics import Scores
 from utils.process import distributed
 from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
@@ -205,7 +205,7 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
 
 def _warnings(scores: Scores, num_classes: int) -> list[str]:
     warnings = []
-    if scores.asr is not None and scores.asr.value < FAILED_ASR:
+    if scores.attack_failed:
         warnings.append(
             f"the attack failed: ASR is {scores.asr}, under 50 %; train longer, or raise "
             "--pratio, before any defense"

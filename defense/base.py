@@ -27,7 +27,7 @@ from utils.data.batches import as_float, keep_on, spread
 from utils.data.labelled import Dataset, Triggered
 from utils.errors import NothingToDo, UserError, shown
 from utils.files import read_bytes
-from utils.metrics import FAILED_ASR, Scores, defense_effectiveness_rating
+from utils.metrics import Scores, defense_effectiveness_rating
 from utils.process import distributed
 from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
@@ -498,9 +498,9 @@ def _defend(
         pictures += ending.draw_findings(folder, loop.findings, caption, title)
         der = defense_effectiveness_rating(before, after)
         result = comparison(before, after, der)
-        verdict = loop.findings.verdict and ending.judged(loop.findings.verdict, attack)
+        verdict = loop.findings.verdict and ending.judged(loop.findings.verdict, attack, before)
         if verdict:
-            result += f"\n{_said_of_verdict(verdict, data)}"
+            result += f"\n{_said_of_verdict(verdict, data, before.attack_failed)}"
         ending.finish_run(
             folder,
             loop.findings,
@@ -651,13 +651,18 @@ def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:
     }[config.sees]
 
 
-def _said_of_verdict(verdict: Mapping[str, Any], data: Dataset) -> str:
+def _said_of_verdict(
+    verdict: Mapping[str, Any], data: Dataset, attack_failed: bool = False
+) -> str:
     """One line that says the verdict, and whether it is right."""
     names = ", ".join(
         f"{target} ({shown(data.classes[target], 60)})" for target in verdict["targets"]
     )
     text = f"backdoored, target {names}" if verdict["is_backdoored"] else "no backdoor found"
-    judgement = {True: "right", False: "wrong", None: "the record does not tell"}
+    unknown = "the record does not tell"
+    if attack_failed:
+        unknown = "the attack had failed, so it is neither right nor wrong"
+    judgement = {True: "right", False: "wrong", None: unknown}
     text = f"verdict: {text}; {judgement[verdict['is_right']]}"
     if verdict["is_backdoored"] and verdict["target_found"] is False:
         text += ", but the target is another class"
@@ -682,7 +687,7 @@ def _warn_of_classes(
 
 def _result_warnings(before: Scores, after: Scores, advice: str) -> list[str]:
     warnings = []
-    if before.asr is not None and before.asr.value < FAILED_ASR:
+    if before.attack_failed:
         warnings.append(
             f"the attack had failed before (ASR {before.asr}), so this says little of the defense"
         )

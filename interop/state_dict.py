@@ -49,7 +49,7 @@ from utils.data.labelled import Dataset, Triggered
 from utils.data.targets import check_target, tell_target, with_target
 from utils.errors import UserError
 from utils.files import absolute, as_path
-from utils.metrics import FAILED_ASR, Scores
+from utils.metrics import Scores
 from utils.process.device import Precision, pick_device, pick_precision
 from utils.process.script import file_log, logger, run_script
 from utils.records import folders
@@ -292,7 +292,7 @@ def _warnings(scores: Scores, num_classes: int) -> list[str]:
             f"ACC is only {scores.acc} with {num_classes} classes; check --mean, --std, "
             "--image_size, and that the classes are in the dataset's order"
         )
-    if scores.asr is not None and scores.asr.value < FAILED_ASR:
+    if scores.attack_failed:
         warnings.append(
             f"ASR is only {scores.asr}; check --attack_target and the images of --bd_test_dir"
         )

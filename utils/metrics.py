@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 
 FAILED_ASR = 0.5  # under it an attack is said to have failed
+COLLAPSED = 0.5  # share of the ACC before, under which a model is said to have collapsed
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Scores:
     ra: Rate | None = None
     cross_acc: Rate | None = None
 
+    @property
+    def attack_failed(self) -> bool:
+        """Whether there is a trigger, and it does not work."""
+        return self.asr is not None and self.asr.value < FAILED_ASR
+
     def rates(self) -> dict[str, Rate]:
         """The rates that exist, by name, in the order of the fields."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -53,6 +59,11 @@ class Scores:
 
     def __str__(self) -> str:
         return "  ".join(f"{rate_label(name)} {rate}" for name, rate in self.rates().items())
+
+
+def has_collapsed(acc: float, before: float) -> bool:
+    """Whether a model has lost more than half of its ACC, so that a low ASR of it means nothing."""
+    return acc < COLLAPSED * before
 
 
 def rate_label(name: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from benchmark.reporting import tables
-from benchmark.reporting.means import FLAGS, Number, Table, has_collapsed, percent
+from benchmark.reporting.means import FLAGS, Number, Table, any_collapsed, percent
 from benchmark.reporting.sources import HEADLINES
 from benchmark.reporting.summaries import is_clean
 from utils.errors import counted
@@ -279,7 +279,7 @@ def _flags(table: Table, label: str, runs: pd.DataFrame) -> str:
     flags = {flag for number in numbers for flag in number.flags} - {"s"}
     if not (runs["asr_before"] < FAILED_ASR).any():
         flags.discard("a")  # that of models that are not used
-    if not has_collapsed(runs):
+    if not any_collapsed(runs):
         flags.discard("c")  # likewise
     return "".join(sorted(flags | ({"s"} if runs.groupby("row").size().max() == 1 else set())))
 

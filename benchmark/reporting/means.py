@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean
-from utils.metrics import FAILED_ASR
+from utils.metrics import FAILED_ASR, has_collapsed
 
 HIGHER_IS_BETTER = {"acc": True, "asr": False, "ra": True, "der": True}
-COLLAPSED = 0.5  # share of the ACC before
 SMALL_TEST_SET = 1000  # images
 
 FLAGS = {
@@ -26,9 +25,9 @@ FLAGS = {
 }
 
 
-def has_collapsed(runs: pd.DataFrame) -> bool:
-    """Whether a run has lost more than half of its ACC."""
-    return bool((runs["acc"] < COLLAPSED * runs["acc_before"]).any())
+def any_collapsed(runs: pd.DataFrame) -> bool:
+    """Whether one of some runs has lost more than half of its ACC."""
+    return any(map(has_collapsed, runs["acc"], runs["acc_before"]))
 
 
 def seeds_of(runs: pd.DataFrame) -> int:
@@ -196,7 +195,7 @@ def _cells(runs: pd.DataFrame) -> Cells:
             general += flag if (group["sees"] == kind).any() else ""
         general += "v" if usual is not None and (made_by[group.index] != usual).any() else ""
         failed = "a" if (group["asr_before"] < FAILED_ASR).any() else ""
-        collapsed = "c" if has_collapsed(group) else ""
+        collapsed = "c" if any_collapsed(group) else ""
         flags = {"acc": collapsed + general, "asr": failed, "ra": "", "der": failed}
         cells[str(attack), str(label)] = {
             metric: _number(having, metric, f)

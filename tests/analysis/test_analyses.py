@@ -23,6 +23,7 @@ from tests.test_end_to_end import run_script
 from tests.utils.records.test_backdoorbench import badnet, data, wanet
 from utils.data.labelled import Dataset
 from utils.files import ROOT, file_sha256
+from utils.metrics import Rate, Scores
 from utils.records.attack import load_attack
 from utils.records.folders import RunFolder
 
@@ -416,6 +417,69 @@ def test_an_analysis_of_all_goes_on_by_its_own_script(
         assert run(fresh, "all", "--kinds", "path") == 130
         assert run(fresh, "path", "--resume") == 130
     assert run(fresh, "all", "--kinds", "path", "--resume") == 0
+
+
+def test_a_model_that_re_learning_has_destroyed_is_not_taken_for_a_purified_one(
+    fresh: Path,
+) -> None:
+    flags = ["--defenses", "ft", "--lr", 1e5, "--poisoned_images", "0,5"]
+    assert run(fresh, "retune", *flags) == 0
+    written = result(fresh, "retune")
+    numbers = written["headline"]["ft"]
+    assert numbers["acc_retuned"] < 0.2
+    assert (numbers["asr_retuned"], numbers["poisoned_images"]) == (None, 5)
+    (line,) = [line for line in written["warnings"] if line.startswith("ft: ")]
+    assert re.match(r"ft: has collapsed while it was tuned \(ACC 45.00 % -> .*\), so its ASR", line)
+    assert line in written["conclusion"]
+    assert not any("after 5 poisoned images" in line for line in written["conclusion"])
+
+
+def test_of_a_defense_that_has_destroyed_the_model_nothing_follows(fresh: Path) -> None:
+    """Of one that always says 1: a perturbation does not work on it, and its ASR passes 50 %."""
+    for name in ("ft", "twin"):
+        shutil.copytree(fresh / "bd/defense/sau", fresh / "bd/defense" / name, dirs_exist_ok=True)
+        path = fresh / "bd/defense" / name / "defense_result.pt"
+        state = torch.load(path, weights_only=True)["model"]
+        (bias,) = [key for key in state if key.endswith("linear.bias")]
+        state[bias][1] = 1e4
+        change(path, model=state)
+    path = fresh / "bd/defense/ft/summary.json"
+    content = json.loads(path.read_text())
+    content["after"]["acc"] = 0.1  # that of the twin is not told
+    path.write_text(json.dumps(content))
+    for kind, flags, unsaid in (
+        ("path", ["--t_steps", 1], ["t_half"]),
+        ("reactivate", ["--outer_steps", 1], ["asr_reactivated", "clean_as_target"]),
+        ("confusion", [], []),
+    ):
+        assert run(fresh, kind, "--defenses", "ft,twin", *flags) == 0
+        written = result(fresh, kind)
+        (line,) = [line for line in written["warnings"] if "has collapsed" in line]
+        assert line == (
+            "ft: has collapsed (ACC 45.00 % -> 10.00 %), so its ASR says nothing of a backdoor"
+        )
+        assert line in written["conclusion"]
+        said = [line for line in written["conclusion"] if line.startswith("ft: ")]
+        assert len(said) == (1 if unsaid else 2)
+        for name in ("ft", "twin"):
+            numbers = written["headline"][name]
+            assert [numbers[key] is None for key in unsaid] == [name == "ft"] * len(unsaid)
+
+
+@pytest.mark.parametrize("share", [0.49, 0.5])
+def test_a_look_at_an_attack_that_had_failed_says_so(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """All of them say it in the same words."""
+    scores = Scores(Rate(90, 100), Rate(round(100 * share), 100), Rate(1, 100))
+    monkeypatch.setattr(Subject, "scores", scores)
+    for kind in ("confusion", "weights"):
+        assert run(fresh, kind, "--defenses", "ft") == 0
+        said = [line for line in result(fresh, kind)["warnings"] if "had failed" in line]
+        assert said == [
+            "the attack had failed (ASR 49.00 %), so this says little of a backdoor and of "
+            "defenses against it"
+        ] * (share < 0.5)
 
 
 def test_no_result_is_called_as_the_model_before(

@@ -152,6 +152,12 @@ def test_a_line_says_the_verdict(verdict: tuple[Any, ...], line: str, tiny_data:
     assert base._said_of_verdict(dict(zip(names, verdict, strict=True)), tiny_data) == line
 
 
+def test_of_an_attack_that_had_failed_a_verdict_is_not_called_right(tiny_data: Dataset) -> None:
+    verdict = {"is_backdoored": True, "targets": (1,), "is_right": None, "target_found": None}
+    line = "verdict: backdoored, target 1 (bee); the attack had failed, so it is neither right nor "
+    assert base._said_of_verdict(verdict, tiny_data, attack_failed=True) == f"{line}wrong"
+
+
 # the record
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.metrics import Rate, Scores, defense_effectiveness_rating, rate_label
+from utils.metrics import Rate, Scores, defense_effectiveness_rating, has_collapsed, rate_label
 
 
 def scores(acc: int, asr: int | None = None) -> Scores:
@@ -34,6 +34,17 @@ def test_der_needs_an_asr_before_and_after() -> None:
     assert defense_effectiveness_rating(scores(90), scores(90)) is None
     assert defense_effectiveness_rating(scores(90, 50), scores(90)) is None
     assert defense_effectiveness_rating(scores(90), scores(90, 50)) is None
+
+
+def test_an_attack_has_failed_under_half_of_the_triggered_images() -> None:
+    assert scores(90, 49).attack_failed
+    assert not scores(90, 50).attack_failed
+    assert not scores(90).attack_failed  # there is none
+
+
+def test_a_model_has_collapsed_under_half_of_its_accuracy() -> None:
+    assert has_collapsed(0.44, 0.9)
+    assert not has_collapsed(0.45, 0.9)
 
 
 def test_a_rate_is_a_share_shown_in_percent() -> None:

@@ -115,15 +115,20 @@ def draw_findings(
     ]
 
 
-def judged(verdict: Verdict, attack: AttackRecord) -> dict[str, Any]:
+def judged(verdict: Verdict, attack: AttackRecord, before: Scores) -> dict[str, Any]:
     """A verdict as plain data, beside what the record says.
 
     `is_right` says whether the verdict on the model, backdoored or clean, is true. `target_found`
     says whether the attacker's class is among the targets. Each is None if the record does not say
-    it. The second one is also None if no single class is the target.
+    it, or if the attack had failed: then there is hardly a backdoor to find. The second one is also
+    None if no single class is the target.
+
+    Args:
+        before: scores of the record's model.
     """
     truth: bool | None = attack.attack != "prototype"
-    if truth and attack.triggered is None and attack.attack_target is None:
+    is_told = attack.triggered is not None or attack.attack_target is not None
+    if truth and (before.attack_failed or not is_told):
         truth = None
     has_target = bool(truth) and attack.attack_label_trans == "all2one"
     return {

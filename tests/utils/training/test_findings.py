@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from utils.metrics import Rate, Scores
 from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
 from utils.training import ending
@@ -137,6 +138,7 @@ CLEAN = record_of("prototype", None, None, has_trigger=False)
 UNKNOWN = record_of("external", None, None, has_trigger=False)
 TOLD = record_of("external", 2, "all2one", has_trigger=False)  # told its target, not its trigger
 HALF_TOLD = record_of("external", None, "all2one", has_trigger=False)
+WORKS = Scores(Rate(9, 10), asr=Rate(5, 10))
 
 
 @pytest.mark.parametrize(
@@ -162,13 +164,25 @@ def test_a_verdict_is_judged_by_what_the_record_tells(
 ) -> None:
     """A clean model is right to be called clean; without a known truth nothing is judged."""
     verdict = Verdict(targets is not None, targets or (), (0.0, 1.0, 2.0))
-    assert ending.judged(verdict, record) == {
+    assert ending.judged(verdict, record, WORKS) == {
         "is_backdoored": targets is not None,
         "targets": targets or (),
         "suspicion": (0.0, 1.0, 2.0),
         "is_right": is_right,
         "target_found": target_found,
     }
+
+
+@pytest.mark.parametrize("targets", [None, (2,), (0,)])
+@pytest.mark.parametrize("record", [ALL2ONE, ALL2ALL])
+def test_of_an_attack_that_had_failed_no_verdict_is_right_or_wrong(
+    record: Any, targets: tuple[int, ...] | None
+) -> None:
+    """It is hardly there, whatever the record says of its target."""
+    verdict = Verdict(targets is not None, targets or (), (0.0, 1.0, 2.0))
+    judged = ending.judged(verdict, record, Scores(Rate(9, 10), asr=Rate(4, 10)))
+    assert (judged["is_right"], judged["target_found"]) == (None, None)
+    assert judged["is_backdoored"] == verdict.is_backdoored
 
 
 def finished(folder: Path, findings: Findings, **more: Any) -> Mapping[str, Any]:
@@ -246,6 +260,6 @@ def test_a_run_without_a_result_logs_no_empty_line(
 
 
 def test_a_verdict_is_plain_data(tmp_path: Path) -> None:
-    verdict = ending.judged(Verdict(True, (2,), (0.0, 1.0)), ALL2ONE)
+    verdict = ending.judged(Verdict(True, (2,), (0.0, 1.0)), ALL2ONE, WORKS)
     assert json.loads(json.dumps(verdict))["targets"] == [2]
     assert asdict(Verdict(False)) == {"is_backdoored": False, "targets": (), "suspicion": ()}
