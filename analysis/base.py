@@ -62,6 +62,13 @@ class AnalysisConfig(RecordConfig):
     needs_poison: ClassVar[bool] = False
     needs_defenses: ClassVar[bool] = False
 
+    def check(self, subject: Subject) -> None:
+        """Refuses values that do not fit what is looked at, before anything is written.
+
+        Raises:
+            UserError: if there is one.
+        """
+
 
 T = TypeVar("T")
 
@@ -218,6 +225,7 @@ def analyse(
     lacking = what_lacks(config, subject)
     if lacking:
         raise UserError(f"{source}: {lacking}")
+    config.check(subject)
     with folder.replacing():
         return write(config, name, look, subject, folder, started)
 

@@ -45,6 +45,13 @@ class Config(AnalysisConfig):
 
     needs_trigger = True
 
+    def check(self, subject: Subject) -> None:
+        clean, _ = examples(subject.triggered, subject.data, 1)
+        label = torch.zeros(1, dtype=torch.int64, device=subject.device)
+        class_activation(
+            subject.model, clean.to(subject.device), label, explained_layer(subject, self)
+        )
+
 
 def class_activation(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, name: str
@@ -88,8 +95,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     """
     triggered = subject.triggered
     clean, changed = examples(triggered, subject.data, config.images)
-    name = config.layer or last_map(subject.model, subject.data.image_shape, least_pixels=2)
-    layer(subject.model, name, "--layer")  # refuses
+    name = explained_layer(subject, config)
     models = subject.before_and_purified()
     drawn = results.drawn(list(models))
     maps: dict[str, torch.Tensor] = {}
@@ -121,6 +127,17 @@ def look(subject: Subject, config: Config, results: Results) -> None:
         )
     results.tables["gradcam"] = rows
     results.figures["gradcam"] = lambda: draw(clean, changed, maps, captions)
+
+
+def explained_layer(subject: Subject, config: Config) -> str:
+    """The name of the layer whose maps are shown.
+
+    Raises:
+        UserError: if the network has no such layer.
+    """
+    name = config.layer or last_map(subject.model, subject.data.image_shape, least_pixels=2)
+    layer(subject.model, name, "--layer")  # refuses
+    return name
 
 
 def centre_of(cam: torch.Tensor) -> dict[str, float]:

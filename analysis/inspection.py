@@ -100,6 +100,9 @@ class Config(SignalConfig):
         bool, Field(description="read the masks of the records' results of defense/nc.py")
     ]
 
+    def check(self, subject: Subject) -> None:
+        clean_records(subject, self, self.clean_records)
+
 
 def conclusion(
     signals: Mapping[str, Mapping[str, Any]],
@@ -160,7 +163,8 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     loaders: dict[str, Callable[[], nn.Module]] = {BEFORE: lambda: subject.model}
     for purified in subject.purified:
         kinds[purified.name], loaders[purified.name] = "purified", purified.load
-    clean = clean_models(subject, config)
+    named = [*config.clean_records, *train_clean(subject, config)]
+    clean = clean_records(subject, config, named)
     for name, record in clean.items():
         if record.model_name != subject.model_name:
             results.warn(says_little(name, record.model_name, subject.model_name))
@@ -242,18 +246,22 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     results.figures["inspect"] = lambda: draw(subject, config, *page)
 
 
-def clean_models(subject: Subject, config: Config) -> dict[str, AttackRecord]:
-    """The records of clean models by their names: those that are named, and trained ones.
+def clean_records(
+    subject: Subject, config: Config, named: Sequence[str]
+) -> dict[str, AttackRecord]:
+    """Some records of clean models, by their short names.
+
+    Args:
+        named: names or folders of records.
 
     Raises:
         UserError: if two of them, or one of them and another model here, share a name, or if they
             are the same model, which would count twice.
     """
-    names = dict.fromkeys([*config.clean_records, *train_clean(subject, config)])
     taken = {purified.name for purified in subject.purified} | {BEFORE}
     records: dict[str, AttackRecord] = {}
     of_content: dict[str, str] = {}
-    for name in names:
+    for name in dict.fromkeys(named):
         record = load_clean(name, "--clean_records", config.record_path, subject.data)
         short = record.folder.name
         if short in records or short in taken:
@@ -450,8 +458,10 @@ def inspect_weights(config: Config) -> folders.RunFolder:
     except NothingToDo:
         check_current(folder, subject_of_weights(config), config)
         raise
+    subject = subject_of_weights(config)
+    config.check(subject)
     with folder.replacing():
-        return write(config, "inspect", look, subject_of_weights(config), folder, started)
+        return write(config, "inspect", look, subject, folder, started)
 
 
 def main() -> None:

@@ -62,6 +62,10 @@ class Config(AnalysisConfig, Controlled):
 
     needs_defenses = True
 
+    def check(self, subject: Subject) -> None:
+        if self.bn == "reestimate":
+            subject.clean_draw(self.ratio, self.random_seed)
+
 
 def interpolated(
     start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor], t: float

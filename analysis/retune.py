@@ -63,6 +63,12 @@ class Config(AnalysisConfig, Controlled):
 
     needs_trigger = needs_poison = needs_defenses = True
 
+    def check(self, subject: Subject) -> None:
+        assert subject.attack is not None
+        assert subject.attack.poison_index is not None
+        drawn = subject.clean_draw(self.ratio, self.random_seed)
+        usable_counts(self, min(len(drawn), len(subject.attack.poison_index)))
+
 
 class Mixture(NamedTuple):
     """Images to tune on.
@@ -165,8 +171,11 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     results.figures["retune"] = lambda: draw(rows)
 
 
-def usable_counts(config: Config, most: int, results: Results) -> list[int]:
-    """The numbers of poisoned images for which there are enough; a warning names the others.
+def usable_counts(config: Config, most: int, results: Results | None = None) -> list[int]:
+    """The numbers of poisoned images for which there are enough.
+
+    Args:
+        results: gets a warning that names the others.
 
     Raises:
         UserError: if there is none.
@@ -180,7 +189,7 @@ def usable_counts(config: Config, most: int, results: Results) -> list[int]:
             f"--poisoned_images: {listed(counts)}: there are only {most} images; give fewer, or "
             "raise --ratio"
         )
-    if len(usable) < len(counts):
+    if results is not None and len(usable) < len(counts):
         others = listed([count for count in counts if count > most])
         results.warn(f"not tried with {others} poisoned images: there are only {most} images")
     return usable

@@ -57,6 +57,9 @@ class Config(AnalysisConfig, Controlled):
 
     needs_trigger = needs_defenses = True
 
+    def check(self, subject: Subject) -> None:
+        compared_layers(subject.model)
+
 
 def compared_layers(model: nn.Module) -> list[str]:
     """The 3x3 convolutions inside blocks, without shortcuts; all convolutions if there are none.
