@@ -50,8 +50,7 @@ def embedded(features: torch.Tensor, perplexity: float, seed: int) -> torch.Tens
     """t-SNE in the plane: float (N, D) -> float (N, 2)."""
     from sklearn.manifold import TSNE
 
-    allowed = min(perplexity, (len(features) - 1) / 3)
-    tsne = TSNE(perplexity=allowed, init="random", random_state=seed % 2**31)
+    tsne = TSNE(perplexity=perplexity, init="random", random_state=seed % 2**31)
     return torch.from_numpy(tsne.fit_transform(features.numpy()))
 
 
@@ -68,6 +67,12 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     labels = torch.cat([data.test.labels[clean], triggered.labels[chosen]])
     images = torch.cat([data.test.images[clean], triggered.images[chosen]])
     has_target = bool(torch.isin(triggered.targets[chosen], labels[: len(clean)]).any())
+    perplexity = min(config.perplexity, (len(images) - 1) / 3)
+    if perplexity < config.perplexity:
+        results.warn(
+            f"--perplexity: {config.perplexity:g} is too many neighbours of {len(images)} images; "
+            f"{perplexity:g} is used"
+        )
     models = subject.before_and_purified()
     rows = []
     for name, load in models.items():
@@ -82,7 +87,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
             else None,
             "nearest_is_true": float((nearest == triggered.labels[chosen]).double().mean()),
         }
-        places = embedded(features, config.perplexity, config.random_seed).tolist()
+        places = embedded(features, perplexity, config.random_seed).tolist()
         rows += [
             {"model": name, "x": x, "y": y, "label": label, "is_triggered": number >= len(clean)}
             for number, ((x, y), label) in enumerate(zip(places, labels.tolist(), strict=True))

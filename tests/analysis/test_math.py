@@ -847,6 +847,25 @@ def test_the_share_near_a_class_without_a_clean_image_is_no_number(target: int) 
     assert "true class in" in said
 
 
+@pytest.mark.parametrize("perplexity", [19, 10_000])
+def test_a_perplexity_that_is_lowered_is_told(perplexity: float) -> None:
+    """30 clean images and 30 triggered ones allow 59 / 3 neighbours."""
+    torch.manual_seed(0)
+    model = build_model("tiny", 3).eval()
+    images = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
+    clean = Labelled(images, torch.arange(30) % 3)
+    triggered = Triggered(images, torch.zeros_like(clean.labels), clean.labels, torch.arange(30))
+    subject = SimpleNamespace(
+        data=Dataset("d", clean, clean, tuple("abc"), (0.5,) * 3, (0.5,) * 3),
+        triggered=triggered,
+        before_and_purified=lambda: {"before": lambda: model},
+    )
+    results = Results()
+    features.look(subject, features.Config.load(perplexity=perplexity), results)
+    said = "--perplexity: 10000 is too many neighbours of 60 images; 19.6667 is used"
+    assert results.warnings == [said] * (perplexity > 19)
+
+
 def test_penultimate_features_are_what_the_head_gets() -> None:
     torch.manual_seed(0)
     model = build_model("tiny", 3).eval()
