@@ -200,13 +200,17 @@ def _resolved(cell: Cell, flags: Mapping[str, Any], known: dict[str, dict[str, A
     return {**known[key], **{n: v for n, v in flags.items() if n in OF_GRID and known[key]}}
 
 
-def _other_values(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
+def _other_values(
+    cell: Cell, before: Mapping[str, Any], resolved: dict[str, dict[str, Any]]
+) -> list[str]:
     """The flags, also those that the grid leaves to their defaults, with which it was not made.
 
     A flag that the record's version did not have was at its default. `auto` leaves a choice to the
     machine, so that any choice is one of it.
+
+    Args:
+        before: the record's configuration.
     """
-    before = read_yaml(cell.folder / "config.yaml")
     free = _FREE if cell.attack is None else (*_FREE, *_OF_RECORD)
     now = _resolved(cell, cell.flags, resolved)
     if set(now) - set(before):
@@ -225,7 +229,12 @@ def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
     """How a finished record differs from what the grid asks for."""
     if not cell.is_done:
         return []
-    if differing := _other_values(cell, resolved):
+    path = cell.folder / "config.yaml"
+    try:
+        before = read_yaml(path)
+    except UserError:
+        return [f"{path}: cannot be read; restore it, or delete the folder"]
+    if differing := _other_values(cell, before, resolved):
         return [
             f"{cell.folder}: was made with {listed(differing, limit=220)}; delete it, or give the "
             "grid another name"

@@ -19,7 +19,7 @@ from utils.config import Parser
 from utils.data.batches import as_float
 from utils.errors import UserError
 from utils.process.script import logger, run_script
-from utils.records import folders, places
+from utils.records import places
 from utils.records.attack import AttackRecord, load_attack
 from utils.training import ending
 
@@ -85,9 +85,7 @@ def write(records: list[Path], to: Path) -> None:
     from utils import plot
 
     dataset, clean, triggered = load_rows(records)
-    folder = folders.RunFolder(to)
-    strips = folders.RunFolder(to / "attacks")
-    strips.path.mkdir(parents=True, exist_ok=True)
+    folder, strips = places.made_folder(to), places.made_folder(to / "attacks")
     title = f"Triggers on {dataset}: test images, and the amplified change"
     figure = plot.image_grid(gallery_rows(clean, triggered), {}, title)
     logger.info("picture: %s", ending.save_figure(folder, "attacks.png", figure))
@@ -114,7 +112,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     flags = parser.parse_args()
-    write([places.find_record(name, flags.record_path) for name in flags.records], flags.to)
+    write([places.find_record(name, flags.record_path, "records") for name in flags.records], flags.to)
 
 
 if __name__ == "__main__":

@@ -91,9 +91,12 @@ def copy(source: Path, to: Path, quality: int, images: int) -> float:
     if source.resolve() in to.resolve().parents:
         raise UserError(f"{to}: is in {source}, which it would change; give a folder elsewhere")
     made_folder(to.parent, "to")
-    dataset = load_dataset("folder", source, SIDE)
+    try:
+        dataset = load_dataset("folder", source, SIDE)
+    except UserError as refusal:
+        raise UserError(*map(_of_source, refusal.problems)) from None
     for warning in dataset.warnings:
-        logger.warning("warning: %s", warning)
+        logger.warning("warning: %s", _of_source(warning))
     errors = []
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as begun:
         for part, split in (("train", dataset.train), ("test", dataset.test)):
@@ -108,6 +111,11 @@ def copy(source: Path, to: Path, quality: int, images: int) -> float:
                     Image.fromarray(again).save(folder / f"{number:05d}.png")
         (Path(begun) / "copy").rename(to)  # an interrupted copy is none
     return float(np.mean(errors))
+
+
+def _of_source(text: str) -> str:
+    """A message about the flag of other scripts as one about the argument of this one."""
+    return text.replace("--dataset_path", "source")
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from utils.files import ROOT
 __all__ = ["badnet", "cache", "workplace"]  # fixtures
 
 
-def gallery(workplace: Path, *records: str) -> int:
-    flags = ["--record_path", workplace / "record", "--to", workplace / "pictures"]
+def gallery(workplace: Path, *records: str, to: str = "pictures") -> int:
+    flags = ["--record_path", workplace / "record", "--to", workplace / to]
     return run_script(ROOT / "benchmark/gallery.py", *records, *flags)
 
 
@@ -73,4 +73,12 @@ def test_what_has_no_trigger_or_comes_twice_is_refused(
     assert gallery(workplace, "clean") == 2
     assert "is a clean model" in caplog.text
     assert gallery(workplace, "nothing") == 2
-    assert "is no record" in caplog.text
+    assert "records: nothing is no record" in caplog.text
+
+
+def test_a_file_is_no_folder_for_the_pictures(
+    workplace: Path, badnet: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (workplace / "a_file").touch()
+    assert gallery(workplace, badnet.name, to="a_file") == 2
+    assert f"--to: {workplace / 'a_file'} cannot be made (File exists); " in caplog.text

@@ -428,7 +428,14 @@ def test_a_record_made_with_other_flags_is_not_passed_off_as_the_grid_s(tmp_path
     (attack.folder / "config.yaml").write_text("epochs: 5\n")
     with pytest.raises(UserError, match="was made with epochs 5, not 2; delete it"):
         grid_of(TEXT, tmp_path)
-    (attack.folder / "config.yaml").write_text("epochs: 2\n")
+    for spoil in (Path.unlink, lambda path: path.write_text("epochs: [")):
+        spoil(attack.folder / "config.yaml")
+        with pytest.raises(UserError) as error:
+            grid_of(TEXT, tmp_path)
+        assert f"{attack.folder}/config.yaml: cannot be read; restore it, or delete the folder" in (
+            error.value.problems
+        )
+        (attack.folder / "config.yaml").write_text("epochs: 2\n")
     (attack.folder / "summary.json").write_text("{")
     with pytest.raises(UserError) as error:
         grid_of(TEXT, tmp_path)

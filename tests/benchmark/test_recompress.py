@@ -69,7 +69,7 @@ def test_a_lower_quality_is_farther_from_the_photographs() -> None:
     [
         (["photos", "copy", "--quality", "0"], "--quality: 0 is not allowed; give 1 to 95"),
         (["photos", "copy", "--images", "0"], "--images: 0 is not allowed; give 1 or more"),
-        (["nothing", "copy"], "nothing"),
+        (["nothing", "copy"], "^source: nothing/train is not a folder"),
         (["photos", "photos"], "photos: exists already; give a new folder"),
         (["photos", "photos/train/cat/copy"], "copy: is in photos, which it would change"),
         (["photos", "a_file/copy"], "to: a_file cannot be made"),

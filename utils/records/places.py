@@ -92,13 +92,16 @@ def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
     return folder if folder.name else None
 
 
-def find_record(name: str, root: Path | None) -> Path:
-    """The folder of a `--result_file` value: a record's name, or an existing folder.
+def find_record(name: str, root: Path | None, flag: str = "--result_file") -> Path:
+    """The folder of a record's name, or an existing folder.
+
+    Args:
+        flag: or argument that names it, for messages.
 
     Raises:
         UserError: if there is none, naming those that exist.
     """
-    folder = existing_folder(name, root, "--result_file")
+    folder = existing_folder(name, root, flag)
     if folder is not None:
         return folder
     records = root or ROOT / "record"
@@ -106,7 +109,7 @@ def find_record(name: str, root: Path | None) -> Path:
     # Others are given as folders.
     names = sorted(x.name for x in found if NAME.fullmatch(x.name) and not x.is_symlink())
     raise UserError(
-        f"--result_file: {name} is no record in {records}; "
+        f"{flag}: {name} is no record in {records}; "
         + (
             f"give one of {', '.join(names)}"
             if names
