@@ -27,6 +27,7 @@ from utils.errors import NothingToDo, UserError, listed
 from utils.process.script import logger, run_script
 from utils.records import places
 from utils.records.named import dataset_of_record
+from utils.values import Distinct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Config(Controlled):
     kinds: Annotated[
         tuple[str, ...],
         Field(description="names of analyses; none: all that python -m analysis lists"),
+        Distinct,
     ]
 
 

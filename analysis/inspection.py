@@ -70,6 +70,7 @@ from utils.records.attack import RESULT, AttackRecord
 from utils.records.named import dataset_of_record
 from utils.records.weights import fill, read_state_dict
 from utils.training import ending
+from utils.values import Distinct
 
 if TYPE_CHECKING:
     from utils.plot import Figure
@@ -91,7 +92,7 @@ class Config(SignalConfig):
         Field(ge=8, le=1024, description="side of its images in pixels; null for the dataset's"),
     ]
     clean_records: Annotated[
-        tuple[str, ...], Field(description="records of clean models of the same recipe")
+        tuple[str, ...], Field(description="records of clean models of the same recipe"), Distinct
     ]
     train_clean: Annotated[
         int, Field(ge=0, le=100, description="clean models to train, or that were trained before")

@@ -29,6 +29,7 @@ from utils.records.defense import RESULT, checked_result, load_defense
 from utils.records.named import OfRecord, check_dataset, named_record
 from utils.training.findings import Findings
 from utils.training.watch import scorer
+from utils.values import Distinct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class RecordConfig(OfRecord):
     defenses: Annotated[
         tuple[str, ...],
         Field(description="names of results in the record's defense/; none: all finished ones"),
+        Distinct,
         Group.RECORD,
     ]
 
@@ -315,7 +317,7 @@ def results_of(
     if begun and not config.defenses:
         logger.warning("warning: left out, because not finished: %s", listed(sorted(begun)))
     purified = []
-    for name in dict.fromkeys(config.defenses or finished):
+    for name in config.defenses or finished:
         if name == places.BEFORE:
             raise UserError(
                 f"{home / name}: its name is what tables call the model before the defense; "

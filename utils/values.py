@@ -29,6 +29,10 @@ class Endless:
     """Mark of a field whose number may be infinite, such as a threshold that nothing passes."""
 
 
+class Distinct:
+    """Mark of a list of names, of which none may stand twice."""
+
+
 def may_be_a_name(annotation: Any) -> bool:
     """Whether it has the mark `OrName`."""
     return OrName in getattr(annotation, "__metadata__", ())
@@ -37,6 +41,11 @@ def may_be_a_name(annotation: Any) -> bool:
 def is_endless(annotation: Any) -> bool:
     """Whether it has the mark `Endless`."""
     return Endless in getattr(annotation, "__metadata__", ())
+
+
+def is_distinct(annotation: Any) -> bool:
+    """Whether it has the mark `Distinct`."""
+    return Distinct in getattr(annotation, "__metadata__", ())
 
 
 def allowed_values(annotation: Any, largest: bool = False) -> str:
@@ -55,7 +64,8 @@ def _numbers(annotation: Any, largest: bool) -> str:
     if get_origin(base) is Literal:
         return "one of " + ", ".join(map(str, options))
     if get_origin(base) is tuple:
-        return f"a list of {allowed_values(options[0], largest)}, separated by commas"
+        once = ", each once" if is_distinct(annotation) else ""
+        return f"a list of {allowed_values(options[0], largest)}, separated by commas{once}"
     null = ""
     if options:
         base, null = options[0], " or null"
@@ -119,6 +129,8 @@ def _typed(annotation: Any, value: Any, is_flag: bool) -> Any:
         if not isinstance(items, list | tuple):
             raise ValueError("no list")
         checked = [_typed(get_args(base)[0], item, is_flag) for item in items]
+        if is_distinct(annotation) and len(set(checked)) < len(checked):
+            raise ValueError("stands twice")
         return TypeAdapter(annotation).validate_python(checked)
     if isinstance(value, str) and not is_text(value):
         raise ValueError("no text that a system takes")

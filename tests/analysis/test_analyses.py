@@ -328,6 +328,8 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
     ("kind", "flags", "message"),
     [
         ("path", ["--defenses", "ft,anp"], r"--defenses: anp: no finished result in .*ft, npd, sa"),
+        ("path", ["--defenses", "ft,ft"], r"--defenses: ft,ft is not allowed; .* each once"),
+        ("path", ["--defenses", "ft", "--defenses", "sau"], r"--defenses: is given twice, with ft"),
         ("path", ["--dataset", "digits"], r"--dataset: digits, but the record says random; leave"),
         ("path", ["--save_folder_name", "../x"], r"--save_folder_name: ../x is not a name"),
         (
@@ -354,6 +356,8 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
         ("inspect", ["--clean_records", "bd"], r"--clean_records: bd is the record of an attac"),
         ("inspect", ["--state_dict", "x.pt"], r"--dataset: a value is needed with --state_dict"),
         ("inspect", ["--image_size", 64], r"--image_size: is for --state_dict; a record has its o"),
+        ("inspect", ["--clean_records", "clean,clean"], r"--clean_records: clean,clean is not all"),
+        ("all", ["--kinds", "path,path"], r"--kinds: path,path is not allowed; .* each once"),
         ("all", ["--kinds", "path,paths"], r"--kinds: paths: no analysis; give confusion, featu"),
     ],
 )
