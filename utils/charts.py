@@ -16,7 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from utils.plot import LONGEST_TITLE, Figure, entitle, look_of, printable, without_frame
+from utils.plot import (
+    LONGEST_TITLE,
+    Figure,
+    captions_below,
+    entitle,
+    look_of,
+    printable,
+    without_frame,
+)
 
 _STYLES = ("-", "--", "-.", ":")
 _SERIES = (("#0072B2", ""), ("#E69F00", "//"), ("#009E73", ".."), ("#CC79A7", "xx"))
@@ -261,7 +269,7 @@ def overlaid(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 def inspection(
     matrix: torch.Tensor,
-    bars: Mapping[str, Sequence[float]],
+    bars: Mapping[tuple[str, str], Sequence[float]],
     examples: Mapping[str, torch.Tensor],
     captions: Sequence[str],
     classes: Sequence[str],
@@ -272,7 +280,8 @@ def inspection(
 
     Args:
         matrix: counts (K, K), true class -> adversarial label.
-        bars: name of a signal -> a value for each class; the largest one is hatched.
+        bars: name of a signal, and of its values -> a value for each class, NaN where there is
+            none; the largest one is hatched.
         examples: name of a row -> float images (N, C, H, W) in [0, 1].
         captions: N texts, under the last row.
         classes: K names.
@@ -292,14 +301,19 @@ def inspection(
     for panel in panels[len(bars) :]:
         panel.set_visible(False)
     names = [printable(name, 12) for name in classes]
-    for panel, (heading, values) in zip(panels, bars.items(), strict=False):
+    for panel, ((heading, unit), values) in zip(panels, bars.items(), strict=False):
         numbers = np.asarray(values, dtype=float)
         drawn = panel.bar(range(len(numbers)), numbers, color="#0072B2", width=0.75)
-        if np.isfinite(numbers).any():
+        finite = numbers[np.isfinite(numbers)]
+        if finite.any():  # else none is the largest
             drawn[int(np.nanargmax(numbers))].set(
                 facecolor="#D55E00", hatch="///", edgecolor="white"
             )
         panel.set_title(printable(heading, 60), fontsize=9)
+        panel.set_ylabel(printable(unit), fontsize=8)
+        low, high = min([0.0, *finite]), max([0.0, *finite])
+        high = high if high > low else 1.0  # all are 0
+        panel.set(xlim=(-0.6, len(numbers) - 0.4), ylim=(1.05 * low, 1.05 * high))
         if len(names) <= _FEW:
             are_long = max(map(len, names)) > 3
             panel.set_xticks(range(len(names)), names, rotation=90 if are_long else 0)
@@ -309,6 +323,7 @@ def inspection(
         without_frame(panel)
     count = min(len(images) for images in examples.values())
     cells = parts[1].subplots(len(examples), count, squeeze=False)
+    texts, size = captions_below(captions)
     for number, (name, images) in enumerate(examples.items()):
         for column in range(count):
             cell = cells[number, column]
@@ -318,7 +333,7 @@ def inspection(
             cell.set(xticks=[], yticks=[])
             cell.spines[:].set_visible(False)
             if number == len(examples) - 1:
-                cell.set_xlabel(printable(captions[column]), fontsize=8, labelpad=2)
+                cell.set_xlabel(texts[column], fontsize=size, labelpad=2)
         cells[number, 0].set_ylabel(printable(name), fontsize=9)
     parts[1].supxlabel(printable(note, LONGEST_TITLE), fontsize=9, x=0.02, ha="left")
     entitle(figure, title)

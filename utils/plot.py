@@ -122,7 +122,8 @@ def image_grid(
         captions: name of a row -> N texts; a row without captions has none.
     """
     count = min(len(images) for images in rows.values())
-    texts = {name: _captions(captions[name]) for name in captions}
+    sized = {name: captions_below(captions[name]) for name in captions}
+    texts = {name: sized[name][0] for name in captions}
     lines = {
         name: 1 + max(t.count("\n") for t in texts[name]) if name in texts else 0 for name in rows
     }
@@ -147,17 +148,20 @@ def image_grid(
             axis.imshow(pixels, interpolation="nearest", extent=place, aspect="auto")
             if name in texts:
                 text, middle, below = texts[name][column], left + _SIDE / 2, top + _SIDE + 0.05
-                widest = max(len(line) for text in texts[name] for line in text.split("\n"))
-                size = min(8, 8 * _WIDEST / max(1, widest))
-                axis.text(middle, below, text, fontsize=size, ha="center", va="top")
+                axis.text(middle, below, text, fontsize=sized[name][1], ha="center", va="top")
         top += heights[name]
     return figure
 
 
-def _captions(texts: Sequence[str]) -> list[str]:
-    """What stands under images; "before | after" takes two lines where it is wide."""
+def captions_below(texts: Sequence[str]) -> tuple[list[str], float]:
+    """What stands under images, and its size in points, so that no text touches the next one.
+
+    "before | after" takes two lines where it is wide.
+    """
     is_wide = any(len(text) > _WIDEST for text in texts)
-    return [printable(text.replace(" | ", " |\n", 1) if is_wide else text) for text in texts]
+    drawn = [printable(text.replace(" | ", " |\n", 1) if is_wide else text) for text in texts]
+    widest = max((len(line) for text in drawn for line in text.split("\n")), default=0)
+    return drawn, min(8, 8 * _WIDEST / max(1, widest))
 
 
 def bars(values: Mapping[str, float], label: str, title: str) -> Figure:

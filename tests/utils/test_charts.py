@@ -1,6 +1,7 @@
 """Figures of analyses: what is drawn, and that no name or number breaks one."""
 
 import io
+import itertools
 import math
 
 import pandas as pd
@@ -93,7 +94,7 @@ def test_the_page_of_an_inspection_hatches_the_largest_bar(classes: int) -> None
     values = [float(label) for label in range(classes - 1)] + [math.nan]
     figure = charts.inspection(
         torch.eye(classes, dtype=torch.int64),
-        {"A": values, "B": [math.nan] * classes},
+        {("A", "share"): values, ("B", "ratio"): [math.nan] * classes},
         {"clean": torch.rand(4, 3, 8, 8), "adversarial": torch.rand(4, 3, 8, 8) + 0.5},
         ["0 | 1"] * 4,
         [*NAMES, *map(str, range(classes - 3))],
@@ -103,3 +104,49 @@ def test_the_page_of_an_inspection_hatches_the_largest_bar(classes: int) -> None
     (panel,) = [axis for axis in figure.axes if axis.get_title() == "A"]
     assert [bar.get_hatch() for bar in panel.patches].index("///") == classes - 2
     assert drawn(figure) > 1000
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "hatched"),
+    [
+        ([0.0, 0.0, 0.0], 0, 1.05, None),
+        ([math.nan, math.nan, math.nan], 0, 1.05, None),
+        ([math.nan, 0.0, 2.0], 0, 2.1, 2),
+        ([3.0, 2.0, 2.5], 0, 3.15, 0),
+        ([-2.0, 1.0, 0.0], -2.1, 1.05, 1),
+    ],
+)
+def test_bars_of_an_inspection_begin_at_0_and_all_classes_have_room(
+    values: list[float], low: float, high: float, hatched: int | None
+) -> None:
+    images = {"clean": torch.rand(1, 3, 8, 8)}
+    matrix = torch.eye(3, dtype=torch.int64)
+    figure = charts.inspection(
+        matrix, {("A", "share of images"): values}, images, ["0 | 1"], list(NAMES[:3]), "t", "n"
+    )
+    (panel,) = [axis for axis in figure.axes if axis.get_title() == "A"]
+    assert panel.get_xlim() == (-0.6, 2.6)
+    assert panel.get_ylim() == pytest.approx((low, high))
+    assert panel.get_ylabel() == "share of images"
+    hatches = [bar.get_hatch() for bar in panel.patches]
+    assert [place for place, hatch in enumerate(hatches) if hatch] == (
+        [] if hatched is None else [hatched]
+    )
+
+
+def test_captions_of_an_inspection_do_not_touch() -> None:
+    """Of classes whose names have ten letters, under the images of a page."""
+    figure = charts.inspection(
+        torch.eye(3, dtype=torch.int64),
+        {("A", "share"): [0.1, 0.2, 0.3]},
+        {"clean": torch.rand(8, 3, 8, 8)},
+        ["automobile | cauliflower"] * 8,
+        list(NAMES[:3]),
+        "title",
+        "note",
+    )
+    drawn(figure)
+    captions = [axis.xaxis.label for axis in figure.axes if "automobile" in axis.get_xlabel()]
+    boxes = [caption.get_window_extent() for caption in captions]
+    assert len(boxes) == 8
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
