@@ -16,6 +16,7 @@ recipe: name their records with `--clean_records`, or let `--train_clean 6` trai
     python analysis/inspect.py --state_dict my_model.pt --model resnet18 --dataset cifar10 \\
         --save_folder_name theirs --train_clean 6
 
+C, D and E compare a class with the others, so they are skipped if there are only two classes.
 If A and A' name different classes, there is no clear signal. Expect misses: attacks with several
 targets (all-to-all), clean-label attacks, and weak WaNet. docs/analysis.md has the power of each
 signal. The results also show purified models. Their signals should be flat.
@@ -43,10 +44,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.base import BEFORE, Results, analyse, check_current, write
 from analysis.signals import (
     CLEANSE,
+    COMPARING,
     HEAD,
     LARGE,
     SMALL,
     TITLES,
+    UNITS,
     SignalConfig,
     outstanding,
     signals_of,
@@ -70,6 +73,7 @@ from utils.records.attack import RESULT, AttackRecord
 from utils.records.named import dataset_of_record
 from utils.records.weights import fill, read_state_dict
 from utils.training import ending
+from utils.training.labelshare import FEWEST_TO_STAND_OUT
 from utils.values import Distinct
 
 if TYPE_CHECKING:
@@ -178,18 +182,25 @@ def look(subject: Subject, config: Config, results: Results) -> None:
             "trained with another normalization, give --mean and --std to interop/state_dict.py, "
             "and inspect the record that it makes"
         )
+    has_enough = len(data.classes) >= FEWEST_TO_STAND_OUT
+    if not has_enough:
+        results.warn(
+            "no signals C, D and E, and no z: of two classes none can stand out in them; A, A' and "
+            "B are compared with clean models alone"
+        )
     signals: dict[str, dict[str, dict[str, Any]]] = {}
     for name, load in loaders.items():
         model = load()
         computed = signals_of(model, probes, config, subject.device)
-        if HEAD not in computed:
+        if HEAD not in computed and has_enough:
             results.warn(f"{name}: no signal C, since its last layer is not a linear one")
         step = f"{name} ({clean[name].sha256[:8]})" if name in clean else name
         signals[name] = {
             signal: results.step(f"{step}, {signal}", compute)
             for signal, compute in computed.items()
+            if has_enough or signal not in COMPARING
         }
-    if config.neural_cleanse:
+    if config.neural_cleanse and has_enough:
         add_neural_cleanse(subject, clean, signals, results)
     null = [signals[name] for name in clean]
     rows, classes, cells = [], [], []
@@ -387,7 +398,7 @@ def draw(
     compared = f"{controls} to compare with"
     return charts.inspection(
         torch.tensor(signals[LARGE]["matrix"]),
-        {TITLES[name]: signal["by_class"] for name, signal in signals.items()},
+        {(TITLES[name], UNITS[name]): signal["by_class"] for name, signal in signals.items()},
         {"clean": images.cpu(), "adversarial": (images + delta).cpu()},
         [f"{named(a)} | {named(b)}" for a, b in zip(*labels, strict=True)],
         subject.data.classes,

@@ -24,7 +24,14 @@ from utils.errors import UserError
 from utils.perturb import Norm, Start, initial_perturbation, project
 from utils.process.seeds import generator
 from utils.training.evaluate import head_features
-from utils.training.labelshare import LabelShare, Tally, add, label_share, robust_z
+from utils.training.labelshare import (
+    FEWEST_TO_STAND_OUT,
+    LabelShare,
+    Tally,
+    add,
+    label_share,
+    robust_z,
+)
 
 LARGE, SMALL, TRANSFER, HEAD, NOISE, CLEANSE = "A", "A'", "B", "C", "D", "E"
 TITLES = {
@@ -35,6 +42,15 @@ TITLES = {
     NOISE: "D: largest margin on noise",
     CLEANSE: "E: median mask / mask (NC)",
 }
+UNITS = {  # of the numbers by class
+    LARGE: "share of images",
+    SMALL: "share of images",
+    TRANSFER: "share of pairs",
+    HEAD: "ratio",
+    NOISE: "logits",
+    CLEANSE: "ratio",
+}
+COMPARING = (HEAD, NOISE, CLEANSE)  # a class with the others; of two classes none can stand out
 FEWEST_PAIRS = 10  # of a class in B
 
 
@@ -334,7 +350,8 @@ def transferred(
 def outstanding(norms: Sequence[float]) -> Signal:
     """C and E: the median over each norm, which is large where a class is unusually easy to reach.
 
-    The statistic is how far the smallest norm is under the median; see `robust_z`.
+    The statistic is how far the smallest norm is under the median; see `robust_z`. It is 0 for
+    fewer than three finite norms, of which none can stand out.
     """
     values = torch.tensor(norms, dtype=torch.float64)
     finite = values[values.isfinite()]
@@ -342,7 +359,8 @@ def outstanding(norms: Sequence[float]) -> Signal:
         return Signal([math.nan] * len(norms), 0.0, 0, {})
     ratios = finite.quantile(0.5) / values.clamp(min=1e-12)
     top = int(values.nan_to_num(nan=torch.inf).argmin())
-    return Signal(ratios.tolist(), robust_z(-finite), top, {"norm": float(values[top])})
+    statistic = robust_z(-finite) if len(finite) >= FEWEST_TO_STAND_OUT else 0.0
+    return Signal(ratios.tolist(), statistic, top, {"norm": float(values[top])})
 
 
 def signals_of(

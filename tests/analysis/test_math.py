@@ -1,6 +1,7 @@
 """The math of analyses, on values that are derived by hand."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import warnings
@@ -26,6 +27,7 @@ from analysis import (
     weights,
 )
 from analysis.base import Results
+from analysis.subject import Subject
 from defense import sau
 from models import build_model
 from utils.data.labelled import Dataset, Labelled, Triggered
@@ -596,6 +598,37 @@ def test_what_is_outstanding() -> None:
     assert signal.top == 1
     assert signal.by_class == pytest.approx([4.5 / 4, 4.5, 0.9, 0.75])
     assert signal.statistic == pytest.approx(3.5 / 1.4826)
+
+
+def test_of_two_norms_none_stands_out() -> None:
+    """Whatever they are, it would be 1 / 1.4826, up to the rounding that a comparison would see."""
+    for norms in ([1.0, 9.0], [1.0, 9.0, math.inf]):
+        signal = signals.outstanding(norms)
+        assert (signal.statistic, signal.top) == (0, 0)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_two_classes_have_no_signal_that_compares_a_class_with_others(
+    classes: int, tiny_data: Dataset
+) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(12) % classes
+    split = Labelled(torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8), labels)
+    data = dataclasses.replace(
+        tiny_data, train=split, test=split, classes=tiny_data.classes[:classes]
+    )
+    model = build_model("tiny", classes).eval()
+    subject = Subject(data, torch.device("cpu"), "fp32", model, "tiny")
+    results = Results()
+    config = inspection.Config.load(noise_steps=1, neural_cleanse=True)
+    inspection.look(subject, config, results)
+    of_model = results.facts["signals"]["before"]
+    assert set(of_model) == {"A", "A'", "B"} | ({"C", "D"} if classes == 3 else set())
+    assert any(line.startswith("no signals C, D and E") for line in results.warnings) == (
+        classes == 2
+    )
+    assert math.isnan(of_model["A"]["z"]) or classes == 3
+    assert not any("linear" in line for line in results.warnings)
 
 
 def told(large: int, small: int, statistic: float) -> dict[str, dict[str, float]]:

@@ -9,6 +9,9 @@ import torch
 from utils.process import distributed
 
 
+FEWEST_TO_STAND_OUT = 3  # values, of which one can be farther from the median than the others
+
+
 class Tally(dict[str, torch.Tensor]):
     """Counts, at first 0: int64 `matrix` (K, K) from true class to adversarial label, and `sent`,
     `others` (K,).
@@ -95,11 +98,12 @@ def robust_z(values: torch.Tensor) -> float:
         values: float (K,).
 
     Returns:
-        Infinity if the MAD is 0 and the largest value is not the median; 0 if it is.
+        Infinity if the MAD is 0 and the largest value is not the median; 0 if it is, or if there is
+        no value. NaN for one or two: two values are always equally far from their median.
     """
     values = values.double()[~values.isnan()]
-    if len(values) == 0:
-        return 0.0
+    if len(values) < FEWEST_TO_STAND_OUT:
+        return math.nan if len(values) else 0.0
     middle = values.quantile(0.5)
     apart = float(values.max() - middle)
     mad = float((values - middle).abs().quantile(0.5))
