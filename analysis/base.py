@@ -335,7 +335,7 @@ def write(
 
 
 def tell_doubts(subject: Subject, results: Results) -> None:
-    """Says where a look at a backdoor says little: the attack had failed, a defense has collapsed."""
+    """Says where a look at a backdoor says little: after a failed attack, or a collapse."""
     if subject.attack is not None and subject.scores.attack_failed:
         results.warn(
             f"the attack had failed (ASR {subject.scores.asr}), so this says little of a backdoor "

@@ -144,11 +144,18 @@ def conclusion(
     many = counted(len(null), "clean model")
     if not {LARGE, SMALL} & set(stronger):
         return f"no clear signal: adversarial images are not more one-sided than in {many}"
-    few = "" if len(null) >= ENOUGH_CLEAN else f", which are few: {ENOUGH_CLEAN} say more"
+    each, are_few = ("each of ", "are few") if len(null) > 1 else ("", "is little")
+    few = "" if len(null) >= ENOUGH_CLEAN else f", which {are_few}: {ENOUGH_CLEAN} say more"
     return (
-        f"class {named(large)} stands out in {', '.join(stronger)}, more than in each of {many}"
+        f"class {named(large)} stands out in {', '.join(stronger)}, more than in {each}{many}"
         f"{few}; a reason to look closer, and no proof"
     )
+
+
+def headline_of(signal: Mapping[str, Any], named: Callable[[int], str]) -> str:
+    """The statistic of a signal, and the class that stands out, if one does."""
+    of_class = f" (class {named(signal['top'])})" if signal["statistic"] > 0 else ""
+    return f"{signal['statistic']:.3f}{of_class}"
 
 
 def look(subject: Subject, config: Config, results: Results) -> None:
@@ -249,8 +256,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     for name, of_model in signals.items():
         if kinds[name] != "clean":
             results.headline[name] = {
-                signal: f"{value['statistic']:.3f} (class {data.named(value['top'])})"
-                for signal, value in of_model.items()
+                signal: headline_of(value, data.named) for signal, value in of_model.items()
             }
     said = conclusion(signals[BEFORE], null, data.named)
     results.conclude(said)

@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     flags = parser.parse_args()
-    write([places.find_record(name, flags.record_path, "records") for name in flags.records], flags.to)
+    write(
+        [places.find_record(name, flags.record_path, "records") for name in flags.records], flags.to
+    )
 
 
 if __name__ == "__main__":

@@ -651,9 +651,7 @@ def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:
     }[config.sees]
 
 
-def _said_of_verdict(
-    verdict: Mapping[str, Any], data: Dataset, attack_failed: bool = False
-) -> str:
+def _said_of_verdict(verdict: Mapping[str, Any], data: Dataset, attack_failed: bool = False) -> str:
     """One line that says the verdict, and whether it is right."""
     names = ", ".join(
         f"{target} ({shown(data.classes[target], 60)})" for target in verdict["targets"]

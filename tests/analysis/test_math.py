@@ -638,6 +638,18 @@ def told(large: int, small: int, statistic: float) -> dict[str, dict[str, float]
     }
 
 
+def test_a_class_is_named_only_where_one_stands_out() -> None:
+    assert inspection.headline_of({"statistic": 0.25, "top": 3}, str) == "0.250 (class 3)"
+    assert inspection.headline_of({"statistic": 0.0, "top": 0}, str) == "0.000"
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "no clean models"), (1, "1 clean model"), (2, "2 clean models")]
+)
+def test_a_number_of_clean_models_is_said(count: int, said: str) -> None:
+    assert inspection.models_said(count) == said
+
+
 def test_a_conclusion_is_never_a_verdict_without_clean_models() -> None:
     def said(own: dict[str, dict[str, float]], *null: float) -> str:
         return inspection.conclusion(own, [told(0, 0, value) for value in null], str)
@@ -650,6 +662,7 @@ def test_a_conclusion_is_never_a_verdict_without_clean_models() -> None:
     assert text.startswith("class 3 stands out in A, A', more than in each of 2 clean models")
     assert "which are few" in text
     assert text.endswith("no proof")
+    assert "more than in 1 clean model, which is little: 6 say" in said(told(3, 3, 0.7), 0.1)
     assert "few" not in said(told(3, 3, 0.7), *(0.1,) * 6)
 
 

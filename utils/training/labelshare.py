@@ -8,7 +8,6 @@ import torch
 
 from utils.process import distributed
 
-
 FEWEST_TO_STAND_OUT = 3  # values, of which one can be farther from the median than the others
 
 

@@ -45,7 +45,7 @@ def test_the_robust_deviation_of_the_largest_value() -> None:
 
 
 def test_of_two_values_none_stands_out() -> None:
-    """Both are half of their distance from the median: it would be 1 / 1.4826, whatever they are."""
+    """Both are equally far from the median: it would be 1 / 1.4826, whatever they are."""
     assert math.isnan(robust_z(torch.tensor([0.1, 0.9, math.nan])))
     assert math.isnan(robust_z(torch.tensor([0.9])))
     assert robust_z(torch.tensor([0.1, 0.2, 0.9])) > 2
