@@ -284,16 +284,20 @@ def test_what_a_user_may_not_do_is_told(
     """Refused by the system itself, not by a stand-in."""
     monkeypatch.setattr(images, "ROOT", place)
     kind, *extra = (place / flag if (place / str(flag)).exists() else flag for flag in flags)
+    changes = {
+        str(flag).removeprefix("--"): value
+        for flag, value in zip(extra[::2], extra[1::2], strict=True)
+    }
     script, run = (
-        ("attack/badnet.py", attack_flags(place, "new"))
+        ("attack/badnet.py", attack_flags(place, "new", **changes))
         if kind == "attack"
-        else ("defense/sau.py", defense_flags(place, "x"))
+        else ("defense/sau.py", defense_flags(place, "x", **changes))
     )
     before = contents(place)
     (place / path).chmod(mode)
     try:
         with unprivileged():
-            assert run_script(ROOT / script, *run, *extra) == 2
+            assert run_script(ROOT / script, *run) == 2
     finally:
         (place / path).chmod(0o755)
     assert message in one_error(capsys)

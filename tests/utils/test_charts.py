@@ -140,12 +140,12 @@ def test_captions_of_an_inspection_do_not_touch() -> None:
         torch.eye(3, dtype=torch.int64),
         {("A", "share"): [0.1, 0.2, 0.3]},
         {"clean": torch.rand(8, 3, 8, 8)},
-        ["automobile | cauliflower"] * 8,
+        ["1 (automobile) | 9 (cauliflower)"] * 8,
         list(NAMES[:3]),
         "title",
         "note",
     )
-    drawn(figure)
+    figure.draw_without_rendering()
     captions = [axis.xaxis.label for axis in figure.axes if "automobile" in axis.get_xlabel()]
     boxes = [caption.get_window_extent() for caption in captions]
     assert len(boxes) == 8
