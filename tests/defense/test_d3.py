@@ -168,6 +168,12 @@ def test_the_norm_is_kept_and_the_distance_is_at_most_twice_it(start: str) -> No
 # the layers
 
 
+def test_noise_of_a_weight_with_one_value_is_none() -> None:
+    """A single value has no standard deviation."""
+    weight = torch.full((1, 1, 1, 1), 3.0)
+    assert torch.equal(start_of(weight, "noise", torch.Generator()), weight)
+
+
 def test_the_weights_of_all_layers_inside_are_pushed() -> None:
     """By name; without one those of the last linear layer. Norms' and biases are not among them."""
     network = ConvNet(4, (6, 8))

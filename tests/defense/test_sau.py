@@ -342,12 +342,13 @@ def test_purify_follows_the_literal_procedure(train_mode: bool, outer_steps: int
     assert bool(moved.abs().max() > 0) == train_mode  # running statistics move in train mode alone
 
 
-def test_labels_of_a_reference_that_mixes_images_are_those_of_the_batch() -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_of_a_reference_that_mixes_images_are_those_of_the_batch(seed: int) -> None:
     """BatchNorm without running statistics; a batch has other ones than the first four images."""
-    model = small_network(0, batch_norm=True)
+    model = small_network(seed, batch_norm=True)
     model[1].track_running_stats = False
     model[1].running_mean = model[1].running_var = None
-    images, labels = problem(0)
+    images, labels = problem(seed)
     config = Config.load(n_rounds=3, batch_size=4, lr=1e-2)
     found = purify(model, images, labels, config).state_dict()
     expected = literal_unlearning(model, images, labels, config).state_dict()

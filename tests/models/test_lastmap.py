@@ -119,6 +119,18 @@ def test_a_map_beside_that_is_not_pooled_does_not_count(is_behind: bool) -> None
     assert last_map(Branches(is_behind), (3, 8, 8)) == "pooled"
 
 
+class Gated(Branches):
+    """The pooled second map times a function of the pooled first one."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        gate = self.pooled(images).mean((2, 3))
+        return self.other(images).mean((2, 3)) * gate.sigmoid()
+
+
+def test_what_is_done_with_pooled_features_does_not_count() -> None:
+    assert last_map(Gated(is_behind=False), (3, 8, 8)) == "other"
+
+
 class Joined(nn.Module):
     """Two maps, pooled and joined; perhaps only to weigh the channels of a third one."""
 
