@@ -133,11 +133,12 @@ def test_a_record_of_your_own_network_is_measured(
     where = ["--record_path", tmp_path, "--model", f"{model}:build"]
     record = ["--dataset", "random", "--epochs", 1, "--save_folder_name", "mine"]
     assert run_script(ROOT / "attack/badnet.py", *record, *where) == 0
-    flags = ["--result_file", "mine", "--rounds", "0,1", "--images", 9]
-    assert run_script(ROOT / "benchmark/bound.py", *flags, *where, "--to", tmp_path / "out") == 0
+    few = ["--result_file", "mine", "--rounds", "0,1", "--images", 9]
+    flags = [*few, "--to", tmp_path / "out"]
+    assert run_script(ROOT / "benchmark/bound.py", *flags, *where) == 0
     capsys.readouterr()
     (tmp_path / "taken").write_text("a file")
-    assert run_script(ROOT / "benchmark/bound.py", *flags, *where, "--to", tmp_path / "taken") == 2
+    assert run_script(ROOT / "benchmark/bound.py", *few, *where, "--to", tmp_path / "taken") == 2
     assert "taken cannot be made" in capsys.readouterr().err
     nobody = ["--result_file", "nobody", "--to", tmp_path / "empty"]
     assert run_script(ROOT / "benchmark/bound.py", *nobody, *where) == 2
