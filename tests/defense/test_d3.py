@@ -233,3 +233,11 @@ def test_a_start_does_not_depend_on_the_default_type(method: Start) -> None:
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(found, expected)
+
+
+def test_a_layer_that_the_network_does_not_use_is_refused_in_a_line() -> None:
+    """Nothing would be learned in it, without a word."""
+    network = conv_net()
+    network.idle = nn.Linear(2, 2).double()
+    with pytest.raises(UserError, match=r"^--select_layer_name: [^\n]*depend on idle[^\n]*$"):
+        purify(network, *problem(), config(select_layer_name="idle"))

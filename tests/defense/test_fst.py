@@ -189,3 +189,11 @@ def test_the_rest_is_tuned_as_ft_does() -> None:
     assert differing(found.state_dict(), expected.state_dict()) == ["linear.weight"]
     expected.linear.weight.data *= network.linear.weight.norm() / expected.linear.weight.norm()
     assert torch.allclose(found.linear.weight, expected.linear.weight, rtol=1e-12)
+
+
+def test_a_layer_that_the_network_does_not_use_is_refused_in_a_line() -> None:
+    """Nothing would be learned in it, without a word."""
+    network = conv_net()
+    network.idle = nn.Linear(2, 2).double()
+    with pytest.raises(UserError, match=r"^--select_layer_name: [^\n]*depend on idle[^\n]*$"):
+        purify(network, *problem(), config(select_layer_name="idle"))
