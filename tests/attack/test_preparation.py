@@ -220,8 +220,8 @@ def test_a_target_without_test_images_is_refused_before_anything_is_prepared(
     for module in (ssba, inputaware):
         with pytest.raises(UserError, match=r"^--attack_target: every test image has label 0; "):
             prototype.train(module.Config.load("digits", **flags), "one", prepare)
+        config = module.Config.load("digits", attack_label_trans="all2all", **flags)
         with pytest.raises(Killed):
-            config = module.Config.load("digits", attack_label_trans="all2all", **flags)
             prototype.train(config, "one", prepare)
 
 

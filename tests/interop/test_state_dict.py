@@ -167,7 +167,7 @@ def test_triggered_images_give_asr(workplace: Path, own: Path, state: Path, tmp_
 def test_what_is_skipped_beside_triggered_images_is_told(
     workplace: Path, own: Path, state: Path, tmp_path: Path
 ) -> None:
-    """Other endings, files of no class, deeper folders, the target class; no word of hidden ones."""
+    """Other endings, files of no class, deeper folders, the target class; no word of hidden."""
     folder = triggered_images(workplace, tmp_path / "bd")
     expected = load_triggered(workplace, own, state, folder, "plain")
     shutil.copytree(folder / "dark", folder / ".ipynb_checkpoints")

@@ -1,9 +1,8 @@
 """Weights of a model that was trained elsewhere: read from a checkpoint, put into a network."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +157,10 @@ def _state_dicts(
     content: Mapping[Any, Any], place: str = ""
 ) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
     """Each dictionary of nothing but tensors, after its place, such as `model.`."""
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        if all(isinstance(key, str) for key in content):
-            yield place, content
+    if content and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    ):
+        yield place, content
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _state_dicts(value, f"{place}{key}.")
@@ -181,9 +181,14 @@ def _are_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 
 def _bare(state: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of weights, without counts of batches and without what stands before all names."""
-    names = [_OF_TORCH.sub("", key) for key in state if not key.endswith("num_batches_tracked")]
-    before = os.path.commonprefix([name[: name.rfind(".") + 1] for name in names])
-    return [name[before.rfind(".") + 1 :] for name in names]
+    names = [
+        _OF_TORCH.sub("", key).split(".")
+        for key in state
+        if not key.endswith("num_batches_tracked")
+    ]
+    parents = zip(*(name[:-1] for name in names), strict=False)  # as long as the shortest
+    before = sum(1 for _ in takewhile(lambda parts: len({*parts}) == 1, parents))
+    return [".".join(name[before:]) for name in names]
 
 
 def _prefixes(state: Mapping[str, torch.Tensor], needed: list[str]) -> list[str]:
