@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models import userfile
 from models.copies import copied
 from models.preactresnet import preactresnet18, preactresnet18_half
 from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
-from models.userfile import build_user_model, check_file, is_user_file, model_identity
+from models.userfile import Promise, build_user_model, check_file, is_user_file, model_identity
 from models.views import any_order, has_own_code
 from utils.errors import UserError, one_line, suggestion
 
@@ -84,6 +85,7 @@ class Classifier(nn.Module):
     Attributes:
         network: the bare network; its state dict is what a record keeps.
         precision: "bf16" runs the network under bfloat16 autocast; logits are float32 either way.
+        promise: what a network of the user's file is held to, in each call and when it is saved.
 
     Shape:
         (N, C, H, W) float in [0, 1] -> (N, num_classes) float logits.
@@ -96,16 +98,20 @@ class Classifier(nn.Module):
         self.normalize = Normalize(mean, std)
         self.network = network
         self.precision = "fp32"
+        self.promise: Promise | None = None
         self._has_own_code = has_own_code(network)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = self.normalize(images)
         with any_order(self._has_own_code):
             if self.precision == "fp32":
-                return self.network(images)
-            with torch.autocast(images.device.type, torch.bfloat16):
                 logits = self.network(images)
-            return logits.float()
+            else:
+                with torch.autocast(images.device.type, torch.bfloat16):
+                    logits = self.network(images)
+        if self.promise is not None:
+            self.promise.require_logits(logits, images)
+        return logits if self.precision == "fp32" else logits.float()
 
 
 def prepare(model: Classifier, device: torch.device, precision: str) -> Classifier:
@@ -172,7 +178,10 @@ def build_model(
     if network_size is not None:
         # The order, and so the keys, in which the literature exchanges such networks.
         network = nn.Sequential(Resize(network_size), network)
-    return Classifier(network, mean, std)
+    model = Classifier(network, mean, std)
+    if is_user_file(name):
+        model.promise = Promise(name, num_classes, userfile.weights_of(network, name))
+    return model
 
 
 def _torchvision_network(name: str, num_classes: int, image_size: int | None) -> nn.Module:
@@ -234,91 +243,53 @@ def check_model(
 
 def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
     """Tries everything that attacks and defenses will do with the user's network."""
-    trial = _Trial(name, num_classes, image_size)
-    model = build_model(name, num_classes, image_size=image_size)
-    before = trial.names_of(model)
-    trial.says(model.train, "be put in train mode")
-    logits = trial.logits(model, 2)
+
+    def told(work: Callable[[], Any], what: str, advice: str = "repair it") -> Any:
+        return userfile.told(name, work, what, advice)
+
+    def logits(count: int) -> torch.Tensor:
+        """Those of that many black images."""
+        images = torch.zeros(count, 3, image_size, image_size)
+        what = f"take {userfile.in_words(images)}"
+        given: torch.Tensor = told(
+            lambda: model(images), what, "repair it, or give another --image_size"
+        )
+        return given
+
+    def weights(of: Classifier) -> userfile.Weights:
+        found: userfile.Weights = told(
+            lambda: userfile.weights_of(of.network, name), userfile.SAVED
+        )
+        return found
+
+    def built() -> Classifier:
+        made: Classifier = told(
+            lambda: build_model(name, num_classes, image_size=image_size), userfile.SAVED
+        )
+        return made
+
+    model = built()
+    before = weights(model)
+    told(model.train, "be put in train mode")
+    loss = logits(2).float().square().sum()
     if not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(f"--model: {name} has no weight with requires_grad; a defense trains them")
-    loss = logits.float().square().sum()
-    trial.says(loss.backward, "be trained")
-    trial.says(model.eval, "be put in eval mode")
+    told(loss.backward, "be trained")
+    told(model.eval, "be put in eval mode")
     with torch.no_grad():
-        trial.logits(model, 3)
-    if trial.names_of(model) != before:
+        for count in (3, 1):
+            logits(count)
+    if weights(model) != before:
         raise UserError(
             f"--model: {name} has other names or shapes of weights after a call than before; make "
             "all of them in its constructor"
         )
-    again = build_model(name, num_classes, image_size=image_size)
-    trial.says(
+    again = built()
+    told(
         lambda: again.network.load_state_dict(model.network.state_dict()),
         "load the weights of another one that the same call has built",
     )
-    second = trial.says(lambda: copied(model), "be copied by copy.deepcopy, as defenses do")
+    second = told(lambda: copied(model), "be copied by copy.deepcopy, as defenses do")
     shared = {*map(id, second.parameters())} & {*map(id, model.parameters())}
-    if shared or trial.names_of(second) != before:
+    if shared or weights(second) != before:
         raise UserError(f"--model: {name} gives copy.deepcopy no copy with weights of its own")
-
-
-class _Trial:
-    """The trials of a user's network, whose code may raise anything.
-
-    Each trial raises a UserError that says what the network cannot do.
-    """
-
-    def __init__(self, name: str, num_classes: int, image_size: int) -> None:
-        self.name, self.num_classes, self.image_size = name, num_classes, image_size
-
-    def says(self, work: Callable[[], Any], what: str, advice: str = "repair it") -> Any:
-        """The result of `work`.
-
-        Args:
-            what: what the network cannot do if `work` raises something.
-        """
-        try:
-            return work()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise UserError(f"--model: {self.name} cannot {what} ({reason}); {advice}") from error
-
-    def logits(self, model: nn.Module, count: int) -> torch.Tensor:
-        """The logits of that many black images."""
-        size = self.image_size
-        images = f"a batch of {'two' if count == 2 else count} images of {size} x {size} pixels"
-        logits = self.says(
-            lambda: model(torch.zeros(count, 3, size, size)),
-            f"take {images}",
-            "repair it, or give another --image_size",
-        )
-        wanted = (count, self.num_classes)
-        if not isinstance(logits, torch.Tensor):
-            output = type(logits).__name__
-        elif tuple(logits.shape) != wanted:
-            output = str(tuple(logits.shape))
-        elif not logits.is_floating_point():
-            output = str(logits.dtype)
-        else:
-            return logits
-        raise UserError(
-            f"--model: {self.name} gives {output} for {images}; logits of {wanted} are needed, as "
-            "floats"
-        )
-
-    def names_of(self, model: Classifier) -> dict[str, tuple[Any, ...]]:
-        """Shape and type of each of the weights that a record keeps."""
-
-        def names() -> dict[str, tuple[Any, ...]]:
-            state = model.network.state_dict()
-            for key, value in state.items():
-                if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-                    raise TypeError(f"{key} is {type(value).__name__}")
-                if not value.isfinite().all():
-                    raise ValueError(f"{key} is not finite")
-            return {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
-
-        weights: dict[str, tuple[Any, ...]] = self.says(names, "be saved as finite tensors alone")
-        return weights

@@ -14,22 +14,23 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from models.neighbours import Neighbours, files_beside, is_of_user
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, shown
 from utils.files import TEXT, read_bytes
 
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)", re.DOTALL)
 _PREFIX = "user_model_"  # of the names of the modules that users' files become
 _RUNS: list[dict[str, bytes]] = []  # of each run that goes on: the texts of files by path
-_LEAVE = os._exit
+_LEAVE, _CHANGE_FOLDER = os._exit, os.chdir
 
 
 def is_user_file(name: str) -> bool:
@@ -85,7 +86,7 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
     place = Path(os.path.abspath(file))
     neighbours = Neighbours(place.parent, list(files_beside(place, _source)), _source)
     module.__dict__["__builtins__"] = neighbours.builtins()
-    _guard_exit()
+    _guard_process()
     try:
         with neighbours.visible():
             exec(compile(source, str(file), "exec"), module.__dict__)
@@ -108,6 +109,121 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
             f"--model: {name} gave {type(network).__name__}; it has to return an nn.Module"
         )
     return network
+
+
+SAVED = "be saved as finite tensors alone"  # what a network has to do
+Weights = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type by name
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a user's network has to give in every call, and what a record keeps of it.
+
+    Attributes:
+        name: the `--model` value.
+        num_classes: number of its outputs.
+        weights: those that it had when it was made.
+    """
+
+    name: str
+    num_classes: int
+    weights: Weights
+
+    def require_logits(self, logits: object, images: torch.Tensor) -> None:
+        """Raises UserError if what the network gave for a batch is no (N, num_classes) of floats.
+
+        A network may give something else for one image, in another mode, or after a while.
+        """
+        wanted = (len(images), self.num_classes)
+        if not isinstance(logits, torch.Tensor):
+            output = type(logits).__name__
+        elif tuple(logits.shape) != wanted:
+            output = str(tuple(logits.shape))
+        elif not logits.is_floating_point():
+            output = str(logits.dtype)
+        else:
+            return
+        raise UserError(
+            f"--model: {self.name} gives {output} for {in_words(images)}; logits of {wanted} are "
+            "needed, as floats"
+        )
+
+    def require_weights(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raises UserError if the network has got or lost a weight, or has one of another shape.
+
+        Args:
+            shapes: of what a record would keep, by name.
+        """
+        made = {name: shape for name, (shape, _) in self.weights.items()}
+        changed = next((n for n in [*made, *shapes] if made.get(n) != shapes.get(n)), None)
+        if changed is None:
+            return
+        weight = f"the weight {shown(changed, 100)}"
+        if changed not in made or changed not in shapes:
+            what = f"has {'lost' if changed in made else 'got'} {weight}"
+        else:
+            what = f"has changed {weight} from {made[changed]} to {tuple(shapes[changed])}"
+        raise UserError(
+            f"--model: {self.name} {what} while it was used, so no record of it could be read; "
+            "make all weights in its constructor, and keep them"
+        )
+
+
+def in_words(images: torch.Tensor) -> str:
+    """A batch of images (N, C, H, W), for messages."""
+    count = {1: "one image", 2: "a batch of two images"}.get(
+        len(images), f"a batch of {len(images)} images"
+    )
+    return f"{count} of {images.shape[2]} x {images.shape[3]} pixels"
+
+
+def told(name: str, work: Callable[[], Any], what: str, advice: str = "repair it") -> Any:
+    """The result of work with a user's network, whose code may raise anything.
+
+    Args:
+        name: the `--model` value.
+        what: what the network cannot do if `work` raises something.
+
+    Raises:
+        UserError: if it does.
+    """
+    try:
+        return work()
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"--model: {name} cannot {what} ({reason}); {advice}") from error
+
+
+def weights_of(network: nn.Module, name: str) -> Weights:
+    """Shape and type of each of the weights that a record keeps of a user's network.
+
+    Args:
+        name: the `--model` value.
+
+    Raises:
+        UserError: if it keeps anything but finite tensors.
+    """
+    state = network.state_dict()
+    broken = (
+        None
+        if isinstance(state, Mapping)
+        else f"TypeError: {type(state).__name__} is no dictionary"
+    )
+    weights = {}
+    for key, value in state.items() if isinstance(state, Mapping) else ():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            broken = f"TypeError: {key} is {type(value).__name__}"
+        elif is_lazy(value):
+            broken = f"{key} has no values yet"
+        elif not value.isfinite().all():
+            broken = f"{key} is not finite"
+        else:
+            weights[key] = (tuple(value.shape), value.dtype)
+    if broken:
+        raise UserError(f"--model: {name} cannot {SAVED} ({broken}); repair it")
+    return weights
 
 
 def _fill_lazy_layers(network: nn.Module, image_size: int) -> None:
@@ -156,19 +272,29 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
         _RUNS.pop()
 
 
-def _guard_exit() -> None:
-    """`os._exit` in the code of a user's file is reported, too, instead of an end without a record.
+def _guard_process() -> None:
+    """What the code of a user's file does to the whole process is reported as its error.
 
-    For all other code it does not change, also for processes that the user's code starts.
+    These are `os._exit`, instead of an end without a record, and in a run `os.chdir`, by which all
+    relative paths of the run would lead elsewhere. For all other code these do not change, also for
+    processes that the user's code starts.
     """
     mine = os.getpid()
 
+    def is_ours() -> bool:
+        return os.getpid() == mine and is_of_user(sys._getframe(2))
+
     def leave(status: int) -> NoReturn:
-        if os.getpid() == mine and is_of_user(sys._getframe(1)):
+        if is_ours():
             raise SystemExit(f"os._exit({status})")
         _LEAVE(status)
 
-    os._exit = leave
+    def change_folder(path: Any) -> None:
+        if _RUNS and is_ours():
+            raise OSError("os.chdir moves the relative paths of the whole run; use absolute ones")
+        _CHANGE_FOLDER(path)
+
+    os._exit, os.chdir = leave, change_folder
 
 
 def _parts(name: str) -> tuple[Path, str]:

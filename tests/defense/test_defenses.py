@@ -530,6 +530,7 @@ def test_a_network_that_is_none_is_refused(name: str) -> None:
         (Strange(lambda logits: (logits, logits)), "gives tuple"),
         (Strange(lambda logits: logits[:1]), "logits (N, K) are needed"),
         (Strange(lambda logits: logits[:, :0]), "logits (N, K) are needed"),
+        (Strange(lambda logits: logits.squeeze()), "gives (4,) for one image"),
         (nn.Sequential(*list(fitted().network)[:-2]), "logits (N, K) are needed"),
     ):
         assert said in refused(name, model, images, labels)  # type: ignore[arg-type]

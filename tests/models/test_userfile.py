@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +86,9 @@ def build(num_classes, image_size):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pictures; and what a file does to `os._exit` ends with the test."""
+    """No pictures; and what a file does to `os._exit` and `os.chdir` ends with the test."""
     monkeypatch.setattr(os, "_exit", os._exit)
+    monkeypatch.setattr(os, "chdir", os.chdir)
     for name in ("curves", "image_grid"):
         monkeypatch.setattr(plot, name, lambda *_: Picture())
 
@@ -140,6 +142,9 @@ BAD = {
     "lambda self, x: None": "gives NoneType",
     "lambda self, x: x[:, :2]": r"gives \(2, 2\)",
     "lambda self, x: x[:2]": r"gives \(2, 3\) for a batch of 3",
+    "lambda self, x: x.squeeze()": (
+        r"gives \(3,\) for one image of 8 x 8 pixels; logits of \(1, 3\) are needed"
+    ),
     "lambda self, x: x.detach()": r"cannot be trained \(RuntimeError",
 }
 
@@ -283,6 +288,53 @@ def test_what_is_raised_later_is_one_line_and_leaves_no_record(
     assert "\x1b" not in text
     assert not (workplace / "record/later/summary.json").exists()
     assert "of 36 training images are replaced" in text  # that is, after the trial
+
+
+CHANGES = {
+    "return x[:, :2]": r"net\.py:build gives \(.*, 2\) for a batch of .*; logits of .* are needed",
+    "return x[:-1]": r"net\.py:build gives \(.*, 3\) for a batch of .*; logits of .* are needed",
+    "return x, x": r"net\.py:build gives tuple for a batch of .*; logits of .* are needed",
+    "self.more = nn.Parameter(x.new_zeros(2))": "has got the weight more while it was used",
+    "del self.linear.bias; self.linear.bias = None": "has lost the weight linear.bias while",
+    "self.linear.bias = nn.Parameter(x.new_zeros(1))": (
+        r"has changed the weight linear.bias from \(3,\) to \(1,\) while it was used"
+    ),
+    "os.chdir('/')": "net.py, line .*: OSError: .*os.chdir.*; this is your own file, repair it",
+}
+
+
+def changing(folder: Path, what: str, after: int = 6) -> str:
+    """A `--model` that does something in its calls after some."""
+    more = f"def logits(self, x):\n    if calls > {after}:\n        {what}\n    return x\n"
+    counting = "raise AssertionError"  # after more calls than any run has
+    return net(folder, "forward", counting, 10**6, f"\n{more}Net.logits = logits\n")
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_a_network_gives_or_has_later_is_one_line(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    assert attack(workplace, "turns", changing(tmp_path, what), "--overwrite") == 2
+    text = capsys.readouterr().err
+    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert re.search(CHANGES[what], error)
+    assert "Traceback" not in text
+    assert not (workplace / "record/turns/summary.json").exists()
+
+
+def test_a_defense_tells_of_weights_that_the_network_got_by_itself(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It asks outside whether to get one, since the file is the record's own by its content."""
+    mark = tmp_path / "mark"
+    model = changing(
+        tmp_path, f"if os.path.exists({str(mark)!r}): self.more = nn.Parameter(x.new_zeros(2))"
+    )
+    assert attack(workplace, "grows", model) == 0
+    mark.touch()
+    flags = [*defense_flags(workplace, "grows"), "--model", model]
+    assert run_script(ROOT / "defense/sau.py", *flags) == 2
+    assert "net.py:build has got the weight more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["forward", "load_state_dict", "__deepcopy__", "state_dict"])

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 
 from models import Classifier, build_model, check_model, is_user_file, model_identity
-from models.changes import apply_changes
+from models.changes import apply_changes, shapes_without
 from utils.data.archives import nothing_written
 from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
@@ -79,11 +79,15 @@ def save_attack(
 
 
 def model_state(model: Classifier) -> dict[str, torch.Tensor]:
-    """The bare network's state dict on the CPU, in plain memory order."""
-    return {
-        key: value.detach().cpu().contiguous().clone()
-        for key, value in model.network.state_dict().items()
-    }
+    """The bare network's state dict on the CPU, in plain memory order.
+
+    Raises:
+        UserError: if a network of the user's file has other weights than when it was made.
+    """
+    state = model.network.state_dict()
+    if model.promise is not None:
+        model.promise.require_weights(shapes_without(model.network, state))
+    return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
 
 
 def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:

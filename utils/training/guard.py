@@ -130,7 +130,7 @@ def check_given(
     takes_float16: bool = True,
     batch_size: int | None = None,
 ) -> None:
-    """Checks the arguments of a `purify`; a copy of the network is called with two images.
+    """Checks the arguments of a `purify`; a copy of the network is called with two images, and one.
 
     Args:
         needs_images: whether there must be at least one image.
@@ -159,20 +159,23 @@ def check_given(
     some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
     copy = _told("be copied by copy.deepcopy", lambda: copied(model))
     copy.eval()
-    given = as_float(some, _device(model)).clone()
-    before = given.clone()
-    with torch.no_grad(), in_any_order(model):
-        logits = _told(
-            f"take images of shape {tuple(some.shape)} and type {some.dtype}", lambda: copy(given)
-        )
-    if not (given.is_meta or torch.equal(given, before)):
-        raise UserError(
-            "model: the network changes the images that it is given; give one that does not "
-            "normalize in place"
-        )
+    before = as_float(some, _device(model)).clone()
+    for count in range(len(some), 0, -1):  # what is right for two may be wrong for one
+        given = before[:count].clone()
+        with torch.no_grad(), in_any_order(model):
+            logits = _told(
+                f"take images of shape {tuple(given.shape)} and type {some.dtype}",
+                lambda given=given: copy(given),  # type: ignore[misc]
+            )
+        if not (given.is_meta or torch.equal(given, before[:count])):
+            raise UserError(
+                "model: the network changes the images that it is given; give one that does not "
+                "normalize in place"
+            )
+        if len(images):
+            classes = _classes(logits, count)
     if len(images) == 0:
         return
-    classes = _classes(logits, len(some))
     if classes < 2:
         raise UserError("model: it tells one class; give a network with two or more")
     if learns:
@@ -288,8 +291,8 @@ def _classes(logits: object, count: int, when: str = "") -> int:
     else:
         return logits.shape[1]
     raise UserError(
-        f"model: the network gives {output} for {count} images{when}; logits (N, K) are needed, as "
-        "floats"
+        f"model: the network gives {output} for {'one image' if count == 1 else f'{count} images'}"
+        f"{when}; logits (N, K) are needed, as floats"
     )
 
 
