@@ -74,7 +74,10 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Trigger:
     _, height, width = image_shape
     if config.rim:
         if config.patch_size is not None:
-            raise UserError("--rim: the published square has its own size; give --patch_size null")
+            raise UserError(
+                f"--rim: the published square has its own size, and patch_size is "
+                f"{config.patch_size}, by a flag or the dataset's YAML; give --patch_size null"
+            )
         square = resized_square(height, width)
         return lambda images, indices: torch.where(square > 0, square, images)
     side = config.patch_size or max(2, round(3 * height / 32))

@@ -271,7 +271,7 @@ def test_a_defense_of_nothing(workplace: Path, capsys: pytest.CaptureFixture[str
         ("1\n-1\n", r"names image -1; the training set has 0 to 35"),
         ("1\n1\n", r"names an image twice; name each once"),
         ("one\n", r"holds something else than integers"),
-        ("1\n1_0\n", r"holds something else than integers \(1_0\)"),
+        ("1\n1_0\n", r"holds something else than integers \(1_0\); write one per line, 0 to \d+"),
         ("1\n\u0663\n", r"holds something else than integers"),
         ("9" * 30, r"holds something else than integers"),
     ],

@@ -23,12 +23,11 @@ from typing import (
     get_type_hints,
 )
 
-import yaml
 from typing_extensions import Self
 
 from utils.errors import UserError, quoted, shown, suggestion
 from utils.files import as_path, at_home
-from utils.plain import as_yaml, in_yaml, read_yaml
+from utils.plain import as_yaml, in_one_line, in_yaml, read_yaml
 from utils.values import advice, allowed_values, base_of, check, choices, field_info, is_text
 
 USER_FILES = {
@@ -84,7 +83,7 @@ class Parser(argparse.ArgumentParser):
             **more,
         )
         # Names and paths; a value of type `str` stays as it is.
-        self.register("type", None, at_home)
+        self.register("type", None, _text)
         self.register("type", Path, _path)
         self.register("action", None, _Once)
         # What begins with a minus and a number is a value, which may be wrong, and never a flag.
@@ -123,9 +122,16 @@ def _said(value: Any) -> str:
 
 def _path(text: str) -> Path | None:
     """The path of a script's flag, which is empty if a shell's variable was."""
+    return as_path(_text(text, "path"))
+
+
+def _text(text: str, what: str = "value") -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty; give one, or leave the flag out")
-    return as_path(text)
+        raise argparse.ArgumentTypeError(f"the {what} is empty; give one, or leave the flag out")
+    try:
+        return at_home(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class _Layer(NamedTuple):
@@ -144,9 +150,13 @@ class _Layer(NamedTuple):
         return f"--{quoted(key)}" if self.is_flags else f"{self.source}: {quoted(key)}"
 
     def shown(self, value: object) -> str:
-        """A value for a message; a text has quotes if without them it is none in YAML."""
-        is_as_text = isinstance(value, str) and not isinstance(in_yaml(value[:100]), str)
-        return f"'{quoted(value)}'" if is_as_text and not self.is_flags else quoted(value)
+        """A value for a message, as YAML has it; a text has quotes if without them it is none."""
+        if self.is_flags:
+            return quoted(value)
+        if isinstance(value, str):
+            is_bare = value.strip() and isinstance(in_yaml(value[:100]), str)
+            return quoted(value) if is_bare else f"'{quoted(value)}'"
+        return quoted(in_one_line(value))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,9 +267,9 @@ def placed(name: str, value: Any) -> Any:
 
 
 def _lacks_value(cls: type[Config], name: str, value: str) -> bool:
-    """Whether a flag was given without a value; a list may be empty."""
+    """Whether a flag was given without a value, or with a blank one; a list may be empty."""
     is_list = name in _hints(cls) and get_origin(base_of(_hints(cls)[name])) is tuple
-    return value == _NO_VALUE or (value == "" and not is_list)
+    return value == _NO_VALUE or not (value.strip() or is_list)
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -329,7 +339,9 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
             if key not in hints and key in layer.others:
                 continue
             if key not in hints:
-                errors.append(f"{layer.where(key)}: unknown name{suggestion(key, hints)}")
+                errors.append(
+                    f"{layer.where(key)}: unknown name{suggestion(key, hints)}; --help lists them"
+                )
                 continue
             try:
                 values[key] = placed(key, check(hints[key], value, layer.is_flags))
@@ -373,9 +385,7 @@ def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str
         for name in names:
             info = field_info(hints[name])
             value = values.get(name)
-            if not isinstance(value, str):
-                value = yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-            lines.append(f"  --{name} {shown(value)}")
+            lines.append(f"  --{name} {shown(in_one_line(value))}")
             lines.append(
                 f"        {info.description if info else ''} [{allowed_values(hints[name])}]"
             )

@@ -236,7 +236,13 @@ def _lock(handle: int) -> bool:
 
 
 def at_home(text: str) -> str:
-    """A flag's text; a `~` that it begins with is the user's home, as in a shell."""
+    """A flag's text; a `~` that it begins with is the user's home, as in a shell.
+
+    Raises:
+        UserError: if the home is empty, because the path would lead to the system's root.
+    """
+    if os.environ.get("HOME") == "" and (text == "~" or text.startswith("~/")):
+        raise UserError(f"HOME: is empty, but {text} is in it; set HOME, or give the whole path")
     try:
         return os.path.expanduser(text)
     except ValueError:  # what comes after it can be no name of a user

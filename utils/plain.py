@@ -1,5 +1,6 @@
 """Plain data as YAML: what is read is what stands there, and nothing else is made of it."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,16 @@ DEEPEST = 16  # lists and mappings in each other
 def as_yaml(values: Mapping[str, Any]) -> str:
     """Plain data as YAML text, in which a text that looks like a number has quotes."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def in_one_line(value: Any) -> Any:
+    """A value as one line of YAML, e.g. true, null or {a: 1}; all else as it is."""
+    if isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+    except (yaml.YAMLError, ValueError, RecursionError):  # such as a number of thousands of digits
+        return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -58,6 +69,8 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
 
 def _not_valid(source: str, error: Exception) -> UserError:
     reason = one_line(error)
+    if "set_int_max_str_digits" in reason:
+        reason = "a number has thousands of digits"
     return UserError(f"{source}: not valid YAML ({reason}); write lines of 'name: value'")
 
 

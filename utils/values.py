@@ -171,6 +171,8 @@ def advice(annotation: Any, value: Any, is_flag: bool) -> str:
     if allowed.startswith("text") and isinstance(value, str):
         if value == "~":
             return f"{allowed}, or ~/ for your home"
+        if not value.strip():
+            return f"{allowed}, not blank"
         return f"{allowed}, of at most {LONGEST} characters and without NUL"
     if allowed.startswith("text") and isinstance(value, bool | int | float):
         return f"{allowed}, in quotes"
@@ -198,4 +200,9 @@ def _number(value: Any) -> Any:
 
 def is_text(value: object) -> bool:
     """Whether it is a text that may be a name or a path."""
-    return isinstance(value, str) and len(value) <= LONGEST and "\0" not in value
+    return (
+        isinstance(value, str)
+        and 0 < len(value) <= LONGEST
+        and not value.isspace()
+        and "\0" not in value
+    )

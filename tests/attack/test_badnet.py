@@ -72,5 +72,5 @@ def test_sizes_that_cannot_be_are_refused() -> None:
     assert (triggered(images, patch_size=16) == 255).all()
     with pytest.raises(UserError, match="--patch_size: 17 is more than the image's 16 pixels"):
         triggered(images, patch_size=17)
-    with pytest.raises(UserError, match=r"--rim: .* give --patch_size null"):
+    with pytest.raises(UserError, match=r"--rim: .* patch_size is 3, .* give --patch_size null"):
         triggered(images, patch_size=3, rim=True)

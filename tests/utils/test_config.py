@@ -498,7 +498,9 @@ def test_a_small_negative_number_is_a_value_and_not_a_flag() -> None:
 
 def test_a_misspelt_key_names_its_file_and_the_nearest_name(toy: Path) -> None:
     path = write(toy, "rouns: 4\n")
-    assert problems("--yaml_path", path) == [f"{path}: rouns: unknown name (did you mean rounds?)"]
+    assert problems("--yaml_path", path) == [
+        f"{path}: rouns: unknown name (did you mean rounds?); --help lists them"
+    ]
 
 
 def test_a_misspelt_key_in_a_shipped_file_is_refused_too(toy: Path) -> None:
@@ -764,6 +766,60 @@ def test_a_text_that_no_system_takes_is_refused(toy: Path, name: str) -> None:
     assert problems("--name", name) == [problem.replace(f"{path}: name", "--name")]
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\t \n"])
+def test_a_blank_text_is_no_value(toy: Path, blank: str) -> None:
+    """As of a variable that is not set; it would be the present folder, or one without a name."""
+    path = write(toy, f"name: {json.dumps(blank)}\n")
+    escaped = json.dumps(blank)[1:-1]
+    assert problems("--yaml_path", path) == [
+        f"{path}: name: '{escaped}' is not allowed; give text or null, not blank"
+    ]
+    assert problems("--name", blank) == ["--name: a value is missing; give text or null"]
+    assert problems("--yaml_path", blank) == ["--yaml_path: a value is missing; give a file"]
+    parser = configuration.Parser()
+    parser.add_argument("--model")
+    with pytest.raises(UserError, match="the value is empty; give one, or leave the flag out"):
+        parser.parse_args(["--model", blank])
+
+
+@pytest.mark.parametrize("text", [",", "conv,", ",conv", "[conv, , bn]"])
+def test_a_list_has_no_blank_items(toy: Path, text: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Layers(Config):
+        layers: Annotated[tuple[str, ...], Field(description="names")] = ()
+
+    with pytest.raises(UserError, match="is not allowed; give a list of text"):
+        Layers.from_command_line([f"--layers={text}"], "")
+    assert problems(f"--widths={text.replace('conv', '1').replace('bn', '2')}")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("lr: yes", "lr: true"),
+        ("lr: ~", "lr: null"),
+        ("lr: {a: 1}", "lr: {a: 1}"),
+        ("lr: [no, none]", "lr: [false, null]"),
+        ("lr: .inf", "lr: .inf"),
+    ],
+)
+def test_a_value_is_shown_as_yaml_has_it(toy: Path, line: str, told: str) -> None:
+    (problem,) = problems("--yaml_path", write(toy, f"{line}\n"))
+    assert f": {told} is not allowed" in problem
+
+
+def test_a_number_of_thousands_of_digits_is_told_without_python_s_words(toy: Path) -> None:
+    (problem,) = problems("--yaml_path", write(toy, f"rounds: {'9' * 6000}\n"))
+    assert "(a number has thousands of digits)" in problem
+
+
+def test_an_empty_home_is_no_root(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "")
+    for argv in (["--yaml_path=~/x"], ["--record_path=~/x"]):
+        with pytest.raises(UserError, match=r"^HOME: is empty, but ~/x is in it; set HOME, or "):
+            CONFIGS["defense/ft"].from_command_line(argv, "")
+
+
 def test_a_text_of_bytes_that_are_no_utf_8_is_kept(toy: Path) -> None:
     """As Python gives such paths; the YAML that is written reads back the same."""
     name = os.fsdecode(b"/tmp/\xff\xfe")
@@ -877,7 +933,7 @@ def test_dump_reads_back_equal(toy: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [*TEXTS, "1e5", "17", "0x1F", "2024-01-01", "a: b", "#x", " ", ".nan", "-inf", "NONE", "+7"],
+    [*TEXTS, "1e5", "17", "0x1F", "2024-01-01", "a: b", "#x", ".nan", "-inf", "NONE", "+7"],
 )
 def test_dump_keeps_text_as_text(toy: Path, name: str) -> None:
     """A name that YAML, or this program's wider notion of a number, would read otherwise."""

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from typing import Any, Literal
 
@@ -36,10 +37,13 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and distributed.processes() > 1:
         name = f"cuda:{distributed.local_rank()}"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch is giving up
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = shown(one_line(error), 200)
+        is_absent = str(error).startswith("Could not run")  # what follows is for torch's developers
+        reason = "this torch is made without it" if is_absent else shown(one_line(error), 200)
         raise UserError(
             f"--device: {name} is not usable here ({reason}); give auto, cpu or cuda, or mps"
         ) from None

@@ -509,7 +509,10 @@ def read_index(path: Path, count: int) -> torch.Tensor:
             f"--index: {path} cannot be read ({error.strerror}); give a text file"
         ) from None
     except ValueError as error:
-        raise UserError(f"--index: {path} holds something else than integers ({error})") from None
+        raise UserError(
+            f"--index: {path} holds something else than integers ({error}); write one per line, "
+            f"0 to {count - 1}"
+        ) from None
     outside = [number for number in numbers if not 0 <= number < count]
     if outside:
         raise UserError(

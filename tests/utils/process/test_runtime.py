@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -140,6 +141,18 @@ def test_a_device_that_is_not_there_or_cannot_compute_is_refused(name: str) -> N
         pick_device(name)
     assert str(caught.value).startswith(f"--device: {name} is not usable here (")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
+@pytest.mark.parametrize("name", ["xla", "mps", "vulkan", "mkldnn"])
+def test_a_device_that_torch_lacks_is_told_in_our_words(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError) as caught:
+            pick_device(name)
+    reason = str(caught.value)
+    assert "Facebook" not in reason
+    assert name == "mkldnn" or "(this torch is made without it); give auto, cpu" in reason
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
