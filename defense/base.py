@@ -10,7 +10,7 @@ only for the report.
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_type_hints
@@ -20,7 +20,9 @@ from pydantic import Field
 from torch import nn
 
 from models import prepare
+from models.channels import norms
 from models.copies import copied
+from models.lastmap import last_map
 from models.views import has_own_code
 from utils.config import Group
 from utils.data.batches import as_float, keep_on, spread
@@ -86,6 +88,17 @@ class DefenseConfig(OfRecord):
         """Which images the defense is given."""
         return "nothing"
 
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        """Checks what the method needs of a network, before anything else is done.
+
+        Args:
+            model: in any mode; left as it is. It may be called with black images.
+            image_shape: (C, H, W).
+
+        Raises:
+            UserError: if the network lacks it.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class CleanData(DefenseConfig):
@@ -138,6 +151,9 @@ class Masked(HeldOut):
     prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
 
     advice = "lower --acc_ratio (val) or --pruning_number (fixed)"
+
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        norms(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +269,10 @@ class Inverted(CleanData, Scored):
     moves_images = True
     takes_float16 = False
 
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        if self.n_rounds:
+            last_map(model, image_shape)
+
 
 @dataclass(frozen=True)
 class Given:
@@ -301,12 +321,12 @@ class Purify(Protocol[C_contra]):
 def checked(purify: Purify[C]) -> Purify[C]:
     """The decorator of every `purify`; a method file writes `@checked` over it.
 
-    Model, images and labels are checked first (`check_given`), and at the end whether the weights
-    are finite. In every call, the global generators start with `random_seed`, so dropout draws the
-    same; they are restored at the end. Gradients are computed wherever it is called from, but never
-    those of the caller's images; a network that gives none is refused. A network with code of the
-    user's own is copied first, since this code may change it in each call. If a network cannot
-    learn from one image at a time, one line says so.
+    Model, images and labels are checked first (`check_given`, and `check_network` of the method),
+    and at the end whether the weights are finite. In every call, the global generators start with
+    `random_seed`, so dropout draws the same; they are restored at the end. Gradients are computed
+    wherever it is called from, but never those of the caller's images; a network that gives none is
+    refused. A network with code of the user's own is copied first, since this code may change it in
+    each call. If a network cannot learn from one image at a time, one line says so.
 
     Args:
         purify: the method.
@@ -350,6 +370,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
             in_any_order(model),
             made_on_the_cpu(),
         ):
+            _check_network(config, model, images.shape[1:])
             given = copied(model) if has_own_code(model) else model
             loop = loop or Loop()
             if config.learns and (half := half_precision(model)):
@@ -364,6 +385,15 @@ def checked(purify: Purify[C]) -> Purify[C]:
         return purified
 
     return wrapped
+
+
+def _check_network(config: DefenseConfig, model: nn.Module, image_shape: Sequence[int]) -> None:
+    """As `DefenseConfig.check_network`; the user's own code, which may count its calls, is copied.
+
+    Raises:
+        UserError: as it does.
+    """
+    config.check_network(copied(model) if has_own_code(model) else model, image_shape)
 
 
 def run(config_class: type[C], purify: Purify[C]) -> None:
@@ -423,10 +453,13 @@ def _defend(
     attack.check_model(config.model)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
+    with seeded(config.random_seed):
+        backdoored = attack.build(config.model)
+        _check_network(config, backdoored, attack.image_shape)
     data = attack.load_dataset(config.dataset_path)
     given = seen_images(config, attack, data)
     seed_everything(config.random_seed)
-    backdoored = prepare(attack.build(config.model), device, precision)
+    prepare(backdoored, device, precision)
 
     # Flags that only repeat what the record says are no part of the recipe.
     recipe = replace(config, dataset=None, model=None)

@@ -58,6 +58,9 @@ class Config(CleanData, Rounds):
     advice = "raise --u"
     learns = False
 
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        running_norms(model)
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -169,7 +172,6 @@ def purify(
             channels[name] = outliers(divergence, config.u)
         return channels
 
-    running_norms(model)  # refuses, even with no rounds
     return pruned_in_rounds(model, config, loop or Loop(), outlying)
 
 

@@ -19,6 +19,7 @@ may cost much accuracy.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +53,9 @@ class Config(DefenseConfig):
 
     advice = "raise --u"
     learns = False
+
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        convolutions_before(model, self.pairs, image_shape)
 
 
 def channel_lipschitz(
@@ -107,7 +111,7 @@ def purify(
         return channels
 
     loop = loop or Loop()
-    paired = convolutions_before(model, config.pairs, images.shape[1:])  # refuses, even unpruned
+    paired = convolutions_before(model, config.pairs, images.shape[1:])
     alone = len(running_norms(model)) - len(paired)
     text = f"{alone} of {alone + len(paired)} BatchNorm layers are not looked at, since "
     if alone and config.pairs == "direct":

@@ -58,6 +58,9 @@ class Config(FineTuned):
 
     advice = "raise --lmd, or give more images (--ratio)"
 
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        pushed_weights(model, self.select_layer_name, image_shape)
+
 
 def distance_loss(
     losses: torch.Tensor,

@@ -19,6 +19,7 @@ images were made after the training. In a layer of ten channels or fewer, u = 3 
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,9 @@ class Config(PoisonedData, Rounds):
 
     advice = "raise --u"
     learns = False
+
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        norms(model)
 
 
 def channel_entropy(values: torch.Tensor, bin_width: float) -> torch.Tensor:

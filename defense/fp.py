@@ -21,6 +21,7 @@ uses features that clean images use, too (Blended, LF, SSBA).
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +53,12 @@ class Config(HeldOut, FineTuned):
     prune_ratio: Annotated[float, Field(ge=0, le=1, description="features pruned / all (fixed)")]
 
     advice = "lower --acc_ratio (val), --prune_ratio (fixed) or --lr"
+
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        if self.n_rounds:
+            learning_weights(model)
+        name, linear = head(model, image_shape)
+        changeable({name: linear}, model)
 
 
 def pruning_order(features: torch.Tensor) -> torch.Tensor:
@@ -92,10 +99,7 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    if config.n_rounds:
-        learning_weights(model)
     name, linear = head(model, images.shape[1:])
-    changeable({name: linear}, model)
     count = linear.in_features
     purified = copied(model).eval()
     if config.n_rounds == 0:

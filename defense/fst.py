@@ -52,6 +52,9 @@ class Config(FineTuned):
 
     advice = "lower --alpha, raise --n_rounds, or give more images (--ratio)"
 
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        head_of(model, self.select_layer_name, image_shape)
+
 
 def shift_loss(
     logits: torch.Tensor,

@@ -27,7 +27,7 @@ Networks without a convolution are refused.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -72,6 +72,11 @@ class Config(CleanData, Rounds):
     advice = "give fewer rounds, or more images (--ratio)"
     moves_images = True
     takes_float16 = False
+
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        layers = convolutions(model)
+        if self.n_rounds:
+            scalable(layers, model)
 
 
 def factors(a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -209,7 +214,6 @@ def purify(
     result = copied(model).eval()
     if config.n_rounds == 0:
         return result
-    scalable(layers, model)
     weight = usual_weight(model)
     model = copied(result).requires_grad_(False)
     a, s = (  # steps of 0.01 from 1 would be lost in half precision

@@ -19,7 +19,7 @@ the clean subset. A teacher that keeps the backdoor teaches it, so NAD fails whe
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +35,7 @@ from defense.base import FineTuned, checked, run
 from models.copies import copied
 from models.modes import evaluating
 from models.outputs import recording
-from models.parts import layer, top_level
+from models.parts import black_images, layer, top_level
 from utils.data.batches import as_float, augment, wide
 from utils.errors import UserError
 from utils.process.seeds import generator
@@ -58,6 +58,9 @@ class Config(FineTuned):
     ]
 
     advice = "lower --lr or the betas, or give more images (--ratio)"
+
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        stages(model, black_images(model, image_shape), self.attention_layers)
 
 
 def attention_map(features: torch.Tensor, power: float) -> torch.Tensor:

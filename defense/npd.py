@@ -21,7 +21,7 @@ fails if the trigger's class is not the second most likely one.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +38,7 @@ from models.changes import insert
 from models.copies import copied
 from models.modes import evaluating, keeping_statistics
 from models.outputs import recording
-from models.parts import bare, layer
+from models.parts import bare, black_images, layer
 from utils.data.batches import as_float
 from utils.errors import UserError, one_line
 from utils.perturb import Norm, project
@@ -71,6 +71,14 @@ class Config(CleanData, Scored):
 
     advice = "lower --lr or --trigger_norm, or give more images (--ratio)"
     moves_images = True
+
+    def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
+        images = black_images(model, image_shape)
+        channels = input_channels(model, self.target_layer_name, images)
+        if self.n_rounds:
+            model = copied(model)
+            insert(bare(model), "polarizer", self.target_layer_name, channels)
+            _require_pass(model, self.target_layer_name, images)
 
 
 def target_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -219,7 +227,6 @@ def purify(
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     model.requires_grad_(False)
     polarizer = insert(bare(model), "polarizer", config.target_layer_name, channels)
-    _require_pass(model, config.target_layer_name, as_float(images[:1], device))
     order = generator(config.random_seed, "batches")
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -223,7 +223,7 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    unchanged = silenced(model, {}, config.prune_bias)  # refuses, before anything is learned
+    unchanged = silenced(model, {}, config.prune_bias)
     if config.n_rounds == 0:
         return unchanged
     return pruned_by_masks(model, images, labels, config, loop, masks_of)

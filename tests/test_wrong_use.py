@@ -258,6 +258,49 @@ def test_defenses(
     assert_refused(workplace, capsys, message, "defense/sau.py", *flags)
 
 
+@pytest.mark.parametrize(
+    ("script", "flag", "message"),
+    [
+        ("nad", "attention_layers=no", r"--attention_layers: no is no layer of this network"),
+        ("nad", "attention_layers=linear", r"--attention_layers: linear gives no map"),
+        ("npd", "target_layer_name=no", r"--target_layer_name: no is no layer of this network"),
+        ("fst", "select_layer_name=no", r"--select_layer_name: no is no layer of this network"),
+        ("d3", "select_layer_name=no", r"--select_layer_name: no is no layer of this network"),
+        ("clp", "model={bare}", r"channels of BatchNorm layers .*, and this network has none"),
+        ("bnp", "model={bare}", r"channels of BatchNorm layers .*, and this network has none"),
+        ("ep", "model={bare}", r"channels of BatchNorm layers .*, and this network has none"),
+        ("anp", "model={bare}", r"channels of BatchNorm layers .*, and this network has none"),
+        ("rnp", "model={bare}", r"channels of BatchNorm layers .*, and this network has none"),
+        ("ims", "model={bare}", r"channels of convolutions .*, and this network has none"),
+        ("pam", "model={bare}", r"the map of features .* and this network has none"),
+        ("bti_dbf", "model={bare}", r"the map of features .* and this network has none"),
+    ],
+)
+def test_what_a_method_needs_of_a_network_is_told_before_the_work(
+    workplace: Path,
+    good: Path,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    flag: str,
+    message: str,
+) -> None:
+    """Before there is a folder, and before the model is scored."""
+    record, bare = "good", workplace / "bare.py"
+    if "{bare}" in flag:
+        bare.write_text(
+            "from torch import nn\n"
+            "def build(num_classes, image_size):\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))\n"
+        )
+        record = "bare"
+        flags = attack_flags(workplace, record, model=f"{bare}:build")
+        if not (workplace / "record/bare").exists():
+            assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    argv = ["--result_file", record, "--record_path", workplace / "record", "--device", "cpu"]
+    argv.append(f"--{flag}".replace("{bare}", f"{bare}:build"))
+    assert_refused(workplace, capsys, message, f"defense/{script}.py", *argv)
+
+
 def test_a_defense_of_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = r"--result_file: a value is needed; give the name of an attack's record"
     assert_refused(workplace, capsys, message, "defense/sau.py", "--ratio", 0.5)

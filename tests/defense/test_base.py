@@ -385,7 +385,7 @@ def test_a_run_leaves_its_rows_its_images_and_its_pictures(
 
 def test_the_record_gets_the_flags_that_are_for_it(record: Record) -> None:
     base.defend(config(record, model="a", dataset_path="b"), "never", never_ant)
-    assert record.asked == [("check", "a"), ("data", "b"), ("build", "a")]
+    assert record.asked == [("check", "a"), ("build", "a"), ("data", "b")]
     with pytest.raises(UserError, match="--dataset: cifar10, but the record says digits"):
         base.defend(config(record, dataset="cifar10", overwrite=True), "never", never_ant)
 
