@@ -46,7 +46,6 @@ from utils.records.attack import save_attack
 from utils.records.checkpoint import Origin
 from utils.records.places import free_folder
 from utils.training import ending
-from utils.training.loop import largest_batch
 from utils.training.watch import Watch, scorer
 
 MakePlan = Callable[[Any, Setting], Plan]
@@ -199,7 +198,7 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
     if config.batch_size > len(data.train):
         raise UserError(
             f"--batch_size: {config.batch_size} is more than the {len(data.train)} training "
-            f"images; give --batch_size {largest_batch(len(data.train))} or less"
+            f"images; give --batch_size {len(data.train)} or less"
         )
 
 

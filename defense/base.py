@@ -79,6 +79,7 @@ class DefenseConfig(OfRecord):
     ]
 
     advice = "change its flags, see --help"  # what to do where ACC falls by more than 10 points
+    rates = "--lr"  # the flags whose size decides how large steps and losses are
     learns = True  # whether it takes gradients of weights, or of images
     moves_images = False  # whether it takes gradients of images
     takes_float16 = True  # False with Adam, whose 1e-8 is 0 there
@@ -222,6 +223,7 @@ class FineTuned(CleanData, Scored, Augmented):
     wd: Annotated[float, Field(ge=0, description="weight decay of SGD")]
 
     advice = "lower --lr, or give more images (--ratio)"
+    rates = "--lr or --wd"
     in_train_mode = True
 
 
@@ -373,6 +375,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
             _check_network(config, model, images.shape[1:])
             given = copied(model) if has_own_code(model) else model
             loop = loop or Loop()
+            loop.rate = config.rates
             if config.learns and (half := half_precision(model)):
                 loop.findings.warn(
                     f"the model's weights are in {half}, where small steps are lost in rounding; "

@@ -51,6 +51,7 @@ class Config(FineTuned):
     ]
 
     advice = "lower --alpha, raise --n_rounds, or give more images (--ratio)"
+    rates = "--lr, --alpha or --wd"
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         head_of(model, self.select_layer_name, image_shape)

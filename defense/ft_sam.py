@@ -47,6 +47,7 @@ class Config(FineTuned):
     ]
 
     advice = "lower --rho or --lr, or give more images (--ratio)"
+    rates = "--lr, --rho or --wd"
 
 
 def adaptive_ascent(

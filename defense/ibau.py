@@ -68,6 +68,7 @@ class Config(CleanData, Scored, Augmented):
     map_lr: Annotated[float, Field(gt=0, description="step size of Phi")]
 
     advice = "lower --lr, or give more images (--ratio)"
+    rates = "--lr, --pert_lr, --map_lr or --wd"
     moves_images = True
     takes_float16 = False
 

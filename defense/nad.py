@@ -58,6 +58,7 @@ class Config(FineTuned):
     ]
 
     advice = "lower --lr or the betas, or give more images (--ratio)"
+    rates = "--lr, --p, --beta1, --beta2 or --beta3"
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         stages(model, black_images(model, image_shape), self.attention_layers)

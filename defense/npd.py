@@ -70,6 +70,7 @@ class Config(CleanData, Scored):
     ]
 
     advice = "lower --lr or --trigger_norm, or give more images (--ratio)"
+    rates = "--lr, --adv_lr or --wd"
     moves_images = True
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:

@@ -52,6 +52,7 @@ class Config(Inverted):
     ]
 
     advice = "lower --rho or --lr, or give more images (--ratio)"
+    rates = "--lr or --rho"
 
 
 def towards(

@@ -14,7 +14,7 @@ from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
 from models.userfile import Promise, build_user_model, check_file, is_user_file, model_identity
 from models.views import any_order, has_own_code
-from utils.errors import UserError, one_line, suggestion
+from utils.errors import UserError, listed, nearest, one_line, suggestion
 
 __all__ = [
     "CONSTRUCTORS",
@@ -133,7 +133,7 @@ def check_name(name: str) -> None:
     elif name not in CONSTRUCTORS and name not in _torchvision_names():
         raise UserError(
             f"--model: {name} is unknown{suggestion(name, model_names())}; "
-            f"give file.py:function, or one of {', '.join(model_names())}"
+            f"give file.py:function, or one of {listed(nearest(name, model_names()))}"
         )
 
 

@@ -307,7 +307,7 @@ def test_a_failed_run_does_not_block_its_retry(workplace: Path) -> None:
         ({"save_folder_name": "../out"}, r"--save_folder_name: \.\./out is not a name"),
         ({"dataset_path": "nowhere"}, r"--dataset_path: nowhere/train is not a folder"),
         ({"device": "gpu"}, r"--device: gpu is not usable"),
-        ({"lr": "1e30"}, r"the loss 'loss' is not finite in round 1 of 2; give a smaller --lr"),
+        ({"lr": "1e30"}, r"the loss 'loss' is not finite in epoch 1 of 2; give a smaller --lr"),
         (
             {"model": "alexnet"},
             r"--model: alexnet cannot take images of 16 x 16 .*give --image_size 64",

@@ -92,6 +92,17 @@ def counted(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
+def nearest(name: str, choices: Iterable[str]) -> list[str]:
+    """The choices, those first that are most like the name."""
+    match = difflib.SequenceMatcher(b=name[:100].lower())
+
+    def likeness(choice: str) -> float:
+        match.set_seq1(choice.lower())
+        return match.ratio()
+
+    return sorted(choices, key=likeness, reverse=True)
+
+
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of choices, or ''."""
     lower = {choice.lower(): choice for choice in choices}

@@ -261,11 +261,30 @@ def absolute(text: str | None) -> str | None:
 
 @contextlib.contextmanager
 def writable(path: Path, advice: str = "make it writable") -> Iterator[None]:
-    """Raises UserError, naming the path, if the system refuses something inside."""
+    """Raises UserError, naming the path, if the system refuses something inside.
+
+    Args:
+        advice: what to do where the system would take such a path, but does not let us write there.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
+        where = path
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
+            named = Path(error.filename or path)  # e.g. that of a lock
+            where = next((p for p in (named, *named.parents) if os.path.lexists(p)), path)
+            advice = "move away what stands in its place, or give another path"
+        elif error.errno == errno.ENAMETOOLONG:
+            advice = "give a shorter path"
+        elif error.errno not in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ):
+            advice = "give another path"
+        raise UserError(f"{where}: cannot be written ({error.strerror}); {advice}") from None
 
 
 def refuse_link(path: Path) -> None:

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -972,3 +972,17 @@ def test_a_script_on_a_network_without_batchnorm_works_or_says_one_line(
         assert "BatchNorm" in errors[0]
         left = {path.name for path in folder.iterdir()}
         assert not left & {"defense_result.pt", "summary.json", "checkpoint.pt"}
+
+
+@every_defense
+def test_the_rates_of_a_method_are_among_its_flags(name: str) -> None:
+    """They are told where a loss is not finite."""
+    config = module(name).Config
+    told = {word.strip(",").removeprefix("--") for word in config.rates.split() if word != "or"}
+    assert told <= {*get_type_hints(config)} or not hasattr(config, "lr")
+
+
+def test_a_loss_that_is_not_finite_names_the_method_s_own_flags() -> None:
+    config = shortened("ft_sam", fitted(), n_rounds=1, rho=1e30)
+    with pytest.raises(UserError, match="give a smaller --lr, --rho or --wd, or take back"):
+        module("ft_sam").purify(fitted(), float_images(), bright_data().train.labels, config)

@@ -1,6 +1,7 @@
 """Files are whole or not there, and what killed processes leave is removed."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import NoReturn
 
 import pytest
 
-from utils import locks
+from utils import files, locks
+from utils.errors import UserError
 from utils.files import (
     ROOT,
     absolute,
@@ -178,3 +180,22 @@ def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert as_path(None) is None
     assert as_path("~\ud800/a") == Path("~\ud800/a")
     assert as_path("~a\0/b") == Path("~a\0/b")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("file/x", "file: cannot be written (Not a directory); move away what stands in its place"),
+        ("file", "file: cannot be written (File exists); move away what stands in its place"),
+        ("loop", "loop: cannot be written (File exists); move away what stands in its place"),
+        ("x" * 300, "cannot be written (File name too long); give a shorter path"),
+    ],
+)
+@pytest.mark.skipif(os.name == "nt", reason="it says it in other words")
+def test_advice_is_about_what_the_system_refuses(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError) as caught, files.writable(tmp_path / name):
+        (tmp_path / name).mkdir()
+    assert told in str(caught.value)
+    assert "make it writable" not in str(caught.value)

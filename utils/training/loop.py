@@ -52,10 +52,11 @@ class Loop:
     Args:
         after_round: called with (round from 1, total rounds, mean losses, state) after each round.
         after_batch: called with (number of batches in the round) after each batch.
-        rate: the flag of the learning rate, for the message when a loss is not finite.
+        unit: what a round of the main phase is called.
         resume: from `snapshot`; the loop continues after that batch.
 
     Attributes:
+        rate: the flags whose size decides how large the main phase's steps are, as of `rounds`.
         phase: the name of the present phase; "" for a method's main one.
         findings: what the method found.
         part: of how many images the present batch is, and which of them this process has.
@@ -65,12 +66,14 @@ class Loop:
         self,
         after_round: Callable[[int, int, dict[str, float], dict[str, Any]], None] | None = None,
         after_batch: Callable[[int], None] | None = None,
-        rate: str = "--lr",
+        unit: str = "round",
         resume: Mapping[str, Any] | None = None,
     ) -> None:
+        self.rate = "--lr"
         self.phase = ""
         self.findings = Findings()
-        self._rate = self._present_rate = rate
+        self._unit = unit
+        self._phase_rate: str | None = None
         self._resume = resume
         self._state: dict[str, Any] = {}
         self._done: dict[str, dict[str, Any]] = {}
@@ -127,7 +130,8 @@ class Loop:
             phase: its name, a different one for each phase. The main phase, which `n_rounds` counts
                 and the report follows, has no name.
             model: what a pipeline scores after a round; part of the state.
-            rate: the flag of the phase's learning rate, for the message when a loss is not finite.
+            rate: the flag of the phase's learning rate, for the message when a loss is not finite;
+                None for `Loop.rate`.
             state: everything that rounds change: objects with a `state_dict`, generators, tensors,
                 and dictionaries of tensors. A snapshot keeps it.
 
@@ -141,7 +145,7 @@ class Loop:
             )
         self._state = state if model is None else {"model": model, **state}
         self.phase, self._total, self._round, self._batch = phase, total, 0, 0
-        self._present_rate = rate or self._rate
+        self._phase_rate = rate
         self._generator = self._order = None
         self._sums, self._images, self._ends = {}, 0, False
         first = 1
@@ -178,11 +182,11 @@ class Loop:
             if isinstance(value, nn.Module):
                 broken += [f"weight {name}" for name in not_finite(value.state_dict())]
         if broken:
-            where = f"round {self._round} of {self._total}"
+            where = f"{'round' if self.phase else self._unit} {self._round} of {self._total}"
             where += f" ({self.phase})" if self.phase else ""
             raise Diverged(
                 f"the {shown(broken[0], 100)} is not finite in {where}; give a smaller "
-                f"{self._present_rate}, or take back what else makes losses or steps large"
+                f"{self._phase_rate or self.rate}, or take back what else makes losses or steps large"
             )
 
     def stop(self) -> None:
@@ -423,8 +427,3 @@ class NotOfThisRun(UserError):
             f"--resume: the checkpoint is not of this run ({self.reason}); give --overwrite to "
             "start anew"
         )
-
-
-def largest_batch(count: int) -> int:
-    """The largest power of two among the numbers of images that a batch can have."""
-    return 1 << max(count.bit_length() - 1, 0)

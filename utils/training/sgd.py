@@ -13,7 +13,7 @@ from utils.data.poison import PoisonedSet
 from utils.errors import UserError
 from utils.process import distributed
 from utils.process.seeds import Draws, generator
-from utils.training.loop import Loop, Step, batch_sizes, largest_batch
+from utils.training.loop import Loop, Step, batch_sizes
 from utils.training.state import restore
 
 Schedule = Literal[
@@ -79,7 +79,7 @@ def train_classifier(
     if len(data) < batch_size:
         raise UserError(
             f"--batch_size: {batch_size} is more than the {len(data)} training images; give "
-            f"--batch_size {largest_batch(len(data))} or less"
+            f"--batch_size {len(data)} or less"
         )
     batches = _Batches(data, next(model.parameters()).device)
     learner = loop.parallel(model)

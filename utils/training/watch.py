@@ -92,7 +92,7 @@ class Watch:
         resume = None if self._checkpoint is None else self._checkpoint["loop"]
         if before is not None and resume is None:
             self._rows.append({self._unit: 0, **before.values(), "seconds": 0.0})
-        self._loop = Loop(self._after_round, self._after_batch, resume=resume)
+        self._loop = Loop(self._after_round, self._after_batch, self._unit, resume)
         defer_signals(self._folder is not None)
         self._resumed_at = time.monotonic()
         return self._loop
