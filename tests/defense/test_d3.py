@@ -201,8 +201,13 @@ def test_each_weight_keeps_its_own_norm() -> None:
 
 def test_what_has_no_weight_to_push_is_told() -> None:
     network = conv_net()
-    for name, said in (("bn1", "bn1 has no linear"), ("linaer", "linear"), ("", "no layer")):
-        with pytest.raises(UserError, match=f"--select_layer_name: .*{said}"):
+    for name, said in (
+        ("bn1", "bn1 has no linear"),
+        ("linaer", "linear"),
+        ("x", "no layer"),
+        ("", "not blank"),
+    ):
+        with pytest.raises(UserError, match=f"select_layer_name: .*{said}"):
             purify(network, *problem(), config(select_layer_name=name))
     network.linear.weight.requires_grad_(False)
     with pytest.raises(UserError, match="frozen"):

@@ -156,8 +156,13 @@ def test_a_head_is_chosen_by_name() -> None:
 
 def test_what_is_no_head_is_told() -> None:
     network = conv_net()
-    for name, said in (("conv1", "conv1 is a Conv2d"), ("linaer", "linear"), ("", "no layer")):
-        with pytest.raises(UserError, match=f"--select_layer_name: .*{said}"):
+    for name, said in (
+        ("conv1", "conv1 is a Conv2d"),
+        ("linaer", "linear"),
+        ("x", "no layer"),
+        ("", "not blank"),
+    ):
+        with pytest.raises(UserError, match=f"select_layer_name: .*{said}"):
             purify(network, *problem(), config(select_layer_name=name))
     network.linear.weight.requires_grad_(False)
     with pytest.raises(UserError, match="frozen"):
