@@ -235,7 +235,10 @@ def test_attacks(
         ({"result_file": "absent"}, r"--result_file: absent is no record in .*; give one of good"),
         ({"result_file": "../good"}, r"--result_file: ../good is no record"),
         ({"record_path": "no/where"}, r"--result_file: good is no record .*; run an attack first"),
-        ({"dataset": "cifar10"}, r"--dataset: cifar10, but the record says folder; leave the flag out"),
+        (
+            {"dataset": "cifar10"},
+            r"--dataset: cifar10, but the record says folder; leave the flag out",
+        ),
         ({"model": "vgg19_bn"}, r"--model: vgg19_bn, but the record says preactresnet18; drop the"),
         ({"dataset_path": "no/where"}, r"--dataset_path: no/where/train is not a folder"),
         ({"ratio": 0.01}, r"--ratio: 0.01 of 36 training images is none; give at least 0.028"),

@@ -186,7 +186,8 @@ class Loop:
             where += f" ({self.phase})" if self.phase else ""
             raise Diverged(
                 f"the {shown(broken[0], 100)} is not finite in {where}; give a smaller "
-                f"{self._phase_rate or self.rate}, or take back what else makes losses or steps large"
+                f"{self._phase_rate or self.rate}, or take back what else makes losses or steps "
+                "large"
             )
 
     def stop(self) -> None:
