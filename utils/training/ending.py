@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # matplotlib and pandas load where something is drawn, because `--help` must not wait for them.
 
+# Flags that earlier results lack, with the value that they would have there.
+_LATER = {"exact_sar": False}
 # Flags that say where a run reads and writes, or what is drawn by chance.
 _PLACES = {
     *FREE_TO_CHANGE,
@@ -248,11 +250,18 @@ def run_facts(
 def recipe_sha256(values: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
     """Of a configuration without its seed, and without flags that say where it runs and writes.
 
+    A flag that came later does not count at the value that all runs before it had: those before and
+    after are of one recipe.
+
     Args:
         inputs: as `inputs_of` gives them; if a flag names a file, its content counts, and not its
             place.
     """
-    recipe = {name: value for name, value in values.items() if name not in _PLACES}
+    recipe = {
+        name: value
+        for name, value in values.items()
+        if name not in _PLACES and not (name in _LATER and value == _LATER[name])
+    }
     for flag, sha256 in (inputs or {}).items():
         name = flag.removeprefix("--")
         if flag.startswith("--") and recipe.get(name) is not None:

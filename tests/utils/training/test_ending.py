@@ -23,6 +23,13 @@ from utils.training.findings import Findings, Picture
 CPU = torch.device("cpu")
 
 
+def test_a_flag_that_came_later_is_no_part_of_the_recipe_at_its_old_value() -> None:
+    """SAU before and after `exact_sar` came is one recipe, unless the flag is given."""
+    before = ending.recipe_sha256({"lr": 1e-4})
+    assert ending.recipe_sha256({"lr": 1e-4, "exact_sar": False}) == before
+    assert ending.recipe_sha256({"lr": 1e-4, "exact_sar": True}) != before
+
+
 def test_a_recipe_s_sum_is_that_of_sorted_json() -> None:
     text = '{"lr": 0.1, "wd": 0}'
     assert ending.recipe_sha256({"wd": 0, "lr": 0.1}) == hashlib.sha256(text.encode()).hexdigest()
