@@ -24,14 +24,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark.reporting.sources import counts
 from utils.config import Parser
 from utils.errors import UserError, shown
 from utils.files import file_sha256, read_object
 from utils.process.script import logger, run_script
 from utils.records.checkpoint import digest
 from utils.records.folders import RunFolder
-from utils.records.places import refuse_foreign
+from utils.records.places import is_usual, refuse_foreign
 from utils.tensors import load_tensors
 
 CLEAN, EXTERNAL = "prototype", "external"
@@ -177,7 +176,7 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
                 if content.get("analysis") != "inspect" or not content.get("attack"):
                     continue
                 one = Inspection.model_validate(content)
-                if not counts(path.parent, content):
+                if not is_usual(path.parent, content):
                     logger.warning("warning: %s: skipped, only analysis/inspect counts", path)
                 elif one.is_unknown:
                     logger.warning(

@@ -450,7 +450,7 @@ def test_a_record_that_lacks_a_file(
         ("good/defense", ["defense"], r"good/defense: is a link; give another name, or remove it"),
         ("good/defense/sau", ["defense"], r"good/defense/sau: is a link"),
         ("good/defense/sau/log.txt", ["defense", "--overwrite"], r"sau/log.txt: is a link"),
-        ("good/defense/.sau.lock", ["defense", "--overwrite"], r"good/defense/sau: cannot be writ"),
+        ("good/defense/.sau.lock", ["defense", "--overwrite"], r"\.sau\.lock: cannot be writ"),
     ],
 )
 def test_a_link_leads_nowhere(

@@ -85,39 +85,12 @@ class Parser(argparse.ArgumentParser):
         # Names and paths; a value of type `str` stays as it is.
         self.register("type", None, _text)
         self.register("type", Path, _path)
-        self.register("action", None, _Once)
         # What begins with a minus and a number is a value, which may be wrong, and never a flag.
         self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         raise UserError(f"{message}; --help lists the flags")
-
-
-class _Once(argparse.Action):
-    """Keeps the value of a flag; another value of the same flag is refused."""
-
-    given: Any = None
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if self.given not in (None, values):
-            both = " and ".join(map(_said, (self.given, values)))
-            raise UserError(f"{option_string}: is given twice, with {both}; give it once")
-        self.given = values
-        setattr(namespace, self.dest, values)
-
-
-def _said(value: Any) -> str:
-    """What was given to a flag, for a message."""
-    if value == _NO_VALUE:
-        return "no value"
-    return quoted(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _path(text: str) -> Path | None:

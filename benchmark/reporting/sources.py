@@ -37,7 +37,7 @@ from utils.files import read_bytes, read_object, read_text
 from utils.plain import read_yaml
 from utils.process.script import logger
 from utils.records.folders import RunFolder
-from utils.records.places import CLEAN, EXACT
+from utils.records.places import CLEAN, EXACT, is_usual
 
 RUNS, CURVES = "runs.jsonl", "curves.csv"
 RATES = ("acc", "asr", "ra", "cross_acc")
@@ -295,15 +295,10 @@ def analysis_folders(record: Path) -> list[Path]:
     return sorted(path for path in home.glob("[!.]*") if path.is_dir() and not path.is_symlink())
 
 
-def counts(folder: Path, summary: Mapping[str, Any]) -> bool:
-    """Whether numbers of an analysis are used: one under another name has other settings."""
-    return bool(summary.get("analysis") == folder.name)
-
-
 def read_analyses(result: Path) -> dict[str, float]:
     """The headline numbers of a defense, of the analyses of its record that are finished.
 
-    Only those in the folder that has the analysis's own name count, see `counts`. An analysis of
+    Only those with the usual settings count, see `is_usual`. An analysis of
     another model than the defense's present one is skipped with a warning. A number of a control
     has an ending: `_clean` of a clean model, `_exact` of exact purification.
 
@@ -319,7 +314,7 @@ def read_analyses(result: Path) -> dict[str, float]:
             for part in (summary.get("headline"), summary.get("models"), now.get("files"))
         )
         is_of_defense = isinstance(headline.get(result.name), dict)
-        if not counts(folder, summary) or not is_of_defense:
+        if not is_usual(folder, summary) or not is_of_defense:
             continue
         if models.get(result.name) != hashes.get("defense_result.pt"):
             logger.warning(

@@ -329,7 +329,6 @@ def test_an_interrupted_analysis_goes_on_after_its_last_step(
     [
         ("path", ["--defenses", "ft,anp"], r"--defenses: anp: no finished result in .*ft, npd, sa"),
         ("path", ["--defenses", "ft,ft"], r"--defenses: ft,ft is not allowed; .* each once"),
-        ("path", ["--defenses", "ft", "--defenses", "sau"], r"--defenses: is given twice, with ft"),
         ("path", ["--dataset", "digits"], r"--dataset: digits, but the record says random; leave"),
         ("path", ["--save_folder_name", "../x"], r"--save_folder_name: ../x is not a name"),
         (

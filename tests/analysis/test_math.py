@@ -643,13 +643,6 @@ def test_a_class_is_named_only_where_one_stands_out() -> None:
     assert inspection.headline_of({"statistic": 0.0, "top": 0}, str) == "0.000"
 
 
-@pytest.mark.parametrize(
-    ("count", "said"), [(0, "no clean models"), (1, "1 clean model"), (2, "2 clean models")]
-)
-def test_a_number_of_clean_models_is_said(count: int, said: str) -> None:
-    assert inspection.models_said(count) == said
-
-
 def test_a_conclusion_is_never_a_verdict_without_clean_models() -> None:
     def said(own: dict[str, dict[str, float]], *null: float) -> str:
         return inspection.conclusion(own, [told(0, 0, value) for value in null], str)

@@ -66,12 +66,13 @@ def test_units_by_hand(tiny_model: Classifier, tiny_data: Dataset) -> None:
 
     12 reference passes of the clean images, 12 of the model; 2 steps x 2 networks x 2 units; 12
     reference passes of the perturbed images; and 3 units for each of 24 images of the outer step.
-    Before, two images are tried: once without gradients, and once with them, which is 3 units.
+    Before, two images are tried: once without gradients, and once with them, which is 3 units; and
+    one image alone.
     """
     units = [0]
     config = sau.Config.load("cifar10", adv_steps=2, trigger_norm=0.0, n_rounds=1, batch_size=12)
     sau.purify(Counting(tiny_model, units), tiny_data.train.images, tiny_data.train.labels, config)
-    assert units == [2 + 2 * 3 + 12 * (1 + 1 + 2 * 2 * 2 + 1 + 2 * 3)]
+    assert units == [2 + 2 * 3 + 1 + 12 * (1 + 1 + 2 * 2 * 2 + 1 + 2 * 3)]
 
 
 def test_operations_of_a_forward_pass() -> None:

@@ -576,42 +576,8 @@ def test_a_flag_without_its_value_is_named(flag: str, allowed: str) -> None:
     assert problems(f"--{flag}", "--rounds", "2") == problems(f"--{flag}")
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--lr", "0.1", "--lr=0.2"], "--lr: is given twice, with 0.1 and 0.2"),
-        (["--lr", "--lr", "0.2"], "--lr: is given twice, with no value and 0.2"),
-        (["--flip", "--flip", "false"], "--flip: is given twice, with true and false"),
-        (["--widths", "1,2", "--widths", "3"], "--widths: is given twice, with 1,2 and 3"),
-        (["--yaml_path", "a", "--yaml_path", "b"], "--yaml_path: is given twice, with a and b"),
-    ],
-)
-def test_a_flag_with_two_values_is_refused(argv: list[str], said: str) -> None:
-    """None of them would be the one that was meant."""
-    assert problems(*argv) == [f"{said}; give it once"]
-
-
-def test_a_flag_that_is_repeated_is_one() -> None:
-    assert from_flags("--lr", "0.5", "--flip", "--lr", "0.5", "--flip").lr == 0.5
-
-
-def test_a_script_s_flag_with_two_values_is_refused() -> None:
-    parser = configuration.Parser()
-    parser.add_argument("records", nargs="+")
-    parser.add_argument("--to", type=Path)
-    parser.add_argument("--under", nargs="+", type=Path)
-    flags = parser.parse_args(["a", "b", "--to", "c", "--under", "d", "e"])
-    assert (flags.records, flags.to) == (["a", "b"], Path("c"))
-    for argv, said in (
-        (["a", "--to", "b", "--to", "c"], "--to: is given twice, with b and c"),
-        (["a", "--under", "b", "c", "--under", "d"], "--under: is given twice, with b c and d"),
-    ):
-        parser = configuration.Parser()
-        parser.add_argument("records", nargs="+")
-        parser.add_argument("--to", type=Path)
-        parser.add_argument("--under", nargs="+", type=Path)
-        with pytest.raises(UserError, match=said):
-            parser.parse_args(argv)
+def test_a_flag_that_is_given_twice_has_its_last_value() -> None:
+    assert from_flags("--lr", "0.5", "--lr=0.2", "--flip", "--flip", "false").lr == 0.2
 
 
 def test_all_problems_are_reported_together_each_with_its_source(toy: Path) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from utils import locks
 from utils.errors import UserError
@@ -53,6 +55,11 @@ def analysis_folder(record: Path, name: str) -> RunFolder:
     """
     refuse_link(record / "analysis")
     return RunFolder(record / "analysis" / _checked_name(name))
+
+
+def is_usual(folder: Path, summary: Mapping[str, Any]) -> bool:
+    """Whether an analysis stands under its own name; one under another name has other settings."""
+    return bool(summary.get("analysis") == folder.name)
 
 
 def _checked_name(name: str) -> str:

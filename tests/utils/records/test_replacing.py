@@ -202,7 +202,7 @@ def test_a_record_knows_results_that_are_being_replaced(run: RunFolder) -> None:
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        ("attack/badnet", ["--lr", "1e30"], "is not finite in round 1"),
+        ("attack/badnet", ["--lr", "1e30"], "is not finite in epoch 1"),
         ("defense/fst", ["--select_layer_name", "typo"], "is no layer of this network"),
         ("defense/ft", ["--lr", "1e30"], "is not finite in round 1"),
         ("analysis/gradcam", ["--layer", "typo"], "is no layer of this network"),
