@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import locks
-from utils.errors import UserError
+from utils.errors import UserError, listed, nearest
 from utils.files import ROOT, TABLE, as_path, read_text, refuse_link
 from utils.records.contents import NAME
 from utils.records.folders import LONGEST_NAME, RunFolder
@@ -118,7 +118,7 @@ def find_record(name: str, root: Path | None, flag: str = "--result_file") -> Pa
     raise UserError(
         f"{flag}: {name} is no record in {records}; "
         + (
-            f"give one of {', '.join(names)}"
+            f"give one of {listed(nearest(name, names), limit=LONGEST_NAME)}"
             if names
             else "run an attack first, e.g. attack/badnet.py"
         )

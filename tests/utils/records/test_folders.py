@@ -243,6 +243,14 @@ def test_an_unknown_record_is_refused_with_those_that_exist(run: RunFolder) -> N
     assert str(caught.value).endswith("give one of demo")
 
 
+def test_of_many_records_the_nearest_are_offered(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"record{number}").mkdir()
+        (tmp_path / f"record{number}/attack_result.pt").write_text("")
+    with pytest.raises(UserError, match=r"give one of record7, .* more$"):
+        find_record("recrd7", tmp_path)
+
+
 def test_without_any_record_the_user_is_told_to_run_an_attack(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run an attack first"):
         find_record("demo", tmp_path)
