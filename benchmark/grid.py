@@ -178,7 +178,8 @@ def read_grid(path: Path) -> Grid:
     """Reads and checks a grid's file, except the flags.
 
     Raises:
-        UserError: naming every key that is missing, unknown, or has a value that is not allowed.
+        UserError: naming keys that are missing, unknown, or have a value that is not allowed; of
+            many, the first twenty.
     """
     content = read_yaml(path)
     try:
@@ -189,9 +190,11 @@ def read_grid(path: Path) -> Grid:
             place = _place(problem, content)
             key = problem["loc"] if "[key]" in problem["loc"] else place
             problems.setdefault(key, f"{path}: {_said(problem, place)}")
-        raise UserError(*problems.values()) from None
+        said, more = list(problems.values())[:_MOST_SAID], len(problems) - _MOST_SAID
+        raise UserError(*said, *([f"{path}: and {more} more"] if more > 0 else [])) from None
 
 
+_MOST_SAID = 20  # mistakes, of which each says what is allowed
 Place = tuple[int | str, ...]
 
 # What may be given at a key, and inside of it.

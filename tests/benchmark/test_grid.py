@@ -413,6 +413,17 @@ def test_each_mistake_of_a_grid_has_one_line(tmp_path: Path) -> None:
     )
 
 
+def test_of_many_mistakes_the_first_ones_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text("".join(f"k{number}: 1\n" for number in range(100)))
+    with pytest.raises(UserError) as error:
+        read_grid(path)
+    said = error.value.problems
+    assert len(said) == 21
+    assert str(said[-1]).startswith(f"{path}: and ")
+    assert len(str(error.value)) < 10_000
+
+
 def test_a_record_made_with_other_flags_is_not_passed_off_as_the_grid_s(tmp_path: Path) -> None:
     cells = grid_of(TEXT, tmp_path)
     attack, defense, _ = cells[:3]
