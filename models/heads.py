@@ -30,15 +30,28 @@ class _Pass:
         if isinstance(output, torch.Tensor):
             self.calls.append((name, output))
 
-    def last_linear(self) -> int:
-        """The place among `calls` of the last linear layer with an output per class; -1 if none."""
+    def linear(self, place: int) -> tuple[str, nn.Linear]:
+        """The linear layer of a call, with its name."""
+        name = self.calls[place][0]
+        found = self.layers[name]
+        assert isinstance(found, nn.Linear)
+        return name, found
+
+    def of_logits(self, refusal: str) -> int:
+        """The place among `calls` of the last linear layer with an output per class.
+
+        Raises:
+            UserError: with this text, if there is none.
+        """
         classes = self.logits.shape[1]
         places = [
             place
             for place, (name, output) in enumerate(self.calls)
             if isinstance(self.layers[name], nn.Linear) and output.shape[-1] == classes
         ]
-        return places[-1] if places else -1
+        if not places:
+            raise UserError(refusal)
+        return places[-1]
 
 
 def head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
@@ -55,22 +68,20 @@ def head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
         UserError: if no linear layer makes the logits.
     """
     run = _Pass(model, image_shape)
-    place = run.last_linear()
-    if place < 0:
-        raise UserError(
-            "this network has no linear layer that gives its logits, which this method works on; "
-            "give another method or network"
-        )
-    last = first = run.calls[place][0]
-    part = next((name for name in top_level(model) if f"{last}.".startswith(f"{name}.")), last)
-    for name, output in reversed(run.calls[:place]):
+    last = first = run.of_logits(
+        "this network has no linear layer that gives its logits, which this method works on; give "
+        "another method or network"
+    )
+    of_last = run.calls[last][0]
+    parts = (name for name in top_level(model) if f"{of_last}.".startswith(f"{name}."))
+    part = next(parts, of_last)
+    for place in reversed(range(last)):
+        name, output = run.calls[place]
         if output.ndim > 2 or not f"{name}.".startswith(f"{part}."):
             break
         if isinstance(run.layers[name], nn.Linear):
-            first = name
-    found = run.layers[first]
-    assert isinstance(found, nn.Linear)
-    return first, found
+            first = place
+    return run.linear(first)
 
 
 def last_linear(
@@ -87,16 +98,11 @@ def last_linear(
         UserError: if there is none.
     """
     run = _Pass(model, image_shape)
-    place = run.last_linear()
-    if place < 0:
-        raise UserError(
-            f"{flag}: this network has no linear layer that gives its logits, which would be "
-            f"taken; {advice}"
-        )
-    name = run.calls[place][0]
-    found = run.layers[name]
-    assert isinstance(found, nn.Linear)
-    return name, found
+    place = run.of_logits(
+        f"{flag}: this network has no linear layer that gives its logits, which would be taken; "
+        f"{advice}"
+    )
+    return run.linear(place)
 
 
 def layer_or_last(

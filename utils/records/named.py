@@ -58,17 +58,16 @@ def recorded_dataset(folder: Path) -> str | None:
     """The dataset that a record names, read before everything else; None if it names none."""
     if is_backdoorbench(folder):
         return backdoorbench.read_dataset_name(folder)
-    readers = {"config.yaml": read_yaml, SUMMARY: read_object}
-    for path, read in ((folder / name, read) for name, read in readers.items()):
+    for file, read in (("config.yaml", read_yaml), (SUMMARY, read_object)):
+        path = folder / file
         name = read(path).get("dataset") if path.exists() else None
-        if name is None:
-            continue
-        if name not in get_args(DatasetName):
+        if name in get_args(DatasetName):
+            return str(name)
+        if name is not None:
             raise UserError(
                 f"{path}: the dataset {shown(str(name), 40)} is none of "
                 f"{', '.join(get_args(DatasetName))}; restore the file, or run the attack again"
             )
-        return str(name)
     return None
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -165,7 +165,7 @@ class Loop:
             losses = self.losses()
             if model is not None:
                 distributed.require_equal(model)
-            self._refuse_divergence()
+            self._refuse_divergence(losses)
             if self._after_round:
                 self._after_round(number, total, losses, self._state)
             if self._ends:
@@ -174,13 +174,13 @@ class Loop:
         if phase and self._after_batch:  # else nobody takes snapshots
             self._done[phase] = _kept(self._objects())
 
-    def _refuse_divergence(self, of_networks: bool = False) -> None:
-        """Raises Diverged if a loss, or a weight of a network that learns, is not finite."""
-        losses = self.losses()
+    def _refuse_divergence(
+        self, losses: Mapping[str, float], networks: Iterable[nn.Module] = ()
+    ) -> None:
+        """Raises Diverged if a loss, or a weight of one of the networks, is not finite."""
         broken = [f"loss '{name}'" for name, value in losses.items() if not math.isfinite(value)]
-        for value in self._state.values() if of_networks else ():
-            if isinstance(value, nn.Module):
-                broken += [f"weight {name}" for name in not_finite(value.state_dict())]
+        for network in networks:
+            broken += [f"weight {name}" for name in not_finite(network.state_dict())]
         if broken:
             where = f"{'round' if self.phase else self._unit} {self._round} of {self._total}"
             where += f" ({self.phase})" if self.phase else ""
@@ -298,7 +298,8 @@ class Loop:
             TypeError: if a part of the state is of a kind that cannot be kept.
             UserError: if a loss or a weight is not finite, from which nothing can go on.
         """
-        self._refuse_divergence(of_networks=True)
+        networks = [value for value in self._state.values() if isinstance(value, nn.Module)]
+        self._refuse_divergence(self.losses(), networks)
         return {
             "done": self._done,
             "phase": self.phase,
