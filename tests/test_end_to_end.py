@@ -331,7 +331,7 @@ def test_a_wrong_attack_flag_gets_one_line(
     [
         (
             {"result_file": "nothing"},
-            r"--result_file: nothing is no record .* give one of .*shared",
+            r"--result_file: nothing is no record .* give one of ",
         ),
         ({"dataset": "cifar10"}, r"--dataset: cifar10, but the record says folder"),
         ({"model": "vgg19_bn"}, r"--model: vgg19_bn, but the record says preactresnet18"),
