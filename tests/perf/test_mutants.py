@@ -4,6 +4,8 @@ import ast
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from defense import names
 from perf import mutants
 from utils.files import ROOT
@@ -54,3 +56,11 @@ def test_the_copy_follows_the_checkout(tmp_path: Path) -> None:
     assert not (to / "defense/a.py").exists()
     assert (to / "mutants/kept.py").exists()
     assert (to / "b.py").stat().st_mtime_ns == time
+
+
+def test_the_files_and_tests_that_are_named_exist() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python before 3.11 reads no TOML")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    settings = tomllib.loads(text)["tool"]["mutmut"]
+    for pattern in settings["only_mutate"] + settings["pytest_add_cli_args_test_selection"]:
+        assert list(ROOT.glob(pattern)), pattern
