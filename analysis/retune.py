@@ -164,7 +164,8 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     for name in models:
         numbers = headline([row for row in rows if row["model"] == name])
         accuracies = numbers["acc_retuned"], subject.scores.acc.value
-        if results.tell_collapse(name, *accuracies, " while it was tuned"):
+        has_collapsed = name in results.collapsed  # before, by the defense
+        if has_collapsed or results.tell_collapse(name, *accuracies, " while it was tuned"):
             numbers["asr_retuned"] = None
         results.headline[name] = numbers
     conclude(results)

@@ -6,9 +6,10 @@
 For each attack and signal: AUROC of the models of the attack against the clean models of the same
 dataset and network (0.5 is chance, 1 is perfect), and how often the most suspicious class is the
 target. It reads the summaries of inspections, at any depth under the folders, from the folders
-`analysis/inspect`: one under another name has other settings. An imported model of which nobody has
-said that it has a backdoor is skipped. AUROC of few models is a rough number: with three against
-six, chance alone gives 0.9 or more in two of 84 cases.
+`analysis/inspect`: one under another name has other settings. Models whose attack failed (ASR under
+50 %) are skipped, and so is an imported model of which nobody has said that it has a backdoor.
+AUROC of few models is a rough number: with three against six, chance alone gives 0.9 or more in two
+of 84 cases.
 """
 
 import csv
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.config import Parser
 from utils.errors import UserError, shown
 from utils.files import file_sha256, read_object
+from utils.metrics import FAILED_ASR
 from utils.process.script import logger, run_script
 from utils.records.checkpoint import digest
 from utils.records.folders import RunFolder
@@ -178,6 +180,8 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
                 one = Inspection.model_validate(content)
                 if not is_usual(path.parent, content):
                     logger.warning("warning: %s: skipped, only analysis/inspect counts", path)
+                elif _has_failed(path.parents[2]):
+                    logger.warning("warning: %s: skipped, the attack failed", path)
                 elif one.is_unknown:
                     logger.warning(
                         "warning: %s: skipped, nothing says whether the model has a backdoor", path
@@ -197,6 +201,15 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
             f"--under: {folders[0]} holds no inspection; run analysis/inspect.py on its records"
         )
     return inspections
+
+
+def _has_failed(record: Path) -> bool:
+    """Whether the attack of a record failed, so that its model counts as no backdoored one."""
+    try:
+        asr = read_object(record / "summary.json").get("asr")
+    except (OSError, ValueError):
+        return False  # an inspection alone does not tell
+    return isinstance(asr, int | float) and asr < FAILED_ASR
 
 
 def _identities(path: Path, one: Inspection) -> set[str]:
@@ -222,17 +235,20 @@ def markdown(rows: Sequence[Power]) -> str:
     lines.append("|---|---|---|---|" + "---|" * len(signals))
     for key in dict.fromkeys((row.dataset, row.model, row.attack) for row in rows):
         by_signal = {r.signal: r for r in rows if (r.dataset, r.model, r.attack) == key}
-        first = next(iter(by_signal.values()))
-        cells = [_cell(by_signal[s]) if s in by_signal else "" for s in signals]
-        about = f"{first.attacked}, {first.clean}"
+        counts = [(row.attacked, row.clean) for row in by_signal.values()]
+        most = max(counts)
+        cells = [_cell(by_signal[s], most) if s in by_signal else "" for s in signals]
+        about = f"{most[0]}, {most[1]}"
         texts = [shown(text).replace("|", "\\|") for text in key]
         lines.append(f"| {' | '.join([*texts, about, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: Power) -> str:
+def _cell(row: Power, usual: tuple[int, int]) -> str:
+    """AUROC and hits of a signal; with its numbers of models, if they are not the usual ones."""
     area = "-" if row.auroc is None else f"{row.auroc:.2f}"
-    return f"{area}, {f'{row.hits}/{row.total}' if row.total else '-'}"
+    of = "" if (row.attacked, row.clean) == usual else f" (of {row.attacked}, {row.clean})"
+    return f"{area}, {f'{row.hits}/{row.total}' if row.total else '-'}{of}"
 
 
 def as_csv(rows: Sequence[Power]) -> str:

@@ -69,6 +69,8 @@ def read_pair(record: Path) -> Pair | None:
         return None
     try:
         auto, all_rounds = (read_object(home / "summary.json") for home in homes)
+        if auto.get("attack_sha256") != all_rounds.get("attack_sha256"):
+            raise ValueError("they purified two models")
         watched, full = (_by_round(home / "metrics.csv")["asr"] for home in homes)
         held_out = _by_round(homes[0] / "held_out.csv")
         if not held_out[["acc", "share"]].apply(lambda rates: rates.between(0, 1)).all(axis=None):

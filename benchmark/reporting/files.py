@@ -135,6 +135,7 @@ def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
         if not path.parent.is_dir():
             raise UserError(f"{text}: {path.parent} is no folder; write it with --to and --keep")
         if path.parent not in folders:
+            sources.check_readable(path.parent)
             all_tables, runs, _ = read([path.parent], path.parent)
             write_tables(all_tables, runs, RunFolder(path.parent), ("md",))
             folders[path.parent] = all_tables

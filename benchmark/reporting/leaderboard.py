@@ -5,8 +5,9 @@ each set of attacks that some defense was run on has a leaderboard, of all defen
 on every one of them, from the same backdoored models.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from benchmark.reporting.summaries import is_clean
 from utils.errors import counted
 from utils.metrics import FAILED_ASR
 
-RESAMPLES = 2000
+RESAMPLES = 100_000
 CONFIDENCE = 0.95
 FEW_ATTACKS = 6  # with fewer, resamples vary less than attacks do: by a factor of (n - 1) / n
 COLUMNS = {  # heading -> whether it is sorted as a text
@@ -36,7 +37,8 @@ COLUMNS = {  # heading -> whether it is sorted as a text
 _COLUMNS_MEAN = (
     "Percent; mean ± sample standard deviation of the seeds' means. Worst ASR: of the attack that "
     "the defense does worst against. ACC lost: before minus after, negative where it is gained. "
-    "Purify seconds: by the clock, of the purification alone."
+    "Purify seconds: by the clock, of the purification alone. In brackets: of how many models a "
+    "number is, if not of all."
 )
 _ANALYSES_MEAN = (
     "Of analyses (docs/analysis.md). ASR re-learned: after a short fine-tuning with five poisoned "
@@ -96,7 +98,7 @@ class Entry:
     ra: Number | None
     acc_lost: Number
     clean_acc_lost: Number | None
-    purify_seconds: float | None
+    purify_seconds: Number | None
     sees: str
     flags: str
     analyses: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -109,11 +111,13 @@ class Leaderboard:
     Attributes:
         notes: whole sentences.
         analysed: by name of `sources.HEADLINES`, how many models have the number for some defense.
+        clean_models: on how many models without a backdoor some of the defenses was run.
     """
 
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
     analysed: dict[str, int] = field(default_factory=dict)
+    clean_models: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def leaderboards(table: Table) -> list[Leaderboard]:
     boards: dict[frozenset[str], Leaderboard] = {}
     for attacks in sets:
         same = shared = runs[runs["row"].isin(attacks)]
-        covered: frozenset[str] = frozenset()
+        asked, covered = attacks, frozenset[str]()
         # Defenses of the same attacks may share no model of some of them, and so fewer attacks.
         while len(shared) and covered != attacks:
             covered = attacks
@@ -153,7 +157,8 @@ def leaderboards(table: Table) -> list[Leaderboard]:
             attacks = frozenset(shared["row"])
         if len(shared) and (len(labels) > 1 or len(sets) == 1):
             skipped = len(same) - len(shared)
-            boards.setdefault(attacks, _leaderboard(table, shared, skipped, failed))
+            lost = sorted(asked - attacks)
+            boards.setdefault(attacks, _leaderboard(table, shared, skipped, lost, failed))
     return list(boards.values())
 
 
@@ -178,7 +183,7 @@ def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
     count = len(groups)
     names = [str(name) for name in der.columns]
     means = der.groupby(level=0).mean().mean().to_numpy(dtype=float)  # as they are printed
-    best, _ = _places(means[None])
+    best, _ = _places(np.vectorize(percent)(means[None]))
     places = dict(zip(names, best[0].tolist(), strict=True))
     if count == 1:
         return {name: Rank(place, None, None) for name, place in places.items()}
@@ -189,7 +194,7 @@ def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
         models = len(values)
         weights = generator.multinomial(times * models, np.full(models, 1 / models))
         resampled += weights @ values / models / count
-    best, worst = _places(resampled)
+    best, worst = _places((100 * resampled).round(2))
     outside = (1 - CONFIDENCE) / 2
     low = np.quantile(best, outside, axis=0, method="inverted_cdf")
     high = np.quantile(worst, 1 - outside, axis=0, method="inverted_cdf")
@@ -200,16 +205,26 @@ def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
 
 
 def _places(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best and the worst place of each column, by row: they differ where columns are equal."""
-    shown = np.vectorize(percent)(means)
-    others, itself = shown[:, None, :], shown[:, :, None]
-    return 1 + (others > itself).sum(axis=2), (others >= itself).sum(axis=2)
+    """The best and the worst place of each column, by row: they differ where columns are equal.
+
+    Args:
+        means: (rows, columns), as they are printed.
+    """
+    better = [(means > column[:, None]).sum(axis=1) for column in means.T]
+    not_worse = [(means >= column[:, None]).sum(axis=1) for column in means.T]
+    return 1 + np.stack(better, axis=1), np.stack(not_worse, axis=1)
 
 
 def _leaderboard(
-    table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame
+    table: Table, runs: pd.DataFrame, skipped: int, lost: Sequence[str], failed: pd.DataFrame
 ) -> Leaderboard:
-    """Of runs that have each defense on each record; `failed` are those of attacks that failed."""
+    """Of runs that have each defense on each record.
+
+    Args:
+        skipped: how many runs were left out, because another defense lacks their model.
+        lost: attacks of which no model has all the defenses.
+        failed: runs on models whose attack failed.
+    """
     groups = {str(label): group for label, group in runs.groupby("label")}
     flags = {label: _flags(table, label, group) for label, group in groups.items()}
     rivals = [label for label in groups if "p" not in flags[label]]
@@ -221,12 +236,14 @@ def _leaderboard(
     entries.sort(key=lambda entry: (-entry.der.rounded(), entry.defense))
     measured = [name for name in HEADLINES if name in runs]
     analysed = {name: runs.dropna(subset=[name])["record"].nunique() for name in measured}
-    notes = _notes(table, runs, skipped, failed)
+    notes = _notes(table, runs, skipped, lost, failed)
     some = runs[runs[measured].notna().any(axis=1)]
     if len(some):
         names = ", ".join(sorted(set(some["row"])))
         notes.append(f"Analysed: {some['record'].nunique()} of these models ({names}).")
-    return Leaderboard(tuple(entries), tuple(notes), analysed)
+    clean = [entry.clean_acc_lost for entry in entries]
+    clean_models = frozenset().union(*(number.records for number in clean if number))
+    return Leaderboard(tuple(entries), tuple(notes), analysed, len(clean_models))
 
 
 def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> Entry:
@@ -234,7 +251,6 @@ def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> 
     clean = table.runs[(table.runs["label"] == label) & table.runs["row"].map(is_clean)]
     runs, clean = (part.assign(acc_lost=part["acc_before"] - part["acc"]) for part in (runs, clean))
     by_attack = runs.groupby("row")["asr"].mean()
-    seconds = _mean(runs, "purify_seconds")
     der, asr, ra, acc_lost = (_mean(runs, name) for name in ("der", "asr", "ra", "acc_lost"))
     if der is None or asr is None or acc_lost is None:
         raise ValueError(f"{label} has no scores")
@@ -249,7 +265,7 @@ def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> 
         ra=ra,
         acc_lost=acc_lost,
         clean_acc_lost=_mean(clean, "acc_lost"),
-        purify_seconds=None if seconds is None else seconds.mean,
+        purify_seconds=_mean(runs, "purify_seconds"),
         sees=", ".join(sorted(set(runs["sees"]))),
         flags=flags,
         analyses=_analyses(runs),
@@ -296,20 +312,28 @@ def _mean(runs: pd.DataFrame, metric: str) -> Number | None:
     is_whole = by_seed.notna().all(axis=None) and runs["model_seed"].notna().all()
     has_all = len(by_seed) > 1 and is_whole
     sd = float(by_seed.mean(axis=1).std()) if has_all else None
-    return Number(float(runs.groupby("row")[metric].mean().mean()), sd, len(runs))
+    mean = float(runs.groupby("row")[metric].mean().mean())
+    return Number(mean, sd, len(runs), records=frozenset(runs["record"]))
 
 
-def _notes(table: Table, runs: pd.DataFrame, skipped: int, failed: pd.DataFrame) -> list[str]:
+def _notes(
+    table: Table, runs: pd.DataFrame, skipped: int, lost: Sequence[str], failed: pd.DataFrame
+) -> list[str]:
     attacks, labels = sorted(set(runs["row"])), set(runs["label"])
     models = runs["record"].nunique()
     by_attack = runs.groupby("row")["record"]
     alone = [str(row) for row, records in by_attack if records.nunique() == 1]
     notes = [f"Attacks: {', '.join(attacks)}. Backdoored models: {models}."]
+    if rows_of_one := [row for row in attacks if " (" in row and row.partition(" (")[0] in attacks]:
+        notes.append(f"Counted as attacks of their own: {', '.join(rows_of_one)}.")
     if others := [label for label in table.labels() if label not in labels]:
         notes.append(f"Not run on all of these attacks: {', '.join(others)}.")
     if skipped:
         runs_skipped = counted(skipped, "run")
         notes.append(f"Not used, since some of these defenses lack their models: {runs_skipped}.")
+    if lost:
+        names = ", ".join(lost)
+        notes.append(f"Not used, since none of their models has all of these defenses: {names}.")
     if len(failed):
         models_of = failed.groupby("row")["record"].nunique()
         names = ", ".join(f"{attack} ({count})" for attack, count in models_of.items())
@@ -340,7 +364,7 @@ def cells(entry: Entry, board: Leaderboard) -> list[Cell]:
     """What stands in the columns after the defense's name."""
     place = "" if entry.rank is None else str(entry.rank.place)
     interval = "" if entry.rank is None else str(entry.rank).removeprefix(place).strip()
-    seconds = entry.purify_seconds
+    seconds, clean = entry.purify_seconds, _number_cell(entry.clean_acc_lost)
     worst = Number(entry.worst_asr, None, 1)
     return [
         Cell(place, interval, place),
@@ -349,8 +373,12 @@ def cells(entry: Entry, board: Leaderboard) -> list[Cell]:
         Cell(_percent(worst), entry.worst_attack, repr(entry.worst_asr)),
         _number_cell(entry.ra),
         _number_cell(entry.acc_lost),
-        _number_cell(entry.clean_acc_lost),
-        Cell("") if seconds is None else Cell(_seconds(seconds), "", repr(seconds)),
+        _with_count(clean, entry.clean_acc_lost, board.clean_models),
+        Cell("")
+        if seconds is None
+        else _with_count(
+            Cell(_seconds(seconds.mean), "", repr(seconds.mean)), seconds, entry.der.seeds
+        ),
         Cell(entry.sees, "", entry.sees),
         *(_analysis_cell(name, entry, board) for name in _measured(board)),
     ]
@@ -360,10 +388,17 @@ def _analysis_cell(name: str, entry: Entry, board: Leaderboard) -> Cell:
     if name not in entry.analyses:
         return Cell("")
     value, models = entry.analyses[name]
-    total = board.analysed[name]
+    total = board.analysed[re.sub("_(clean|exact)$", "", name)]  # of a control: as of the others
     _, is_share = HEADLINES[name]
     detail = "" if models == total else f"({models} of {total})"
     return Cell(f"{100 * value:.2f}" if is_share else f"{value:.2f}", detail, repr(value))
+
+
+def _with_count(cell: Cell, number: Number | None, total: int) -> Cell:
+    """The cell, and of how many models its number is, if there are more."""
+    if number is None or number.seeds == total:
+        return cell
+    return replace(cell, detail=f"{cell.detail} ({number.seeds} of {total})".strip())
 
 
 def _number_cell(number: Number | None) -> Cell:

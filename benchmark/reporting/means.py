@@ -17,7 +17,7 @@ FLAGS = {
     "a": "the attack failed: for a seed, ASR is under 50 % undefended; ASR and DER say little",
     "c": "the defense collapsed: for a seed, ACC is under half of what it was",
     "g": "another commit than most of this table",
-    "m": "mean over fewer attacks than without a defense, or fewer seeds than of another defense",
+    "m": "mean over fewer attacks than without a defense, or without models that another one has",
     "n": "the defense sees no images",
     "p": "the defense sees a part of the poisoned training set, which the others do not see",
     "s": "one seed only",
@@ -107,15 +107,16 @@ def summarize(runs: pd.DataFrame) -> list[Table]:
     """A table for each dataset (recognised by its name and sizes) and model.
 
     If an attack was run with several pratios, there is a table for each; if not, the row has it.
+    What counts is the pratio that was asked for: an attack may poison a little less.
     """
     tables: list[Table] = []
     setting = ["dataset", "image_size", "train_images", "test_images", "model"]
     for _, group in runs.groupby(setting, dropna=False):
         without = group["attack"].map(is_clean)
         attacks = group[~without]
-        if attacks.groupby("attack")["pratio"].nunique(dropna=False).max() > 1:
+        if attacks.groupby("attack")["asked"].nunique(dropna=False).max() > 1:
             parts = [
-                pd.concat([p, group[without]]) for _, p in attacks.groupby("pratio", dropna=False)
+                pd.concat([p, group[without]]) for _, p in attacks.groupby("asked", dropna=False)
             ]
         else:
             parts = [group]
@@ -262,8 +263,8 @@ def _row_of(name: str, groups: Mapping[str, Mapping[str, Number]]) -> Row:
 def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.DataFrame) -> Row:
     """Means of the attacks' means.
 
-    A column says so if it has fewer attacks than without a defense, or fewer seeds of one than
-    another defense.
+    A column says so if it has fewer attacks than without a defense, or lacks models of one that
+    another defense has.
     The deviation is that of the seeds' means over the attacks, if every attack has every seed.
     """
     numbers = {}
@@ -272,14 +273,14 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
         of = (UNDEFENDED, "asr" if metric == "der" else metric)
         if cells:
             flags = "".join(f for f in "acgnpv" if any(f in n.flags for n in cells))
-            lacks_seeds = any(
-                n.seeds > row.numbers[heading, metric].seeds
+            lacks_models = any(
+                n.records - row.numbers[heading, metric].records
                 for row in rows
                 if heading != UNDEFENDED and (heading, metric) in row.numbers
                 for (other, its), n in row.numbers.items()
                 if other != UNDEFENDED and its == metric
             )
-            if lacks_seeds or len(cells) < sum(of in row.numbers for row in rows):
+            if lacks_models or len(cells) < sum(of in row.numbers for row in rows):
                 flags += "m"
             if metric == "acc" and all(n.seeds == 1 for n in cells):
                 flags += "s"
@@ -295,7 +296,11 @@ def _mean_row(rows: list[Row], columns: Mapping[str, tuple[str, ...]], runs: pd.
             numbers[heading, metric] = Number(
                 mean, sd, len(cells), flags, records=frozenset().union(*(n.records for n in cells))
             )
-    return Row(f"mean of {len(rows)} attacks", None, "", numbers, attacks=len(rows))
+    attacks = len({row.name.partition(" (")[0] for row in rows})
+    text = (
+        f"{len(rows)} attacks" if attacks == len(rows) else f"{len(rows)} rows, {attacks} attacks"
+    )
+    return Row(f"mean of {text}", None, "", numbers, attacks=len(rows))
 
 
 def _with_best_in_row(row: Row) -> Row:

@@ -54,6 +54,8 @@ HEADLINES = {
     "similarity": ("S", False),
     "similarity_clean": ("clean model S", False),
 }
+# Those that say nothing of a model that has collapsed.
+OF_BACKDOOR = ("asr_retuned", "t_half", "asr_reactivated", "clean_as_target")
 _LARGEST_METRICS = 4 << 20  # bytes of a metrics.csv
 _LARGEST_GRID = 64 << 20  # bytes of a runs.jsonl, and of a curves.csv
 _WIDEST = 10_000  # characters of the first line of a table
@@ -527,18 +529,19 @@ def check_kept(to: Path, runs: Sequence[StoredRun]) -> None:
     Raises:
         UserError: if they have another run, or something that cannot be read.
     """
-    keys = {run.key for run in runs}
-    if os.path.lexists(to / RUNS):
-        lines, problems = read_lines(to, to)
-        if problems:
-            problem = problems[0].removesuffix("; skipped")
-            raise UserError(f"{to}{os.sep}{problem}; mend it, or remove it")
-        for line in lines:
-            if line.key not in keys:
-                raise UserError(
-                    f"{to}{os.sep}{line.where}: {_name(line.key)} is not among the runs that were "
-                    f"read; give --under {to}, too, or remove the line"
-                )
+    read = {run.key: run for run in runs}
+    for line in check_readable(to):
+        where = f"{to}{os.sep}{line.where}: {_name(line.key)}"
+        if line.key not in read:
+            raise UserError(
+                f"{where} is not among the runs that were read; give --under {to}, too, or remove "
+                "the line"
+            )
+        if lacking := _lacking(read[line.key], line):
+            raise UserError(
+                f"{where} has {listed(lacking)}, and {read[line.key].where}, which is of the same "
+                "model, has not; bring it there, or remove the line"
+            )
     path = to / CURVES
     if os.path.lexists(path):
         try:
@@ -552,6 +555,37 @@ def check_kept(to: Path, runs: Sequence[StoredRun]) -> None:
                 f"{path}: has rows of {_name((record, defense or None))}, and no run with metrics "
                 "of that name was read; give its folder, too, or remove the rows"
             )
+
+
+def check_readable(grid: Path) -> list[RunInGrid]:
+    """The runs of a grid that is kept.
+
+    Raises:
+        UserError: if one of its lines is no run: without it, its tables would say something else.
+    """
+    if not os.path.lexists(grid / RUNS):
+        return []
+    lines, problems = read_lines(grid, grid)
+    if problems:
+        problem = problems[0].removesuffix("; skipped")
+        raise UserError(f"{grid}{os.sep}{problem}; mend it, or remove it")
+    return lines
+
+
+def _lacking(run: StoredRun, kept: RunInGrid) -> list[str]:
+    """What a kept run has and a run that replaces it lacks, if both are of one model."""
+    if run is kept or _files(run) != _files(kept):
+        return []
+    lost = [f"{name} of its analyses" for name in kept.analyses if name not in run.analyses]
+    return [*lost, *(["a configuration"] if kept.config and not run.config else [])]
+
+
+def _files(run: StoredRun) -> Any:
+    """The sha256 of a run's files, as its summary has them."""
+    try:
+        return run.read_summary().get("files")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _name(key: Key) -> str:

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -26,18 +25,21 @@ from pydantic import ValidationError as NotAsDescribed
 
 from benchmark.reporting.sources import (
     HEADLINES,
+    OF_BACKDOOR,
     StoredRun,
     find,
     first_fault,
     without_places,
 )
 from utils.errors import UserError, listed, one_line, shown
-from utils.metrics import rating
+from utils.metrics import has_collapsed, rating
+from utils.records.folders import NOT_OF_RECIPE
 
 UNDEFENDED = "no defense"
 CLEAN = "clean model"
 METRICS = ("acc", "asr", "ra", "der")
 _UNKNOWN = "-"
+_NOT_OF_METHOD = (*NOT_OF_RECIPE, "precision", "dataset", "model")
 
 
 def _in_lines(value: Any) -> Any:
@@ -153,10 +155,11 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
 
     Returns:
         One row per run, in the order of the records' names: `record` (its name), `run` (how it is
-        stored), `attack`, `label` (`UNDEFENDED` or the name of the result's folder), scores in
-        [0, 1] (NaN if there is none), and the facts about how it was made: `seed` is that of the
-        run, and `model_seed` that of the record, by which repeats are counted. And one message for
-        each file, and for each line of a file, that is skipped.
+        stored), `attack`, `label` (`UNDEFENDED` or the name of the result's folder), scores in [0,
+        1] (NaN if there is none), and the facts about how it was made: `asked` is the pratio that
+        was asked for, `seed` is that of the run, and `model_seed` that of the record, by which
+        repeats are counted. And one message for each file, and for each line of a file, that is
+        skipped.
 
     Raises:
         UserError: if two folders have different models in records of one name.
@@ -312,6 +315,7 @@ def _rows(
         "dataset": facts.dataset,
         "model": model,
         "pratio": float(f"{attack.pratio:.3g}") if attack and attack.pratio else float("nan"),
+        "asked": _asked(record),
         "train_images": attack.train_images if attack else None,
         "image_size": attack.image_size if attack else None,
         "test_images": before.acc_total,
@@ -326,6 +330,14 @@ def _rows(
         yield {**row, "acc_before": defense.before.acc, "asr_before": defense.before.asr}
 
 
+def _asked(record: _Record) -> float | None:
+    """The share of poisoned training images that an attack was asked for, with three digits."""
+    asked = (record.run.config or {}).get("pratio")
+    if not isinstance(asked, float | int):
+        asked = record.attack and record.attack.pratio
+    return float(f"{asked:.3g}") if asked else None
+
+
 def _row(
     shared: Mapping[str, Any],
     run: StoredRun,
@@ -335,6 +347,9 @@ def _row(
     der: float | None,
 ) -> dict[str, Any]:
     versions = " ".join(f"{k} {v}" for k, v in facts.versions.items()) if facts else ""
+    analyses = run.analyses
+    if isinstance(facts, _Defense) and has_collapsed(facts.after.acc, facts.before.acc):
+        analyses = {name: value for name, value in analyses.items() if name not in OF_BACKDOOR}
     return {
         **shared,
         "run": run,
@@ -350,7 +365,7 @@ def _row(
         "asr_total": scores.asr_total,
         "seconds": facts.seconds if facts else None,
         "purify_seconds": facts.purify_seconds if isinstance(facts, _Defense) else None,
-        **{name: run.analyses.get(name) for name in HEADLINES},
+        **{name: analyses.get(name) for name in HEADLINES},
         "config": (facts.config_sha256 if facts else None) or "-",
         "commit": (facts.commit if facts else None) or "-",
         "versions": versions or "-",
@@ -363,7 +378,7 @@ def _row(
 
 def _numeric(runs: pd.DataFrame) -> pd.DataFrame:
     """The same runs, with columns of numbers."""
-    numbers = ["pratio", "image_size", "train_images", "test_images", *METRICS, "seconds"]
+    numbers = ["pratio", "asked", "image_size", "train_images", "test_images", *METRICS, "seconds"]
     numbers += ["seed", "model_seed", "purify_seconds", *HEADLINES]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
     return runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
@@ -384,11 +399,8 @@ def _told_apart(runs: pd.DataFrame) -> pd.DataFrame:
     names = _renamed(undefended, "attack", _CELL, _by_recipe).set_index("record")["attack"]
     runs = runs.assign(attack=runs["record"].map(names))
     results = runs[runs["label"] != UNDEFENDED]
-    for _, group in results.groupby([*_SETTING, "label"], dropna=False, sort=False):
-        counts = Counter(group["method"] + " " + group["config"])
-        suffixes = partial(_by_result, usual=counts.most_common(1)[0][0])
-        renamed = _renamed(group, "label", ["attack", "pratio"], suffixes)
-        runs.loc[group.index, "label"] = renamed["label"]
+    renamed = _renamed(results, "label", [*_SETTING, "label"], _by_result)
+    runs.loc[results.index, "label"] = renamed["label"]
     return runs
 
 
@@ -431,17 +443,43 @@ def _by_recipe(runs: pd.DataFrame) -> pd.Series:
     return recipes.map(names | dict.fromkeys(first, ""))
 
 
-def _by_result(runs: pd.DataFrame, usual: str) -> pd.Series:
-    """Results of one name by several methods or recipes are called after them.
+def _by_result(runs: pd.DataFrame) -> pd.Series:
+    """Results of one name by several methods or recipes are called after them, in all attacks.
 
-    One of them keeps its name: the one with most runs in the column, or the first.
+    The recipe of most runs, or the first, keeps its name. In an attack without it, so does one that
+    differs from it in nothing that changes the method, as far as the configurations tell.
     """
-    has_recipe = runs["config"] != _UNKNOWN
-    whole = runs["method"] + " " + runs["config"]
-    recipes = whole.where(has_recipe | (runs["method"].nunique() > 1), _UNKNOWN)
-    kept = usual if usual in set(recipes) else next(iter(recipes[recipes != _UNKNOWN]), _UNKNOWN)
-    is_own = (runs["method"] != kept.partition(" ")[0]) & (runs["method"].nunique() > 1)
-    return recipes.map(_names(recipes, runs["method"].where(is_own, "")) | {kept: ""})
+    is_told = (runs["config"] != _UNKNOWN) | (runs["method"].nunique() > 1)
+    recipes = (runs["method"] + " " + runs["config"]).where(is_told, _UNKNOWN)
+    counts = Counter(recipes[recipes != _UNKNOWN])
+    if len(counts) < 2:
+        return pd.Series("", runs.index)
+    usual = counts.most_common(1)[0][0]
+    is_own = runs["method"] != usual.partition(" ")[0]
+    names = _names(recipes, runs["method"].where(is_own, "")) | {usual: ""}
+    first = runs[~is_own].groupby(recipes, sort=False)["run"].first()
+    alike = {recipe for recipe, run in first.items() if _is_same_recipe(run, first[usual])}
+
+    def suffixes(of_attack: pd.Series) -> pd.Series:
+        known = [recipe for recipe in of_attack if recipe in alike]
+        kept = usual if usual in known else next(iter(known), usual)
+        return of_attack.map(names | {kept: ""})
+
+    by_attack = recipes.groupby([runs["attack"], runs["pratio"]], dropna=False)
+    return by_attack.transform(suffixes)
+
+
+def _is_same_recipe(run: StoredRun, other: StoredRun) -> bool:
+    """Whether two runs of a method have the same flags, but for those that only one of them has.
+
+    A flag may have come later. The precision is not compared: a flag of the table tells it.
+    """
+    flags = [
+        {name: v for name, v in (of.config or {}).items() if name not in _NOT_OF_METHOD}
+        for of in (run, other)
+    ]
+    common = flags[0].keys() & flags[1].keys()
+    return run is other or bool(common and all(flags[0][n] == flags[1][n] for n in common))
 
 
 def _names(keys: pd.Series, hints: pd.Series, is_mixed: bool = False) -> dict[str, str]:

@@ -473,6 +473,21 @@ def test_of_a_defense_that_has_destroyed_the_model_nothing_follows(fresh: Path) 
             assert [numbers[key] is None for key in unsaid] == [name == "ft"] * len(unsaid)
 
 
+def test_what_re_learning_makes_of_a_destroyed_model_says_nothing(fresh: Path) -> None:
+    """Tuning may give it its ACC back."""
+    path = fresh / "bd/defense/ft/summary.json"
+    content = json.loads(path.read_text())
+    content["after"]["acc"] = 0.1
+    path.write_text(json.dumps(content))
+    assert run(fresh, "retune", "--defenses", "ft", "--poisoned_images", "5") == 0
+    written = result(fresh, "retune")
+    numbers = written["headline"]["ft"]
+    assert numbers["acc_retuned"] > 0.2
+    assert numbers["asr_retuned"] is None
+    (line,) = [line for line in written["conclusion"] if line.startswith("ft: ")]
+    assert line.startswith("ft: has collapsed (ACC 45.00 % -> 10.00 %)")
+
+
 @pytest.mark.parametrize("share", [0.49, 0.5])
 def test_a_look_at_an_attack_that_had_failed_says_so(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, share: float

@@ -27,6 +27,7 @@ from tests.benchmark.test_report import (
     attack,
     defense,
     files_of,
+    numbers,
     report,
     the_table,
     two_attacks,
@@ -86,6 +87,75 @@ def test_a_mean_over_some_of_the_analysed_models_says_how_many(two_attacks: Path
     }
     assert last["sa"] == "0.25"
     assert last["ft"] == "0.50 (1 of 2)"
+
+
+def test_of_a_collapsed_model_no_analysis_of_its_backdoor_counts(two_attacks: Path) -> None:
+    """Of a fourth model, FT has kept 40 of 90 %. What is no backdoor's number stays."""
+    defense(attack(two_attacks, "lf-0", 0.9, 1.0), "ft", 0.4, 0.0, 0.3)
+    defense(two_attacks / "lf-0", "sau", 0.9, 0.0, 0.8)
+    numbers = {"asr_retuned": 0.1, "t_half": 0.2, "asr_reactivated": 0.3, "clean_as_target": 0.4}
+    for name in ("lf-0", "sig-0"):
+        both = {"ft": numbers | {"similarity": 0.5}, "sau": numbers}
+        analysed(two_attacks / name, "path", **both)
+    board = the_board(two_attacks)
+    ft, sau = sorted(board.entries, key=lambda entry: entry.defense)
+    assert {models for _, models in sau.analyses.values()} == {2}
+    assert {name: models for name, (_, models) in ft.analyses.items()} == {
+        **dict.fromkeys(numbers, 1),
+        "similarity": 2,
+    }
+    kept, _ = read_runs(two_attacks)
+    assert kept.dropna(subset=["asr_retuned"])["record"].tolist() == ["lf-0", "sig-0", "sig-0"]
+
+
+def test_of_how_many_analysed_models_a_control_is(two_attacks: Path) -> None:
+    """SAU was analysed on two models, and one has exact purification beside it."""
+    exact = {"exact purification": {"asr_retuned": 0.3}}
+    analysed(two_attacks / "sig-0", "retune", sau={"asr_retuned": 0.7})
+    analysed(two_attacks / "blended-0", "retune", sau={"asr_retuned": 0.7}, **exact)
+    assert "| 70.00 | 30.00 (1 of 2) |" in leaderboard.markdown([the_table(two_attacks)])
+
+
+def test_of_how_many_models_a_mean_is(two_attacks: Path) -> None:
+    """Clean models 0 and 1: SAU on both, FT on one. Seconds: of one of SAU's models."""
+    for seed, labels in ((0, ("sau",)), (1, ("sau", "ft"))):
+        clean = attack(
+            *(two_attacks, f"prototype-{seed}", 0.95, None), pratio=None, attack_label_trans=None
+        )
+        for label in labels:
+            result = clean / "defense" / label
+            shutil.copytree(two_attacks / "sig-0/defense" / label, result)
+            facts = json.loads((result / "summary.json").read_text())
+            facts |= {"attack": "prototype", "before": {"acc": 0.95}, "after": {"acc": 0.94}}
+            (result / "summary.json").write_text(json.dumps(facts | {"der": None, "seed": seed}))
+    path = two_attacks / "sig-0/defense/sau/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"purify_seconds": 20.0}))
+    text = leaderboard.markdown([the_table(two_attacks)])
+    assert "| 1.00 ± 0.00 | 20 (1 of 4) | clean |" in text
+    assert "| 1.00 (1 of 2) |  | clean |" in text
+
+
+def test_an_attack_that_no_model_is_left_of_is_named(two_attacks: Path) -> None:
+    """LF: FT purified one model, SAU another."""
+    for seed, label in ((0, "ft"), (1, "sau")):
+        defense(attack(two_attacks, f"lf-{seed}", 0.9, 1.0), label, 0.9, 0.0, 0.3)
+    board = the_board(two_attacks)
+    said = "Not used, since none of their models has all of these defenses: lf."
+    assert said in board.notes
+    assert board.notes[0].startswith("Attacks: blended, sig.")
+    mean = numbers(the_table(two_attacks), "mean of 3 attacks")
+    assert ["m" in mean[label, "asr"].flags for label in ("ft", "sau")] == [True, True]
+
+
+def test_two_recipes_of_an_attack_are_rows_and_no_attacks(two_attacks: Path) -> None:
+    for seed in (2, 3):
+        record = attack(two_attacks, f"sig-{seed}", 0.9, 1.0, config_sha256="f" * 64)
+        for label in ("ft", "sau"):
+            defense(record, label, 0.9, 0.1, 0.5)
+    table = the_table(two_attacks)
+    assert table.main.foot[0].name == "mean of 3 rows, 2 attacks"
+    (board,) = leaderboards(table)
+    assert "Counted as attacks of their own: sig (sig-2)." in board.notes
 
 
 def test_what_was_analysed_otherwise_is_no_column(two_attacks: Path, caplog: Any) -> None:
@@ -187,7 +257,8 @@ def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
     assert sau.acc_lost.mean == pytest.approx(0.02)
     assert sau.clean_acc_lost is not None
     assert sau.clean_acc_lost.mean == pytest.approx(0.02)
-    assert (sau.purify_seconds, sau.sees) == (14.0, "clean")
+    assert sau.purify_seconds is not None
+    assert (sau.purify_seconds.mean, sau.sees) == (14.0, "clean")
     assert ft.der.mean == pytest.approx(0.6225)
     assert (ft.worst_asr, ft.worst_attack) == (pytest.approx(0.95), "sig")
     assert ft.acc_lost.mean == pytest.approx(0)
@@ -195,7 +266,7 @@ def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
     assert ft.clean_acc_lost.mean == pytest.approx(-0.01)
     assert ft.purify_seconds is None
     line = "| **sau** | 1 (1 to 1) | 91.50 ± 0.00 | 10.00 ± 3.54 | 15.00 sig | 70.00 ± 0.00 | "
-    line += "2.00 ± 0.00 | 2.00 | 14 | clean |"
+    line += "2.00 ± 0.00 | 2.00 | 14 (3 of 4) | clean |"
     text = leaderboard.markdown([the_table(two_attacks)])
     assert line in text
     assert "| ft | 2 (2 to 2) |" in text

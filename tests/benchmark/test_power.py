@@ -112,6 +112,32 @@ def test_what_was_inspected_with_other_settings_or_is_not_known_does_not_count(
     assert "theirs/analysis/inspect/summary.json: skipped, nothing says whether" in said.err
 
 
+def test_a_model_whose_attack_failed_does_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, asr in (("a", 0.5), ("b", 0.49), ("c", None), ("d", "no number")):
+        inspection(tmp_path, name, "badnet", 0.9, 0, attack_label_trans="all2one")
+        (tmp_path / name / "summary.json").write_text(json.dumps({"asr": asr}))
+    assert run_script(POWER, "--under", tmp_path) == 0
+    said = capsys.readouterr()
+    assert "| badnet | 3, 0 |" in said.out
+    assert said.err.count("b/analysis/inspect/summary.json: skipped, the attack failed") == 1
+
+
+def test_a_signal_that_only_some_models_have_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`Z` comes after A in the alphabet, and `0` before it."""
+    for name, attack in (("a", "badnet"), ("b", "badnet"), ("c", "prototype")):
+        signals = {"A": {"statistic": 1.0, "top": 0}}
+        signals |= {"Z": signals["A"], "0": signals["A"]} if name == "a" else {}
+        findings = {"signals": {"before": signals}}
+        inspection(tmp_path, name, attack, 0, 0, findings=findings, attack_label_trans="all2one")
+    assert run_script(POWER, "--under", tmp_path) == 0
+    row = "| badnet | 2, 1 | -, 1/1 (of 1, 0) | 0.50, 2/2 | -, 1/1 (of 1, 0) |"
+    assert row in capsys.readouterr().out
+
+
 def test_datasets_and_networks_of_one_name_are_told_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

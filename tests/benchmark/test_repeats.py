@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from attack import blended
@@ -166,7 +167,7 @@ def test_recipes_of_records_with_one_name_are_told_apart_by_their_hash(tmp_path:
 
 
 def test_a_result_of_another_recipe_is_a_column_of_its_own(tmp_path: Path) -> None:
-    """What a defense sees is in its recipe. Most runs of a column keep its name, in each row."""
+    """What a defense sees is in its recipe. Most runs of a column keep its name."""
     for kind, seed, digest in (("sig", 0, B), ("sig", 1, A), ("lf", 0, A), ("bpp", 0, B)):
         record = attack(tmp_path, f"{kind}-{seed}", 0.9, 1.0)
         defense(record, "ft", 0.9, 0.1, 0.8, config_sha256=digest)
@@ -177,11 +178,57 @@ def test_a_result_of_another_recipe_is_a_column_of_its_own(tmp_path: Path) -> No
     labels = table.runs.groupby("row")["label"].unique().map(sorted).to_dict()
     variants = ["sau-x", "sau-x (222222)"]
     assert labels == {
-        "bpp": ["ft", UNDEFENDED],  # nothing beside it that it could be taken for
+        "bpp": ["ft (222222)", UNDEFENDED],  # a mean over attacks is of one recipe
         "lf": ["ft", UNDEFENDED],
         "sig": ["ft", "ft (222222)", UNDEFENDED, *variants],
     }
     assert [row.name for row in table.ablations["sau"].body] == variants
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({}, "ft"),
+        ({"precision": "fp32", "random_seed": 3, "dataset_path": "elsewhere"}, "ft"),
+        ({"came_later": 1}, "ft"),
+        ({"lr": 0.1}, "ft (222222)"),
+        (None, "ft (222222)"),
+    ],
+)
+def test_a_column_has_one_recipe_by_what_its_configurations_say(
+    tmp_path: Path, changes: dict[str, Any] | None, label: str
+) -> None:
+    """Of another hash, on another attack. Of two on one attack that are alike, one has the name."""
+    plain = {"lr": 0.01, "precision": "auto", "random_seed": 0, "dataset_path": None}
+    for kind, digest, values in (("sig", A, plain), ("sig", A, plain), ("lf", B, changes)):
+        seed = len(list(tmp_path.iterdir()))
+        folder = defense(
+            attack(tmp_path, f"{kind}-{seed}", 0.9, 1.0), "ft", 0.9, 0.1, 0.8, config_sha256=digest
+        )
+        if values is not None:
+            (folder / "config.yaml").write_text(yaml.dump(plain | values))
+    runs, problems = read_runs(tmp_path)
+    assert problems == []
+    assert set(runs[runs["attack"] == "lf"]["label"]) == {UNDEFENDED, label}
+    assert set(runs[runs["attack"] == "sig"]["label"]) == {UNDEFENDED, "ft"}
+    if label == "ft":
+        shutil.copytree(folder.parents[1], tmp_path / "lf-5")
+        for path in (tmp_path / "lf-5").rglob("summary.json"):
+            summary = json.loads(path.read_text()) | {"seed": 5}
+            of_result = {"config_sha256": C} if "defense" in summary else {}
+            path.write_text(json.dumps(summary | of_result))
+        runs, _ = read_runs(tmp_path)
+        assert set(runs[runs["attack"] == "lf"]["label"]) == {UNDEFENDED, "ft", "ft (333333)"}
+
+
+def test_one_name_of_two_methods_on_two_attacks_is_no_column(tmp_path: Path) -> None:
+    defense(attack(tmp_path, "sig-0", 0.9, 1.0), "mine", 0.9, 0.1, 0.8, defense="ft")
+    record = attack(tmp_path, "lf-0", 0.9, 1.0)
+    defense(record, "mine", 0.9, 0.9, 0.8, defense="nad", config_sha256=None)
+    runs, _ = read_runs(tmp_path)
+    assert set(runs["label"]) == {UNDEFENDED, "mine", "mine (ft)"}
+    (table,) = summarize(runs)
+    assert set(table.labels()) == {"mine", "mine (ft)"}
 
 
 def test_results_of_two_methods_with_one_name_are_no_repeats(tmp_path: Path) -> None:

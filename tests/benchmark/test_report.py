@@ -505,6 +505,69 @@ def test_an_attack_with_several_pratios_has_a_table_for_each(two_attacks: Path) 
     assert all(table.main.foot[-1].name == CLEAN for table in found)
 
 
+def test_tables_by_pratio_go_by_what_was_asked_for(two_attacks: Path) -> None:
+    """SIG may poison a little less than it is asked for: 9.85 % of 10, 4.9 % of 5."""
+    for seed, asked, is_share in ((0, 0.1, 0.0985), (1, 0.05, 0.049)):
+        for kind, pratio in (("blended", asked), ("sig", is_share)):
+            path = two_attacks / f"{kind}-{seed}/summary.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"pratio": pratio}))
+            (path.parent / "config.yaml").write_text(f"pratio: {asked}\n")
+    found = {t.title.rpartition(" ")[0][-4:]: t for t in summarize(read_runs(two_attacks)[0])}
+    rows = {name: [row.name for row in table.main.body] for name, table in found.items()}
+    assert rows == {"o 10": ["blended", "sig (9.85 %)"], "io 5": ["blended", "sig (4.9 %)"]}
+
+
+def test_kept_numbers_of_analyses_are_not_lost(
+    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same runs again, from where nobody has analysed them. Of another model they would go."""
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    path = two_attacks / "sig-0/defense/sau/summary.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"files": {"defense_result.pt": "d" * 64}})
+    )
+    shutil.copytree(two_attacks, plain)
+    folder = two_attacks / "sig-0/analysis/retune"
+    folder.mkdir(parents=True)
+    facts = {"analysis": "retune", "headline": {"sau": {"asr_retuned": 0.25}}}
+    facts |= {"models": {"sau": "d" * 64}}
+    (folder / "summary.json").write_text(json.dumps(facts))
+    (folder.parents[1] / "config.yaml").write_text("pratio: 0.1\n")
+    flags = ("--to", kept, "--keep", "--formats", "md")
+    assert report("--under", two_attacks, *flags) == 0
+    before = (kept / "runs.jsonl").read_bytes()
+    assert report("--under", kept, plain, *flags) == 2
+    said = capsys.readouterr().err
+    assert ": sig-0 has a configuration, and sig-0, which is of the same model, has not;" in said
+    shutil.copy(folder.parents[1] / "config.yaml", plain / "sig-0")
+    assert report("--under", kept, plain, *flags) == 2
+    said = capsys.readouterr().err
+    assert ": sig-0/sau has asr_retuned of its analyses, and sig-0/defense/sau, which is" in said
+    assert (kept / "runs.jsonl").read_bytes() == before
+    path = plain / "sig-0/defense/sau/summary.json"
+    path.write_text(path.read_text().replace("d" * 64, "e" * 64))
+    assert report("--under", kept, plain, *flags) == 0
+    assert "asr_retuned" not in (kept / "runs.jsonl").read_text()
+
+
+def test_a_damaged_line_ends_a_rebuild(
+    two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, text = tmp_path / "results/digits", tmp_path / "RESULTS.md"
+    assert report("--under", two_attacks, "--to", grid, "--keep", "--formats", "md") == 0
+    text.write_text(
+        "".join(f"<!-- {kind} results/digits/table.md -->\n" for kind in ("begin", "end"))
+    )
+    assert report("--rebuild", text) == 0
+    runs = grid / "runs.jsonl"
+    runs.write_text(runs.read_text().replace('{"record": "sig-1"', '{"record: "sig-1"', 1))
+    before = [path.read_bytes() for path in (text, grid / "table.md")]
+    capsys.readouterr()
+    assert report("--rebuild", text) == 2
+    assert "runs.jsonl:11: is no run (Invalid JSON" in capsys.readouterr().err
+    assert [path.read_bytes() for path in (text, grid / "table.md")] == before
+
+
 def test_variants_have_a_table_of_their_own(two_attacks: Path) -> None:
     """Best per column: without `beta_2` SAU has a DER of (0.5 + 1) / 2 = 75 against 94 as it is."""
     for seed in (0, 1):

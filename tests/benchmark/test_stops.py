@@ -107,6 +107,14 @@ def test_what_cannot_be_compared_does_not_end_the_table(
     assert "c: skipped; its results lack what is compared" in caplog.text
 
 
+def test_results_of_two_models_are_no_pair(under: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, sha256 in (("sau", "1"), ("sau_auto", "2")):
+        path = under / f"a/defense/{name}/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"attack_sha256": sha256}))
+    assert stops.read_pair(under / "a") is None
+    assert "a: skipped; its results lack what is compared (they purified two" in caplog.text
+
+
 def test_what_has_no_pair_is_refused(under: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none is no folder"):
         stops.read(under / "none")

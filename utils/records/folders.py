@@ -39,6 +39,11 @@ from utils.tensors import explained, load_tensors
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
 # Flags that say where a run writes, and when, but not what comes out.
 FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
+# Flags that say where a run reads and writes, or what is drawn by chance.
+NOT_OF_RECIPE = (
+    *FREE_TO_CHANGE,
+    *("random_seed", "result_file", "dataset_path", "device", "eval_every", "deterministic"),
+)
 _PLACES = ("result_file", "dataset_path", "device", "eval_every")  # of a finished run, may change
 
 

@@ -20,7 +20,7 @@ from utils.process.device import environment, peak_memory_mib
 from utils.process.script import logger
 from utils.records.attack import AttackRecord, file_hashes
 from utils.records.checkpoint import files_of
-from utils.records.folders import FREE_TO_CHANGE, RunFolder
+from utils.records.folders import NOT_OF_RECIPE, RunFolder
 from utils.training.evaluate import predict
 from utils.training.findings import Findings, Picture, Verdict
 
@@ -31,16 +31,6 @@ if TYPE_CHECKING:
 
 # Flags that earlier results lack, with the value that they would have there.
 _LATER = {"exact_sar": False}
-# Flags that say where a run reads and writes, or what is drawn by chance.
-_PLACES = {
-    *FREE_TO_CHANGE,
-    "random_seed",
-    "result_file",
-    "dataset_path",
-    "device",
-    "eval_every",
-    "deterministic",
-}
 Captions = Callable[[torch.Tensor], list[str]]
 
 
@@ -260,7 +250,7 @@ def recipe_sha256(values: Mapping[str, Any], inputs: Mapping[str, str] | None = 
     recipe = {
         name: value
         for name, value in values.items()
-        if name not in _PLACES and not (name in _LATER and value == _LATER[name])
+        if name not in NOT_OF_RECIPE and not (name in _LATER and value == _LATER[name])
     }
     for flag, sha256 in (inputs or {}).items():
         name = flag.removeprefix("--")
