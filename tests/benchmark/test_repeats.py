@@ -200,7 +200,7 @@ def test_a_column_has_one_recipe_by_what_its_configurations_say(
 ) -> None:
     """Of another hash, on another attack. Of two on one attack that are alike, one has the name."""
     plain = {"lr": 0.01, "precision": "auto", "random_seed": 0, "dataset_path": None}
-    for kind, digest, values in (("sig", A, plain), ("sig", A, plain), ("lf", B, changes)):
+    for kind, digest, values in (*[("sig", A, plain)] * 3, ("lf", B, changes)):
         seed = len(list(tmp_path.iterdir()))
         folder = defense(
             attack(tmp_path, f"{kind}-{seed}", 0.9, 1.0), "ft", 0.9, 0.1, 0.8, config_sha256=digest
@@ -211,14 +211,18 @@ def test_a_column_has_one_recipe_by_what_its_configurations_say(
     assert problems == []
     assert set(runs[runs["attack"] == "lf"]["label"]) == {UNDEFENDED, label}
     assert set(runs[runs["attack"] == "sig"]["label"]) == {UNDEFENDED, "ft"}
-    if label == "ft":
-        shutil.copytree(folder.parents[1], tmp_path / "lf-5")
-        for path in (tmp_path / "lf-5").rglob("summary.json"):
-            summary = json.loads(path.read_text()) | {"seed": 5}
-            of_result = {"config_sha256": C} if "defense" in summary else {}
-            path.write_text(json.dumps(summary | of_result))
+    if label == "ft":  # and a third recipe, on both attacks; the last record is read first
+        for name, kind in (("lf-5", "lf"), ("a/sig-5", "sig")):
+            shutil.copytree(folder.parents[1], tmp_path / name)
+            for path in (tmp_path / name).rglob("summary.json"):
+                summary = json.loads(path.read_text()) | {"seed": 5, "attack": kind}
+                of_result = {"config_sha256": C} if "defense" in summary else {}
+                path.write_text(json.dumps(summary | of_result))
         runs, _ = read_runs(tmp_path)
-        assert set(runs[runs["attack"] == "lf"]["label"]) == {UNDEFENDED, "ft", "ft (333333)"}
+        for kind in ("lf", "sig"):
+            labels = runs[runs["attack"] == kind]["label"]
+            assert set(labels) == {UNDEFENDED, "ft", "ft (333333)"}
+            assert (labels == "ft").sum() == {"lf": 1, "sig": 3}[kind]
 
 
 def test_one_name_of_two_methods_on_two_attacks_is_no_column(tmp_path: Path) -> None:
