@@ -89,6 +89,12 @@ def test_a_mean_over_some_of_the_analysed_models_says_how_many(two_attacks: Path
     assert last["ft"] == "0.50 (1 of 2)"
 
 
+def test_resamples_that_print_the_same_are_ties() -> None:
+    """Both print 90.00 and 80.00, though one is always a little better."""
+    der = pd.DataFrame({"a": [0.9, 0.8], "b": [0.90001, 0.80001]}, index=["sig", "lf"])
+    assert rank(der, 100) == {"a": Rank(1, 1, 2), "b": Rank(1, 1, 2)}
+
+
 def test_of_a_collapsed_model_no_analysis_of_its_backdoor_counts(two_attacks: Path) -> None:
     """Of a fourth model, FT has kept 40 of 90 %. What is no backdoor's number stays."""
     defense(attack(two_attacks, "lf-0", 0.9, 1.0), "ft", 0.4, 0.0, 0.3)
