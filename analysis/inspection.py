@@ -60,6 +60,7 @@ from attack.prototype import train
 from attack.recipe import TrainingConfig, clean_plan, learned_little
 from models import build_model, check_model, model_identity, prepare
 from models.modes import evaluating
+from utils.config import OF_ONE_RUN
 from utils.data.batches import as_float
 from utils.data.datasets import DatasetName, load_dataset
 from utils.data.labelled import Labelled
@@ -333,8 +334,8 @@ def clean_recipe(subject: Subject, config: Config, number: int) -> TrainingConfi
     recorded = {}
     if subject.attack is not None and (subject.attack.folder / "config.yaml").exists():
         recorded = read_yaml(subject.attack.folder / "config.yaml")
-    places = ("save_folder_name", "overwrite", "resume")
-    names = {field.name for field in fields(TrainingConfig)} - {*places, "dataset"}
+    not_of_recipe = {"save_folder_name", "dataset", *OF_ONE_RUN}
+    names = {field.name for field in fields(TrainingConfig)} - not_of_recipe
     values = {name: value for name, value in recorded.items() if name in names}
     model = config.model if subject.model_sha256 else subject.model_name
     values |= {

@@ -37,13 +37,13 @@ from pydantic import (
     model_validator,
 )
 
-from utils.config import placed
+from utils.config import OF_ONE_RUN, placed
 from utils.errors import UserError, quoted, suggestion
 from utils.plain import read_yaml
 from utils.records.contents import NAME
 from utils.values import advice
 
-OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", "resume", "overwrite")
+OF_GRID = ("save_folder_name", "record_path", "result_file", "random_seed", *OF_ONE_RUN)
 
 
 def _unique(values: Any) -> Any:

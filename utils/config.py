@@ -26,7 +26,7 @@ from typing import (
 from typing_extensions import Self
 
 from utils.errors import UserError, quoted, shown, suggestion
-from utils.files import as_path, at_home
+from utils.files import MARK, as_path, at_home
 from utils.plain import as_yaml, in_one_line, in_yaml, read_yaml
 from utils.values import advice, allowed_values, base_of, check, choices, field_info, is_text
 
@@ -43,6 +43,8 @@ PLACES = frozenset(
         *("dataset_path", "bd_test_dir", "model"),
     }
 )
+# What a run does with a folder that is there; no file says it, since files are used again.
+OF_ONE_RUN = ("resume", "overwrite")
 _NO_VALUE = "\0"  # a flag that was given without its value
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")  # no path, and no hidden file
 
@@ -211,7 +213,14 @@ class Config:
             problems.append(f"--{name}: a value is missing; give {allowed}")
             del given[name]
         paths = [at_home(given.pop(name)) for name in USER_FILES if name in given]
-        over = [*(_Layer(path, read_yaml(Path(path))) for path in paths), _Layer("", given, True)]
+        files = [_Layer(path, _read_users_file(Path(path))) for path in paths]
+        problems += [
+            f"{layer.where(name)}: true is not allowed in a file; give the flag --{name} instead"
+            for layer in files
+            for name in OF_ONE_RUN
+            if name in _hints(cls) and layer.values.get(name) is True
+        ]
+        over = [*files, _Layer("", given, True)]
         merged = _merge([*_shipped(cls), *over])
         texts = {key: placed(key, value) for key, value in merged.items() if is_text(value)}
         dataset = None if wants_help and problems else find_dataset(texts)
@@ -222,12 +231,30 @@ class Config:
         return _build(cls, layers, problems)
 
     def dump(self) -> str:
-        """The configuration as YAML text, which `--yaml_path` reads back."""
+        """The configuration as YAML text, which `--yaml_path` reads back.
+
+        It lacks `OF_ONE_RUN`, so that nobody who uses a record's values again replaces the record.
+        """
         values = dataclasses.asdict(self)
         plain = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in values.items()
+            if key not in OF_ONE_RUN
         }
         return as_yaml(plain)
+
+
+def _read_users_file(path: Path) -> dict[str, Any]:
+    """The values of a file that the user gives, which may be the config.yaml of a record.
+
+    Those of earlier versions have also what their own command did with the folder.
+
+    Raises:
+        UserError: as `read_yaml`.
+    """
+    values = read_yaml(path)
+    is_of_record = path.name == "config.yaml" and path.with_name(MARK).exists()
+    return {k: v for k, v in values.items() if not (is_of_record and k in OF_ONE_RUN)}
 
 
 def placed(name: str, value: Any) -> Any:

@@ -18,6 +18,7 @@ from utils import locks
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
+MARK = "run.json"  # the file that makes a folder one of a run; see utils/records/contents.py
 
 # What a system refuses for reasons that the user can see to; never a defect of the program.
 REFUSALS = frozenset(

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from attack.recipe import TrainingConfig
 from defense import sau
 from utils import config as configuration
-from utils.config import Config
+from utils.config import OF_ONE_RUN, Config
 from utils.data.datasets import DatasetName
 from utils.errors import UserError, suggestion
 from utils.files import ROOT
@@ -1072,6 +1072,42 @@ def test_help_shows_an_attack_s_flags_by_what_they_are_for(
     method = {field.name for field in dataclasses.fields(CONFIGS[script])}
     method -= {field.name for field in dataclasses.fields(base)}
     assert {name for name, title in groups.items() if title == "This attack"} == method
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_a_record_s_values_say_nothing_about_its_folder(toy: Path, script: str) -> None:
+    """Who uses them again would replace the finished record, or be told to resume it."""
+    flags = [f"--{name}" for name in OF_ONE_RUN if name in get_type_hints(CONFIGS[script])]
+    config = CONFIGS[script].from_command_line(flags, "", lambda values: "digits")
+    assert not {"overwrite", "resume"} & yaml.safe_load(config.dump()).keys()
+    again = CONFIGS[script].from_command_line(
+        ["--yaml_path", write(toy, config.dump())], "", lambda values: "digits"
+    )
+    assert again == dataclasses.replace(config, **{flag[2:]: False for flag in flags})
+
+
+@pytest.mark.parametrize("name", OF_ONE_RUN)
+def test_what_an_earlier_record_says_about_its_folder_does_not_count(toy: Path, name: str) -> None:
+    """Earlier versions wrote it into config.yaml; in a file of the user's it is refused."""
+    path = write(toy, f"lr: 0.5\n{name}: true\n", "config.yaml")
+    for flag in ("--yaml_path", "--bd_yaml_path"):
+        with pytest.raises(UserError) as caught:
+            CONFIGS["attack/badnet"].from_command_line([flag, path], "")
+        assert caught.value.problems == (
+            f"{path}: {name}: true is not allowed in a file; give the flag --{name} instead",
+        )
+    write(toy, '{"written_by": "sau", "files": ["config.yaml"]}', "run.json")
+    config = CONFIGS["attack/badnet"].from_command_line(["--yaml_path", path], "")
+    assert (config.lr, getattr(config, name)) == (0.5, False)
+    config = CONFIGS["attack/badnet"].from_command_line(["--yaml_path", path, f"--{name}"], "")
+    assert getattr(config, name) is True
+
+
+@pytest.mark.parametrize("name", OF_ONE_RUN)
+def test_a_file_may_say_no_to_what_is_of_one_run(toy: Path, name: str) -> None:
+    path = write(toy, f"{name}: false\n")
+    config = CONFIGS["attack/badnet"].from_command_line(["--yaml_path", path], "")
+    assert getattr(config, name) is False
 
 
 def test_every_method_has_a_configuration() -> None:

@@ -16,12 +16,11 @@ from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from utils.errors import UserError
-from utils.files import is_stray, read_object, read_text, replaced
+from utils.files import MARK, is_stray, read_object, read_text, replaced
 from utils.plain import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a run
 _REPLACED = re.compile(rf"\.{NAME.pattern}\.replaced")
-MARK = "run.json"
 RESULTS = ("defense", "analysis")  # folders in an attack's record that hold results
 _LARGEST = 1 << 16  # bytes of a mark
 _FILE = r"^[\w][\w .,=()+-]{0,199}$"

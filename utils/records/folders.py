@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from utils import locks
+from utils.config import OF_ONE_RUN
 from utils.errors import Diverged, NothingToDo, UserError, listed, shown
 from utils.files import (
+    MARK,
     not_written,
     read_object,
     refuse_link,
@@ -27,7 +29,6 @@ from utils.process import distributed
 from utils.process.script import defer_signals, logger
 from utils.records.checkpoint import CHECKPOINT, Origin, files_of
 from utils.records.contents import (
-    MARK,
     Contents,
     is_file_name,
     replaced_name,
@@ -38,7 +39,7 @@ from utils.tensors import explained, load_tensors
 
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
 # Flags that say where a run writes, and when, but not what comes out.
-FREE_TO_CHANGE = ("resume", "overwrite", "checkpoint_every", "record_path", "save_folder_name")
+FREE_TO_CHANGE = (*OF_ONE_RUN, "checkpoint_every", "record_path", "save_folder_name")
 # Flags that say where a run reads and writes, or what is drawn by chance.
 NOT_OF_RECIPE = (
     *FREE_TO_CHANGE,
