@@ -5,9 +5,10 @@ NAME ?= badnet_demo
 
 .PHONY: demo test test-all lint mutants results
 
+# A finished record of that name stays as it is, with all that was made of it.
 demo: .venv/installed
-	$(BIN)/python attack/badnet.py --save_folder_name $(NAME) --overwrite
-	$(BIN)/python defense/sau.py --result_file $(NAME) --overwrite
+	$(BIN)/python attack/badnet.py --save_folder_name $(NAME) --resume
+	$(BIN)/python defense/sau.py --result_file $(NAME) --resume
 
 # What a change needs, in some minutes.
 test: .venv/installed-dev

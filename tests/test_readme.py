@@ -110,6 +110,36 @@ def test_the_commands_run_in_the_order_of_the_pages(
             assert run_script(ROOT / script, *shortened(flags, workplace)) == 0, command
 
 
+@pytest.mark.usefixtures("small")
+def test_make_demo_loses_nothing(workplace: Path) -> None:
+    """The name of its record is that of all pages, so the user may have one of that name."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(NAME)", "badnet_demo")
+    recipe = re.findall(r"^\t\$\(BIN\)/python (\S+\.py) (.*badnet_demo.*)$", makefile, flags=re.M)
+    assert [script for script, _ in recipe] == ["attack/badnet.py", "defense/sau.py"]
+
+    def demo() -> list[int]:
+        return [
+            run_script(ROOT / script, *shortened(shlex.split(flags), workplace))
+            for script, flags in recipe
+        ]
+
+    def files() -> dict[Path, bytes]:
+        paths = [path for path in record.rglob("*") if path.is_file() and path.suffix != ".lock"]
+        return {path: path.read_bytes() for path in paths}
+
+    record = workplace / "record/badnet_demo"
+    assert demo() == [0, 0]
+    result = shortened(["--result_file", "badnet_demo"], workplace)
+    assert run_script(ROOT / "defense/ft.py", *result) == 0
+    finished = files()
+    assert demo() == [0, 0]
+    assert files() == finished
+    (record / "defense/sau/summary.json").unlink()  # as if it had failed
+    assert demo() == [0, 0]
+    assert files().keys() == finished.keys()
+    assert (record / "defense/ft/summary.json").read_bytes() in finished.values()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_flags_of_the_settings_table_are_taken(workplace: Path) -> None:
