@@ -14,7 +14,7 @@ recipe: name their records with `--clean_records`, or let `--train_clean 6` trai
 
     python analysis/inspect.py --result_file badnet_demo --clean_records clean_1,clean_2,clean_3
     python analysis/inspect.py --state_dict my_model.pt --model resnet18 --dataset cifar10 \\
-        --save_folder_name theirs --train_clean 6
+        --save_folder_name theirs_inspected --train_clean 6
 
 C, D and E compare a class with the others, so they are skipped if there are only two classes.
 If A and A' name different classes, there is no clear signal. Expect misses: attacks with several

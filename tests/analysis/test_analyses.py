@@ -241,6 +241,25 @@ def test_a_foreign_model_gets_no_place_in_a_record(
     assert "clean is the record of another model; give a new name" in refusal(capsys)
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_the_name_of_an_inspection_without_a_record_is_taken(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """Its folder is no record, and holds no file of the user's that could be moved away."""
+    state = torch.load(records / "bd/attack_result.pt", weights_only=True)["model"]
+    torch.save(state, tmp_path / "mine.pt")
+    few = ["--probes", 20, "--noise_steps", 1, "--noise_images", 1]
+    flags = ["--state_dict", tmp_path / "mine.pt", "--model", "tiny", "--dataset", "random"]
+    flags += ["--record_path", tmp_path / "record", "--save_folder_name"]
+    assert run_script(ROOT / "analysis/inspect.py", *flags, "mine", *few) == 0
+    before = result(tmp_path / "record", "inspect", "mine")
+    assert run_script(ROOT / "interop/state_dict.py", *flags, "mine", *more) == 2
+    expected = "mine holds the inspection of a model that has no record; give another name"
+    assert expected in refusal(capsys)
+    assert result(tmp_path / "record", "inspect", "mine") == before
+    assert run_script(ROOT / "interop/state_dict.py", *flags, "other") == 0
+
+
 def test_a_foreign_model_has_no_defenses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

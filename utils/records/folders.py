@@ -189,6 +189,10 @@ class RunFolder:
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise UserError(f"{self.path} exists and is no folder; give another name")
         contents = Contents(self.path)
+        if contents.foreign == ["analysis"] and (self.path / "analysis/inspect" / MARK).exists():
+            raise UserError(
+                f"{self.path} holds the inspection of a model that has no record; give another name"
+            )
         if contents.foreign:
             names = ", ".join(shown(name, 60) for name in contents.foreign[:3])
             more = ", ..." if len(contents.foreign) > 3 else ""
