@@ -9,7 +9,7 @@ have two modes, and after standardization a lower entropy than those of its neig
     H = -sum p ln p    of a histogram of one value per image       pruned where H < mean - u sd
 
     python defense/ep.py --result_file badnet_demo
-    python defense/ep.py --result_file badnet_demo --data clean --save_folder_name ep-clean
+    python defense/ep.py --result_file badnet_demo --data clean --save_folder_name ep_clean
 
 Unlike other defenses, it sees a part of the poisoned training set, in which some images carry the
 trigger. It is not told which ones, and reads no labels. `--data clean` is its control: the same on

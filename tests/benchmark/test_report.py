@@ -588,6 +588,19 @@ def test_variants_have_a_table_of_their_own(two_attacks: Path) -> None:
     assert list(figures) == ["Variants of sau against blended"]
 
 
+def test_a_name_with_an_underscore_is_no_variant(two_attacks: Path) -> None:
+    """As docs/settings.md says of a second result of a defense."""
+    for record in ("blended-0", "blended-1", "sig-0", "sig-1"):
+        for name in ("sau_L2", "sau-L2"):
+            defense(two_attacks / record, name, 0.95, 0.5, 0.4, defense="sau")
+    table = the_table(two_attacks)
+    assert list(table.main.columns) == [UNDEFENDED, "ft", "sau", "sau_L2"]
+    assert [row.name for row in table.ablations["sau"].body] == ["sau", "sau-L2"]
+    boards = leaderboard.leaderboards(table)
+    ranked = {entry.defense for board in boards for entry in board.entries}
+    assert ranked == {"ft", "sau", "sau_L2"}
+
+
 def test_what_made_the_numbers(two_attacks: Path) -> None:
     """What all share is said once; a recipe that a summary does not have is a dash."""
     path = two_attacks / "sig-0/summary.json"
