@@ -17,6 +17,7 @@ from utils.plain import parse_yaml, read_yaml
 from utils.records import places
 from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
 from utils.records.places import CLEAN
+from utils.values import items_of
 
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out
 _OF_RECORD = ("dataset", "model")  # of a defense or an analysis, repeat what the record says
@@ -138,7 +139,8 @@ def _lacking_controls(cell: Cell, attacks: Mapping[str, Cell]) -> list[str]:
     problems = []
     for flag in ("clean_record", "clean_records"):
         given = cell.flags.get(flag) or []
-        for name in map(str, [given] if isinstance(given, str) else given):
+        is_one = flag == "clean_record" and isinstance(given, str)  # a path may have commas
+        for name in map(str, [given] if is_one else items_of(given)):
             where = f"{cell.script}: --{flag}: {name}"
             if name in attacks and not attacks[name].is_clean:
                 problems.append(f"{where} is the record of an attack; give one of prototype")

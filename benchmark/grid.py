@@ -259,7 +259,7 @@ def _allowed(place: Place, value: Any) -> str:
         if inside[0] == "directives":
             return _ITEMS["directives"]
         hints = get_type_hints(Slurm, include_extras=True)
-        return advice(hints[inside[0]], value, is_flag=False)
+        return advice(hints[inside[0]], value)
     if first in _ITEMS:
         return _ITEMS[first]
     is_name = len(inside) == 1 and not first.endswith("_flags")

@@ -347,7 +347,7 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 values[key] = placed(key, check(hints[key], value, layer.is_flags))
             except ValueError:
                 refused.add(key)
-                allowed = advice(hints[key], value, layer.is_flags)
+                allowed = advice(hints[key], value)
                 texts = choices(hints[key]) if isinstance(value, str) else ()
                 close = suggestion(str(value), texts) if texts else ""
                 given = f"{layer.where(key)}: {layer.shown(value)}"

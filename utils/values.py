@@ -125,10 +125,8 @@ def _typed(annotation: Any, value: Any, is_flag: bool) -> Any:
     base = base_of(annotation)
     options = [base, *get_args(base)]
     if get_origin(base) is tuple:
-        items = _items(value) if is_flag else value
-        if not isinstance(items, list | tuple):
-            raise ValueError("no list")
-        checked = [_typed(get_args(base)[0], item, is_flag) for item in items]
+        is_in_text = isinstance(value, str)  # also in a file: 1,2 is a text in YAML
+        checked = [_typed(get_args(base)[0], item, is_in_text) for item in items_of(value)]
         if is_distinct(annotation) and len(set(checked)) < len(checked):
             raise ValueError("stands twice")
         return TypeAdapter(annotation).validate_python(checked)
@@ -149,9 +147,11 @@ def _typed(annotation: Any, value: Any, is_flag: bool) -> Any:
     return TypeAdapter(annotation).validate_python(value, strict=True)
 
 
-def _items(text: str) -> list[str]:
-    """Those of a list on the command line, with or without the brackets of YAML and `--help`."""
-    inner = text.strip().removeprefix("[").removesuffix("]")
+def items_of(value: Any) -> Sequence[Any]:
+    """Those of a list, which a text has with or without the brackets of YAML and `--help`."""
+    if not isinstance(value, str):
+        return _each(value)
+    inner = value.strip().removeprefix("[").removesuffix("]")
     return [item.strip() for item in inner.split(",")] if inner else []
 
 
@@ -165,7 +165,7 @@ def _is_within(value: Any) -> bool:
     return type(value) not in _LARGEST or abs(value) <= _LARGEST[type(value)]
 
 
-def advice(annotation: Any, value: Any, is_flag: bool) -> str:
+def advice(annotation: Any, value: Any) -> str:
     """What to give instead of a value that is not allowed."""
     allowed = allowed_values(annotation)
     if allowed.startswith("text") and isinstance(value, str):
@@ -180,14 +180,17 @@ def advice(annotation: Any, value: Any, is_flag: bool) -> str:
         return f"{allowed}, in quotes"
     is_list = get_origin(base_of(annotation)) is tuple
     item = get_args(base_of(annotation))[0] if is_list else annotation
-    if not {int, float} & {base_of(item), *get_args(base_of(item))}:
+    kinds = {base_of(item), *get_args(base_of(item))}
+    if not {int, float} & kinds:
         return allowed
     endless = is_endless(annotation)
-    given = [_number(part) for part in (_items(value) if is_flag and is_list else _each(value))]
+    given = [_number(part) for part in (items_of(value) if is_list else _each(value))]
     if not endless and not all(map(_is_within, given)):
         allowed = allowed_values(annotation, largest=True)
     if not endless and any(isinstance(part, float) and not math.isfinite(part) for part in given):
         return f"{'finite numbers' if is_list else 'a finite number'}: {allowed}"
+    if not is_list and float not in kinds and any(map(_is_whole_float, given)):
+        return f"{allowed}, in digits alone"
     if any(isinstance(part, str) and re.match(r"[-+]?0\d", part) for part in given):
         return f"{allowed}, without a zero in front"
     return allowed
@@ -196,6 +199,11 @@ def advice(annotation: Any, value: Any, is_flag: bool) -> str:
 def _number(value: Any) -> Any:
     """The number that a text is; everything else as it is."""
     return in_yaml(value.strip()) if isinstance(value, str) and len(value) < LONGEST else value
+
+
+def _is_whole_float(value: object) -> bool:
+    """Whether it was written as +20, 20.0 or 2e1, which are no whole numbers here."""
+    return isinstance(value, float) and value.is_integer()
 
 
 def is_text(value: object) -> bool:

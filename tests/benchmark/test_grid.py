@@ -813,6 +813,10 @@ def test_the_controls_that_a_grid_names_must_be_there(tmp_path: Path) -> None:
     grid_of(text.replace("NAME", name.format("prototype")), tmp_path)
     (tmp_path / "records/nope").mkdir(parents=True)
     grid_of(text.replace("NAME", "nope"), tmp_path)
+    several = text.replace("path: {clean_record:", "inspect: {clean_records:")
+    names = f"nope,{name.format('prototype')}"
+    for written in (f"'{names}'", f"[{names}]"):
+        grid_of(several.replace("NAME", written), tmp_path)
 
 
 def test_a_cell_that_has_begun_is_not_too_long_for_a_budget(stubs: Path) -> None:

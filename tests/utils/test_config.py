@@ -353,7 +353,27 @@ def test_a_number_that_is_too_large_is_told_the_limit(flag: str, value: str, adv
     )
 
 
-@pytest.mark.parametrize("line", ["widths: ['3']", "widths: [true]", "widths: [2.0]", "widths: 3"])
+@pytest.mark.parametrize("text", ["3", "4,5,6", "4, 5, 6", "[4, 5, 6]", "[]", "'4,5'"])
+def test_a_list_in_a_file_is_written_as_a_flag_is(toy: Path, text: str) -> None:
+    by_flag = from_flags(f"--widths={text.strip(chr(39))}")
+    assert from_flags("--yaml_path", write(toy, f"widths: {text}\n")) == by_flag
+    assert ToyConfig.load(widths=yaml.safe_load(text)) == by_flag
+
+
+def test_names_in_a_file_are_written_as_a_flag_is(toy: Path) -> None:
+    for text in ("layer3", "layer3,layer4", "layer3, layer4", "[layer3, layer4]", "null"):
+        path = write(toy, f"attention_layers: {text}\n")
+        values = []
+        for argv in ([f"--attention_layers={text}"], ["--yaml_path", path]):
+            try:
+                config = CONFIGS["defense/nad"].from_command_line(argv, "", lambda values: "digits")
+                values.append(config.attention_layers)
+            except UserError:
+                values.append(REFUSED)
+        assert REFUSED in values if text == "null" else values[0] == values[1]
+
+
+@pytest.mark.parametrize("line", ["widths: ['3']", "widths: [true]", "widths: [2.0]", "widths: x"])
 def test_the_items_of_a_list_in_a_file_have_their_type(toy: Path, line: str) -> None:
     path = write(toy, f"{line}\n")
     (problem,) = problems("--yaml_path", path)
@@ -421,7 +441,7 @@ def test_flags_become_the_type_of_their_field(argv: list[str], field: str, value
         ('flip: "true"', "flip", "true or false"),
         ("dataset: mnist", "dataset", "one of digits, cifar10"),
         ("dataset: 3", "dataset", "one of digits, cifar10"),
-        ("widths: 3", "widths", "a list of int, separated by commas"),
+        ("widths: 3.5", "widths", "a list of int, separated by commas"),
         ("widths: [wide]", "widths", "a list of int, separated by commas"),
         ("name: 3", "name", "text or null, in quotes"),
         ("name: no", "name", "text or null, in quotes"),
@@ -772,6 +792,16 @@ def test_a_list_has_no_blank_items(toy: Path, text: str) -> None:
 def test_a_value_is_shown_as_yaml_has_it(toy: Path, line: str, told: str) -> None:
     (problem,) = problems("--yaml_path", write(toy, f"{line}\n"))
     assert f": {told} is not allowed" in problem
+
+
+@pytest.mark.parametrize("text", ["+20", "20.0", "2e1"])
+def test_a_whole_number_has_digits_alone(toy: Path, text: str) -> None:
+    """With a plus it may be the name of a class, so that it is no whole number elsewhere either."""
+    expected = "is not allowed; give int >= 1, in digits alone"
+    (problem,) = problems("--yaml_path", write(toy, f"rounds: {text}\n"))
+    assert problem.endswith(expected)
+    assert problems("--rounds", text) == [f"--rounds: {text} {expected}"]
+    assert problems("--lr", text) == [f"--lr: {text} is not allowed; give float in (0, 1]"]
 
 
 def test_a_number_of_thousands_of_digits_is_told_without_python_s_words(toy: Path) -> None:
