@@ -96,12 +96,13 @@ def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in paths if path.exists()}
 
 
-def checked_model(name: str, sha256: str | None, given: str | None) -> str:
+def checked_model(name: str, sha256: str | None, given: str | None, in_python: str = "") -> str:
     """The name to build a record's model by.
 
     Args:
         name, sha256: what the record says of its network; the latter of a user's file.
         given: the user's `--model`; a file is run only if it is given here.
+        in_python: what to call to give it, for the message.
 
     Raises:
         UserError: if that is not the record's, or has to be given and is not.
@@ -114,6 +115,7 @@ def checked_model(name: str, sha256: str | None, given: str | None) -> str:
         raise UserError(
             f"--model: the record's network is made by a file of yours, {name}, which is run only "
             "if you name it; give --model and its path"
+            + (f", or from Python {in_python}" if in_python else "")
         )
     file, sha256_of_file = model_identity(given)
     if sha256_of_file is None or file.rpartition(":")[2] != name.rpartition(":")[2]:

@@ -105,8 +105,10 @@ def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
     with explained(folder / RESULT, "a defense's result of this program"):
         content = load_tensors(folder / RESULT)
         plain = schema.check_defense(content)
+    name = plain["model_name"]
+    in_python = f'load_defense(folder, "{name}")'
     return make_model(
-        checked_model(plain["model_name"], plain.get("model_sha256"), model),
+        checked_model(name, plain.get("model_sha256"), model, in_python),
         content["model"],
         num_classes=plain["num_classes"],
         mean=plain["mean"],

@@ -100,8 +100,8 @@ def generator_loss(
     """The loss of the generator on one batch.
 
     0.01 MSE(m f(x), m f(G(x))) - MSE((1 - m) f(x), (1 - m) f(G(x))) and `target_loss`. If
-    MSE(x, G(x)) is over `image_bound`, or the first of these terms is over `feature_bound`, the
-    loss is only MSE(x, G(x)).
+    MSE(x, G(x)) is over `image_bound`, or MSE(m f(x), m f(G(x))) is over `feature_bound`, the loss
+    is only MSE(x, G(x)).
 
     Args:
         images, generated: x and G(x), (B, C, H, W) float, pixel units.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -357,7 +358,8 @@ def test_a_user_s_file_is_run_only_if_it_is_named(tmp_path: Path) -> None:
     )
     folder = saved(tmp_path / "x", purified(model), attack)
     assert torch.equal(logits(load_defense(folder, model=name)), logits(purified(model)))
-    with pytest.raises(UserError, match=r"^--model: [^\n]*give --model and its path$"):
+    message = 'give --model and its path, or from Python load_defense(folder, "mine.py:make")'
+    with pytest.raises(UserError, match=rf"^--model: [^\n]*{re.escape(message)}$"):
         load_defense(folder)
     (tmp_path / "mine.py").write_text(USER_FILE + "\n# more", encoding="utf-8")
     with pytest.raises(UserError, match=r"^--model: [^\n]*is not the file[^\n]*$"):
