@@ -1,5 +1,6 @@
 """What a defense is given: clean images by class, a part of the poisoned set, or nothing."""
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+import defense
 from analysis.subject import Subject
 from defense import anp, clp, ep, ft
-from defense.base import drawn_index, seen_images
+from defense.base import HeldOut, Inverted, drawn_index, seen_images
 from utils.data.labelled import Dataset
 from utils.data.poison import PoisonedSet
 from utils.errors import UserError
+from utils.training.selection import hold_out
 
 LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 2)
 
@@ -55,6 +58,22 @@ def test_the_draw_of_a_seed_stays_what_it_was() -> None:
     assert index.tolist() == [2, 13, 44, 85]
     alone = drawn_index(torch.arange(10), ft.Config.load(ratio=0.3))
     assert alone.tolist() == [2, 3, 9]
+
+
+@pytest.mark.parametrize("name", defense.names())
+def test_a_first_try_has_images_enough(name: str) -> None:
+    """On `random`, with 20 training images of each class; the inversions have few passes there."""
+    config = importlib.import_module(f"defense.{name}").Config.load("random")
+    labels = torch.arange(200) % 10
+    if config.sees != "nothing":
+        drawn = labels[drawn_index(labels, config)]
+        assert drawn.bincount().tolist() == [10] * 10
+    if isinstance(config, HeldOut):
+        fit, held = hold_out(drawn, config.val_ratio, config.random_seed)
+        assert set(drawn[fit].tolist()) == set(drawn[held].tolist()) == set(range(10))
+    if isinstance(config, Inverted):
+        passes = config.mask_epochs + config.generator_epochs
+        assert config.identity_epochs + config.inversion_rounds * passes <= 40
 
 
 def test_all_of_it_is_all_of_it() -> None:
