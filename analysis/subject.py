@@ -23,7 +23,7 @@ from utils.metrics import Scores
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger
 from utils.records import places
-from utils.records.attack import SUMMARY, AttackRecord, load_attack
+from utils.records.attack import SUMMARY, AttackRecord, load_attack, unchanged
 from utils.records.contents import NAME
 from utils.records.defense import RESULT, checked_result, load_defense
 from utils.records.named import OfRecord, check_dataset, named_record
@@ -76,8 +76,14 @@ class Purified:
     _precision: str
 
     def load(self) -> Classifier:
-        """The purified model, in eval mode, on the device."""
-        return prepare(load_defense(self.folder, self._model), self._device, self._precision)
+        """The purified model, in eval mode, on the device.
+
+        Raises:
+            UserError: if by now the result is another one, or is being replaced.
+        """
+        with unchanged(self.folder / RESULT, self.sha256):
+            model = load_defense(self.folder, self._model)
+        return prepare(model, self._device, self._precision)
 
 
 @dataclass(frozen=True)

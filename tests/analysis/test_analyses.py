@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -587,6 +588,35 @@ def test_a_result_that_is_damaged_is_refused_before_the_work(
     assert said.endswith("or name others with --defenses")
     assert not (fresh / "bd/analysis/retune/config.yaml").exists()
     assert run(fresh, "confusion", "--defenses", "ft") == 0
+
+
+def made_anew(folder: Path) -> None:
+    """As after a whole run."""
+    for name in ("defense_result.pt", "summary.json"):
+        shutil.copyfile(folder.with_name("sau") / name, folder / name)
+
+
+def being_made_anew(folder: Path) -> None:
+    """As in the middle of a run."""
+    folder.rename(folder.with_name(".ft.replaced"))
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["confusion", "weights"])
+@pytest.mark.parametrize("replaced", [made_anew, being_made_anew])
+def test_a_result_that_is_replaced_meanwhile_is_not_taken_for_the_one_before(
+    fresh: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    replaced: Callable[[Path], None],
+) -> None:
+    """The summary would have the sha256 of one model and the numbers of another."""
+    monkeypatch.setattr(base, "tell_doubts", lambda *_: replaced(fresh / "bd/defense/ft"))
+    assert run(fresh, kind, "--defenses", "ft") == 2
+    said = refusal(capsys)
+    assert said.endswith("ft/defense_result.pt: was changed since the run began; run it again")
+    assert not (fresh / "bd/analysis" / kind / "summary.json").exists()
 
 
 def test_a_finished_analysis_of_a_result_that_was_made_anew_is_not_taken_for_done(

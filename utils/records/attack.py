@@ -5,7 +5,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -320,9 +320,8 @@ class _RecordOfOurs(AttackRecord):
     def _poison(self) -> schema.Poison:
         """The poisoned images, as they were when the record was opened; not kept in memory."""
         path = self.folder / POISON
-        if file_sha256(path) != self.poison_sha256:
-            raise UserError(f"{path}: was changed since the run began; run it again")
-        return _read_poison(path, self.plain)
+        with unchanged(path, self.poison_sha256):
+            return _read_poison(path, self.plain)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,6 +456,33 @@ def _load_ours(folder: Path) -> AttackRecord:
 def _read_poison(path: Path, plain: schema.Attack) -> schema.Poison:
     with explained(path, _EXPECTED):
         return schema.check_poison(load_tensors(path), plain)
+
+
+@contextlib.contextmanager
+def unchanged(path: Path, sha256: str | None) -> Iterator[None]:
+    """Inside, a file is read again, which has to be the one that the run began with.
+
+    Args:
+        sha256: of its content when the run began.
+
+    Raises:
+        UserError: if it is another one by now, or gone, also in place of what was raised inside.
+    """
+
+    def check() -> None:
+        try:
+            is_same = file_sha256(path) == sha256
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise UserError(f"{path}: was changed since the run began; run it again")
+
+    try:
+        yield
+    except (OSError, UserError):
+        check()
+        raise
+    check()
 
 
 def checked_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:

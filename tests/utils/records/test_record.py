@@ -516,6 +516,9 @@ def test_poison_that_is_changed_meanwhile_is_refused(saved: RunFolder, tiny_data
         record.poisoned_set(tiny_data)
     with pytest.raises(UserError, match="was changed since the run began"):
         record.cross_images(tiny_data)
+    (saved.path / "poison.pt").unlink()
+    with pytest.raises(UserError, match="was changed since the run began"):
+        record.poisoned_set(tiny_data)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "attack_result.pt", "poison.pt"])
