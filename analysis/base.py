@@ -271,6 +271,7 @@ def write(
     origin = Origin(
         method=name,
         files={**files, **inputs},
+        tensors={f"the images and labels of {data.name}": data.tensors()},
         conditions=run_conditions(subject.device, subject.precision),
     )
     checkpoint = folder.start(config.dump(), config.resume, subject.model_sha256, origin)

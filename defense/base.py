@@ -430,6 +430,8 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
     source = named_record(config.result_file, config.record_path)
     summary = _summary(source)
     attack = load_attack(source)
+    check_dataset(config, attack)
+    attack.check_model(config.model)
     folder = places.defense_folder(attack.folder, config.save_folder_name or name)
     record = folders.RunFolder(source)
     try:
@@ -452,8 +454,6 @@ def _defend(
     started: float,
 ) -> folders.RunFolder:
     """As `defend`, with the record that was read and the folder that was claimed."""
-    check_dataset(config, attack)
-    attack.check_model(config.model)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     with seeded(config.random_seed):

@@ -866,3 +866,34 @@ def test_clean_models_of_other_content_are_other_ones(
     others = {name(replace(tiny_data, train=changed), None), name(tiny_data, "ab")}
     assert len({name(tiny_data, None), *others}) == 3
     assert name(tiny_data, None) == name(tiny_data, None)
+
+
+def test_an_analysis_whose_record_was_renamed_goes_on(
+    fresh: Path, records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And whose clean model is named by its folder; the steps that were done are not lost."""
+    step = base.Results.step
+    steps: list[str] = []
+
+    def counted(self: base.Results, name: str, compute: Any) -> Any:
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return step(self, name, lambda: (steps.append(name), compute())[1])
+
+    flags = ["--defenses", "ft", "--t_steps", 1]
+    shutil.copytree(records / "clean", fresh / "clean", ignore=shutil.ignore_patterns("analysis"))
+    monkeypatch.setattr(base.Results, "step", counted)
+    assert run(fresh, "path", *flags, "--clean_record", "clean") == 130
+    shutil.copytree(fresh / "bd", fresh / "new", ignore=shutil.ignore_patterns("*.lock"))
+    assert run(fresh, "path", *flags, "--resume", record="new") == 2
+    assert "was run with --clean_record clean; give the same" in refusal(capsys)
+    other = [*flags, "--clean_record", fresh / "clean", "--resume"]
+    monkeypatch.setattr(base.Results, "step", step)
+    assert run(fresh, "path", *other, record="new") == 0
+    assert "done before: 2 steps" in capsys.readouterr().err
+    assert run(fresh, "path", *other, record="new") == 0
+    assert run(fresh, "path", *flags, "--resume", record="new") == 2
+    assert "was run with --clean_record" in refusal(capsys)
+    assert run(fresh, "all", "--kinds", "path", "--defenses", "ft", "--resume", record="new") == 2
+    said = capsys.readouterr().err
+    assert "was run with --clean_record" in said

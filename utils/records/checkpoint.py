@@ -13,6 +13,7 @@ import torch
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
+from models import is_user_file, model_identity
 from utils.data.batches import release
 from utils.files import file_sha256
 from utils.tensors import text_up_to
@@ -51,14 +52,15 @@ class Origin:
 def files_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """sha256 of the files that flags name, by the names of the flags.
 
-    A network of the user's own is named by its file and a function: `my_net.py:build`.
+    A network of the user's own is named by its file and a function: `my_net.py:build`. The files
+    that it imports count with it.
     """
     hashes = {}
     for name, value in flags.items():
-        if name == "model" and isinstance(value, str):
-            value = value.rpartition(":")[0] or value
         with contextlib.suppress(OSError, ValueError):  # what is no path names no file
-            if isinstance(value, str) and Path(value).is_file():
+            if name == "model" and isinstance(value, str) and is_user_file(value):
+                hashes["--model"] = str(model_identity(value)[1])
+            elif isinstance(value, str) and Path(value).is_file():
                 hashes[f"--{name}"] = file_sha256(Path(value))
     return hashes
 

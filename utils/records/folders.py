@@ -6,7 +6,7 @@ import glob
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ NOT_OF_RECIPE = (
     *FREE_TO_CHANGE,
     *("random_seed", "result_file", "dataset_path", "device", "eval_every", "deterministic"),
 )
-_PLACES = ("result_file", "dataset_path", "device", "eval_every")  # of a finished run, may change
+_OF_UNFINISHED = ("device", "eval_every")  # of a finished run, these may change as well
 
 
 class RunFolder:
@@ -127,11 +127,14 @@ class RunFolder:
         """Whether the run to resume is finished; raises UserError if the folder is not free."""
         if self.is_done:
             self._drop_replaced()
-        elif overwrite or not self._checkpoint.exists():
-            self._put_back()
+        elif not (overwrite or self._checkpoint.exists()) and self._put_back() and resume:
+            raise UserError(
+                f"--resume: {self.path}: the run that was to replace it ended before its first "
+                "checkpoint, and the earlier one is there again; give --overwrite to replace it"
+            )
         contents = self._own_contents()
         if self.is_done and resume:
-            self._checkpoint.unlink(missing_ok=True)
+            self._drop_checkpoint()
             contents.remove_strays()
             return True
         if (self.is_done or contents.has_finished_results) and not overwrite:
@@ -151,7 +154,7 @@ class RunFolder:
         return False
 
     def _check_same(self, config: str) -> None:
-        """Raises UserError if the finished run had other flags; a value that is found later counts.
+        """Raises UserError if the finished run had other flags, or read files with another content.
 
         Args:
             config: as YAML.
@@ -159,14 +162,19 @@ class RunFolder:
         try:
             before = read_yaml(self.path / "config.yaml")
         except UserError:
-            return  # of an earlier version, or gone; the summary says that the run is finished
+            before = {}
+        if not before:
+            raise UserError(
+                f"--resume: {self.path} is finished, but its config.yaml, which says with which "
+                "flags, is gone or damaged; put it back, or give --overwrite to replace the run"
+            )
         now = parse_yaml(config, "the configuration")
+        before = {name: value for name, value in before.items() if name in now}  # others are gone
         differing = [
             name
-            for name, value in _recipe(now).items()
-            if name not in _PLACES
-            and value is not None
-            and not is_same(self.path, name, value, before.get(name, value))
+            for name in _differing(now, before, _same_contents(self.path, now))
+            if name not in _OF_UNFINISHED
+            and not is_same(self.path, name, now.get(name), before[name])
         ]
         if differing:
             given = ", ".join(f"--{name} {shown(before[name], 200)}" for name in differing[:20])
@@ -226,12 +234,13 @@ class RunFolder:
             yield
         except BaseException as error:
             if distributed.is_main():
-                if isinstance(error, Diverged):
+                if isinstance(error, Diverged) and self._names is not None:  # it has begun
                     with contextlib.suppress(OSError):
                         self._checkpoint.unlink(missing_ok=True)
                 if not self.is_done and not self._checkpoint.exists():
                     with contextlib.suppress(UserError, OSError):  # the error itself is told
-                        self._put_back()
+                        if self._put_back():
+                            logger.warning("warning: %s: the earlier run is there again", self.path)
                 if self._replaced.path.is_dir():
                     logger.warning(
                         "warning: the run that was to be replaced is kept in %s",
@@ -256,13 +265,15 @@ class RunFolder:
             else:
                 contents.remove()
 
-    def _put_back(self) -> None:
-        """Gives the folder its earlier content, if a run was to replace it."""
-        if self._replaced.path.is_dir():
-            self._own_contents().remove()
-            if self.path.exists():
-                self.path.rmdir()
-            locks.patiently(lambda: os.rename(self._replaced.path, self.path))
+    def _put_back(self) -> bool:
+        """Gives the folder its earlier content; returns whether a run was to replace it."""
+        if not self._replaced.path.is_dir():
+            return False
+        self._own_contents().remove()
+        if self.path.exists():
+            self.path.rmdir()
+        locks.patiently(lambda: os.rename(self._replaced.path, self.path))
+        return True
 
     def _drop_replaced(self) -> None:
         """Removes what a finished run has replaced; if it cannot, a warning says so."""
@@ -273,6 +284,13 @@ class RunFolder:
             self._replaced.path.rmdir()
         except (UserError, OSError) as error:
             logger.warning("warning: what this run replaced was not removed: %s", error)
+
+    def _drop_checkpoint(self) -> None:
+        """Removes the checkpoint of a finished run; if it cannot, a warning says so."""
+        try:
+            self._checkpoint.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("warning: %s was not removed: %s", self._checkpoint, error.strerror)
 
     def _refuse_links(self) -> None:
         """Raises UserError if a write would go elsewhere; a stranger may have made the folder."""
@@ -352,12 +370,11 @@ class RunFolder:
         added = {name: content.pop(name, None) for name in (*self._added, "sources")}
         now = self._added["flags"]
         before = added["flags"] or read_yaml(self.path / "config.yaml")  # earlier ones had none
-        differing = [  # a flag that did not exist when the run began has its default
-            name
-            for name in sorted(set(before) - set(FREE_TO_CHANGE))
-            if before[name] != now.get(name)
-        ]
-        if differing:
+        sources = added["sources"] or {}
+        same = {what for what in sources if self._origin.sources.get(what) == sources[what]}
+        if added["model_sha256"] and added["model_sha256"] == self._added["model_sha256"]:
+            same.add("--model")
+        if differing := _differing(now, before, same):
             raise UserError(
                 f"--resume: {self.path} was run with "
                 + ", ".join(
@@ -365,11 +382,7 @@ class RunFolder:
                 )
                 + "; give the same"
             )
-        others = [
-            what
-            for what, sha256 in (added["sources"] or {}).items()
-            if self._origin.sources.get(what) != sha256
-        ]
+        others = [what for what in sources if what not in same]
         if added["model_sha256"] not in (None, self._added["model_sha256"]):
             others.append(str(now.get("model", "the network")))
         if others:
@@ -389,9 +402,10 @@ class RunFolder:
                 "warning: --resume: begun with %s; the last digits may differ", "; ".join(changed)
             )
         with contextlib.suppress(UserError):
-            if _recipe(read_yaml(self.path / "config.yaml")) == _recipe(before):
+            expected = {name: now.get(name) for name in _recipe(before)}
+            if _recipe(read_yaml(self.path / "config.yaml")) == expected:
                 return content
-        self.write_text("config.yaml", config)  # somebody has changed or emptied it
+        self.write_text("config.yaml", config)  # it was changed or emptied, or names other places
         return content
 
     def write_checkpoint(self, content: Mapping[str, Any]) -> None:
@@ -461,7 +475,7 @@ class RunFolder:
         """Says that the run is done. JSON has neither NaN nor infinity; they become null."""
         text = json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
         self.write_text("summary.json", text + "\n")
-        self._checkpoint.unlink(missing_ok=True)
+        self._drop_checkpoint()
 
 
 def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
@@ -486,17 +500,74 @@ def changed_files(folder: Path, flags: Mapping[str, Any]) -> list[str]:
 
     A run whose summary does not say what it read has read the same.
     """
-    try:
-        inputs = read_object(folder / "summary.json").get("inputs")
-    except (OSError, ValueError):
-        return []
-    read = inputs if isinstance(inputs, dict) else {}
+    read = _object_in(folder, "inputs")
     now = files_of({name: value for name, value in flags.items() if f"--{name}" in read})
     return [
         f"{flag} {shown(flags[flag.removeprefix('--')], 200)}"
         for flag, sha256 in now.items()
         if read[flag] != sha256
     ]
+
+
+def _object_in(folder: Path, name: str) -> dict[str, Any]:
+    """An object in the summary of a finished run; empty if it is none, or cannot be read."""
+    try:
+        found = read_object(folder / "summary.json").get(name)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same_contents(folder: Path, flags: Mapping[str, Any]) -> set[str]:
+    """What has the content that a finished run read, wherever it is now.
+
+    The record and the models are compared by those who call `RunFolder.claim`.
+    """
+    read = _object_in(folder, "inputs")
+    now = files_of({name: value for name, value in flags.items() if f"--{name}" in read})
+    return {
+        "the record",
+        *(f"the {name}" for name in _object_in(folder, "models")),
+        *(flag for flag, sha256 in now.items() if read[flag] == sha256),
+    }
+
+
+def _differing(
+    now: Mapping[str, Any], before: Mapping[str, Any], same: Collection[str]
+) -> list[str]:
+    """The flags whose value is another one than before, so that the run would be another one.
+
+    A flag that did not exist before has its default.
+
+    Args:
+        same: what has the same content as before.
+    """
+    return [
+        name
+        for name in sorted(_recipe(before))
+        if before[name] != now.get(name)
+        and not _may_be_same(name, now.get(name), before[name], same)
+    ]
+
+
+def _may_be_same(name: str, given: Any, before: Any, same: Collection[str]) -> bool:
+    """Whether another value of a flag stands for what it stood for before; see `_differing`."""
+    if name in ("result_file", "dataset_path"):
+        return bool(same)
+    if given is None or before is None:
+        return name in ("dataset", "model")  # found in the record, and compared with it
+    if name == "clean_record":
+        return "the clean model" in same
+    if name == "clean_records":  # tables have the names, and steps the content
+        return _last_parts(given) == _last_parts(before)
+    if name == "model":  # file and function
+        return "--model" in same and _last_parts(given) == _last_parts(before)
+    return f"--{name}" in same
+
+
+def _last_parts(value: Any) -> list[str]:
+    """The names at the ends of paths."""
+    return [Path(str(path)).name for path in (value if isinstance(value, list) else [value])]
 
 
 def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,12 +65,13 @@ def test_the_old_run_goes_when_the_new_one_is_finished(run: RunFolder, tmp_path:
     "error", [UserError("refused"), RuntimeError("defect"), KeyboardInterrupt()]
 )
 def test_a_run_that_fails_leaves_the_old_one(
-    run: RunFolder, tmp_path: Path, error: BaseException
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
     before = content(tmp_path)
     with pytest.raises(type(error)):
         replace(run, "log.txt", error=error)
     assert content(tmp_path) == before
+    assert f"{run.path}: the earlier run is there again" in caplog.text
 
 
 @pytest.mark.parametrize("error", [None, UserError("too large")])
@@ -98,8 +99,27 @@ def test_after_a_checkpoint_both_runs_are_kept(
         run.claim(overwrite=False)
     run.claim(overwrite=False, resume=True)
     assert (run.path / "checkpoint.pt").exists()
-    run.claim(overwrite=True)  # the new run is given up
-    assert content(tmp_path) == before
+    both = content(tmp_path)
+    run.claim(overwrite=True)  # the next one may still be refused
+    assert content(tmp_path) == both
+    replace(run, "checkpoint.pt")
+    assert set(content(tmp_path)) == set(before)
+    assert b"new" in (run.path / "summary.json").read_bytes()
+
+
+@pytest.mark.parametrize("error", [UserError("refused"), Diverged("of what was prepared")])
+def test_what_is_refused_before_it_begins_leaves_an_interrupted_run(
+    run: RunFolder, tmp_path: Path, error: UserError
+) -> None:
+    """With its checkpoint, from which it can go on."""
+    with pytest.raises(KeyboardInterrupt):
+        replace(run, "checkpoint.pt", error=KeyboardInterrupt())
+    both = content(tmp_path)
+    another = RunFolder(run.path)
+    another.claim(overwrite=True)
+    with pytest.raises(type(error)), another.replacing():
+        raise error
+    assert content(tmp_path) == both
 
 
 def test_a_run_that_diverged_is_not_resumed(run: RunFolder, tmp_path: Path) -> None:
@@ -123,11 +143,69 @@ def test_of_a_process_that_was_killed_the_next_one_puts_the_old_run_back(
 def test_a_finished_run_is_resumed_with_its_own_flags_alone(run: RunFolder, tmp_path: Path) -> None:
     """After an early end of the new run, `--resume` must not take the old one for it."""
     run.start("dataset: new\nlr: 0.1\n")
+    with pytest.raises(UserError, match=r"ended before its first checkpoint.* give --overwrite"):
+        run.claim(overwrite=False, resume=True, config="dataset: new\nlr: 0.1\n")
+    assert b"old" in (run.path / "summary.json").read_bytes()
     with pytest.raises(UserError, match="is finished, and was run with --dataset old; give the"):
         run.claim(overwrite=False, resume=True, config="dataset: new\nlr: 0.1\n")
     same = "dataset: old\nsince: a later version\nresume: true\n"
     with pytest.raises(NothingToDo):
         run.claim(overwrite=False, resume=True, config=same)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_same"),
+    [
+        ("index: a.txt", "index: null", False),
+        ("index: null", "index: a.txt", False),
+        ("clean_record: clean", "clean_record: null", False),
+        ("clean_records: [a, b]", "clean_records: [a]", False),
+        ("clean_records: [a, b]", "clean_records: [a, /there/b]", True),
+        ("dataset: digits", "dataset: null", True),
+        ("model: null", "model: resnet18", True),
+        ("dataset_path: /a", "dataset_path: null", True),
+        ("result_file: x", "result_file: /there/x", True),
+    ],
+)
+def test_a_flag_that_is_left_out_counts_as_well(
+    tmp_path: Path, before: str, now: str, is_same: bool
+) -> None:
+    """But for those that a run finds in the record."""
+    folder = RunFolder(tmp_path / "x")
+    folder.start(f"{before}\n")
+    folder.write_summary({})
+    what = NothingToDo if is_same else UserError
+    with pytest.raises(what, match=r"is finished; nothing" if is_same else f"--{before[:4]}"):
+        folder.claim(overwrite=False, resume=True, config=f"{now}\n")
+
+
+@pytest.mark.parametrize("text", [None, "", "- a\n", "\0"])
+def test_a_finished_run_whose_flags_are_not_known_is_not_taken_for_another(
+    run: RunFolder, text: str | None
+) -> None:
+    path = run.path / "config.yaml"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=r"but its config\.yaml, .* is gone or damaged; put it ba"):
+        run.claim(overwrite=False, resume=True, config="dataset: other\n")
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_no_end_of_a_finished_run(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither when it is finished, nor when it is found to be."""
+    unlink = Path.unlink
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "checkpoint.pt":
+            raise PermissionError(13, "Permission denied", str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    replace(run, "checkpoint.pt")
+    assert run.is_done
+    with pytest.raises(NothingToDo):
+        run.claim(overwrite=False, resume=True, config="dataset: new\n")
+    assert caplog.text.count("checkpoint.pt was not removed: Permission denied") == 2
 
 
 @pytest.mark.parametrize("flag", ["trigger_image", "model"])

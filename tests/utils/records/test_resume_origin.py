@@ -92,8 +92,9 @@ def test_a_checkpoint_of_another_run(
     assert (place / "record/x/checkpoint.pt").read_bytes() == before
 
 
-def brighter(place: Path) -> None:
-    path = place / "images/train/dark/3.png"
+def brighter(place: Path, images: str = "images") -> None:
+    """Done twice, it is undone."""
+    path = place / images / "train/dark/3.png"
     pixels = np.asarray(Image.open(path)).copy()
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(path)
@@ -194,6 +195,113 @@ def test_an_index_file_that_was_changed(attacked: Path, capsys: pytest.CaptureFi
     stopped("defense/ft.py", *flags)
     index.write_text("0\n1\n2\n14\n25\n")
     assert_refused(capsys, "--index", "defense/ft.py", *flags)
+
+
+def test_a_finished_defense_is_resumed_with_the_images_that_it_saw(
+    attacked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --index it would see others."""
+    index = attacked / "index.txt"
+    index.write_text("0\n1\n2\n13\n25\n")
+    flags = defense_flags(attacked, "x", batch_size=5)
+    assert run_script(ROOT / "defense/ft.py", *flags, "--index", index) == 0
+    assert_refused(capsys, f"was run with --index {index}", "defense/ft.py", *flags)
+    moved = index.rename(attacked / "moved.txt")
+    assert run_script(ROOT / "defense/ft.py", *flags, "--index", moved, "--resume") == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert_refused(capsys, "--index", "defense/ft.py", *flags, "--index", attacked / "none.txt")
+    moved.write_text("0\n1\n2\n13\n26\n")
+    assert_refused(capsys, "was run with --index", "defense/ft.py", *flags, "--index", moved)
+
+
+def test_a_finished_defense_is_of_the_record_s_dataset_and_network(
+    attacked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which it is given or not."""
+    flags = defense_flags(attacked, "x")
+    assert run_script(ROOT / "defense/ft.py", *flags) == 0
+    same = ["--dataset", "folder", "--model", "preactresnet18"]
+    assert run_script(ROOT / "defense/ft.py", *flags, *same, "--resume") == 0
+    for other in (["--dataset", "digits"], ["--model", "tiny"]):
+        assert run_script(ROOT / "defense/ft.py", *flags, *other, "--resume") == 2
+        assert "but the record says" in capsys.readouterr().err
+
+
+NETWORK = """
+from beside import width
+from torch import nn
+
+
+def build(num_classes, image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, width), nn.ReLU(),
+                         nn.Linear(width, num_classes))
+"""
+
+
+@pytest.fixture
+def own_network(place: Path) -> Path:
+    """A network in two files."""
+    (place / "code").mkdir()
+    (place / "code/beside.py").write_text("width = 5\n")
+    (place / "code/net.py").write_text(NETWORK)
+    return place / "code"
+
+
+def test_what_is_named_in_another_way_is_the_same(
+    place: Path, own_network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A renamed record, and images, a list and a network that were moved, of the same content."""
+    index = place / "index.txt"
+    index.write_text("0\n1\n2\n13\n25\n")
+    net = f"{own_network}/net.py:build"
+    assert run_script(ROOT / "attack/badnet.py", *flags_of(place, "x", model=net)) == 0
+    given = {"batch_size": 5, "n_rounds": 2}
+    flags = defense_flags(place, "x", model=net, index=index, **given)
+    whole = place / "record/x/defense/ft"
+    assert run_script(ROOT / "defense/ft.py", *flags) == 0
+    expected = load_tensors(whole / "defense_result.pt")["model"]
+    shutil.rmtree(whole)
+    stopped("defense/ft.py", *flags)
+
+    record = place / "record/y"  # without the lock, which this process keeps
+    shutil.copytree(place / "record/x", record, ignore=shutil.ignore_patterns("*.lock"))
+    shutil.rmtree(place / "record/x")
+    moved = {"model": f"{own_network.rename(place / 'moved')}/net.py:build"}
+    moved |= {"index": index.rename(place / "list.txt")}
+    moved |= {"dataset_path": shutil.move(place / "images", place / "pictures")}
+    flags = defense_flags(place, str(record), **moved, **given)
+    assert run_script(ROOT / "defense/ft.py", *flags, "--resume") == 0
+    found = load_tensors(record / "defense/ft/defense_result.pt")["model"]
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    config = (record / "defense/ft/config.yaml").read_text()
+    assert str(place / "list.txt") in config
+    assert run_script(ROOT / "defense/ft.py", *flags, "--resume") == 0
+    assert "nothing is left to do" in capsys.readouterr().err
+
+
+def test_an_attack_whose_images_and_network_were_moved_goes_on(
+    place: Path, own_network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = flags_of(place, "x", model=f"{own_network}/net.py:build")
+    stopped("attack/badnet.py", *flags)
+    moved = {"model": f"{own_network.rename(place / 'moved')}/net.py:build"}
+    moved |= {"dataset_path": shutil.move(place / "images", place / "pictures")}
+    flags = attack_flags(place, "x", **moved)
+    other = (place / "moved/beside.py").rename(place / "kept.py")
+    (place / "moved/beside.py").write_text("width = 6\n")
+    assert_refused(capsys, "was run with --model", "attack/badnet.py", *flags)
+    other.replace(place / "moved/beside.py")
+    (place / "moved/net.py").rename(place / "moved/other.py")
+    renamed = attack_flags(place, "x", **moved | {"model": f"{place}/moved/other.py:build"})
+    assert_refused(capsys, "net.py:build", "attack/badnet.py", *renamed)
+    (place / "moved/other.py").rename(place / "moved/net.py")
+    brighter(place, "pictures")
+    assert_refused(capsys, "the images and labels of folder", "attack/badnet.py", *flags)
+    brighter(place, "pictures")  # as it was
+    assert run_script(ROOT / "attack/badnet.py", *flags, "--resume") == 0
+    assert run_script(ROOT / "attack/badnet.py", *flags, "--resume") == 0
+    assert "nothing is left to do" in capsys.readouterr().err
 
 
 def test_an_attack_that_was_run_again(attacked: Path, capsys: pytest.CaptureFixture[str]) -> None:
