@@ -34,17 +34,17 @@ from utils.data import poison
 from utils.data.datasets import load_dataset
 from utils.data.labelled import Dataset
 from utils.data.targets import check_target, tell_target, with_target
-from utils.errors import UserError
-from utils.files import absolute, as_path
+from utils.errors import NothingToDo, UserError, shown
+from utils.files import absolute, as_path, read_object
 from utils.metrics import Scores
 from utils.process import distributed
 from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders
-from utils.records.attack import save_attack
+from utils.records.attack import POISON, RESULT, SUMMARY, checked_hashes, save_attack
 from utils.records.checkpoint import Origin
-from utils.records.places import free_folder
+from utils.records.places import attack_folder, free_folder
 from utils.training import ending
 from utils.training.watch import Watch, scorer
 
@@ -61,15 +61,34 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
         UserError: if the configuration does not fit the data or the record exists.
     """
     started = time.monotonic()
-    folder = free_folder(
-        config.save_folder_name,
-        config.record_path,
-        config.overwrite,
-        config.resume,
-        config.dump(),
-    )
+    try:
+        folder = free_folder(
+            config.save_folder_name,
+            config.record_path,
+            config.overwrite,
+            config.resume,
+            config.dump(),
+        )
+    except NothingToDo:
+        checked_record(str(config.save_folder_name), config.record_path, name)
+        raise
     with folder.replacing():
         return _train(config, name, make_plan, folder, started)
+
+
+def checked_record(save_folder_name: str, record_path: str | None, name: str) -> None:
+    """That a finished record has all of its files, and is of this attack.
+
+    Raises:
+        UserError: if it is not.
+    """
+    folder = attack_folder(save_folder_name, as_path(record_path)).path
+    checked_hashes(folder, (RESULT, POISON))
+    if (attack := read_object(folder / SUMMARY).get("attack")) != name:
+        raise UserError(
+            f"--resume: {folder} is the record of {shown(attack, 60)}; give another "
+            "--save_folder_name, or --overwrite to replace it"
+        )
 
 
 def _train(

@@ -59,6 +59,7 @@ def cells_of(grid: Grid, root: Path, is_run: bool = True, is_here: bool = True) 
             if is_run:
                 problems += [*_lacking_files(cell), *_lacking_inputs(cell)]
                 problems += [*_lacking_controls(cell, attacks), *_lacking_device(cell, is_here)]
+                problems += _lost_files(cell)
         problems += _differences(cell, resolved)
     count = Counter(cell.name for cell in cells)
     problems += [
@@ -150,6 +151,21 @@ def _lacking_controls(cell: Cell, attacks: Mapping[str, Cell]) -> list[str]:
                     "out, or train a clean model first: attack/prototype.py"
                 )
     return problems
+
+
+def _lost_files(cell: Cell) -> list[str]:
+    """The errors about files of finished runs that the cell will read; their content it checks."""
+    paths = [
+        needed.folder / name
+        for needed in cell.needed
+        if needed.is_done
+        for name in _files(summary_of(needed.folder))
+    ]
+    return [
+        f"{path}: is gone or empty; restore it, or delete the folder"
+        for path in paths
+        if not (path.is_file() and path.stat().st_size)
+    ]
 
 
 def _is_record(name: str, root: str) -> bool:
@@ -246,12 +262,13 @@ def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
             f"{cell.folder}: was made with another content of {', '.join(changed)}; delete it, or "
             "give the grid another name"
         ]
-    if not summary_of(cell.folder):
+    summary = summary_of(cell.folder)
+    if not summary:
         return [f"{cell.folder / 'summary.json'}: cannot be read; restore it, or delete the folder"]
     attack = None if cell.attack is None else _sha256s(cell.attack.folder)
     if attack is not None and _sha256s(cell.folder) != attack:
         return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
-    models = summary_of(cell.folder).get("models")
+    models = summary.get("models")
     if not isinstance(models, dict):
         if not cell.others:
             return []
@@ -269,17 +286,19 @@ def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
     return []
 
 
+def _files(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """sha256 of a run's files by name, as its summary has them."""
+    files = summary.get("files")
+    return files if isinstance(files, dict) else {}
+
+
 def _sha256s(folder: Path) -> str | None:
     """sha256 of the attack's model, which a defense's summary also has."""
     summary = summary_of(folder)
-    try:
-        return summary.get("attack_sha256") or summary["files"]["attack_result.pt"]
-    except (KeyError, TypeError):
-        return None
+    return summary.get("attack_sha256") or _files(summary).get("attack_result.pt")
 
 
 def _model_sha256(cell: Cell) -> str | None:
     """sha256 of the model of an attack or a defense, as its summary has it."""
-    files = summary_of(cell.folder).get("files")
     name = "attack_result.pt" if cell.attack is None else "defense_result.pt"
-    return files.get(name) if isinstance(files, dict) else None
+    return _files(summary_of(cell.folder)).get(name)

@@ -456,6 +456,29 @@ def test_a_record_made_with_other_flags_is_not_passed_off_as_the_grid_s(tmp_path
     )
 
 
+def test_a_record_that_has_lost_its_model_is_said_before_what_reads_it(tmp_path: Path) -> None:
+    """Once all that reads it is done, it may go."""
+    attack, *defenses = grid_of(TEXT, tmp_path)[:3]
+    for cell in (attack, *defenses):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "config.yaml").write_text("epochs: 2\nadv_steps: 1\n")
+    files = '"files": {"attack_result.pt": "a"}'
+    (attack.folder / "summary.json").write_text(f"{{{files}}}")
+    model = attack.folder / "attack_result.pt"
+    for spoil in (lambda path: None, lambda path: path.write_bytes(b"")):
+        spoil(model)
+        with pytest.raises(UserError) as error:
+            grid_of(TEXT, tmp_path)
+        (problem,) = error.value.problems
+        assert problem == f"{model}: is gone or empty; restore it, or delete the folder"
+    model.write_bytes(b"a model")
+    grid_of(TEXT, tmp_path)
+    model.unlink()
+    for cell in defenses:
+        (cell.folder / "summary.json").write_text('{"attack_sha256": "a"}')
+    grid_of(TEXT, tmp_path)
+
+
 def test_flags_that_a_grid_no_longer_has_count_like_those_that_it_has(tmp_path: Path) -> None:
     """The whole configuration counts, so that a flag that left the YAML is at its default again.
 

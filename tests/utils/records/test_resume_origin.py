@@ -227,6 +227,47 @@ def test_a_finished_defense_is_of_the_record_s_dataset_and_network(
         assert "but the record says" in capsys.readouterr().err
 
 
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def halved(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def test_a_finished_record_that_is_damaged_has_not_all_that_it_says(
+    attacked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user would go on to the defenses."""
+    flags = flags_of(attacked, "x")
+    for name in ("attack_result.pt", "poison.pt", "summary.json"):
+        path = attacked / "record/x" / name
+        content = path.read_bytes()
+        for spoil in (emptied, halved, *([Path.unlink] if path.suffix == ".pt" else [])):
+            spoil(path)
+            capsys.readouterr()
+            assert run_script(ROOT / "attack/badnet.py", *flags, "--resume") == 2
+            assert f"/x{'' if path.suffix == '.json' else f'/{name}'}: " in capsys.readouterr().err
+        path.write_bytes(content)
+    assert run_script(ROOT / "attack/badnet.py", *flags, "--resume") == 0
+
+
+def test_a_finished_run_is_not_taken_for_one_of_another_method(
+    attacked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All flags of which the other one has as well."""
+    flags = flags_of(attacked, "x")
+    at = flags.index("--pratio")
+    flags[at : at + 2] = []
+    assert_refused(capsys, "is the record of badnet", "attack/prototype.py", *flags)
+    flags = defense_flags(attacked, "x")
+    assert run_script(ROOT / "defense/ft.py", *flags) == 0
+    path = attacked / "record/x/defense/ft/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"defense": "other"}))
+    assert_refused(capsys, "is a result of other", "defense/ft.py", *flags)
+
+
 NETWORK = """
 from beside import width
 from torch import nn
