@@ -67,10 +67,12 @@ from utils.data.labelled import Labelled
 from utils.errors import NothingToDo, UserError, counted, suggestion
 from utils.files import as_path, file_sha256, read_object
 from utils.plain import read_yaml
+from utils.process import distributed
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders, places
 from utils.records.attack import RESULT, AttackRecord
+from utils.records.lock import Lock
 from utils.records.named import dataset_of_record
 from utils.records.weights import fill, read_state_dict
 from utils.training import ending
@@ -322,9 +324,15 @@ def train_clean(subject: Subject, config: Config) -> list[str]:
         values |= {"content": [subject.data.fingerprint(), subject.model_sha256]}
         name = f"clean-{ending.recipe_sha256(values)[:8]}-s{recipe.random_seed}"
         folder = places.attack_folder(name, as_path(config.record_path))
-        if not folder.is_done:
-            begun = (folder.path / "checkpoint.pt").exists()
-            train(replace(recipe, save_folder_name=name, resume=begun), "prototype", clean_plan)
+        with distributed.main_alone() as is_mine:
+            if is_mine and not folder.is_done:  # perhaps another inspection is training it
+                Lock(folder.path).wait(name)
+        try:
+            if not distributed.from_main(folder.is_done):
+                begun = (folder.path / "checkpoint.pt").exists()
+                train(replace(recipe, save_folder_name=name, resume=begun), "prototype", clean_plan)
+        finally:
+            folder.release()
         names.append(name)
     return names
 

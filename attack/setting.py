@@ -105,7 +105,7 @@ class Setting:
                 except OSError as error:
                     raise no_cache(cache.path, error) from None
                 lock = Lock(cache.path / name)
-                _wait_for(lock, kind)
+                lock.wait(kind)
                 try:
                     if not (cache.path / name).exists():
                         cache.write_tensors(name, compute())
@@ -170,21 +170,3 @@ class Setting:
 
 def _cache() -> Path:
     return data_folder() / "cache"
-
-
-def _wait_for(lock: Lock, kind: str) -> None:
-    """Takes a lock once no other process has it; where there are no locks, it goes on without.
-
-    `take` itself tries for half a second.
-    """
-    is_said = False
-    while True:
-        try:
-            lock.take()
-            return
-        except UserError:
-            if not lock.is_taken:
-                return
-        if not is_said:
-            logger.info("%s: another process makes it; waiting for it", kind)
-            is_said = True

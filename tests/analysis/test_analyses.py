@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -866,6 +868,48 @@ def test_clean_models_of_other_content_are_other_ones(
     others = {name(replace(tiny_data, train=changed), None), name(tiny_data, "ab")}
     assert len({name(tiny_data, None), *others}) == 3
     assert name(tiny_data, None) == name(tiny_data, None)
+
+
+TRAINING = """
+import sys
+from pathlib import Path
+from utils.records.folders import RunFolder
+
+folder = RunFolder(Path(sys.argv[1]))
+folder.lock()
+print("begun", flush=True)
+sys.stdin.readline()
+folder.path.mkdir()
+(folder.path / "summary.json").write_text("{}")
+"""
+
+
+def test_of_two_inspections_one_waits_for_the_clean_models_of_the_other(
+    tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = inspection.Config.load(
+        "digits", record_path=str(tmp_path), train_clean=1, model="tiny"
+    )
+    subject: Any = SimpleNamespace(
+        attack=None, model_sha256=None, model_name="tiny", data=tiny_data
+    )
+    trained: list[str] = []
+    monkeypatch.setattr(inspection, "train", lambda config, *_: trained.append(config))
+    (name,) = inspection.train_clean(subject, config)
+    assert len(trained) == 1
+    command = [sys.executable, "-c", TRAINING, tmp_path / name]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "begun\n"
+        end = other.stdin
+        logger = SimpleNamespace(info=lambda *_: (end.write("\n"), end.flush()))
+        monkeypatch.setattr("utils.records.lock.logger", logger)  # what says that it waits
+        assert inspection.train_clean(subject, config) == [name]
+    assert len(trained) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_analysis_whose_record_was_renamed_goes_on(

@@ -11,6 +11,7 @@ from pathlib import Path
 from utils import locks
 from utils.errors import UserError
 from utils.files import writable
+from utils.process.script import logger
 
 # By the lock's path: the open file, and the folders that were made for it.
 _LOCKS: dict[str, tuple[int, list[Path]]] = {}
@@ -58,6 +59,24 @@ class Lock:
         _LOCKS[os.path.realpath(path)] = (handle, created)
         atexit.register(self.release)
         return is_left
+
+    def wait(self, what: str) -> None:
+        """Takes it once no other process has it; where there are no locks, it goes on without.
+
+        Args:
+            what: the other process makes, for the line that says that this one waits.
+        """
+        is_said = False
+        while True:
+            try:
+                self.take()  # which itself tries for half a second
+                return
+            except UserError:
+                if not self.is_taken:
+                    return
+            if not is_said:
+                logger.info("%s: another process makes it; waiting for it", what)
+                is_said = True
 
     def _try_lock(self, created: list[Path]) -> tuple[int, bool] | None:
         """The open lock, and whether it was there before; None if another process has it.
