@@ -26,7 +26,7 @@ import analysis
 import attack
 import defense
 from utils.errors import UserError
-from utils.files import ROOT
+from utils.files import ROOT, has_working_folder
 
 CAN_FORK = sys.platform == "linux"
 # What asks a script to end. Windows has SIGTERM only as a name: it would end it at once.
@@ -107,7 +107,7 @@ class Workers:
         try:
             self.load()
             with _deferred(_TO_END):
-                process.start()
+                _begin(process)
                 self.started.append(_Forked(process))
                 writer.close()
                 with contextlib.suppress(EOFError):  # it has ended already
@@ -130,7 +130,7 @@ class Workers:
         self._ensure_server()
         if not self._has_loaded:
             first = multiprocessing.get_context("forkserver").Process(target=os.getpid)
-            first.start()
+            _begin(first)
             first.join()
             self._has_loaded = True
 
@@ -141,13 +141,11 @@ class Workers:
         variables = {**self._threads, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
-        here = Path.cwd()
         try:
-            os.chdir(ROOT)  # the folder it starts in is the first of its path, before Python's own
-            with _ignored([*_TO_END, *_NOTICE]):
+            # The folder it starts in is the first of its path, before Python's own.
+            with _at_root(), _ignored([*_TO_END, *_NOTICE]):
                 forkserver.ensure_running()
         finally:
-            os.chdir(here)
             for name, value in before.items():
                 os.environ.pop(name)
                 if value is not None:
@@ -241,6 +239,24 @@ def _run(
         runpy.run_path(str(script), run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which multiprocessing does not
+
+
+@contextlib.contextmanager
+def _at_root() -> Iterator[None]:
+    """Inside, the working folder is the checkout; the one before may be gone by now."""
+    here = os.open(".", os.O_PATH)
+    try:
+        os.chdir(ROOT)
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def _begin(process: BaseProcess) -> None:
+    """Starts a process in the working folder, or in the checkout if that is gone."""
+    with contextlib.nullcontext() if has_working_folder() else _at_root():
+        process.start()
 
 
 @contextlib.contextmanager

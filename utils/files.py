@@ -260,6 +260,15 @@ def absolute(text: str | None) -> str | None:
     return None if text is None else os.path.abspath(at_home(text))
 
 
+def has_working_folder() -> bool:
+    """Whether the folder to which relative paths belong is still there."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def writable(path: Path, advice: str = "make it writable") -> Iterator[None]:
     """Raises UserError, naming the path, if the system refuses something inside.

@@ -243,6 +243,20 @@ def test_this_process_keeps_its_signals_and_variables(script: Path, tmp_path: Pa
         assert dict(os.environ) == variables
 
 
+def test_a_working_folder_that_is_gone_is_no_matter(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All paths that a grid names may be absolute ones."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    before = os.stat(".").st_ino
+    gone.rmdir()
+    for is_warm in (True, False):
+        assert ended(Workers(2, is_warm).start(script, ["0"], tmp_path / "log.txt")) == 0
+        assert os.stat(".").st_ino == before
+
+
 # As run.py starts its first cell: with all that is loaded before.
 SERVER = """
 import sys

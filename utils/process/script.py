@@ -1,12 +1,14 @@
 """How a script runs: exit codes, signals, logs."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ import torch
 
 from models import userfile
 from utils.errors import NothingToDo, UserError, one_line, shown
-from utils.files import REFUSALS, not_written
+from utils.files import REFUSALS, has_working_folder, not_written
 from utils.process import distributed
 
 SAME_REQUEST = 1.0  # seconds
@@ -68,6 +70,7 @@ def run_script(main: Callable[[], None]) -> None:
     if not is_first:
         logger.setLevel(logging.ERROR)
     try:
+        _require_temporary_folder()
         with _signals(), distributed.joined(), userfile.blamed(but_for=Stopped):
             main()
     except UserError as error:
@@ -82,6 +85,12 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
+        if error.errno == errno.ENOENT and not has_working_folder():
+            logger.error(
+                "error: the folder that this command was given in is gone; change to one that is "
+                "there, and give it again"
+            )
+            raise SystemExit(2) from None
         if error.errno not in REFUSALS:
             raise
         what = "a file" if error.filename is None else error.filename
@@ -116,6 +125,20 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
     finally:
         logger.removeHandler(console)
+
+
+def _require_temporary_folder() -> None:
+    """Checks that there is a folder for temporary files, which torch needs in the middle of work.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise UserError(
+            f"TMPDIR: {error.strerror}; set it to a folder that can be written"
+        ) from None
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

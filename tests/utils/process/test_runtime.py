@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -218,6 +219,49 @@ def test_a_defect_keeps_its_traceback(bare_logger: None) -> None:
 
     with pytest.raises(ZeroDivisionError, match="a defect"):
         run_script(main)
+
+
+def test_a_working_folder_that_is_gone_gets_one_line(
+    bare_logger: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wherever a relative path is made a whole one."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: print(Path("x").resolve()))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the folder that this command was given in is gone; change to one that is there, "
+        "and give it again\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):  # a defect
+        run_script(lambda: print(Path("x").read_bytes()))
+
+
+def test_without_a_folder_for_temporary_files_nothing_is_begun(
+    bare_logger: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch would ask for it at the first step."""
+
+    def refused() -> NoReturn:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", refused)
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: print("begun"))
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
+        "error: TMPDIR: No usable temporary directory found in ['/tmp']; set it to a folder that "
+        "can be written\n"
+    )
 
 
 def test_a_script_that_ends_well_returns(
