@@ -429,7 +429,7 @@ def main() -> None:
     for name in ("repeats", "images", "epoch_images", "batch_size"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name}: {getattr(flags, name)} is not allowed; give 1 or more")
-    flags.to.mkdir(parents=True, exist_ok=True)
+    places.made_folder(flags.to)
     device = pick_device(flags.device)
     folder = places.find_record(flags.result_file, flags.record_path)
     bench = load(folder, flags.images, flags.batch_size, device, flags.repeats)

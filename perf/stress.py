@@ -44,6 +44,7 @@ from utils.files import ROOT, replaced
 from utils.process.progress import Progress
 from utils.process.script import run_script
 from utils.records.folders import RunFolder
+from utils.records.places import made_folder
 from utils.tensors import load_tensors
 from utils.training.loop import Loop
 
@@ -349,8 +350,11 @@ def fill(path: Path | None, work: Callable[[Table, Path], None]) -> None:
         path: as for `Table`.
 
     Raises:
+        UserError: if the table's folder cannot be made.
         SystemExit: with 1 if a row has failed.
     """
+    if path is not None:
+        made_folder(path.parent)
     table = Table(path)
     try:
         with tempfile.TemporaryDirectory() as root:

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from perf import matrix
+from perf import matrix, stress
 from tests.test_end_to_end import run_script
+from utils.errors import UserError
 from utils.files import ROOT
 
 
@@ -48,6 +49,17 @@ def test_wrong_flags(
 ) -> None:
     assert run_script(ROOT / "perf/matrix.py", *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_place_of_the_table_is_made_before_the_first_row(tmp_path: Path) -> None:
+    def work(table: stress.Table, root: Path) -> None:
+        table.add("attack", "killed", lambda: "identical")
+
+    path = tmp_path / "a/b/rows.csv"
+    stress.fill(path, work)
+    assert pd.read_csv(path)["result"].tolist() == ["identical"]
+    with pytest.raises(UserError, match=r"--to: .*rows\.csv cannot be made"):
+        stress.fill(path / "more.csv", lambda *_: pytest.fail("work was begun"))
 
 
 def test_what_is_compared(tmp_path: Path) -> None:
