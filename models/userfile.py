@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from models.neighbours import Neighbours, files_beside, is_of_user
-from utils.errors import UserError, one_line, shown
+from utils.errors import UserError, is_lack_of_memory, one_line, shown
 from utils.files import TEXT, read_bytes
 
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)", re.DOTALL)
@@ -99,6 +99,8 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the user's code may raise anything
+        if is_lack_of_memory(error):
+            raise
         reason = one_line(error)
         raise UserError(
             f"--model: {name} failed with num_classes={num_classes}, image_size={image_size} "
@@ -192,6 +194,8 @@ def told(name: str, work: Callable[[], Any], what: str, advice: str = "repair it
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
+        if is_lack_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"--model: {name} cannot {what} ({reason}); {advice}") from error
 
@@ -246,7 +250,7 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
     """Around a run: an error from the code of a user's file is reported as such, with its line.
 
     So it does not look like a defect of the program. And `sys.exit(0)` in the file does not look
-    like a successful end.
+    like a successful end. A lack of memory is no fault of the file, and stays what it is.
 
     Args:
         but_for: what our own handlers of signals raise, which can be in any code.
@@ -261,7 +265,7 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
         raise
     except BaseException as error:
         steps = [step for step in traceback.walk_tb(error.__traceback__) if is_of_user(step[0])]
-        if not steps:
+        if not steps or is_lack_of_memory(error):
             raise
         frame, line = steps[-1]
         raise UserError(

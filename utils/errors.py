@@ -1,6 +1,7 @@
 """The exceptions whose text a user reads, and functions that make such texts."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -28,6 +29,18 @@ class Diverged(UserError):
 
 class NothingToDo(Exception):
     """The work was already done before. Scripts say so and exit with 0."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether the system, or a GPU, has no room for what was asked for."""
+    told = (
+        r"can't allocate memory|not enough memory|Cannot allocate memory|Storage size calculation|"
+        r"out of memory|_ALLOC_FAILED|bad_alloc|Invalid buffer size|"
+        r"could not create a (primitive|memory object)$"  # of oneDNN, which does not say why
+    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    return isinstance(error, RuntimeError) and re.search(told, one_line(error)) is not None
 
 
 def shown(text: object, limit: int = 2000) -> str:

@@ -20,6 +20,7 @@ from tests.utils.test_config import odd_file
 from utils import plot
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.process import script
 
 __all__ = ["cache", "workplace"]  # fixtures
 
@@ -125,6 +126,28 @@ def test_the_trial_tells_whatever_is_raised(tmp_path: Path, where: str, what: st
         check_model(net(tmp_path, where, what), 3, 8)
     (problem,) = caught.value.problems
     assert problem.isprintable()
+
+
+MEMORY = {
+    "raise MemoryError": MemoryError,
+    "torch.empty(1 << 50)": RuntimeError,
+    "raise RuntimeError('could not create a primitive')": RuntimeError,
+}
+
+
+@pytest.mark.parametrize("what", MEMORY)
+@pytest.mark.parametrize("where", ["build", "forward", "backward"])
+def test_a_lack_of_memory_is_not_blamed_on_the_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, what: str
+) -> None:
+    """Who would repair a file that is good?"""
+    model = net(tmp_path, where, what)
+    with pytest.raises(MEMORY[what]):
+        check_model(model, 3, 8)
+    with pytest.raises(SystemExit) as end:
+        script.run_script(lambda: check_model(model, 3, 8))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: there is not enough memory (")
 
 
 @pytest.mark.parametrize("where", ["state_dict", "load_state_dict", "train", "__deepcopy__"])

@@ -16,10 +16,8 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models import userfile
-from utils.errors import NothingToDo, UserError, one_line, shown
+from utils.errors import NothingToDo, UserError, is_lack_of_memory, one_line, shown
 from utils.files import REFUSALS, has_working_folder, not_written
 from utils.process import distributed
 
@@ -98,7 +96,7 @@ def run_script(main: Callable[[], None]) -> None:
         logger.error("error: %s: %s; %s", what, error.strerror, advice)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError, TypeError) as error:
-        if _is_lack_of_memory(error):
+        if is_lack_of_memory(error):
             logger.error(
                 "error: there is not enough memory (%s); give smaller batches, images or networks, "
                 "or another --device",
@@ -139,16 +137,6 @@ def _require_temporary_folder() -> None:
         raise UserError(
             f"TMPDIR: {error.strerror}; set it to a folder that can be written"
         ) from None
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether the system, or a GPU, has no room for what was asked for."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    told = (
-        r"can't allocate memory|not enough memory|Cannot allocate memory|Storage size calculation|"
-        r"out of memory|_ALLOC_FAILED|bad_alloc|Invalid buffer size"
-    )
-    return isinstance(error, kinds) or re.search(told, str(error)) is not None
 
 
 class Stopped(KeyboardInterrupt):

@@ -18,7 +18,7 @@ from utils.data.archives import nothing_written
 from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
-from utils.errors import UserError, listed, one_line, shown
+from utils.errors import UserError, is_lack_of_memory, listed, one_line, shown
 from utils.files import TABLE, as_path, file_sha256, read_text
 from utils.records import backdoorbench, schema
 from utils.records.contents import said_of_replaced
@@ -180,7 +180,7 @@ def make_model(
         if broken := not_finite(model.network.state_dict()):  # too large for their type here
             raise UserError(f"too large for its type: {listed(broken, limit=200)}")
     except (RuntimeError, UserError) as error:
-        if isinstance(error, UserError) and str(error).startswith("--model"):
+        if is_lack_of_memory(error) or str(error).startswith("--model"):
             raise
         what = name.rpartition("/")[2]
         raise UserError(f"{where}: its weights do not fit {what} ({one_line(error)})") from None

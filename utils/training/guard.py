@@ -12,7 +12,7 @@ from models import Classifier
 from models.copies import copied
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
-from utils.errors import Diverged, UserError, one_line, shown
+from utils.errors import Diverged, UserError, is_lack_of_memory, one_line, shown
 from utils.process.seeds import random_states, seed_everything
 from utils.training.state import restore_random
 
@@ -303,6 +303,8 @@ def _told(what: str, work: Callable[[], T]) -> T:
     except UserError:
         raise
     except Exception as error:  # a user's network may raise anything
+        if is_lack_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"model: the network cannot {what} ({reason}); give images that it takes, or repair it"
