@@ -127,11 +127,9 @@ def conclusion(
     large, small = signals[LARGE]["top"], signals[SMALL]["top"]
     if not all(signals[name]["statistic"] > 0 for name in (LARGE, SMALL)):
         return "no clear signal: no image was sent to another class, or only by large steps"
-    if large != small:
-        return (
-            f"no clear signal: large steps point to class {named(large)}, small ones to class "
-            f"{named(small)}"
-        )
+    if large is None or large != small:
+        names = ["several classes" if c is None else f"class {named(c)}" for c in (large, small)]
+        return f"no clear signal: large steps point to {names[0]}, small ones to {names[1]}"
     if not null:
         return (
             f"A and A' both point to class {named(large)}, as happens in many clean models; "
@@ -157,17 +155,19 @@ def conclusion(
 
 def headline_of(signal: Mapping[str, Any], named: Callable[[int], str]) -> str:
     """The statistic of a signal, and the class that stands out, if one does."""
-    of_class = f" (class {named(signal['top'])})" if signal["statistic"] > 0 else ""
+    stands_out = signal["statistic"] > 0 and signal["top"] is not None
+    of_class = f" (class {named(signal['top'])})" if stands_out else ""
     return f"{signal['statistic']:.3f}{of_class}"
 
 
 def look(subject: Subject, config: Config, results: Results) -> None:
     """All signals of the model, of clean models, and of purified models.
 
-    Tables: `signals` (model, kind, signal, statistic, top, p: the share of clean models, and of
-    this one, that are at least as suspicious; entropy, z, ...: facts of the signal), `classes`
-    (model, signal, class, value), `matrix` (model, signal A or A', true, adversarial, count; cells
-    of 0 are skipped). Fact `signals`: by model and signal, `statistic`, `top` and its facts.
+    Tables: `signals` (model, kind, signal, statistic, top: empty if several classes tie, p: the
+    share of clean models, and of this one, that are at least as suspicious; entropy, z, ...: facts
+    of the signal), `classes` (model, signal, class, value), `matrix` (model, signal A or A', true,
+    adversarial, count; cells of 0 are skipped). Fact `signals`: by model and signal, `statistic`,
+    `top` and its facts.
     """
     data = subject.data
     ratio = min(1.0, config.probes / len(data.train))
@@ -225,7 +225,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                     "signal": signal,
                     "statistic": value["statistic"],
                     "top": value["top"],
-                    "top_name": data.classes[value["top"]],
+                    "top_name": None if value["top"] is None else data.classes[value["top"]],
                     "p": p if others and kinds[name] != "clean" else None,
                     "clean_models": len(others),
                     **{fact: value["facts"].get(fact) for fact in FACTS},

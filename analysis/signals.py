@@ -29,6 +29,7 @@ from utils.training.labelshare import (
     LabelShare,
     Tally,
     add,
+    alone,
     label_share,
     robust_z,
 )
@@ -88,13 +89,13 @@ class Signal:
     Attributes:
         by_class: a number for each class; larger is more suspicious, NaN where there is none.
         statistic: one number for the model; larger is more suspicious.
-        top: the most suspicious class.
+        top: the most suspicious class; None if there is none, or several are it.
         facts: more numbers.
     """
 
     by_class: list[float]
     statistic: float
-    top: int
+    top: int | None
     facts: dict[str, float]
 
 
@@ -356,11 +357,10 @@ def outstanding(norms: Sequence[float]) -> Signal:
     values = torch.tensor(norms, dtype=torch.float64)
     finite = values[values.isfinite()]
     if len(finite) == 0:
-        return Signal([math.nan] * len(norms), 0.0, 0, {})
+        return Signal([math.nan] * len(norms), 0.0, None, {})
     ratios = finite.quantile(0.5) / values.clamp(min=1e-12)
-    top = int(values.nan_to_num(nan=torch.inf).argmin())
     statistic = robust_z(-finite) if len(finite) >= FEWEST_TO_STAND_OUT else 0.0
-    return Signal(ratios.tolist(), statistic, top, {"norm": float(values[top])})
+    return Signal(ratios.tolist(), statistic, alone(-values), {"norm": float(finite.min())})
 
 
 def signals_of(
@@ -393,8 +393,8 @@ def signals_of(
             rounds = config.transfer_rounds
             shares = transferred(model, images, predictions, sent, delta, rounds)
         values = torch.tensor(shares)
-        top = int(values.nan_to_num(nan=-1.0).argmax())
         statistic = float(values.nan_to_num(nan=0.0).max())
+        top = alone(values) if statistic else None
         return asdict(Signal(shares, statistic, top, {"z": robust_z(values)}))
 
     def features() -> dict[str, Any]:
@@ -409,7 +409,7 @@ def signals_of(
         classes = model(images[:1]).shape[1]
         margins = [largest_margin(model, label, shape, config) for label in range(classes)]
         log_p = log_p_value(margins)
-        top = margins.index(max(margins))
+        top = alone(torch.tensor(margins))
         return asdict(Signal(margins, abs(log_p) / math.log(10), top, {"p_gamma": math.exp(log_p)}))
 
     computed = {

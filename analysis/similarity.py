@@ -120,10 +120,11 @@ def backdoor_existence(similarity: Mapping[str, float]) -> dict[str, float | Non
         similarity: S by model, without the backdoored one.
 
     Returns:
-        None for each if all are 1, up to the rounding of sums.
+        None for each if all are 1, up to the rounding of sums, or if there is one alone, which
+        cannot be compared with others.
     """
     least = min(similarity.values(), default=1.0)
-    if least > 1 - ROUNDING:
+    if least > 1 - ROUNDING or len(similarity) < 2:
         return dict.fromkeys(similarity)
     return {name: (value - least) / (1 - least) for name, value in similarity.items()}
 

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import Parser
-from utils.data.batches import as_float
+from utils.data.batches import as_float, spread
 from utils.errors import UserError
 from utils.process.script import logger, run_script
 from utils.records import places
@@ -61,7 +61,7 @@ def load_rows(
     if data is None or not shared:
         raise UserError("the records have no triggered test image in common; give others")
     common = sorted(shared)
-    chosen = [common[i * len(common) // count] for i in range(min(count, len(common)))]
+    chosen = [common[place] for place in spread(len(common), count)]
     clean = as_float(data.test.images[chosen])
     return data.name, clean, {name: _triggered(attack, chosen) for name, attack in attacks.items()}
 

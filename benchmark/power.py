@@ -49,7 +49,7 @@ class _Signal(BaseModel):
     model_config = ConfigDict(strict=True)
 
     statistic: Annotated[float, AfterValidator(_not_nan)]
-    top: Annotated[int, Field(ge=0)]
+    top: Annotated[int, Field(ge=0)] | None
 
 
 class _Findings(BaseModel):
@@ -79,6 +79,11 @@ class Inspection(BaseModel):
     def name(self) -> str:
         """The attack's name; all-to-all is another attack."""
         return f"{self.attack}{'_all2all' if self.attack_label_trans == 'all2all' else ''}"
+
+    def names_target(self, signal: str) -> bool:
+        """Whether the class that stands out is the target; none does where the statistic is 0."""
+        found = self.signals[signal]
+        return found.statistic > 0 and found.top == self.attack_target
 
     @property
     def is_unknown(self) -> bool:
@@ -142,7 +147,7 @@ def powers(inspections: Iterable[Inspection]) -> list[Power]:
                 having = [one for one in attacked if signal in one.signals]
                 null = [c.signals[signal].statistic for c in clean if signal in c.signals]
                 targeted = [one for one in having if one.attack_label_trans == "all2one"]
-                hits = [one.signals[signal].top == one.attack_target for one in targeted]
+                hits = [one.names_target(signal) for one in targeted]
                 rows.append(
                     Power(
                         dataset=dataset,

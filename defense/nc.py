@@ -36,6 +36,7 @@ from models.inputaware import to_unit as bounded
 from models.modes import evaluating, frozen
 from models.parts import learning_weights
 from utils.data.batches import as_float, augment
+from utils.errors import listed
 from utils.process.seeds import generator
 from utils.training.findings import Picture, Verdict
 from utils.training.loop import Loop
@@ -144,6 +145,9 @@ def invert_trigger(
             means = loop.losses()
             if adjust(search, best, theta, means["success"], means["norm"], config):
                 loop.stop()
+    if search["best_norm"].isinf():
+        before = loop.findings.facts.get("without_trigger", [])
+        loop.findings.facts["without_trigger"] = sorted({*before, target})
     return best["mask"], best["pattern"]
 
 
@@ -252,6 +256,16 @@ def purify(
             "triggers are shown without a verdict; give another defense"
         )
     triggers = [invert_trigger(model, images, label, config, loop) for label in range(classes)]
+    if failed := loop.findings.facts.get("without_trigger"):
+        which = (
+            f"class {listed(failed)}: its norm is"
+            if len(failed) == 1
+            else (f"classes {listed(failed)}: their norms are")
+        )
+        loop.findings.warn(
+            f"no trigger sent {100 * config.atk_succ_threshold:g} % of the images to {which} of "
+            "the first pass and may mislead the verdict; give more --nc_epoch"
+        )
     norms = torch.stack([mask.sum().cpu() for mask, _ in triggers])
     flagged = flagged_classes(norms, config.mad_threshold)
     _report(loop, images, triggers, norms, flagged)

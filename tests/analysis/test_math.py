@@ -346,6 +346,7 @@ def test_bec_is_relative_to_the_least_similar_model() -> None:
     bec = similarity.backdoor_existence({"a": 0.8, "b": 0.6})
     assert bec == {"a": pytest.approx(0.5), "b": 0}
     assert similarity.backdoor_existence({"a": 1.0}) == {"a": None}
+    assert similarity.backdoor_existence({"a": 0.9}) == {"a": None}  # nothing to compare it with
     assert similarity.backdoor_existence({}) == {}
 
 
@@ -605,6 +606,30 @@ def test_of_two_norms_none_stands_out() -> None:
     for norms in ([1.0, 9.0], [1.0, 9.0, math.inf]):
         signal = signals.outstanding(norms)
         assert (signal.statistic, signal.top) == (0, 0)
+    nothing = signals.outstanding([math.nan, math.inf])
+    assert (nothing.statistic, nothing.top) == (0, None)
+
+
+def test_of_several_classes_that_are_most_suspicious_none_is_named() -> None:
+    """Whatever their numbers are: 0 may be the target."""
+    assert signals.outstanding([1.0, 1.0, 5.0, 6.0]).top is None
+    images = torch.rand(4, 3, 8, 8)
+    model = build_model("tiny", 4).eval()
+    for head in model.modules():
+        if isinstance(head, nn.Linear):
+            head.weight.data.zero_()  # nothing moves a label
+    probes = Labelled(images, torch.arange(4))
+    found = signals.signals_of(model, probes, inspection.Config.load(), torch.device("cpu"))
+    for name in ("A", "A'", "B"):
+        signal = found[name]()
+        assert (signal["statistic"], signal["top"]) == (0, None), name
+    assert inspection.headline_of({"statistic": 0.25, "top": None}, str) == "0.250"
+    several = {name: {"top": None, "statistic": 0.5} for name in ("A", "A'")}
+    text = "no clear signal: large steps point to several classes, small ones to several classes"
+    assert inspection.conclusion(several, [], str) == text
+    one = several | {"A": {"top": 3, "statistic": 0.5}}
+    text = "no clear signal: large steps point to class 3, small ones to several classes"
+    assert inspection.conclusion(one, [], str) == text
 
 
 @pytest.mark.parametrize("classes", [2, 3])

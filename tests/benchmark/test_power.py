@@ -21,7 +21,9 @@ def test_the_area_is_the_share_of_ordered_pairs() -> None:
     assert auroc([], [1]) is None
 
 
-def inspection(root: Path, name: str, attack: str, value: float, top: int, **more: Any) -> None:
+def inspection(
+    root: Path, name: str, attack: str, value: float, top: int | None, **more: Any
+) -> None:
     folder = root / name / "analysis/inspect"
     folder.mkdir(parents=True)
     signals = {"before": {"A": {"statistic": value, "top": top}}}
@@ -122,6 +124,16 @@ def test_a_model_whose_attack_failed_does_not_count(
     said = capsys.readouterr()
     assert "| badnet | 3, 0 |" in said.out
     assert said.err.count("b/analysis/inspect/summary.json: skipped, the attack failed") == 1
+
+
+def test_a_class_that_does_not_stand_out_is_no_hit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in summaries of earlier versions, which named the first of classes that tied at 0."""
+    for name, statistic, top in (("a", 0.0, 0), ("b", 0.5, None), ("c", 0.5, 0)):
+        inspection(tmp_path, name, "badnet", statistic, top, attack_label_trans="all2one")
+    assert run_script(POWER, "--under", tmp_path) == 0
+    assert "| badnet | 3, 0 | -, 1/3 |" in capsys.readouterr().out
 
 
 def test_a_signal_that_only_some_models_have_says_so(

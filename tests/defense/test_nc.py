@@ -449,6 +449,26 @@ def test_the_mask_concentrates_on_the_pixel_that_decides() -> None:
     assert stamped.tolist() == [0] * 8
 
 
+@pytest.mark.parametrize(
+    ("passes", "failed", "said"),
+    [
+        (1, [1, 2], "classes 1, 2: their norms are of the first pass"),
+        (40, [2], "class 2: its norm is of the first pass"),
+    ],
+)
+def test_classes_whose_trigger_never_worked_are_named(
+    passes: int, failed: list[int], said: str
+) -> None:
+    """A full mask sends all to class 0. Of classes 1 and 2, which have one logit, 1 is first."""
+    images = problem()[0][:8]
+    loop = Loop()
+    flags = {"batch_size": 8, "crop_padding": 0, "flip": False, "n_rounds": 0, "mask_lr": 0.3}
+    purify(FirstPixel(), images, torch.zeros(8).long(), Config.load(nc_epoch=passes, **flags), loop)
+    assert loop.findings.facts["without_trigger"] == failed
+    (line,) = [text for text in loop.findings.warnings if text.startswith("no trigger sent")]
+    assert line.startswith(f"no trigger sent 98 % of the images to {said} and may mislead")
+
+
 # outliers among the norms
 
 

@@ -41,14 +41,14 @@ class LabelShare:
     Attributes:
         share: for each class, of the images of other classes (by label and by clean prediction),
             how many became adversarial images of the class; in [0, 1], NaN without such images.
-        top: the class with the largest share.
+        top: the class with the largest share; None if that is 0, or several have it.
         entropy: of the classes that images were sent to, over that of equal shares, in [0, 1]; 1 if
             no image was sent to another class.
         z: how far the largest share is over the median; see `robust_z`.
     """
 
     share: tuple[float, ...]
-    top: int
+    top: int | None
     entropy: float
     z: float
 
@@ -79,15 +79,25 @@ def label_share(tally: Tally) -> LabelShare:
     """What a tally says; several processes get that of all their images."""
     sent, others = (distributed.total(tally[name]).double() for name in ("sent", "others"))
     share = sent / others  # 0 / 0 is NaN
-    count = max(2, len(sent))
-    parts = sent / sent.sum() if sent.any() else torch.full((count,), 1 / count)
-    entropy = -torch.special.xlogy(parts, parts).sum() / math.log(count)
+    parts = sent / sent.sum()
+    entropy = -torch.special.xlogy(parts, parts).sum() / math.log(max(2, len(sent)))
     return LabelShare(
         share=tuple(share.tolist()),
-        top=int(share.nan_to_num(nan=-1.0).argmax()),
-        entropy=float(entropy),
+        top=alone(share) if sent.any() else None,
+        entropy=abs(float(entropy)) if sent.any() else 1.0,
         z=robust_z(share),
     )
+
+
+def alone(values: torch.Tensor) -> int | None:
+    """The index of the largest value without NaN; None if there is none, or if several have it.
+
+    Args:
+        values: float (K,).
+    """
+    largest = values.nan_to_num(nan=-math.inf).max()
+    (places,) = (values == largest).nonzero(as_tuple=True)
+    return int(places) if len(places) == 1 else None
 
 
 def robust_z(values: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.training.labelshare import Tally, add, label_share, robust_z
+from utils.training.labelshare import Tally, add, alone, label_share, robust_z
 
 
 def test_shares_are_of_images_that_are_of_other_classes() -> None:
@@ -33,8 +33,23 @@ def test_shares_are_of_images_that_are_of_other_classes() -> None:
 def test_a_tally_of_nothing() -> None:
     share = label_share(Tally(3))
     assert all(math.isnan(value) for value in share.share)
-    assert (share.top, share.z) == (0, 0)
-    assert share.entropy == pytest.approx(1)
+    assert (share.top, share.z) == (None, 0)
+    assert share.entropy == 1
+
+
+def test_of_several_largest_shares_none_is_the_top() -> None:
+    assert alone(torch.tensor([0.5, 0.1, 0.5])) is None
+    assert alone(torch.tensor([math.nan, 0.1, 0.5])) == 2
+    assert alone(torch.tensor([math.nan, math.nan])) is None
+    tally = Tally(3)
+    labels = torch.tensor([0, 1, 2])
+    add(tally, labels, labels, torch.tensor([1, 0, 2]))
+    assert label_share(tally).top is None
+    add(tally, labels, labels, torch.tensor([0, 0, 0]))
+    assert label_share(tally).top == 0
+    one = Tally(3)
+    add(one, labels, labels, torch.tensor([0, 1, 0]))
+    assert str(label_share(one).entropy) == "0.0"  # and not -0.0
 
 
 def test_the_robust_deviation_of_the_largest_value() -> None:
