@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models import Classifier
 from models.copies import copied
 from models.parts import usual_weight
 from utils.errors import UserError
@@ -84,8 +85,10 @@ def changes_of(network: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def shapes_without(network: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
-    """The shapes of a network's state dict by the names that they had before `insert`.
+def weights_without(
+    network: nn.Module, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a network's state dict by the names that they had before `insert`.
 
     A layer that the network has under several names is changed under all of them.
     """
@@ -94,7 +97,7 @@ def shapes_without(network: nn.Module, state: Mapping[str, torch.Tensor]) -> dic
         for name, module in network.named_modules(remove_duplicate=False)
         if isinstance(module, Preceded) and isinstance(module.part, Polarizer)
     ]
-    shapes = {}
+    weights = {}
     for name, value in state.items():
         for layer in reversed(changed):  # from the inside out
             if name.startswith(f"{layer}.polarizer."):
@@ -102,8 +105,14 @@ def shapes_without(network: nn.Module, state: Mapping[str, torch.Tensor]) -> dic
             if name.startswith(f"{layer}.layer."):
                 name = f"{layer}.{name.removeprefix(f'{layer}.layer.')}"
         else:
-            shapes[name] = value.shape
-    return shapes
+            weights[name] = value
+    return weights
+
+
+def require_promise(model: Classifier) -> None:
+    """Raises UserError if a network of the user's file has other weights than when it was made."""
+    if model.promise is not None:
+        model.promise.require_weights(weights_without(model.network, model.network.state_dict()))
 
 
 def apply_changes(network: nn.Module, changes: Sequence[Mapping[str, Any]]) -> nn.Module:

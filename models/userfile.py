@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from models.neighbours import Neighbours, files_beside, is_of_user
 from utils.errors import UserError, is_lack_of_memory, one_line, shown
 from utils.files import TEXT, read_bytes
+from utils.tensors import kind_of_numbers
 
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)", re.DOTALL)
 _PREFIX = "user_model_"  # of the names of the modules that users' files become
@@ -114,7 +115,7 @@ def build_user_model(name: str, num_classes: int, image_size: int | None) -> nn.
 
 
 SAVED = "be saved as finite tensors alone"  # what a network has to do
-Weights = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type by name
+Weights = Mapping[str, tuple[tuple[int, ...], str]]  # shape and kind of number by name
 
 
 @dataclass(frozen=True)
@@ -150,21 +151,23 @@ class Promise:
             "needed, as floats"
         )
 
-    def require_weights(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raises UserError if the network has got or lost a weight, or has one of another shape.
+    def require_weights(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError if the network has got or lost a weight, or has one of another kind.
 
         Args:
-            shapes: of what a record would keep, by name.
+            state: what a record would keep, by name.
         """
-        made = {name: shape for name, (shape, _) in self.weights.items()}
-        changed = next((n for n in [*made, *shapes] if made.get(n) != shapes.get(n)), None)
+        made, kept = self.weights, {name: _shape_and_kind(value) for name, value in state.items()}
+        changed = next((n for n in [*made, *kept] if made.get(n) != kept.get(n)), None)
         if changed is None:
             return
         weight = f"the weight {shown(changed, 100)}"
-        if changed not in made or changed not in shapes:
+        if changed not in made or changed not in kept:
             what = f"has {'lost' if changed in made else 'got'} {weight}"
         else:
-            what = f"has changed {weight} from {made[changed]} to {tuple(shapes[changed])}"
+            pairs = zip(made[changed], kept[changed], strict=True)
+            before, after = next((one, other) for one, other in pairs if one != other)
+            what = f"has changed {weight} from {before} to {after}"
         raise UserError(
             f"--model: {self.name} {what} while it was used, so no record of it could be read; "
             "make all weights in its constructor, and keep them"
@@ -201,7 +204,7 @@ def told(name: str, work: Callable[[], Any], what: str, advice: str = "repair it
 
 
 def weights_of(network: nn.Module, name: str) -> Weights:
-    """Shape and type of each of the weights that a record keeps of a user's network.
+    """Shape and kind of each of the weights that a record keeps of a user's network.
 
     Args:
         name: the `--model` value.
@@ -209,25 +212,28 @@ def weights_of(network: nn.Module, name: str) -> Weights:
     Raises:
         UserError: if it keeps anything but finite tensors.
     """
+
+    def refused(reason: str) -> UserError:
+        return UserError(f"--model: {name} cannot {SAVED} ({reason}); repair it")
+
     state = network.state_dict()
-    broken = (
-        None
-        if isinstance(state, Mapping)
-        else f"TypeError: {type(state).__name__} is no dictionary"
-    )
-    weights = {}
-    for key, value in state.items() if isinstance(state, Mapping) else ():
+    if not isinstance(state, Mapping):
+        raise refused(f"TypeError: {type(state).__name__} is no dictionary")
+    for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            broken = f"TypeError: {key} is {type(value).__name__}"
-        elif is_lazy(value):
-            broken = f"{key} has no values yet"
-        elif not value.isfinite().all():
-            broken = f"{key} is not finite"
-        else:
-            weights[key] = (tuple(value.shape), value.dtype)
-    if broken:
-        raise UserError(f"--model: {name} cannot {SAVED} ({broken}); repair it")
-    return weights
+            raise refused(f"TypeError: {key} is {type(value).__name__}")
+        if is_lazy(value):
+            raise refused(f"{key} has no values yet")
+        if not value.isfinite().all():
+            raise refused(f"{key} is not finite")
+    return {key: _shape_and_kind(value) for key, value in state.items()}
+
+
+def _shape_and_kind(value: Any) -> tuple[tuple[int, ...], str]:
+    """Of a tensor; of anything else, its type."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), kind_of_numbers(value)
+    return (), type(value).__name__
 
 
 def _fill_lazy_layers(network: nn.Module, image_size: int) -> None:

@@ -577,6 +577,12 @@ def _parts(value: Any) -> list[Any] | None:
 # --- what is read -------------------------------------------------------------------------------
 
 
+def kind_of_numbers(tensor: torch.Tensor) -> str:
+    """What two tensors have in common if one can be loaded for the other: "float", "int64", ..."""
+    is_float = tensor.is_floating_point()
+    return "float" if is_float else str(tensor.dtype).removeprefix("torch.")
+
+
 def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of tensors that hold an infinity or no number.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import changes
-from models.changes import Polarizer, apply_changes, changes_of, insert, shapes_without
+from models.changes import Polarizer, apply_changes, changes_of, insert, weights_without
 from models.preactresnet import PreActResNet
 from tests.networks import conv_net, copied, differing, problem
 from utils.errors import UserError
@@ -85,6 +85,10 @@ def usual_network() -> PreActResNet:
 
 
 # A part may stand inside a layer that has one itself, and two may stand before one layer.
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
+
+
 PLACES: list[list[tuple[str, int]]] = [
     [],
     [("layer4.1.conv1", 7)],
@@ -122,10 +126,10 @@ def test_without_its_changes_a_network_has_the_names_and_shapes_of_before(
     layers: list[tuple[str, int]],
 ) -> None:
     network = usual_network()
-    before = {name: value.shape for name, value in network.state_dict().items()}
+    before = shapes(network.state_dict())
     for name, channels in layers:
         insert(network, "polarizer", name, channels)
-    assert shapes_without(network, network.state_dict()) == before
+    assert shapes(weights_without(network, network.state_dict())) == before
 
 
 def test_changes_are_plain_data_in_the_order_of_the_layers() -> None:
@@ -196,7 +200,7 @@ def test_a_part_is_where_the_network_is() -> None:
 def test_a_layer_under_two_names_is_changed_under_both() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
     network.add_module("again", network[1])
-    before = {name: value.shape for name, value in network.state_dict().items()}
+    before = shapes(network.state_dict())
     assert "again.weight" in before
     insert(network, "polarizer", "1", 4)
-    assert shapes_without(network, network.state_dict()) == before
+    assert shapes(weights_without(network, network.state_dict())) == before

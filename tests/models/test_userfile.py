@@ -322,13 +322,20 @@ CHANGES = {
     "self.linear.bias = nn.Parameter(x.new_zeros(1))": (
         r"has changed the weight linear.bias from \(3,\) to \(1,\) while it was used"
     ),
+    "self.seen = self.seen + 0.5": (
+        "has changed the weight seen from int64 to float while it was used"
+    ),
+    "self.far = self.far + torch.inf": "the weights far are not finite, so no record of them",
     "os.chdir('/')": "net.py, line .*: OSError: .*os.chdir.*; this is your own file, repair it",
 }
 
 
 def changing(folder: Path, what: str, after: int = 6) -> str:
-    """A `--model` that does something in its calls after some."""
+    """A `--model` that does something in its calls after some; it has two buffers."""
     more = f"def logits(self, x):\n    if calls > {after}:\n        {what}\n    return x\n"
+    more += "def build(num_classes, image_size):\n    net = Net(num_classes, image_size)\n"
+    more += "    net.register_buffer('seen', torch.zeros((), dtype=torch.int64))\n"
+    more += "    net.register_buffer('far', torch.zeros(()))\n    return net\n"
     counting = "raise AssertionError"  # after more calls than any run has
     return net(folder, "forward", counting, 10**6, f"\n{more}Net.logits = logits\n")
 
@@ -345,19 +352,38 @@ def test_what_a_network_gives_or_has_later_is_one_line(
     assert not (workplace / "record/turns/summary.json").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--checkpoint_every", 0)])
+def test_a_record_that_nobody_could_read_replaces_no_other_one(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[object, ...]
+) -> None:
+    assert attack(workplace, "good", net(tmp_path), "--overwrite") == 0
+    before = (workplace / "record/good/summary.json").read_bytes()
+    model = changing(tmp_path, "self.far = self.far + torch.inf")
+    assert attack(workplace, "good", model, "--overwrite", *more) == 2
+    assert "far" in capsys.readouterr().err
+    assert (workplace / "record/good/summary.json").read_bytes() == before
+    assert not (workplace / "record/.good.replaced").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("self.more = nn.Parameter(x.new_zeros(2))", "net.py:build has got the weight more"),
+        ("self.seen = self.seen + 0.5", "net.py:build has changed the weight seen from int64 to"),
+        ("self.far = self.far + torch.inf", "the weights far are not finite, so no record of them"),
+    ],
+)
 def test_a_defense_tells_of_weights_that_the_network_got_by_itself(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, told: str
 ) -> None:
     """It asks outside whether to get one, since the file is the record's own by its content."""
     mark = tmp_path / "mark"
-    model = changing(
-        tmp_path, f"if os.path.exists({str(mark)!r}): self.more = nn.Parameter(x.new_zeros(2))"
-    )
-    assert attack(workplace, "grows", model) == 0
+    model = changing(tmp_path, f"if os.path.exists({str(mark)!r}): {what}")
+    assert attack(workplace, "grows", model, "--overwrite") == 0
     mark.touch()
     flags = [*defense_flags(workplace, "grows"), "--model", model]
     assert run_script(ROOT / "defense/sau.py", *flags) == 2
-    assert "net.py:build has got the weight more" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["forward", "load_state_dict", "__deepcopy__", "state_dict"])

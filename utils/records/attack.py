@@ -13,12 +13,12 @@ from typing import Any, get_args
 import torch
 
 from models import Classifier, build_model, check_model, is_user_file, model_identity
-from models.changes import apply_changes, shapes_without
+from models.changes import apply_changes, require_promise
 from utils.data.archives import nothing_written
 from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
-from utils.errors import UserError, is_lack_of_memory, listed, one_line, shown
+from utils.errors import Diverged, UserError, is_lack_of_memory, listed, one_line, shown
 from utils.files import TABLE, as_path, file_sha256, read_text
 from utils.records import backdoorbench, schema
 from utils.records.contents import said_of_replaced
@@ -83,10 +83,17 @@ def model_state(model: Classifier) -> dict[str, torch.Tensor]:
 
     Raises:
         UserError: if a network of the user's file has other weights than when it was made.
+        Diverged: if a weight is not finite, because no record of it could be read.
     """
+    require_promise(model)
     state = model.network.state_dict()
-    if model.promise is not None:
-        model.promise.require_weights(shapes_without(model.network, state))
+    try:
+        schema.check_state(state)
+    except ValueError as error:
+        raise Diverged(
+            f"{error}, so no record of them could be read; give a smaller learning rate, or repair "
+            "the network"
+        ) from None
     return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from models import Classifier
-from models.changes import changes_of, shapes_without
+from models.changes import changes_of, weights_without
 from utils.errors import UserError
 from utils.files import read_object
 from utils.records import schema
@@ -44,8 +44,8 @@ def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name
     """
     changes = changes_of(model.network) if isinstance(model, Classifier) else []
     state = model_state(model) if isinstance(model, Classifier) else {}
-    shapes = shapes_without(model.network, state) if isinstance(model, Classifier) else {}
-    if shapes != {key: value.shape for key, value in attack.state.items()}:
+    weights = weights_without(model.network, state) if isinstance(model, Classifier) else {}
+    if schema.misfits(weights, attack.state):
         raise UserError(
             f"{name}: it gave a network that is not the record's, and that models/changes.py does "
             "not know; give a copy of the model, or put its parts in with models.changes.insert"

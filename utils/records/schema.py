@@ -13,7 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from utils.data.labelled import LARGEST_SIDE, MOST_CLASSES, Dataset, Triggered
 from utils.data.poison import KINDS, LabelMap
-from utils.tensors import not_finite, text_up_to
+from utils.tensors import kind_of_numbers, not_finite, text_up_to
 
 Name = Annotated[str, text_up_to(200)]
 PathText = Annotated[str, text_up_to(4096)]
@@ -252,5 +252,4 @@ def misfits(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
 
 
 def _described(tensor: torch.Tensor) -> str:
-    kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
-    return f"{kind} of {tuple(tensor.shape)}"
+    return f"{kind_of_numbers(tensor)} of {tuple(tensor.shape)}"

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from models import Classifier
+from models.changes import require_promise
 from models.fast.graphed import Graphed
 from models.parts import learning_weights
 from utils.data.batches import wide
@@ -296,10 +298,14 @@ class Loop:
 
         Raises:
             TypeError: if a part of the state is of a kind that cannot be kept.
-            UserError: if a loss or a weight is not finite, from which nothing can go on.
+            UserError: if a loss or a weight is not finite, from which nothing can go on, or if a
+                network of the user's file has other weights than when it was made.
         """
         networks = [value for value in self._state.values() if isinstance(value, nn.Module)]
         self._refuse_divergence(self.losses(), networks)
+        for network in networks:
+            if isinstance(network, Classifier):
+                require_promise(network)
         return {
             "done": self._done,
             "phase": self.phase,

@@ -196,8 +196,17 @@ def with_more_than_a_polarizer(model: Classifier) -> nn.Module:
     return model
 
 
+def with_half_counts(model: Classifier) -> nn.Module:
+    model.network.bn.num_batches_tracked = torch.tensor(0.5)
+    return model
+
+
 @pytest.mark.parametrize(
-    "change", [wrapped, no_classifier, bare, with_other_head, with_more_than_a_polarizer]
+    "change",
+    [
+        *(wrapped, no_classifier, bare, with_other_head, with_more_than_a_polarizer),
+        with_half_counts,
+    ],
 )
 def test_a_network_that_nothing_could_make_again_is_refused(
     tiny_model: Classifier, tmp_path: Path, change: Callable[[Classifier], nn.Module]

@@ -24,7 +24,7 @@ from utils.data.poison import (
     triggered_test_set,
     unpoisoned,
 )
-from utils.errors import UserError
+from utils.errors import Diverged, UserError
 from utils.records.attack import file_hashes, load_attack, model_state, read_index, save_attack
 from utils.records.folders import RunFolder
 from utils.records.named import check_dataset, recorded_dataset
@@ -179,6 +179,17 @@ def test_the_saved_weights_do_not_follow_the_model(tiny_model: Classifier) -> No
     with torch.no_grad():
         tiny_model.network.linear.bias.add_(1)
     assert torch.equal(state["linear.bias"], before)
+
+
+@pytest.mark.parametrize("name", ["linear.bias", "bn.running_var"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_no_record_could_have_are_not_saved(
+    tiny_model: Classifier, name: str, value: float
+) -> None:
+    """A run that diverges may end with finite scores."""
+    tiny_model.network.state_dict()[name].fill_(value)
+    with pytest.raises(Diverged, match=f"^the weights {name} are not finite, [^\n]*$"):
+        model_state(tiny_model)
 
 
 def test_a_clean_models_record_has_no_triggers(saved_clean: RunFolder) -> None:

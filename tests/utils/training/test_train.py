@@ -10,6 +10,8 @@ from torch import nn
 
 import utils.training.sgd
 from models import Classifier
+from models.userfile import Promise, weights_of
+from tests.networks import classifier, conv_net
 from utils.data.batches import as_float
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import PoisonedSet, unpoisoned
@@ -174,6 +176,18 @@ def test_what_diverges_has_no_snapshot(what: str, value: float) -> None:
             loop.log(1, loss=torch.tensor(value))
         message = rf"the {what} is not finite in round 1 of 1 \(warm-up\); give a smaller --warm_lr"
         with pytest.raises(Diverged, match=message):
+            loop.snapshot()
+        return
+
+
+def test_a_snapshot_has_the_weights_that_a_record_could_have() -> None:
+    """Else a run would be told only when it is resumed that it cannot be."""
+    model, loop = classifier(conv_net()), Loop()
+    model.promise = Promise("net.py:build", 4, weights_of(model.network, "net.py:build"))
+    for _ in loop.rounds(1, model=model):
+        loop.snapshot()
+        model.network.bn1.num_batches_tracked = torch.tensor(0.5)
+        with pytest.raises(UserError, match="weight bn1.num_batches_tracked from int64 to float"):
             loop.snapshot()
         return
 
