@@ -463,6 +463,8 @@ def _defend(
     precision = pick_precision(config.precision, device)
     with seeded(config.random_seed):
         backdoored = attack.build(config.model)
+        no_images = torch.zeros(0, *attack.image_shape), torch.zeros(0, dtype=torch.int64)
+        check_given(backdoored, *no_images, needs_images=False, needs_labels=False)
         _check_network(config, backdoored, attack.image_shape)
     data = attack.load_dataset(config.dataset_path)
     given = seen_images(config, attack, data)

@@ -4,62 +4,91 @@ Where layers stand in a network says little: an unused projection may be its las
 squeeze and excitation, which is linear, may come after the head. So what counts is what is called.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from models.modes import evaluating
+from models.modes import evaluating, frozen
 from models.outputs import watching
 from models.parts import bare, black_images, layer, top_level
 from utils.errors import UserError
 
 
 class _Pass:
-    """Which layers of a network are called, in the order of their ends, with what they give."""
+    """Which layers of a network are called, in the order of their ends, with what they give.
+
+    The graph of the logits is cut behind each linear layer, and begins with the output of the
+    layers before the first of them. So it shows between which layers no other way leads.
+    """
 
     def __init__(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         self.layers = dict(bare(model).named_modules())
-        self.calls: list[tuple[str, torch.Tensor]] = []
-        is_linear = any(isinstance(module, nn.Linear) for module in self.layers.values())
-        watched = self.layers if is_linear else ()  # a script's layers take no hooks
-        with evaluating(model), torch.no_grad(), watching(model, watched, self._see):
-            self.logits = model(black_images(model, image_shape))
+        self.calls: list[tuple[str, nn.Module, torch.Tensor]] = []
+        self._begins: dict[int, int] = {}  # places of the calls by the tensors that were cut
+        seen = watching(model, self.layers, self._see)
+        with evaluating(model), frozen(model), torch.enable_grad(), seen:
+            logits = model(black_images(model, image_shape))
+        self.classes, self._is_of_image = logits.shape[-1], logits.shape[:-1] == (1,)
+        self._of_logits = self._read_by(logits)
 
-    def _see(self, name: str, output: object) -> None:
-        if isinstance(output, torch.Tensor):
-            self.calls.append((name, output))
+    def _see(self, name: str, output: object) -> torch.Tensor | None:
+        if not isinstance(output, torch.Tensor):
+            return None
+        module = self.layers[name]
+        self.calls.append((name, module, output))
+        is_cut = isinstance(module, nn.Linear) or not output.requires_grad
+        if not (is_cut and output.is_floating_point()):
+            return None
+        begin = output.detach().requires_grad_()
+        self._begins[id(begin)] = len(self.calls) - 1
+        self.calls[-1] = (name, module, begin)  # kept, because else another one might get its id
+        return begin.clone()  # which may be changed in place
 
-    def linear(self, place: int) -> tuple[str, nn.Linear]:
-        """The linear layer of a call, with its name."""
-        name = self.calls[place][0]
-        found = self.layers[name]
-        assert isinstance(found, nn.Linear)
-        return name, found
+    def _read_by(self, result: torch.Tensor) -> list[int]:
+        """The places of the calls whose outputs a result is made from with no cut in between."""
+        waiting, seen, places = [result.grad_fn], set(), set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            places.add(self._begins.get(id(getattr(node, "variable", None)), -1))
+            waiting += [before for before, _ in node.next_functions]
+        return sorted(places - {-1})
 
-    def of_logits(self, refusal: str) -> int:
-        """The place among `calls` of the last linear layer with an output per class.
+    def last(self) -> tuple[int, str, nn.Linear] | None:
+        """The last linear layer, if the logits are made from those of such layers alone.
 
-        Raises:
-            UserError: with this text, if there is none.
+        Squeeze and excitation is none: what it weighs goes on beside it.
         """
-        classes = self.logits.shape[1]
-        places = [
-            place
-            for place, (name, output) in enumerate(self.calls)
-            if isinstance(self.layers[name], nn.Linear) and output.shape[-1] == classes
-        ]
-        if not places:
-            raise UserError(refusal)
-        return places[-1]
+        if not self._is_of_image:
+            return None
+        found = [(place, *self.calls[place][:2]) for place in self._of_logits]
+        linear = [(p, name, module) for p, name, module in found if isinstance(module, nn.Linear)]
+        if not linear or len(linear) < len(found):
+            return None
+        per_class = [layer for layer in linear if layer[2].out_features == self.classes]
+        return [*linear, *per_class][-1]  # beside it, another one may give a temperature
+
+    def idle(self) -> dict[str, nn.Linear]:
+        """The linear layers with an output per class that are never called, by their names."""
+        called = {name for name, _, _ in self.calls}
+        return {
+            name: module
+            for name, module in self.layers.items()
+            if isinstance(module, nn.Linear)
+            and name not in called
+            and module.out_features == self.classes
+        }
 
 
 def head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
     """The first of the linear layers that end a network, with its name in the bare network.
 
-    They are in the top-level part that makes the logits, and no map (N, C, H, W) or tokens
-    (N, L, D) come between them. The first one takes the features: `linear`, `fc`, VGG's
-    `classifier.0`, a ViT's `heads.head`.
+    They are in one top-level part, and no map (N, C, H, W) or tokens (N, L, D) come between them.
+    What makes the logits of the last one's output sees nothing else of the image. The first one
+    takes the features: `linear`, `fc`, VGG's `classifier.0`, a ViT's `heads.head`.
 
     Args:
         image_shape: (C, H, W).
@@ -68,20 +97,21 @@ def head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
         UserError: if no linear layer makes the logits.
     """
     run = _Pass(model, image_shape)
-    last = first = run.of_logits(
-        "this network has no linear layer that gives its logits, which this method works on; give "
-        "another method or network"
-    )
-    of_last = run.calls[last][0]
-    parts = (name for name in top_level(model) if f"{of_last}.".startswith(f"{name}."))
-    part = next(parts, of_last)
-    for place in reversed(range(last)):
-        name, output = run.calls[place]
-        if output.ndim > 2 or not f"{name}.".startswith(f"{part}."):
+    last = run.last()
+    if last is None:
+        raise UserError(
+            "this network has no linear layer that gives its logits, which this method works on; "
+            "give another method or network"
+        )
+    end, name, linear = last
+    parts = (part for part in top_level(model) if f"{name}.".startswith(f"{part}."))
+    part = next(parts, name)
+    for before, module, output in reversed(run.calls[:end]):
+        if output.ndim > 2 or not f"{before}.".startswith(f"{part}."):
             break
-        if isinstance(run.layers[name], nn.Linear):
-            first = place
-    return run.linear(first)
+        if isinstance(module, nn.Linear):
+            name, linear = before, module
+    return name, linear
 
 
 def last_linear(
@@ -97,18 +127,26 @@ def last_linear(
     Raises:
         UserError: if there is none.
     """
-    run = _Pass(model, image_shape)
-    place = run.of_logits(
+    last = _Pass(model, image_shape).last()
+    if last is None:
+        raise _none(flag, advice)
+    return last[1:]
+
+
+def _none(flag: str, advice: str) -> UserError:
+    return UserError(
         f"{flag}: this network has no linear layer that gives its logits, which would be taken; "
         f"{advice}"
     )
-    return run.linear(place)
 
 
 def layer_or_last(
     model: nn.Module, name: str | None, flag: str, image_shape: Sequence[int]
 ) -> tuple[str, nn.Module]:
     """A layer of the bare network by its name; without a name, the linear layer of the logits.
+
+    That is the last one, see `head`, or one whose weight the network uses without calling it, as
+    for the cosine of weight and features.
 
     Args:
         flag: that gave the name, for the message.
@@ -122,7 +160,13 @@ def layer_or_last(
     """
     if name is not None:
         return name, layer(model, name, flag)
-    return last_linear(model, image_shape, flag, "name a layer")
+    run = _Pass(model, image_shape)
+    if last := run.last():
+        return last[1:]
+    for idle, linear in run.idle().items():
+        if "weight" in linear._parameters and _are_used(model, [linear.weight], image_shape):
+            return idle, linear
+    raise _none(flag, "name a layer")
 
 
 def require_use(
@@ -139,11 +183,21 @@ def require_use(
         flag: that named them.
     """
     weights = [layer.get_parameter("weight") for layer in layers.values()]
-    with evaluating(model), torch.enable_grad():
-        logits = model(black_images(model, image_shape, 2))
-        gradients = torch.autograd.grad(logits.sum(), weights, allow_unused=True)
-    if all(gradient is None for gradient in gradients):
+    if not _are_used(model, weights, image_shape):
         raise UserError(
             f"{flag}: the logits do not depend on {next(iter(layers))}, so nothing would be "
             "learned there; give a layer that the network uses"
         )
+
+
+def _are_used(
+    model: nn.Module, weights: Iterable[torch.Tensor], image_shape: Sequence[int]
+) -> bool:
+    """Whether the logits depend on one of the weights that need gradients."""
+    learning = [weight for weight in weights if weight.requires_grad]
+    with evaluating(model), torch.enable_grad():
+        logits = model(black_images(model, image_shape, 2))
+        gradients: Sequence[torch.Tensor | None] = ()
+        if learning and logits.requires_grad:
+            gradients = torch.autograd.grad(logits.sum(), learning, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from models.modes import evaluating
+from models.outputs import watching
 from models.parts import bare, black_images, top_level
 from utils.errors import UserError
 
@@ -114,19 +115,10 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
     """
     images = black_images(model, image_shape, 2)
     seen: list[tuple[str, torch.Tensor]] = []
-    hooks = [
-        module.register_forward_hook(
-            lambda _, inputs, output, name=name: seen.append((name, output))
-        )
-        for name, module in bare(model).named_modules()
-        if name
-    ]
-    try:
-        with evaluating(model), torch.no_grad(), _Pooling(lambda: len(seen)) as pooling:
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    names = [name for name, _ in bare(model).named_modules() if name]
+    watched = watching(model, names, lambda name, output: seen.append((name, output)))
+    with evaluating(model), torch.no_grad(), watched, _Pooling(lambda: len(seen)) as pooling:
+        model(images)
     times = Counter(name for name, _ in seen)
     maps = [
         (name, output)

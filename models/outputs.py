@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from models.parts import bare
+from models.parts import bare, refuse_scripts
 
 
 @contextmanager
@@ -27,8 +27,12 @@ def watching(
     Args:
         names: of layers of the bare network.
         see: what it gives takes the place of the output, unless it is None.
+
+    Raises:
+        UserError: if torch has made one of the layers a script.
     """
-    layers = dict(bare(model).named_modules())
+    layers, names = dict(bare(model).named_modules()), list(names)
+    refuse_scripts({name: layers[name] for name in names})
     hooks = []
 
     def look(name: str, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:

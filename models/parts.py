@@ -107,6 +107,20 @@ def changeable(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
             )
 
 
+def refuse_scripts(layers: Mapping[str, nn.Module]) -> None:
+    """Raises UserError if one of the layers is a script of torch's, into which nobody can look.
+
+    Args:
+        layers: by the names that the message has.
+    """
+    for name, module in layers.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"{f'the layer {name}' if name else 'the network'} was made by torch.jit.script or "
+                "trace, whose layers cannot be looked into; give the network that it was made from"
+            )
+
+
 def learning_weights(model: nn.Module) -> list[nn.Parameter]:
     """The weights that may be trained.
 

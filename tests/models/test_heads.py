@@ -1,8 +1,11 @@
 """Heads of networks: the linear layers that end them, as far as they are called."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from models import build_model
 from models.heads import head, last_linear, layer_or_last, require_use
@@ -112,10 +115,92 @@ def test_the_heads_of_plain_modules() -> None:
     assert head(linear, (8,)) == ("", linear)
 
 
+class Ends(nn.Module):
+    """What gives features, and one of many ends.
+
+    Args:
+        end: from the layers, the map and its mean (N, 4) to logits.
+    """
+
+    def __init__(self, end: Callable[["Ends", torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.one = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(4, 1)
+        self.many, self.gate, self.last = nn.Linear(4, 6), nn.Linear(4, 4), nn.Conv2d(4, 4, 1)
+        self.end = end
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.conv(images)
+        return self.end(self, x, x.mean((2, 3)))
+
+
+def logistic(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    logit = of.one(features)
+    return torch.cat([torch.zeros_like(logit), logit], 1)
+
+
+def maxout(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    return of.many(features).view(-1, 2, 3).amax(2)
+
+
+def with_temperature(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    return of.fc(features) / of.one(features).exp()
+
+
+def with_idle_call(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    logits = of.fc(features).relu_()
+    of.many(features)
+    return logits
+
+
+def cosine(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    return F.linear(F.normalize(features), F.normalize(of.fc.weight))
+
+
+def excited(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """The gate has an output per class, of which there are four here."""
+    return of.last(x * of.gate(features)[..., None, None]).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [(logistic, "one"), (maxout, "many"), (with_temperature, "fc"), (with_idle_call, "fc")],
+)
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_last_linear_layer_may_give_other_numbers_than_one_per_class(
+    end: Callable[..., torch.Tensor], name: str, learns: bool
+) -> None:
+    network = Ends(end).requires_grad_(learns)
+    layer = network.get_submodule(name)
+    assert head(network, SHAPE) == (name, layer)
+    assert last_linear(network, SHAPE, "--flag", "") == (name, layer)
+    assert layer_or_last(network, None, "--flag", SHAPE) == (name, layer)
+    assert all(weight.requires_grad == learns for weight in network.parameters())
+
+
+def test_a_linear_layer_may_lend_its_weight_without_a_call() -> None:
+    """It has no features then that could be read."""
+    network = Ends(cosine)
+    assert layer_or_last(network, None, "--flag", SHAPE) == ("fc", network.fc)
+    with pytest.raises(UserError, match="no linear layer"):
+        head(network, SHAPE)
+    network = Own(gives="last")  # has an idle layer with an output per class
+    with pytest.raises(UserError, match=r"^--flag: .* no linear layer .*; name a layer$"):
+        layer_or_last(network, None, "--flag", SHAPE)
+
+
+@pytest.mark.parametrize("made_of", [nn.Sequential, nn.Module])
+def test_a_part_that_is_a_script_is_refused_in_a_line(made_of: type[nn.Module]) -> None:
+    script = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
+    network = nn.Sequential(script) if made_of is nn.Sequential else script
+    with pytest.raises(UserError, match=r"^the (layer 0|network) was made by torch.jit.script"):
+        head(network, SHAPE)
+
+
 @pytest.mark.parametrize(
     "network",
     [
         Own(gives="last"),
+        Ends(excited),
         nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()),
         nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Unflatten(1, (2, 2)), nn.Flatten(0, 1)),
     ],
