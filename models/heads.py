@@ -27,7 +27,7 @@ class _Pass:
         self.calls: list[tuple[str, nn.Module, torch.Tensor]] = []
         self._begins: dict[int, int] = {}  # places of the calls by the tensors that were cut
         seen = watching(model, self.layers, self._see)
-        with evaluating(model), frozen(model), torch.enable_grad(), seen:
+        with seen, evaluating(model), frozen(model), torch.enable_grad():
             logits = model(black_images(model, image_shape))
         self.classes, self._is_of_image = logits.shape[-1], logits.shape[:-1] == (1,)
         self._of_logits = self._read_by(logits)

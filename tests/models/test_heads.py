@@ -188,6 +188,7 @@ def test_a_linear_layer_may_lend_its_weight_without_a_call() -> None:
         layer_or_last(network, None, "--flag", SHAPE)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("made_of", [nn.Sequential, nn.Module])
 def test_a_part_that_is_a_script_is_refused_in_a_line(made_of: type[nn.Module]) -> None:
     script = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))

@@ -466,3 +466,30 @@ def test_our_own_errors_keep_their_traceback(
     with pytest.raises(ZeroDivisionError), userfile.blamed(but_for=KeyboardInterrupt):
         1 / 0  # noqa: B018
     assert models.userfile is userfile
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_with_a_script_inside_is_refused_in_a_line(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An attack trains it; what looks into a network, or changes it, cannot."""
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def build(num_classes, image_size):\n"
+        "    part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))\n"
+        "    end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)\n"
+        "    return nn.Sequential(torch.jit.script(part), *end)\n"
+    )
+    model = f"{tmp_path}/net.py:build"
+    assert attack(workplace, "script", model) == 0
+    flags = ["--result_file", "script", "--record_path", workplace / "record", "--model", model]
+    scripts = "defense/fp.py", "defense/clp.py", "defense/npd.py"
+    for script in (*scripts, "analysis/features.py", "analysis/gradcam.py"):
+        assert run_script(ROOT / script, *flags) == 2, script
+        text = capsys.readouterr().err
+        assert "made by torch.jit.script or trace" in text, script
+        assert "Traceback" not in text, script
+    flags += ["--layer", "0"]
+    assert run_script(ROOT / "analysis/gradcam.py", *flags) == 2
+    assert "layer 0 was made by torch.jit.script" in capsys.readouterr().err
