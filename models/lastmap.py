@@ -18,6 +18,8 @@ _KEEPING = (
     *("__getitem__", "clone", "contiguous", "dropout", "float", "permute", "relu", "to"),
     *("batch_norm", "group_norm", "layer_norm"),
 )
+_WEIGHING = ("mul", "multiply", "div", "divide")
+_Result = tuple[torch.Tensor, torch.Tensor | None, int]
 
 
 class _Pooling(TorchFunctionMode):
@@ -41,7 +43,7 @@ class _Pooling(TorchFunctionMode):
         self._place = place
         # Results that a map was pooled or flattened to, with the map (None for several maps) and
         # its place. Each result is kept, because else another tensor might get its id.
-        self._results: dict[int, tuple[torch.Tensor, torch.Tensor | None, int]] = {}
+        self._results: dict[int, _Result] = {}
 
     def __torch_function__(
         self,
@@ -51,12 +53,18 @@ class _Pooling(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        source = args[0] if args else None
-        if isinstance(source, torch.Tensor) and isinstance(result, torch.Tensor):
-            others = [a for a in args[1:] if isinstance(a, torch.Tensor) and a.ndim == 4]
-            self._look(getattr(func, "__name__", ""), source, result, bool(others))
-        elif isinstance(source, (list, tuple)) and isinstance(result, torch.Tensor):
+        if not isinstance(result, torch.Tensor):
+            return result
+        name, given = getattr(func, "__name__", ""), [*args, *(kwargs or {}).values()]
+        source = given[0] if given else None
+        if isinstance(source, (list, tuple)):
             self._join(source, result)
+        elif isinstance(source, torch.Tensor):
+            others = [other for other in given[1:] if isinstance(other, torch.Tensor)]
+            if source.ndim > 2:
+                self._look(name, source, result, any(other.ndim == 4 for other in others))
+            elif result.ndim == 2:
+                self._follow(name.strip("_"), [source, *others], result)
         return result
 
     def _look(
@@ -64,7 +72,7 @@ class _Pooling(TorchFunctionMode):
     ) -> None:
         own = (source, self._place())
         origin, place = self._results.get(id(source), (None, *own))[1:]
-        if source.ndim == 2 or (origin is not None and origin.ndim != 4):
+        if origin is not None and origin.ndim != 4:
             return
         pixels = result.shape[2:].numel()
         is_whole = "adaptive" in name or pixels == 1
@@ -82,17 +90,31 @@ class _Pooling(TorchFunctionMode):
             self.found = None  # tokens, unless the next call pools or flattens them
 
     def _join(self, sources: Sequence[Any], result: torch.Tensor) -> None:
-        known = [self._results[id(source)] for source in sources if id(source) in self._results]
-        if not known or len(known) < len(sources):
-            return
-        _, origin, place = known[0]
-        is_one = all(other is origin for _, other, _ in known)
-        self._keep(result, origin if is_one else None, place)
+        known = self._known(sources)
+        if _of_several(known) or (known and (result.ndim == 2 or len(known) == len(sources))):
+            _, origin, place = known[0]
+            self._keep(result, None if _of_several(known) else origin, place)
+
+    def _follow(self, name: str, sources: Sequence[torch.Tensor], result: torch.Tensor) -> None:
+        """What is made from pooled features is of their map; what only weighs them has none."""
+        known = self._known(sources)
+        if known and (name in _WEIGHING or not _of_several(known)):
+            self._results[id(result)] = (result, *known[0][1:])
+        elif known:
+            self._keep(result, None, known[0][2])
+
+    def _known(self, sources: Sequence[Any]) -> list[_Result]:
+        return [self._results[id(source)] for source in sources if id(source) in self._results]
 
     def _keep(self, result: torch.Tensor, origin: torch.Tensor | None, place: int) -> None:
         self._results[id(result)] = (result, origin, place)
         if result.ndim == 2:
             self.found, self.place, self.is_joined = origin, place, origin is None
+
+
+def _of_several(known: Sequence[_Result]) -> bool:
+    """Whether results are of different maps."""
+    return any(origin is not known[0][1] for _, origin, _ in known)
 
 
 def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1) -> str:

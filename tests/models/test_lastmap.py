@@ -156,6 +156,50 @@ def test_several_maps_that_are_joined_are_refused(flattens_first: bool) -> None:
     assert last_map(Joined(True, flattens_first), (3, 8, 8)) == "three"
 
 
+Pair = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Paired(nn.Module):
+    """Two maps, pooled, and what is made of both."""
+
+    def __init__(self, end: Pair) -> None:
+        super().__init__()
+        self.one, self.two, self.end = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 2), end
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.end(self.one(images).mean((2, 3)), self.two(images).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda one, two: torch.cat([one, two, torch.ones(len(one), 3)], dim=1),
+        lambda one, two: torch.cat(tensors=[one.relu(), two], dim=1),
+        lambda one, two: torch.cat([F.linear(one, torch.ones(5, 4)), two], dim=1),
+        lambda one, two: torch.cat([F.normalize(one), F.normalize(two)], dim=1),
+        lambda one, two: torch.stack([one, two.relu()], dim=1).mean(1),
+        lambda one, two: F.linear(one + two, torch.ones(5, 4)),
+        lambda one, two: torch.maximum(one, two.tanh()),
+    ],
+)
+def test_what_comes_between_pooling_and_joining_changes_nothing(end: Pair) -> None:
+    with pytest.raises(UserError, match=r"^this network joins features of several maps[^\n]*$"):
+        last_map(Paired(end), (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda one, two: two * one.sigmoid(),
+        lambda one, two: one.sigmoid() * two,
+        lambda one, two: torch.cat([two, two.relu(), torch.ones(len(two), 1)], dim=1),
+        lambda one, two: two + F.linear(two.relu(), torch.ones(4, 4)),
+    ],
+)
+def test_what_weighs_the_features_of_one_map_is_no_second_one(end: Pair) -> None:
+    assert last_map(Paired(end), (3, 8, 8)) == "two"
+
+
 def test_a_network_without_a_last_map_is_refused_in_a_line() -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     for network in (Net(early, tokens=True), flat):
