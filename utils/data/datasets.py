@@ -158,10 +158,13 @@ def _cifar(
         reader = getattr(datasets, source)
         archive = Archive(reader.url, reader.tgz_md5, reader.base_folder)
         folder = path or data_folder()
-        if (folder / reader.meta["filename"]).exists():
+        files = [file for file, _ in (*reader.train_list, *reader.test_list)]
+        inside = [(folder / file).is_file() for file in (*files, reader.meta["filename"])]
+        root = _home_of(name, folder, [archive.content, archive.name])
+        if root is None and 2 * sum(inside) > len(inside):  # else it only has a file of that name
             home = folder
         else:
-            root = _home_of(name, folder, [archive.content, archive.name]) or folder
+            root = root or folder
             extract_all(name, root, [archive])
             home = root / archive.content
 
@@ -175,7 +178,7 @@ def _cifar(
             except Exception:  # torchvision raises what os, pickle and its own checks raise
                 raise UserError(
                     f"{home}: is damaged or incomplete (a file is missing or its md5 differs); "
-                    "remove that folder and run again"
+                    f"{_way_out(home, folder)}"
                 ) from None
             images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
             splits.append(Labelled(_resize(images, image_size), torch.tensor(data.targets)))
@@ -195,6 +198,13 @@ def _home_of(name: str, root: Path, entries: Iterable[str]) -> Path | None:
     return next((h for h in homes if any((h / entry).exists() for entry in entries)), None)
 
 
+def _way_out(home: Path, root: Path) -> str:
+    """What to do with a damaged dataset; the user's own folder may have other things inside."""
+    if home == root:
+        return "put its files back from the official archive, or give another --dataset_path"
+    return "remove that folder and run again"
+
+
 def _gtsrb(path: Path | None, image_size: int) -> Dataset:
     """German traffic signs, 43 classes, 39,209 / 12,630 images of many sizes.
 
@@ -202,9 +212,10 @@ def _gtsrb(path: Path | None, image_size: int) -> Dataset:
     official archives or in BackdoorBench's, in the order of the csv files.
     """
     root = path or data_folder()
-    entries = ["GTSRB", "Train", *(archive.name for archive in _GTSRB_ARCHIVES)]
+    sorted_ones = [f"Train/{label:05}" for label in range(43)]  # `Train` may be anything else
+    entries = ["GTSRB", *sorted_ones, *(archive.name for archive in _GTSRB_ARCHIVES)]
     home = _home_of("gtsrb", root, entries) or root / "gtsrb"
-    if (home / "Train").is_dir():
+    if any((home / entry).is_dir() for entry in sorted_ones):
         train_root, test_root = home / "Train", home / "Test"
         truth = test_root / "GT-final_test.csv"
     else:
@@ -273,7 +284,7 @@ def _tiny(path: Path | None, image_size: int) -> Dataset:
         fewest = counts.index(min(counts)) if counts else 0
         raise UserError(
             f"{home}: is incomplete (class {ids[fewest] if ids else 'list'} has fewer training "
-            "images than others); remove that folder and run again"
+            f"images than others); {_way_out(home, root)}"
         )
     test = _tiny_validation(home / "val", ids)
     classes = tuple(names.get(wordnet_id, wordnet_id).split(",")[0] for wordnet_id in ids)

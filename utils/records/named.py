@@ -17,6 +17,7 @@ from utils.process.device import Precision
 from utils.records import backdoorbench
 from utils.records.attack import SUMMARY, AttackRecord, is_backdoorbench
 from utils.records.places import find_record
+from utils.tensors import explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ def recorded_dataset(folder: Path) -> str | None:
         return backdoorbench.read_dataset_name(folder)
     for file, read in (("config.yaml", read_yaml), (SUMMARY, read_object)):
         path = folder / file
-        name = read(path).get("dataset") if path.exists() else None
+        with explained(path, "the summary of a run", "restore the file, or run the attack again"):
+            name = read(path).get("dataset") if path.exists() else None
         if name in get_args(DatasetName):
             return str(name)
         if name is not None:
@@ -80,7 +82,8 @@ def check_dataset(config: OfRecord, attack: AttackRecord) -> None:
         raise UserError(
             f"--dataset: {config.dataset}, but the record says {attack.dataset}; leave the flag out"
         )
-    named = recorded_dataset(attack.folder)
+    # Of BackdoorBench's records it reads the very file that the record is from.
+    named = None if is_backdoorbench(attack.folder) else recorded_dataset(attack.folder)
     if named not in (None, attack.dataset):
         raise UserError(
             f"{attack.folder}: config.yaml or summary.json says that the dataset is {named}, but "

@@ -531,8 +531,29 @@ def test_cifar_may_be_its_own_folder(
     own = inside.rename(tmp_path / "mine")
     assert load_dataset(name, own, 32).fingerprint() == expected
     next(path for path in own.iterdir() if "test" in path.name).unlink()
-    with pytest.raises(UserError, match=rf"^{own}: is damaged or incomplete"):
+    with pytest.raises(
+        UserError, match=rf"^{own}: is damaged or incomplete .*; put its files back"
+    ):
         load_dataset(name, own, 32)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+@pytest.mark.parametrize(
+    ("name", "entry"), [("cifar10", "batches.meta"), ("cifar100", "meta"), ("gtsrb", "Train")]
+)
+def test_other_things_in_the_folder_of_downloads_are_no_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, entry: str, is_file: bool
+) -> None:
+    """Whether the set is there already, or has to be downloaded."""
+    source = official(name, tmp_path / "source", monkeypatch)
+    expected = load_dataset(name, source, 32).fingerprint()
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    (tmp_path / "data").mkdir()
+    for folder in (source, tmp_path / "data"):
+        (folder / entry).write_text("") if is_file else (folder / entry / "a").mkdir(parents=True)
+    assert load_dataset(name, source, 32).fingerprint() == expected
+    with pytest.raises(UserError, match="not found and the download failed"):
+        load_dataset(name, tmp_path / "data", 32)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "gtsrb", "tiny"])
@@ -787,8 +808,10 @@ def test_an_incomplete_tiny_is_refused(tmp_path: Path) -> None:
             load_dataset("tiny", tmp_path, 64)
         assert problem in str(caught.value)
     (folder / "train/n00000005/images/n00000005_1.JPEG").unlink()
-    with pytest.raises(UserError, match=r"is incomplete \(class n00000005 has fewer"):
-        load_dataset("tiny", tmp_path, 64)
+    for path, way in ((tmp_path, "remove that folder"), (folder, "put its files back")):
+        message = rf"is incomplete \(class n00000005 has fewer .*; {way}"
+        with pytest.raises(UserError, match=message):
+            load_dataset("tiny", path, 64)
     (folder / "words.txt").unlink()
     with pytest.raises(UserError, match=r"words.txt: cannot be read \(No such file"):
         load_dataset("tiny", tmp_path, 64)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,24 @@ def test_the_dataset_is_that_of_the_summary_where_the_configuration_names_none(
     assert recorded_dataset(run.path) == "digits"
 
 
+@pytest.mark.parametrize("text", [None, "", "{dataset", "[]", "[" * 100_000])
+def test_a_summary_that_cannot_be_read_is_refused_in_a_line(
+    run: RunFolder, text: str | None
+) -> None:
+    """Without a configuration it is what names the dataset; None stands for a folder."""
+    (run.path / "config.yaml").unlink()
+    path = run.path / "summary.json"
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text)
+    message = (
+        rf"^{path}: is not the summary of a run [^\n]*; restore the file, or run the attack again$"
+    )
+    with pytest.raises(UserError, match=message):
+        recorded_dataset(run.path)
+
+
 @pytest.mark.parametrize("name", ["[1]", "../../etc", "no_such"])
 def test_a_dataset_that_is_not_known_is_refused(run: RunFolder, name: str) -> None:
     (run.path / "config.yaml").write_text(f"dataset: {name}\n")
@@ -135,6 +154,16 @@ def test_a_configuration_of_another_dataset_is_refused(saved: RunFolder, given: 
         check_dataset(flags, attack)
     with pytest.raises(UserError, match=r"^--dataset: digits, but the record says tiny"):
         check_dataset(dataclasses.replace(flags, dataset="digits"), attack)
+
+
+def test_a_record_of_backdoorbench_is_not_compared_with_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its one file, which may be large, was read before."""
+    monkeypatch.delattr("utils.records.backdoorbench.read_dataset_name")
+    (tmp_path / "attack_result.pt").touch()
+    attack = SimpleNamespace(folder=tmp_path, dataset="cifar10")
+    check_dataset(clp.Config.load("cifar10"), attack)
 
 
 def test_a_record_reads_back_as_it_was_saved(

@@ -187,7 +187,7 @@ def test_a_snapshot_has_the_weights_that_a_record_could_have() -> None:
     for _ in loop.rounds(1, model=model):
         loop.snapshot()
         model.network.bn1.num_batches_tracked = torch.tensor(0.5)
-        with pytest.raises(UserError, match="weight bn1.num_batches_tracked from int64 to float"):
+        with pytest.raises(UserError, match=r"weight bn1\.num_batches_tracked from int64 to float"):
             loop.snapshot()
         return
 
