@@ -363,8 +363,9 @@ def purify(
     optimizer = config.adam(model)
     is_mixing = mixes_images(reference)
     with torch.no_grad():  # the reference on clean images never changes, if it takes each alone
+        asked = images[: config.batch_size] if is_mixing else images  # else for their number alone
         ref_logits = torch.cat(
-            [reference(as_float(batch, device)) for batch in images.split(config.batch_size)]
+            [reference(as_float(batch, device)) for batch in asked.split(config.batch_size)]
         )
     order = generator(config.random_seed, "batches")
     start = generator(config.random_seed, "perturbation")

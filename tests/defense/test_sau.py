@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -354,6 +354,28 @@ def test_labels_of_a_reference_that_mixes_images_are_those_of_the_batch(seed: in
     expected = literal_unlearning(model, images, labels, config).state_dict()
     for name, value in expected.items():
         assert torch.allclose(found[name].double(), value.double(), rtol=0, atol=1e-9), name
+
+
+class Counted(nn.Sequential):
+    """Keeps the sizes of the batches that it, or a copy, is called with."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(images))
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("is_mixing", [False, True])
+def test_a_reference_that_mixes_images_is_not_asked_about_all_of_them_first(
+    is_mixing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its labels of all 12 are kept: two batches of 5, and the last one of 2."""
+    monkeypatch.setattr(Counted, "sizes", [])
+    norm = nn.BatchNorm2d(3, track_running_stats=not is_mixing).double()
+    model = Counted(norm, small_network(0, batch_norm=False)).eval()
+    purify(model, *problem(0), Config.load(n_rounds=0, batch_size=5))
+    assert Counted.sizes.count(5) == (1 if is_mixing else 2)
 
 
 def test_purify_leaves_its_model_untouched_and_moves_the_copy() -> None:

@@ -253,6 +253,16 @@ def test_a_path_that_no_system_takes(name: str) -> None:
         check_model(f"/tmp/{name}.py:build", 3, 8)
 
 
+def test_outside_of_a_run_a_file_may_change_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook, relative paths are the user's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inside").mkdir()
+    build_user_model(net(tmp_path, "build", "os.chdir('inside')"), 3, 8)
+    assert Path.cwd() == tmp_path / "inside"
+
+
 def test_what_ran_is_what_the_sha256_is_of(tmp_path: Path) -> None:
     """The file writes itself anew whenever it is run, and would give another network then."""
     name = net(tmp_path, more="\nopen(__file__, 'a').write('\\nraise KeyError\\n')\n")

@@ -188,6 +188,7 @@ def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         ("file/x", "file: cannot be written (Not a directory); move away what stands in its place"),
         ("file", "file: cannot be written (File exists); move away what stands in its place"),
         ("loop", "loop: cannot be written (File exists); move away what stands in its place"),
+        ("loop/x", "written (Too many levels of symbolic links); move away what stands in its"),
         ("x" * 300, "cannot be written (File name too long); give a shorter path"),
     ],
 )

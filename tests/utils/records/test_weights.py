@@ -153,6 +153,30 @@ def test_different_weights_in_two_places_are_refused(
         filled(tmp_path / "x.pt", {"epoch": 3, **wrap(good, other(good))})
 
 
+MORE = {"more.weight": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda two: two | MORE,  # which the first one has not
+        lambda two: {n: v for n, v in two.items() if "num_batches" not in n} | MORE,
+    ],
+)
+def test_a_second_set_may_have_more_weights_and_no_counts(
+    tmp_path: Path, good: dict[str, torch.Tensor], beside: Callable[[dict], dict]
+) -> None:
+    with pytest.raises(UserError, match=r"has all weights 2 times, under model\., ema\.; give"):
+        filled(tmp_path / "x.pt", {"model": good, "ema": beside(other(good))})
+
+
+def test_a_prefix_ends_with_a_dot(tmp_path: Path, good: dict[str, torch.Tensor]) -> None:
+    """Layers of other names are other layers, as those of a student and a teacher."""
+    content = {f"my_{name}": value for name, value in good.items()}
+    with pytest.raises(UserError, match=r"conv\.weight is missing; my_conv\.weight is not in"):
+        filled(tmp_path / "x.pt", content)
+
+
 def test_two_sets_of_names_without_a_dot_are_refused(tmp_path: Path) -> None:
     torch.save(
         {"model": nn.Linear(2, 3).state_dict(), "ema": nn.Linear(2, 3).state_dict()},
@@ -272,8 +296,9 @@ def test_a_refusal_is_short(
 
 def test_complex_weights_are_refused(tmp_path: Path, good: dict[str, torch.Tensor]) -> None:
     content = good | {"head.bias": good["head.bias"].to(torch.complex64)}
-    with pytest.raises(UserError, match=r"head\.bias is torch\.complex64, no real number"):
+    with pytest.raises(UserError, match=r"head\.bias is torch\.complex64, no real number") as told:
         filled(tmp_path / "x.pt", content)
+    assert "instead of floats" not in str(told.value)  # one weight, one problem
 
 
 def test_weights_that_are_stored_as_integers_are_refused(
