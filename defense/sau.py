@@ -362,8 +362,10 @@ def purify(
     attacked = loop.alone(model), loop.alone(reference)
     optimizer = config.adam(model)
     is_mixing = mixes_images(reference)
-    with torch.no_grad():  # the reference on clean images never changes, if it takes each alone
-        asked = images[: config.batch_size] if is_mixing else images  # else for their number alone
+    # The reference on clean images never changes, if it takes each alone; if not, one batch tells
+    # how many classes there are.
+    asked = images[: config.batch_size] if is_mixing else images
+    with torch.no_grad():
         ref_logits = torch.cat(
             [reference(as_float(batch, device)) for batch in asked.split(config.batch_size)]
         )
