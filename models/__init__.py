@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models import userfile
-from models.copies import copied
+from models.copies import apart_from, copied
 from models.preactresnet import preactresnet18, preactresnet18_half
 from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
@@ -247,8 +247,8 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
     def told(work: Callable[[], Any], what: str, advice: str = "repair it") -> Any:
         return userfile.told(name, work, what, advice)
 
-    def logits(count: int) -> torch.Tensor:
-        """Those of that many black images."""
+    def logits(count: int, model: Classifier) -> torch.Tensor:
+        """A model's logits of that many black images."""
         images = torch.zeros(count, 3, image_size, image_size)
         what = f"take {userfile.in_words(images)}"
         given: torch.Tensor = told(
@@ -271,14 +271,14 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
     model = built()
     before = weights(model)
     told(model.train, "be put in train mode")
-    loss = logits(2).float().square().sum()
+    loss = logits(2, model).float().square().sum()
     if not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(f"--model: {name} has no weight with requires_grad; a defense trains them")
     told(loss.backward, "be trained")
     told(model.eval, "be put in eval mode")
     with torch.no_grad():
         for count in (3, 1):
-            logits(count)
+            logits(count, model)
     if weights(model) != before:
         raise UserError(
             f"--model: {name} has other names or shapes of weights after a call than before; make "
@@ -293,3 +293,11 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
     shared = {*map(id, second.parameters())} & {*map(id, model.parameters())}
     if shared or weights(second) != before:
         raise UserError(f"--model: {name} gives copy.deepcopy no copy with weights of its own")
+    refusal = (
+        f"--model: {name} gives copy.deepcopy a copy that computes with the weights of the network "
+        "itself, which a function in it holds on to, e.g. one of net.forward = lambda x: ...; make "
+        "this function a method of a class, or a module"
+    )
+    with torch.no_grad(), apart_from(model, refusal):
+        for is_training in (False, True):
+            logits(2, second.train(is_training))

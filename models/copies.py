@@ -1,30 +1,81 @@
-"""Copies of networks."""
+"""Copies of networks, which have to be networks of their own."""
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from utils.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class _WithoutGraphs(TorchFunctionMode):
+    """Inside, a copy of a tensor has no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Each tensor that is copied is kept, because else another one might get its id.
+        self._copied: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__ and args[0].grad_fn is not None:
+            self._copied.append(args[0].detach())
+            args = (self._copied[-1], *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def copied(model: M) -> M:
     """A deep copy, also after a pass with gradients.
 
-    Such a pass leaves weights that are computed in each pass, as `torch.nn.utils.spectral_norm`
-    does, with a graph, which torch refuses to copy. The copy has none; the next pass makes it anew.
+    Such a pass leaves tensors with a graph, which torch refuses to copy: weights that are computed
+    in each pass, as `torch.nn.utils.spectral_norm` does, and features that a network keeps, also in
+    lists and dictionaries. In the copy they have none.
     """
-    with_graphs = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor) and value.grad_fn is not None
-    ]
-    try:
-        for module, name, value in with_graphs:
-            setattr(module, name, value.detach())
+    with _WithoutGraphs():
         return copy.deepcopy(model)
-    finally:
-        for module, name, value in with_graphs:
-            setattr(module, name, value)
+
+
+class _Apart(TorchDispatchMode):
+    """Inside, whatever reads or writes certain memory raises an error, before it does so."""
+
+    def __init__(self, places: set[int], refusal: str) -> None:
+        super().__init__()
+        self._places, self._refusal = places, refusal
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        given = tree_leaves((args, kwargs))
+        if any(isinstance(value, torch.Tensor) and _place(value) in self._places for value in given):
+            raise UserError(self._refusal)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def apart_from(model: nn.Module, refusal: str) -> Iterator[None]:
+    """Inside, a copy of a model is called, which must not compute with the model's own tensors.
+
+    `copy.deepcopy` copies no functions. So a copy of a network with `forward = lambda x: ...` would
+    call the network itself.
+
+    Raises:
+        UserError: with this text, if it does; the model is as it was.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    with _Apart({place for tensor in tensors if (place := _place(tensor))}, refusal):
+        yield
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Where a tensor's values begin in memory; 0 if they have no such place."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # of a sparse tensor, for one
+        return 0

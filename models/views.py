@@ -12,8 +12,14 @@ _OURS = (f"{__name__.rpartition('.')[0]}.", "torch.", "torchvision.")
 
 
 def has_own_code(model: nn.Module) -> bool:
-    """Whether a class of the network, or of one of its modules, is from elsewhere."""
-    return not all(f"{type(module).__module__}.".startswith(_OURS) for module in model.modules())
+    """Whether a class of the network, or of one of its modules, is from elsewhere.
+
+    Or the forward pass is: it may be replaced in a network of torchvision.
+    """
+    return not all(
+        f"{type(module).__module__}.".startswith(_OURS) and "forward" not in vars(module)
+        for module in model.modules()
+    )
 
 
 class _Views(TorchFunctionMode):

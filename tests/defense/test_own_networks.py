@@ -1,5 +1,7 @@
 """Networks of the user's own, whatever their code does: every defense works, or says why not."""
 
+import copy
+import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -80,6 +82,9 @@ def made(kind: Callable[[], nn.Module]) -> nn.Module:
 
 
 def test_code_of_the_user_s_is_told_from_ours_and_torch_s() -> None:
+    changed = nn.Sequential(nn.Flatten())
+    changed[0].forward = lambda images: images.flatten(1)  # type: ignore[method-assign]
+    assert has_own_code(changed)
     assert has_own_code(nn.Sequential(nn.Sequential(Own())))
     assert not has_own_code(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten()))
 
@@ -463,6 +468,39 @@ def test_the_configuration_of_another_defense_is_refused(name: str) -> None:
     config = module(other).Config.load("digits")
     with pytest.raises(UserError, match=rf"config: Config of \S+ is no .*defense.{name}.Config"):
         module(name).purify(made(Own), *images(), config)
+
+
+def with_forward(model: Own, is_bound: bool) -> nn.Module:
+    """Its forward pass is replaced, as in front of a network of torchvision."""
+    plain = model.forward
+    model.forward = (  # type: ignore[method-assign]
+        types.MethodType(lambda self, x: Own.forward(self, x * 2 - 1), model)
+        if is_bound
+        else lambda x: plain(x * 2 - 1)
+    )
+    return model
+
+
+@every_defense
+def test_a_network_whose_copy_would_compute_with_its_weights_is_refused(name: str) -> None:
+    """Else it would be trained in place of its copy, which would come back as it was."""
+    model = with_forward(made(Own), is_bound=False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=r"^model: a copy of the network computes with the weights"):
+        purified(name, model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@every_defense
+def test_a_network_with_a_method_in_place_of_its_forward_pass_works(name: str) -> None:
+    class Before(Own):
+        def forward(self, images: torch.Tensor) -> Any:
+            return super().forward(images * 2 - 1)
+
+    expected = purified(name, made(Before)).state_dict()
+    found = purified(name, with_forward(made(Own), is_bound=True)).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 # --- layers whose weights cannot be changed ------------------------------------------------------

@@ -206,6 +206,13 @@ STATES = {
     ): "cannot load the weights of another one",
     "Net.__deepcopy__ = lambda self, memo: self": "no copy with weights of its own",
     "Net.__deepcopy__ = lambda self, memo: None": "cannot be saved as finite tensors alone",
+    (
+        "def build(num_classes, image_size):\n"
+        "    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))\n"
+        "    plain = net.forward\n"
+        "    net.forward = lambda images: plain(images * 2 - 1)\n"
+        "    return net"
+    ): "a copy that computes with the weights of the network itself",
 }
 
 

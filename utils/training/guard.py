@@ -1,6 +1,6 @@
 """What holds around every defense's `purify`: sound input, and draws that repeat."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from models import Classifier
-from models.copies import copied
+from models.copies import apart_from, copied
+from models.parts import black_images
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
 from utils.errors import Diverged, UserError, is_lack_of_memory, one_line, shown
@@ -18,6 +19,11 @@ from utils.training.state import restore_random
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = 1e-3  # by which a pixel may leave [0, 1], as after a normalization that was undone
+OF_ITSELF = (
+    "model: a copy of the network computes with the weights of the network itself, which a function "
+    "in it holds on to, e.g. one of model.forward = lambda x: ...; make this function a method of "
+    "a class, or a module"
+)
 GIVE_IMAGES = "give (N, C, H, W), floats in [0, 1] or uint8 in 0 to 255"
 
 T = TypeVar("T")
@@ -145,7 +151,7 @@ def check_given(
             layers have none yet; if images are no (N, C, H, W) of floats in [0, 1] or uint8; if
             labels are no (N,) of int64 below the number of classes; if the network cannot take the
             images, changes them, gives no logits (N, K), cuts off gradients that are needed, or
-            cannot be trained on so few images.
+            cannot be trained on so few images; if a copy of it computes with its own weights.
     """
     _check_network(model)
     if not takes_float16 and any(w.dtype == torch.float16 for w in model.parameters()):
@@ -157,12 +163,11 @@ def check_given(
     if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
         _check_labels(labels, len(images))
     some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
-    copy = _told("be copied by copy.deepcopy", lambda: copied(model))
-    copy.eval()
+    copy = _copied(model)
     before = as_float(some, _device(model)).clone()
     for count in range(len(some), 0, -1):  # what is right for two may be wrong for one
         given = before[:count].clone()
-        with torch.no_grad(), in_any_order(model):
+        with torch.no_grad(), in_any_order(model), apart_from(model, OF_ITSELF):
             logits = _told(
                 f"take images of shape {tuple(given.shape)} and type {some.dtype}",
                 lambda given=given: copy(given),  # type: ignore[misc]
@@ -188,12 +193,36 @@ def check_given(
     if batch_size is not None:
         count = min(len(some), batch_size)
         copy.train()
-        with single_images_told(), torch.no_grad(), in_any_order(model):
+        with (
+            single_images_told(),
+            torch.no_grad(),
+            in_any_order(model),
+            apart_from(model, OF_ITSELF),
+        ):
             if count == 1:
                 logits = copy(before[:1])
             else:
                 logits = _told("be called in train mode", lambda: copy(before[:count]))
         _classes(logits, count, " in train mode")
+
+
+def check_copy(model: nn.Module, image_shape: Sequence[int]) -> None:
+    """Checks whether a copy of the network is one of its own; it is called with a black image.
+
+    Args:
+        image_shape: (C, H, W).
+
+    Raises:
+        UserError: if it computes with the weights of the network itself.
+    """
+    copy, image = _copied(model), black_images(model, image_shape)
+    with torch.no_grad(), in_any_order(model), apart_from(model, OF_ITSELF):
+        copy(image)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy in eval mode."""
+    return _told("be copied by copy.deepcopy", lambda: copied(model)).eval()
 
 
 def _check_gradients(model: nn.Module, images: torch.Tensor, moves_images: bool) -> None:

@@ -1,0 +1,100 @@
+"""Copies of networks, and those that are none."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models.copies import apart_from, copied
+from tests.networks import ConvNet, conv_net, differing, problem
+from utils.errors import UserError
+
+# copied
+
+
+class Keeping(ConvNet):
+    """Keeps what it computes, in containers of containers."""
+
+    def __init__(self) -> None:
+        super().__init__(4, (6, 8))
+        self.last: Any = {}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images)
+        self.last = {"logits": [logits, (logits.exp(), logits)], "images": images}
+        return logits
+
+
+def test_a_copy_has_no_graphs_wherever_a_network_keeps_tensors() -> None:
+    network = Keeping()
+    logits = network(torch.rand(2, 3, 8, 8, requires_grad=True))
+    first, (second, same) = copied(network).last["logits"]
+    assert torch.equal(first, logits)
+    assert torch.equal(second, logits.exp())
+    assert same is first
+    assert first.grad_fn is second.grad_fn is None
+    assert network.last["logits"][0] is logits  # the network's own are left as they are
+    assert logits.grad_fn is not None
+
+
+def test_tensors_of_the_same_copy_are_not_mixed_up() -> None:
+    network = conv_net()
+    network.many = [network.linear.bias * number for number in range(100)]
+    for number, value in enumerate(copied(network).many):
+        assert torch.equal(value, network.linear.bias * number)
+
+
+# apart_from
+
+
+def by_a_closure(network: ConvNet) -> None:
+    before = network.forward
+    network.forward = lambda images: before(images * 2 - 1)  # type: ignore[method-assign]
+
+
+def by_a_head(network: ConvNet) -> None:
+    head = network.linear
+    network.linear = nn.Identity()
+    network.unused = head
+    network.register_forward_hook(lambda _, inputs, output: output @ head.weight.detach().T)
+
+
+def by_statistics(network: ConvNet) -> None:
+    statistics = network.bn2.running_mean
+    assert statistics is not None
+
+    def forget(*_: object) -> None:
+        statistics.mul_(0.9)
+
+    network.register_forward_pre_hook(forget)
+
+
+@pytest.mark.parametrize("change", [by_a_closure, by_a_head, by_statistics])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_copy_that_uses_the_network_s_tensors_is_refused_before_it_does(
+    change: Callable[[ConvNet], None], training: bool
+) -> None:
+    network = conv_net().train(training).requires_grad_(False)
+    change(network)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    copy, (images, _) = copied(network), problem()
+    with pytest.raises(UserError, match="not so"), apart_from(network, "not so"):
+        copy(images)
+    assert not differing(before, network.state_dict())
+    copy(images)  # outside, nothing is refused
+
+
+def of_the_class(self: ConvNet, images: torch.Tensor) -> torch.Tensor:
+    return ConvNet.forward(self, images * 2 - 1)
+
+
+def test_a_copy_with_a_method_of_its_own_passes() -> None:
+    network = conv_net()
+    network.forward = types.MethodType(of_the_class, network)  # type: ignore[method-assign]
+    copy, (images, _) = copied(network), problem()
+    with apart_from(network, "not so"):
+        logits = copy(images)
+    assert torch.equal(logits, network(images))
