@@ -23,6 +23,7 @@ from models import prepare
 from models.channels import norms
 from models.copies import copied
 from models.lastmap import last_map
+from models.modes import uncompiled
 from models.views import has_own_code
 from utils.config import Group
 from utils.data.batches import as_float, keep_on, spread
@@ -329,7 +330,8 @@ def checked(purify: Purify[C]) -> Purify[C]:
     `random_seed`, so dropout draws the same; they are restored at the end. Gradients are computed
     wherever it is called from, but never those of the caller's images; a network that gives none is
     refused. A network with code of the user's own is copied first, since this code may change it in
-    each call. If a network cannot learn from one image at a time, one line says so.
+    each call. A compiled network runs as it was written. If a network cannot learn from one image at
+    a time, one line says so.
 
     Args:
         purify: the method.
@@ -352,7 +354,13 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 f"config: {type(config).__name__} of {type(config).__module__} is no configuration "
                 f"of this defense; give {expected.__module__}.{expected.__name__}.load(...)"
             )
-        with seeded(config.random_seed), single_images_told(), learning(), made_on_the_cpu():
+        with (
+            seeded(config.random_seed),
+            single_images_told(),
+            learning(),
+            made_on_the_cpu(),
+            uncompiled(),
+        ):
             check_given(
                 model,
                 images,
@@ -372,6 +380,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
             learning(),
             in_any_order(model),
             made_on_the_cpu(),
+            uncompiled(),
         ):
             _check_network(config, model, images.shape[1:])
             given = copied(model) if has_own_code(model) else model

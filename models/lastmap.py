@@ -138,8 +138,12 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
     images = black_images(model, image_shape, 2)
     seen: list[tuple[str, torch.Tensor]] = []
     names = [name for name, _ in bare(model).named_modules() if name]
-    watched = watching(model, names, lambda name, output: seen.append((name, output)))
-    with watched, evaluating(model), torch.no_grad(), _Pooling(lambda: len(seen)) as pooling:
+    with (
+        watching(model, names, lambda *output: seen.append(output)),
+        evaluating(model),
+        torch.no_grad(),
+        _Pooling(lambda: len(seen)) as pooling,
+    ):
         model(images)
     times = Counter(name for name, _ in seen)
     maps = [

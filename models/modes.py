@@ -1,6 +1,7 @@
 """Modes and weights of networks: temporary changes, which are restored at the end."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -47,6 +48,20 @@ def frozen(*models: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, what `torch.compile` made runs as it was written.
+
+    Compiled code does not call hooks that came later, and each change of mode or weights would be
+    compiled anew.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from models.modes import uncompiled
 from models.parts import bare, refuse_scripts
 
 
@@ -22,7 +23,7 @@ def watching(
 ) -> Iterator[None]:
     """Inside, `see` takes the name and the output (or the input) of layers at each of their calls.
 
-    The layers' hooks are removed at the end.
+    The layers' hooks are removed at the end. Compiled networks are run as they were written.
 
     Args:
         names: of layers of the bare network.
@@ -45,7 +46,8 @@ def watching(
                 with_kwargs=True,
             )
             hooks.append(hook)
-        yield
+        with uncompiled():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,12 +83,5 @@ def weighted(model: nn.Module, name: str, factor: torch.Tensor) -> Iterator[None
 
     Gradients reach the factor. The layer's hook is removed at the end.
     """
-    hook = (
-        bare(model)
-        .get_submodule(name)
-        .register_forward_hook(lambda _, inputs, output: output * factor)
-    )
-    try:
+    with watching(model, [name], lambda _, output: output * factor):
         yield
-    finally:
-        hook.remove()

@@ -258,6 +258,29 @@ def test_a_scripted_network_is_refused(name: str, made_of: Callable[[nn.Module],
         module(name).purify(made_of(plain.eval()), given, labels, config)
 
 
+def plain() -> nn.Module:
+    """A network of torch's own modules."""
+    model = Own()
+    return nn.Sequential(
+        *(model.one, model.norm, nn.ReLU(), nn.Sequential(model.two), model.other, nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Flatten(), model.head),
+    )
+
+
+@pytest.mark.parametrize("name", ["anp", "bnp", "bti_dbf", "fp", "nad", "npd"])
+def test_a_compiled_network_gives_what_it_was_made_of_gives(name: str) -> None:
+    """Also if it was called before; compiled code calls no hook that came later."""
+    torch._dynamo.reset()
+    expected = purified(name, made(plain)).state_dict()
+    compiled = torch.compile(made(plain), backend="eager").eval()
+    with torch.no_grad():
+        for count in (24, 8):
+            compiled(images()[0][:count])
+    found = purified(name, compiled).state_dict()
+    for key, value in found.items():
+        assert torch.equal(value, expected[key.replace("_orig_mod.", "")]), key
+
+
 @pytest.mark.parametrize("name", ["anp", "fp", "rnp"])
 def test_where_no_image_can_be_held_out_the_warning_says_so(name: str) -> None:
     model, (pixels, _) = made(Own), images()

@@ -38,6 +38,20 @@ def test_recording_keeps_the_last_call_alone() -> None:
             assert torch.equal(features["linear"], logits)
 
 
+def test_watching_sees_a_network_that_was_compiled_and_called_before() -> None:
+    network, (images, _) = conv_net(), problem()
+    compiled = torch.compile(network, backend="eager")
+    with torch.no_grad():
+        compiled(images)
+        with recording(compiled, ["_orig_mod.linear"]) as outputs:
+            logits = compiled(images)
+        with weighted(compiled, "_orig_mod.linear", torch.tensor(0.0).double()):
+            silent = compiled(images)
+        assert torch.equal(outputs["_orig_mod.linear"], logits)
+        assert not silent.any()
+        assert torch.equal(compiled(images), logits)
+
+
 def test_watching_sees_each_call_also_with_a_keyword() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
