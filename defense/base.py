@@ -87,6 +87,11 @@ class DefenseConfig(OfRecord):
     takes_float16 = True  # False with Adam, whose 1e-8 is 0 there
 
     @property
+    def gives_back_early(self) -> bool:
+        """Whether weights, modes or hooks are given back between a pass and its gradients."""
+        return False
+
+    @property
     def sees(self) -> Sees:
         """Which images the defense is given."""
         return "nothing"
@@ -154,6 +159,7 @@ class Masked(HeldOut):
     prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
 
     advice = "lower --acc_ratio (val) or --pruning_number (fixed)"
+    gives_back_early = True
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         norms(model)
@@ -272,6 +278,7 @@ class Inverted(CleanData, Scored):
     in_train_mode = True
     moves_images = True
     takes_float16 = False
+    gives_back_early = True
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         if self.n_rounds:
@@ -370,6 +377,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 learns=config.learns,
                 moves_images=config.moves_images,
                 takes_float16=config.takes_float16,
+                computes_once=config.gives_back_early,
                 batch_size=config.batch_size
                 if isinstance(config, Rounds) and config.in_train_mode
                 else None,

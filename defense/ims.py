@@ -72,6 +72,7 @@ class Config(CleanData, Rounds):
     advice = "give fewer rounds, or more images (--ratio)"
     moves_images = True
     takes_float16 = False
+    gives_back_early = True
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         layers = convolutions(model)

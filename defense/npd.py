@@ -72,6 +72,7 @@ class Config(CleanData, Scored):
     advice = "lower --lr or --trigger_norm, or give more images (--ratio)"
     rates = "--lr, --adv_lr or --wd"
     moves_images = True
+    gives_back_early = True  # and the polarizer would count statistics twice
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         images = black_images(model, image_shape)

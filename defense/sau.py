@@ -122,6 +122,11 @@ class Config(SharedAdversarial):
         """Whether `train_mode` is set."""
         return self.train_mode
 
+    @property
+    def gives_back_early(self) -> bool:
+        """Whether `train_mode` is set."""
+        return self.train_mode
+
 
 def shared_perturbation(
     model: nn.Module,

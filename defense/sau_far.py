@@ -44,6 +44,7 @@ class Config(SharedAdversarial, Augmented):
     lr_scheduler: Annotated[Schedule, Field(description="how Adam's learning rate changes")]
 
     in_train_mode = True
+    gives_back_early = True
 
 
 @checked

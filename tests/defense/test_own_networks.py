@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import defense
 from models.views import has_own_code
@@ -243,6 +244,65 @@ class Twins(Own):
 def test_a_head_that_shares_its_weight_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"share a weight, and this method would change both"):
         purified(name, made(Twins))
+
+
+class Checkpointed(Own):
+    """Computes its second half again for the gradients."""
+
+    reentrant: bool | None = False
+
+    def forward(self, images: torch.Tensor) -> Any:
+        x = self.norm(self.one(images)).relu()
+        if self.reentrant is None:
+            return self.late(x)
+        return checkpoint(self.late, x, use_reentrant=self.reentrant)
+
+    def late(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(self.other(self.two(x)).relu(), 2)
+        return self.head(x.flatten(1))
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class Switched(Checkpointed):
+    reentrant = None
+
+
+GIVE_BACK_EARLY = ("anp", "bti_dbf", "ims", "npd", "pam", "rnp", "sau_far")
+
+
+@every_defense
+@pytest.mark.parametrize("kind", [Checkpointed, Reentrant])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_gradient_checkpointing_works_or_is_refused(
+    name: str, kind: type[Checkpointed], frozen: bool
+) -> None:
+    """What is computed again is wrong once weights, modes or hooks are as they were."""
+    model, other = made(kind), made(Switched)
+    for network in (model, other):
+        network.two.requires_grad_(not frozen)
+        network.other.requires_grad_(not frozen)
+    refused = set(defense.names()) - set(LEARN_NOTHING) if kind is Reentrant else GIVE_BACK_EARLY
+    if name in refused:
+        with pytest.raises(UserError, match=r"switch this off .model.gradient_checkpointing_dis"):
+            purified(name, model)
+    else:
+        expected, found = purified(name, other).state_dict(), purified(name, model).state_dict()
+        assert all(
+            torch.allclose(value, expected[key], atol=1e-5)
+            for key, value in found.items()
+            if "running" not in key and "batches" not in key  # they count what is computed again
+        )
+
+
+def test_sau_refuses_checkpointing_in_train_mode() -> None:
+    model = made(Checkpointed)
+    config = shortened("sau", model, n_rounds=1, batch_size=8, train_mode=True)
+    with pytest.raises(UserError, match=r"it computes parts of itself again for the gradients"):
+        module("sau").purify(model, *images(), config)
 
 
 @every_defense

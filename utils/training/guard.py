@@ -24,6 +24,10 @@ OF_ITSELF = (
     "in it holds on to, e.g. one of model.forward = lambda x: ...; make this function a method of "
     "a class, or a module"
 )
+SWITCH_OFF = (
+    "if it has gradient checkpointing, switch this off (model.gradient_checkpointing_disable() or "
+    "the like)"
+)
 GIVE_IMAGES = "give (N, C, H, W), floats in [0, 1] or uint8 in 0 to 255"
 
 T = TypeVar("T")
@@ -134,6 +138,7 @@ def check_given(
     learns: bool = False,
     moves_images: bool = False,
     takes_float16: bool = True,
+    computes_once: bool = False,
     batch_size: int | None = None,
 ) -> None:
     """Checks the arguments of a `purify`; a copy of the network is called with two images, and one.
@@ -144,14 +149,16 @@ def check_given(
         learns: whether gradients must reach weights that require them, if any does.
         moves_images: whether gradients must reach the images.
         takes_float16: whether weights may be in float16.
+        computes_once: whether no part of the network may be called again for the gradients.
         batch_size: of methods that train the whole network in train mode; None for others.
 
     Raises:
         UserError: if the network has no weights, or not finite or too coarse ones, or its lazy
             layers have none yet; if images are no (N, C, H, W) of floats in [0, 1] or uint8; if
             labels are no (N,) of int64 below the number of classes; if the network cannot take the
-            images, changes them, gives no logits (N, K), cuts off gradients that are needed, or
-            cannot be trained on so few images; if a copy of it computes with its own weights.
+            images, changes them, gives no logits (N, K), cuts off gradients that are needed,
+            computes something again for them and must not, or cannot be trained on so few images;
+            if a copy of it computes with its own weights.
     """
     _check_network(model)
     if not takes_float16 and any(w.dtype == torch.float16 for w in model.parameters()):
@@ -184,7 +191,7 @@ def check_given(
     if classes < 2:
         raise UserError("model: it tells one class; give a network with two or more")
     if learns:
-        _check_gradients(copy, before, moves_images)
+        _check_gradients(copy, before, moves_images, computes_once)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise UserError(
             f"labels: {int(labels.min())} to {int(labels.max())}, but the network has {classes} "
@@ -225,17 +232,29 @@ def _copied(model: nn.Module) -> nn.Module:
     return _told("be copied by copy.deepcopy", lambda: copied(model)).eval()
 
 
-def _check_gradients(model: nn.Module, images: torch.Tensor, moves_images: bool) -> None:
-    """Raises UserError if no gradient of the logits reaches the weights, or the images."""
-    can_learn = any(weight.requires_grad for weight in model.parameters())
+def _check_gradients(
+    model: nn.Module, images: torch.Tensor, moves_images: bool, computes_once: bool
+) -> None:
+    """Raises UserError if no gradient of the logits reaches the weights, or the images.
+
+    And if the network calls parts of it again for the gradients, and must not.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gradient, calls = None, []
     with in_any_order(model):
-        images = images.detach().clone().requires_grad_(moves_images)
-        logits = model(images)
-        gradient = None
-        if moves_images and logits.requires_grad:
-            (gradient,) = torch.autograd.grad(logits.sum(), images, allow_unused=True)
+        # What is frozen is computed again only for the gradient of what comes before.
+        images = images.detach().clone().requires_grad_(moves_images or computes_once)
+        logits = _told("be called with gradients", lambda: model(images.clone()))
+        wanted = [tensor for tensor in (images, *weights) if tensor.requires_grad]
+        if logits.requires_grad and wanted:
+            with _calls(model) as calls:
+                gradient, *_ = _told(
+                    "give gradients",
+                    lambda: torch.autograd.grad(logits.sum(), wanted, allow_unused=True),
+                    SWITCH_OFF,
+                )
     for what, is_cut in (
-        ("weights", can_learn and not logits.requires_grad),
+        ("weights", bool(weights) and not logits.requires_grad),
         ("images", moves_images and gradient is None),
     ):
         if is_cut:
@@ -244,6 +263,26 @@ def _check_gradients(model: nn.Module, images: torch.Tensor, moves_images: bool)
                 "leaves torch, or runs under no_grad; this method needs it, so give a network "
                 "without that"
             )
+    if computes_once and calls:
+        raise UserError(
+            "model: it computes parts of itself again for the gradients, when this method has "
+            f"given their weights, modes or hooks back; {SWITCH_OFF}"
+        )
+
+
+@contextmanager
+def _calls(model: nn.Module) -> Iterator[list[str]]:
+    """Inside, each call of a part of the network adds its name to a list."""
+    calls: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_network(model: nn.Module) -> None:
@@ -325,7 +364,9 @@ def _classes(logits: object, count: int, when: str = "") -> int:
     )
 
 
-def _told(what: str, work: Callable[[], T]) -> T:
+def _told(
+    what: str, work: Callable[[], T], advice: str = "give images that it takes, or repair it"
+) -> T:
     """The result of `work`; if it raises, a UserError that says what the network cannot do."""
     try:
         return work()
@@ -336,7 +377,7 @@ def _told(what: str, work: Callable[[], T]) -> T:
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"model: the network cannot {what} ({reason}); give images that it takes, or repair it"
+            f"model: the network cannot {what} ({reason}); {advice}"
         ) from error
 
 
