@@ -21,7 +21,7 @@ from torch import nn
 
 from models import prepare
 from models.channels import norms
-from models.copies import copied
+from models.copies import copied, holds_graphs
 from models.lastmap import last_map
 from models.modes import uncompiled
 from models.views import has_own_code
@@ -403,7 +403,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
             require_finite(purified)
             for weight in purified.parameters():
                 weight.grad = None  # of the last step
-        return purified
+            return copied(purified) if holds_graphs(purified) else purified
 
     return wrapped
 

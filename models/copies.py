@@ -42,6 +42,15 @@ def copied(model: M) -> M:
         return copy.deepcopy(model)
 
 
+def holds_graphs(model: nn.Module) -> bool:
+    """Whether the network keeps a tensor with a graph, also in lists and dictionaries."""
+    return any(
+        isinstance(value, torch.Tensor) and value.grad_fn is not None
+        for module in model.modules()
+        for value in tree_leaves(vars(module))
+    )
+
+
 class _Apart(TorchDispatchMode):
     """Inside, whatever reads or writes certain memory raises an error, before it does so."""
 

@@ -515,7 +515,24 @@ def test_weights_that_hooks_compute_in_each_pass_are_copied(
         norm(model.one)
         return model
 
-    purified(name, made(make))
+    copy.deepcopy(purified(name, made(make)))
+
+
+@every_defense
+def test_features_that_a_network_keeps_are_no_obstacle(name: str) -> None:
+    class Keeping(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps: dict[str, list[torch.Tensor]] = {}
+
+        def forward(self, images: torch.Tensor) -> Any:
+            logits = super().forward(images)
+            self.maps["logits"] = [logits]
+            return logits
+
+    expected, found = purified(name, made(Own)).state_dict(), purified(name, made(Keeping))
+    copy.deepcopy(found)
+    assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
 
 
 @every_defense

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.copies import apart_from, copied
+from models.copies import apart_from, copied, holds_graphs
 from tests.networks import ConvNet, conv_net, differing, problem
 from utils.errors import UserError
 
@@ -30,7 +30,10 @@ class Keeping(ConvNet):
 
 def test_a_copy_has_no_graphs_wherever_a_network_keeps_tensors() -> None:
     network = Keeping()
+    assert not holds_graphs(network)
     logits = network(torch.rand(2, 3, 8, 8, requires_grad=True))
+    assert holds_graphs(network)
+    assert not holds_graphs(copied(network))
     first, (second, same) = copied(network).last["logits"]
     assert torch.equal(first, logits)
     assert torch.equal(second, logits.exp())
