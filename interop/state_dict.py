@@ -5,7 +5,7 @@
 The checkpoint is a state dict, `.pt`/`.pth` (tensors, plain data, NumPy's arrays and numbers;
 nothing else is read) or `.safetensors`, bare or under one of the usual names (`state_dict`,
 `model`, `ema`, ...; all of them in `utils/records/weights.py`). Prefixes that torch and training
-frameworks put before names (`module.`, `_orig_mod.`, `model.`) are removed. After that, all names
+frameworks put before names (`module.`, `_orig_mod.`, `model.`) do not count. Beside them, all names
 and shapes have to be the network's. Nothing is trained.
 
 ASR needs triggered test images, as picture files named after the test image that they come from:

@@ -1,7 +1,7 @@
 """Weights of a model that was trained elsewhere: read from a checkpoint, put into a network."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ WRAPPERS = (
 _OF_TORCH = re.compile(r"(?:^(?:module\.|_orig_mod\.)+)|(?<=\.)_orig_mod\.")
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, unwrapped, without torch's own prefixes.
+def read_state_dict(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, unwrapped.
 
     If other weights are beside them that may be the network's, too, the names of all have their
     place in the file before them, and `fill` takes those that have the network's names.
@@ -65,20 +65,15 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if broken:
         names = listed(broken, limit=200)
         raise UserError(f"--state_dict: {path}: not finite: {names}; give another file")
-    stripped = {_OF_TORCH.sub("", key): value for key, value in state.items()}
-    if len(stripped) < len(state):
-        raise UserError(
-            f"--state_dict: {path} has names both with and without 'module.' or '_orig_mod.' "
-            "before them; keep one of each pair"
-        )
-    return stripped
+    return state
 
 
 def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> None:
     """Puts weights into the bare network; names and shapes have to be the same.
 
-    If all names of the network have a prefix, as training frameworks add one, it is removed, and a
-    message says so. Other weights are skipped, and a message says so. Counts of batches
+    What torch puts before names does not count, neither in the file nor in a network that is itself
+    made by `nn.DataParallel` or `torch.compile`. If all names of the network have a prefix, as
+    training frameworks add one, it is removed, and a message says so. Other weights are skipped, and a message says so. Counts of batches
     (BatchNorm's `num_batches_tracked`), which old files lack, stay as they are in a new network.
 
     Args:
@@ -88,7 +83,16 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
         UserError: listing names that are missing, not the network's, or of another shape.
     """
     network_state = model.network.state_dict()
-    needed = [key for key in network_state if not key.endswith("num_batches_tracked")]
+    names = {_OF_TORCH.sub("", key): key for key in network_state}
+    is_of_torch = names.keys() != network_state.keys()
+    if is_of_torch and (
+        len(names) < len(network_state) or _prefixes(state, _counting_none(network_state))
+    ):
+        names = {key: key for key in network_state}
+    else:
+        state = _without_torch(state)
+    network_state = {short: network_state[key] for short, key in names.items()}
+    needed = _counting_none(network_state)
     state = _without_prefix(state, needed)
     kinds = (
         [f"{key} is missing" for key in needed if key not in state],
@@ -116,10 +120,31 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
             f"--state_dict: does not fit --model {name}: {told}; give its own network, dataset and "
             "image size"
         )
-    model.network.load_state_dict({**network_state, **state})
+    filled = {**network_state, **state}
+    model.network.load_state_dict({names[short]: value for short, value in filled.items()})
     if broken := not_finite(model.network.state_dict()):  # too large for their type here
         names = listed(broken, limit=200)
         raise UserError(f"--state_dict: too large for the network: {names}; give another file")
+
+
+def _counting_none(names: Iterable[str]) -> list[str]:
+    """The names of weights, without counts of batches."""
+    return [name for name in names if not name.endswith("num_batches_tracked")]
+
+
+def _without_torch(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """The weights without what torch puts before their names.
+
+    Raises:
+        UserError: if they are there with and without it.
+    """
+    stripped = {_OF_TORCH.sub("", key): value for key, value in state.items()}
+    if len(stripped) < len(state):
+        raise UserError(
+            "--state_dict: has names both with and without 'module.' or '_orig_mod.' before them; "
+            "keep one of each pair"
+        )
+    return stripped
 
 
 def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -181,11 +206,7 @@ def _are_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 
 def _bare(state: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of weights, without counts of batches and without what stands before all names."""
-    names = [
-        _OF_TORCH.sub("", key).split(".")
-        for key in state
-        if not key.endswith("num_batches_tracked")
-    ]
+    names = [_OF_TORCH.sub("", key).split(".") for key in _counting_none(state)]
     parents = zip(*(name[:-1] for name in names), strict=False)  # as long as the shortest
     before = sum(1 for _ in takewhile(lambda parts: len({*parts}) == 1, parents))
     return [".".join(name[before:]) for name in names]

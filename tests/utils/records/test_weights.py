@@ -64,6 +64,50 @@ def test_a_prefix_is_taken_off(tmp_path: Path, good: dict[str, torch.Tensor], pr
     assert_same(filled(tmp_path / "x.pt", content), good)
 
 
+class Around(nn.Module):
+    """A network under a name that torch gives, too, and a weight beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.scale = Net(), nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("prefix", ["", *PREFIXES])
+@pytest.mark.parametrize(
+    "build",
+    [
+        Around,
+        lambda: nn.DataParallel(Net()),
+        lambda: nn.DataParallel(Around()),
+        lambda: torch.compile(Net()),
+        lambda: nn.Sequential(torch.compile(Net())),
+    ],
+)
+def test_a_network_takes_its_own_names_also_if_they_are_torch_s(
+    tmp_path: Path, build: Callable[[], nn.Module], prefix: str
+) -> None:
+    good = build()
+    content = {f"{prefix}{name}": value for name, value in good.state_dict().items()}
+    torch.save(content, tmp_path / "x.pt")
+    made = Classifier(build(), (0.0,) * 3, (1.0,) * 3)
+    fill(made, read_state_dict(tmp_path / "x.pt"), "net")
+    assert_same(made, good.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", *PREFIXES])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_network_takes_the_names_of_what_it_is_made_around(
+    tmp_path: Path, good: dict[str, torch.Tensor], wrap: Callable[[nn.Module], Any], prefix: str
+) -> None:
+    torch.save({f"{prefix}{name}": value for name, value in good.items()}, tmp_path / "x.pt")
+    inside = Net()
+    fill(
+        Classifier(wrap(inside), (0.0,) * 3, (1.0,) * 3), read_state_dict(tmp_path / "x.pt"), "net"
+    )
+    for name, value in inside.state_dict().items():
+        assert torch.equal(value, good[name])
+
+
 def test_a_compiled_part_keeps_its_place(tmp_path: Path, good: dict[str, torch.Tensor]) -> None:
     content = {
         name.replace("bn.", "bn._orig_mod.").replace("head.", "head._orig_mod."): value
