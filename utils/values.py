@@ -1,10 +1,12 @@
 """A value by the annotation of its field: whether it is allowed, and in words what is."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
@@ -112,6 +114,8 @@ def bounds_of(annotation: Any) -> dict[str, float]:
 def check(annotation: Any, value: Any, is_flag: bool) -> Any:
     """The value as the field's type, which it must have; that of a flag is a text.
 
+    NumPy's numbers and paths become plain numbers and texts, so that a file can keep them.
+
     Raises:
         ValueError: if it is not allowed.
     """
@@ -122,6 +126,10 @@ def check(annotation: Any, value: Any, is_flag: bool) -> Any:
 
 
 def _typed(annotation: Any, value: Any, is_flag: bool) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
     base = base_of(annotation)
     options = [base, *get_args(base)]
     if get_origin(base) is tuple:

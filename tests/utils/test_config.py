@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import Field
@@ -201,6 +202,23 @@ def test_a_class_of_a_module_without_a_file_has_no_shipped_values(
     monkeypatch.setattr(ToyConfig, "__module__", "notebook")
     config = ToyConfig.load(rounds=1, side=2, flip=True, widths=(3,), name="x")
     assert config.lr == 0.1  # of the base, which has a file
+
+
+def test_numpy_s_numbers_and_paths_become_plain_values() -> None:
+    config = ToyConfig.load(
+        lr=np.float32(0.5),
+        rounds=np.int64(2),
+        flip=np.bool_(True),
+        widths=[np.int32(3), 4],
+        name=Path("a/b"),
+    )
+    assert config == ToyConfig.load(lr=0.5, rounds=2, flip=True, widths=(3, 4), name="a/b")
+    given = (config.lr, config.rounds, config.flip, *config.widths, config.name)
+    assert [type(value) for value in given] == [float, int, bool, int, int, str]
+    assert yaml.safe_load(config.dump())["rounds"] == 2
+    for wrong in (np.float64(2.5), np.bool_(True), Path("2")):
+        with pytest.raises(UserError, match=r"rounds: .* is not allowed; give int"):
+            ToyConfig.load(rounds=wrong)
 
 
 def test_a_configuration_is_frozen() -> None:
