@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from models import prepare
-from models.channels import norms
+from models.channels import norms, require_replaceable
 from models.copies import copied, holds_graphs
 from models.lastmap import last_map
 from models.modes import uncompiled
@@ -163,6 +163,7 @@ class Masked(HeldOut):
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         norms(model)
+        require_replaceable(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,8 +338,8 @@ def checked(purify: Purify[C]) -> Purify[C]:
     `random_seed`, so dropout draws the same; they are restored at the end. Gradients are computed
     wherever it is called from, but never those of the caller's images; a network that gives none is
     refused. A network with code of the user's own is copied first, since this code may change it in
-    each call. A compiled network runs as it was written. If a network cannot learn from one image at
-    a time, one line says so.
+    each call. A compiled network runs as it was written. If a network cannot learn from one image
+    at a time, one line says so.
 
     Args:
         purify: the method.

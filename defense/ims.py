@@ -39,7 +39,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import CleanData, Rounds, checked, run
-from models.channels import called_with, convolutions, scalable, scaled_convolutions
+from models.channels import (
+    called_with,
+    convolutions,
+    require_replaceable,
+    scalable,
+    scaled_convolutions,
+)
 from models.copies import copied
 from models.parts import usual_weight
 from utils.config import Group
@@ -77,6 +83,7 @@ class Config(CleanData, Rounds):
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         layers = convolutions(model)
         if self.n_rounds:
+            require_replaceable(model)
             scalable(layers, model)
 
 

@@ -19,9 +19,10 @@ from models.parts import bare, black_images, changeable
 from utils.errors import UserError
 
 Pairs = Literal["order", "direct"]
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm  # the latter of several processes, or of one
 
 
-def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+def norms(model: nn.Module) -> dict[str, Norm]:
     """The BatchNorm layers that have weights, by name.
 
     Raises:
@@ -30,14 +31,14 @@ def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     layers = {
         name: module
         for name, module in bare(model).named_modules()
-        if isinstance(module, nn.BatchNorm2d) and module.affine
+        if isinstance(module, Norm) and module.affine
     }
     _require(layers, "BatchNorm layers (BatchNorm2d)")
     changeable(layers, model)
     return layers
 
 
-def running_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+def running_norms(model: nn.Module) -> dict[str, Norm]:
     """The layers of `norms` that keep running statistics.
 
     Raises:
@@ -154,13 +155,17 @@ def scalable(layers: Mapping[str, nn.Conv2d], model: nn.Module) -> None:
             )
 
 
-def _prefix(model: nn.Module) -> str:
-    """Of the names of the bare network's weights in the model, for `functional_call`."""
+def require_replaceable(model: nn.Module) -> None:
+    """Raises UserError if `called_with` cannot call the network with other weights."""
     if isinstance(bare(model), nn.DataParallel):
         raise UserError(
             "this method cannot change the weights of a DataParallel network; give the network "
             "that is in it (model.module)"
         )
+
+
+def _prefix(model: nn.Module) -> str:
+    """Of the names of the bare network's weights in the model, for `functional_call`."""
     return "network." if isinstance(model, Classifier) else ""
 
 

@@ -61,8 +61,8 @@ class _Apart(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        given = tree_leaves((args, kwargs))
-        if any(isinstance(value, torch.Tensor) and _place(value) in self._places for value in given):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(_place(tensor) in self._places for tensor in given):
             raise UserError(self._refusal)
         return func(*args, **(kwargs or {}))
 

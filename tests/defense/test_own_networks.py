@@ -661,6 +661,18 @@ def test_batchnorm_without_biases_works(name: str) -> None:
 def test_a_dataparallel_network_is_refused_where_it_cannot_work(name: str) -> None:
     with pytest.raises(UserError, match="give the network that is in it"):
         purified(name, nn.DataParallel(made(Own)))
+    config = shortened(name, made(Own), n_rounds=1, batch_size=8)
+    with pytest.raises(UserError, match="give the network that is in it"):  # before any work
+        config.check_network(nn.DataParallel(made(Own)), (3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["anp", "bnp", "clp", "ep", "rnp"])
+def test_synchronised_batchnorm_of_one_process_is_batchnorm(name: str) -> None:
+    expected = purified(name, made(Own)).state_dict()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(made(Own))
+    found = purified(name, synchronised)
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in found.modules())
+    assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

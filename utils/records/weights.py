@@ -73,8 +73,9 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
 
     What torch puts before names does not count, neither in the file nor in a network that is itself
     made by `nn.DataParallel` or `torch.compile`. If all names of the network have a prefix, as
-    training frameworks add one, it is removed, and a message says so. Other weights are skipped, and a message says so. Counts of batches
-    (BatchNorm's `num_batches_tracked`), which old files lack, stay as they are in a new network.
+    training frameworks add one, it is removed, and a message says so. Other weights are skipped,
+    and a message says so. Counts of batches (BatchNorm's `num_batches_tracked`), which old files
+    lack, stay as they are in a new network.
 
     Args:
         name: of the model, for messages.
@@ -83,15 +84,15 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
         UserError: listing names that are missing, not the network's, or of another shape.
     """
     network_state = model.network.state_dict()
-    names = {_OF_TORCH.sub("", key): key for key in network_state}
-    is_of_torch = names.keys() != network_state.keys()
+    full_names = {_OF_TORCH.sub("", key): key for key in network_state}
+    is_of_torch = full_names.keys() != network_state.keys()
     if is_of_torch and (
-        len(names) < len(network_state) or _prefixes(state, _counting_none(network_state))
+        len(full_names) < len(network_state) or _prefixes(state, _counting_none(network_state))
     ):
-        names = {key: key for key in network_state}
+        full_names = {key: key for key in network_state}
     else:
         state = _without_torch(state)
-    network_state = {short: network_state[key] for short, key in names.items()}
+    network_state = {short: network_state[key] for short, key in full_names.items()}
     needed = _counting_none(network_state)
     state = _without_prefix(state, needed)
     kinds = (
@@ -121,7 +122,7 @@ def fill(model: Classifier, state: Mapping[str, torch.Tensor], name: str) -> Non
             "image size"
         )
     filled = {**network_state, **state}
-    model.network.load_state_dict({names[short]: value for short, value in filled.items()})
+    model.network.load_state_dict({full_names[short]: value for short, value in filled.items()})
     if broken := not_finite(model.network.state_dict()):  # too large for their type here
         names = listed(broken, limit=200)
         raise UserError(f"--state_dict: too large for the network: {names}; give another file")

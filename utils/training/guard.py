@@ -20,9 +20,9 @@ from utils.training.state import restore_random
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = 1e-3  # by which a pixel may leave [0, 1], as after a normalization that was undone
 OF_ITSELF = (
-    "model: a copy of the network computes with the weights of the network itself, which a function "
-    "in it holds on to, e.g. one of model.forward = lambda x: ...; make this function a method of "
-    "a class, or a module"
+    "model: a copy of the network computes with the weights of the network itself, which a "
+    "function in it holds on to, e.g. one of model.forward = lambda x: ...; make this function a "
+    "method of a class, or a module"
 )
 SWITCH_OFF = (
     "if it has gradient checkpointing, switch this off (model.gradient_checkpointing_disable() or "
@@ -275,7 +275,7 @@ def _calls(model: nn.Module) -> Iterator[list[str]]:
     """Inside, each call of a part of the network adds its name to a list."""
     calls: list[str] = []
     hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
         for name, module in model.named_modules()
     ]
     try:
@@ -376,9 +376,7 @@ def _told(
         if is_lack_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(
-            f"model: the network cannot {what} ({reason}); {advice}"
-        ) from error
+        raise UserError(f"model: the network cannot {what} ({reason}); {advice}") from error
 
 
 def _device(model: nn.Module) -> torch.device:
