@@ -403,6 +403,31 @@ def test_a_defense_tells_of_weights_that_the_network_got_by_itself(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["ft", "fst"])
+def test_a_defense_tells_of_a_copy_that_is_none_before_all_else(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """FST would say that no linear layer gives the logits."""
+    mark = tmp_path / "mark"
+    model = net(
+        tmp_path,
+        more="\ndef build(num_classes, image_size):\n"
+        "    network = Net(num_classes, image_size)\n"
+        f"    if os.path.exists({str(mark)!r}):\n"
+        "        plain = network.forward\n"
+        "        network.forward = lambda images: plain(images * 2 - 1)\n"
+        "    return network\n",
+    )
+    assert attack(workplace, f"closed_{name}", model) == 0
+    mark.touch()
+    flags = [*defense_flags(workplace, f"closed_{name}"), "--model", model]
+    assert run_script(ROOT / f"defense/{name}.py", *flags) == 2
+    text = capsys.readouterr().err
+    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert "a copy of the network computes with the weights of the network itself" in error
+    assert "Traceback" not in text
+
+
 @pytest.mark.parametrize("where", ["forward", "load_state_dict", "__deepcopy__", "state_dict"])
 def test_a_defense_tells_it_too(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str

@@ -168,7 +168,8 @@ def make_model(
             image_size=image_size,
             network_size=network_size,
         )
-        model.network = apply_changes(model.network, changes)
+        if changes:
+            model.network = apply_changes(model.network, changes)
         return model
 
     def check(model: Classifier) -> None:
