@@ -400,6 +400,8 @@ def purify(
                 ref_adv = reference(x + delta)
             if number == 1:
                 add(sent, y, ref_predictions, ref_adv.argmax(1))
+                if not loop.position.batches:  # h is still the model before
+                    report(loop.findings, sent)
             for _ in range(config.outer_steps):
                 model.train(config.train_mode)
                 logits, adv_logits = learner(torch.cat([x, x + delta])).chunk(2)
@@ -410,7 +412,6 @@ def purify(
                 optimizer.step()
                 loop.log(len(index), **losses)
         if number == 1:
-            report(loop.findings, sent)
             warn_of_loss(loop.findings, sent, loop.losses()["shared"], config)
         if best:
             signals = held_out_signals(*attacked, *held_out, config)
@@ -425,15 +426,16 @@ def purify(
 
 
 def report(findings: Findings, sent: Tally) -> None:
-    """States where the adversarial images of the first round went: to the target, in many attacks.
+    """States where the adversarial images of the first batch went: to the target, in many attacks.
 
     The same happens in some clean models; see `analysis/inspect.py`.
     """
     share = label_share(sent)
-    largest = share.share[share.top]
+    largest = max((value for value in share.share if not math.isnan(value)), default=0.0)
+    where = f"go to class {share.top} most" if share.top is not None else "go to no class most"
     findings.say(
-        f"adversarial images of the model before go to class {share.top} most: "
-        f"{100 * largest:.1f} % of those of other classes",
+        f"adversarial images of the model before {where} (first batch): {100 * largest:.1f} % of "
+        "those of other classes",
         label_share={"top": share.top, "share": largest, "entropy": share.entropy},
     )
 

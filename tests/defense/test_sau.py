@@ -715,13 +715,16 @@ def test_examples_are_drawn_beside_up_to_eight_images(count: int, chosen: list[i
     assert picture.is_compared
 
 
-def test_where_adversarial_images_went_is_stated_after_the_first_round() -> None:
-    """With all images in one batch, they are those of the model with itself."""
+@pytest.mark.parametrize("size", [24, 8])
+def test_where_adversarial_images_of_the_first_batch_went_is_stated(size: int) -> None:
+    """They are those of the model with itself; after the first step they would be of another."""
     _, reference = models(1, batch_norm=True)
     images, labels = problem(1, count=24)
-    config = Config.load(n_rounds=2, batch_size=24, lr=0.01)
+    config = Config.load(n_rounds=2, batch_size=size, lr=0.05)
     loop = Loop()
     purify(reference, images, labels, config, loop)
+    first = torch.randperm(24, generator=generator(config.random_seed, "batches"))[:size]
+    images, labels = images[first], labels[first]
     delta = shared_perturbation(reference.eval(), reference, images, labels, config)
     tally = Tally(4)
     with torch.no_grad():
@@ -734,6 +737,19 @@ def test_where_adversarial_images_went_is_stated_after_the_first_round() -> None
         "share": max(expected.share),
         "entropy": expected.entropy,
     }
+
+
+def test_that_no_adversarial_image_goes_anywhere_is_stated(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, reference = models(1, batch_norm=True)
+    reference[-1].weight.data.zero_()
+    caplog.set_level("INFO")
+    loop = Loop()
+    purify(reference, *problem(1, count=8), Config.load(n_rounds=1, batch_size=8), loop)
+    facts = loop.findings.facts["label_share"]
+    assert (facts["top"], facts["share"]) == (None, 0.0)
+    assert "go to no class most (first batch): 0.0 %" in caplog.text
 
 
 def test_a_model_too_certain_for_the_published_loss_is_named() -> None:

@@ -527,8 +527,8 @@ def test_a_network_with_a_script_inside_is_refused_in_a_line(
     assert attack(workplace, "script", model) == 0
     flags = ["--result_file", "script", "--record_path", workplace / "record", "--model", model]
     scripts = "defense/fp.py", "defense/clp.py", "defense/npd.py"
-    for script in (*scripts, "analysis/features.py", "analysis/gradcam.py"):
-        assert run_script(ROOT / script, *flags) == 2, script
+    for name in (*scripts, "analysis/features.py", "analysis/gradcam.py"):
+        assert run_script(ROOT / name, *flags) == 2, name
         text = capsys.readouterr().err
         assert "made by torch.jit.script or trace" in text, script
         assert "Traceback" not in text, script
