@@ -77,13 +77,17 @@ def run(
         # Before what takes long, because it refuses ratios and targets that do not fit.
         rng = generator(config.random_seed, "poisoned indices")
         choice = choose(config, data.train.labels, len(data.classes), rng)
+        choice.check(len(data.train), len(data.classes))
         wanted = poison.poison_count(len(data.train), config.pratio)
         poisoned_images = int((choice.kinds == poison.KINDS.index("poison")).sum())
         if poisoned_images < wanted:
+            ratio = f"ratio {poisoned_images / len(data.train):.4f} of the training set"
             setting.warn(
                 f"{wanted} poisoned images wanted, but class {data.named(config.attack_target)} "
-                f"has {poisoned_images}; all of them are poisoned (ratio "
-                f"{poisoned_images / len(data.train):.4f} of the training set)"
+                f"has {poisoned_images}; all of them are poisoned ({ratio})"
+                if choose is clean_label
+                else f"{wanted} poisoned images wanted, but the attack chose {poisoned_images} "
+                f"({ratio})"
             )
         extra = () if prepare is None else (prepare(config, setting),)
         trigger = make_trigger(config, data.image_shape, *extra)

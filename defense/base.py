@@ -38,7 +38,7 @@ from utils.process.seeds import deterministic, generator, seed_everything
 from utils.records import folders, places
 from utils.records.attack import AttackRecord, load_attack, read_index
 from utils.records.checkpoint import Origin
-from utils.records.defense import checked_result, save_defense
+from utils.records.defense import checked_result, require_of_record, save_defense
 from utils.records.named import OfRecord, check_dataset, dataset_of_record, named_record
 from utils.training import ending, selection
 from utils.training.evaluate import predict
@@ -52,6 +52,7 @@ from utils.training.guard import (
     learning,
     made_on_the_cpu,
     require_finite,
+    require_module,
     seeded,
     single_images_told,
 )
@@ -401,6 +402,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                     "give model.float()"
                 )
             purified = purify(given, apart(images), apart(labels), config, loop)
+            require_module(purified)
             require_finite(purified)
             for weight in purified.parameters():
                 weight.grad = None  # of the last step
@@ -543,7 +545,9 @@ def _defend(
             has_index = getattr(config, "index", None) is not None
             _warn_of_classes(given, data, loop.findings, has_index)
         images = keep_on(device, given.images)
-        model = purify(backdoored, images, given.labels, config, loop)
+        model = purify(copied(backdoored), images, given.labels, config, loop)
+        require_module(model)
+        require_of_record(model, attack, name)
         after = watch.finish(model)
         if not distributed.is_main():
             return folder

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -418,6 +419,61 @@ def test_a_method_is_given_the_model_the_images_and_the_seed(record: Record) -> 
     assert flags == config(record)
     assert torch.equal(noise, seen[1][4])
     assert not torch.equal(noise, seen[2][4])
+
+
+def test_a_method_that_changes_what_it_is_given_changes_a_copy(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture shows what the model before and the one after say."""
+    captions: list[list[str]] = []
+    draw = base._draw_before_after
+    monkeypatch.setattr(
+        base,
+        "_draw_before_after",
+        lambda folder, caption, *rest: (
+            captions.append(caption(record.triggered.images)),
+            draw(folder, caption, *rest),
+        )[1],
+    )
+
+    def in_place(model: Any, images: Any, labels: Any, config: Any, loop: Any = None) -> nn.Module:
+        model.network.linear.bias.data[2] = 1e4
+        return model
+
+    model = copy.deepcopy(record.model).eval()
+    before = base.predict(model, record.triggered.images, torch.device("cpu")).tolist()
+    assert 2 not in before
+    base.defend(config(record), "always", in_place)
+    names = record.data.named
+    assert captions == [[f"{names(label)} | {names(2)}" for label in before]]
+
+
+@pytest.mark.parametrize(
+    ("give", "message"),
+    [
+        (lambda model: None, "the defense's purify gave NoneType; return the purified nn.Module"),
+        (lambda model: (model, 1), "the defense's purify gave tuple; return the purified"),
+        (nn.Sequential, "other: it gave a network that is not the record's"),
+    ],
+)
+def test_what_is_no_model_of_the_record_is_refused_before_it_is_scored(
+    record: Record, give: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[Any] = []
+    monkeypatch.setattr(Watch, "finish", lambda self, model: scored.append(model))
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        base.defend(config(record), "other", lambda model, *_: give(model))
+    assert scored == []
+
+
+def test_a_checked_method_that_gives_no_network_is_refused(tiny_model: nn.Module) -> None:
+    @base.checked
+    def forgets(model: Any, images: Any, labels: Any, config: ft.Config, loop: Any = None) -> Any:
+        return None
+
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(UserError, match=r"^the defense.s purify gave NoneType; return"):
+        forgets(tiny_model, images, labels, ft.Config.load(batch_size=2))
 
 
 def test_a_run_without_a_trigger_draws_no_images(

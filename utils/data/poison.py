@@ -90,6 +90,24 @@ class Choice:
     labels: torch.Tensor
     kinds: torch.Tensor
 
+    def check(self, count: int, num_classes: int) -> None:
+        """Raises UserError if an attack's own choice is none of this kind, for so many images."""
+        parts = {"index": torch.int64, "labels": torch.int64, "kinds": torch.uint8}
+        ends = {"index": count, "labels": num_classes, "kinds": len(KINDS)}
+        for name, dtype in parts.items():
+            values = getattr(self, name)
+            if values.dtype != dtype or values.shape != self.index.shape or values.ndim != 1:
+                given = f"{str(values.dtype)[6:]} of {tuple(values.shape)}"
+                wanted = f"{str(dtype)[6:]} of ({len(self.index)},)"
+                raise UserError(f"the attack's choice: {name} is {given}; give {wanted}")
+            if ((values < 0) | (values >= ends[name])).any():
+                raise UserError(
+                    f"the attack's choice: {name} has {int(values.min())} to {int(values.max())}; "
+                    f"give 0 to {ends[name] - 1}"
+                )
+        if (self.index.diff() <= 0).any():
+            raise UserError("the attack's choice: index is not ascending; give each image once")
+
 
 def dirty_label(
     labels: torch.Tensor,
@@ -199,9 +217,25 @@ def apply_trigger(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -
         for rows, part in zip(result.split(_CHUNK), index.split(_CHUNK), strict=True):
             clean = images[part]
             release(images)
-            rows.copy_(trigger(clean, part))
+            rows.copy_(_triggered(trigger, clean, part))
             progress.advance(len(part))
     return result
+
+
+def _triggered(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Images with the trigger; raises UserError if an attack's trigger gives something else."""
+    given = trigger(images, index)
+    if isinstance(given, torch.Tensor):
+        told = f"{str(given.dtype)[6:]} of {tuple(given.shape)}"
+    else:
+        told = type(given).__name__
+    wanted = f"{str(images.dtype)[6:]} of {tuple(images.shape)}"
+    if told != wanted:
+        raise UserError(
+            f"the attack's trigger gives {told}, not {wanted}, which the images are; return images "
+            "as it is given them"
+        )
+    return given
 
 
 def require_effect(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) -> None:
@@ -218,7 +252,7 @@ def require_effect(trigger: Trigger, images: torch.Tensor, index: torch.Tensor) 
     """
     for part in index.split(_CHUNK // 16):
         clean = images[part]
-        if not torch.equal(trigger(clean.clone(), part), clean):
+        if not torch.equal(_triggered(trigger, clean.clone(), part), clean):
             return
     raise UserError("the trigger changes no pixel of any image; make it stronger or larger")
 

@@ -42,14 +42,9 @@ def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name
     Raises:
         UserError: if the network is another one, which nothing could make again.
     """
-    changes = changes_of(model.network) if isinstance(model, Classifier) else []
-    state = model_state(model) if isinstance(model, Classifier) else {}
-    weights = weights_without(model.network, state) if isinstance(model, Classifier) else {}
-    if schema.misfits(weights, attack.state):
-        raise UserError(
-            f"{name}: it gave a network that is not the record's, and that models/changes.py does "
-            "not know; give a copy of the model, or put its parts in with models.changes.insert"
-        )
+    require_of_record(model, attack, name)
+    assert isinstance(model, Classifier)
+    state, changes = model_state(model), changes_of(model.network)
     folder.write_tensors(
         RESULT,
         {
@@ -66,6 +61,21 @@ def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name
             "attack_sha256": attack.sha256,
         },
     )
+
+
+def require_of_record(model: nn.Module, attack: AttackRecord, name: str) -> None:
+    """Raises UserError if a defense's network could not be made again from what a result keeps.
+
+    Args:
+        model, attack, name: as in `save_defense`.
+    """
+    state = model_state(model) if isinstance(model, Classifier) else {}
+    weights = weights_without(model.network, state) if isinstance(model, Classifier) else {}
+    if schema.misfits(weights, attack.state):
+        raise UserError(
+            f"{name}: it gave a network that is not the record's, and that models/changes.py does "
+            "not know; give a copy of the model, or put its parts in with models.changes.insert"
+        )
 
 
 def checked_result(folder: Path, attack: AttackRecord) -> dict[str, Any]:

@@ -80,6 +80,13 @@ def apart(images: torch.Tensor) -> torch.Tensor:
     return images.clone() if images.is_inference() else images.detach()
 
 
+def require_module(purified: object) -> None:
+    """Raises UserError if what a defense returned is no network."""
+    if not isinstance(purified, nn.Module):
+        given = type(purified).__name__
+        raise UserError(f"the defense's purify gave {given}; return the purified nn.Module")
+
+
 def require_finite(purified: nn.Module) -> None:
     """Raises UserError if a weight or a statistic is NaN or infinite, as of a run that diverged.
 

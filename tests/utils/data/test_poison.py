@@ -1,5 +1,8 @@
 """Label maps, the choice of poisoned images, and the poisoned sets."""
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
@@ -243,3 +246,51 @@ def test_clean_label_depends_on_the_generator_alone_and_all_of_it_is_poison() ->
     assert not torch.equal(first.index, clean_label(labels, 0.1, 1, rng(1)).index)
     assert first.kinds.dtype == torch.uint8
     assert first.kinds.tolist() == [KINDS.index("poison")] * 20
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (lambda images: images.float() / 255, "float32 of (4, 3, 8, 8)"),
+        (lambda images: images.to(torch.int16) + 40, "int16 of (4, 3, 8, 8)"),
+        (lambda images: images[:, :1], "uint8 of (4, 1, 8, 8)"),
+        (lambda images: images[:, :, 1:], "uint8 of (4, 3, 7, 8)"),
+        (lambda images: images[:2], "uint8 of (2, 3, 8, 8)"),
+        (lambda images: images.numpy(), "ndarray"),
+    ],
+)
+def test_a_trigger_that_gives_something_else_than_images_is_refused(broken: Any, told: str) -> None:
+    """`copy_` would cast it, or spread it, and every such image would look changed."""
+    images, index = torch.full((4, 3, 8, 8), 9, dtype=torch.uint8), torch.arange(4)
+    message = f"the attack's trigger gives {told}, not uint8 of (4, 3, 8, 8), which"
+    for use in (apply_trigger, require_effect):
+        with pytest.raises(UserError, match=re.escape(message)):
+            use(lambda given, _: broken(given), images, index)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": [0, 2, 2]}, "index is not ascending; give each image once"),
+        ({"index": [2, 1, 3]}, "index is not ascending; give each image once"),
+        ({"index": [0, 1, 5]}, "index has 0 to 5; give 0 to 4"),
+        ({"index": [-1, 1, 2]}, "index has -1 to 2; give 0 to 4"),
+        ({"labels": [0, 1, 3]}, "labels has 0 to 3; give 0 to 2"),
+        ({"labels": [0, 1]}, "labels is int64 of (2,); give int64 of (3,)"),
+        ({"kinds": [0, 1, 3]}, "kinds has 0 to 3; give 0 to 2"),
+        ({"kinds": [[0, 1, 2]]}, "kinds is uint8 of (1, 3); give uint8 of (3,)"),
+    ],
+)
+def test_a_choice_that_no_record_can_have_is_refused(changes: Any, message: str) -> None:
+    """Of five images and three classes."""
+    good = {"index": [0, 3, 4], "labels": [0, 1, 2], "kinds": [0, 1, 2]}
+    kinds = {"index": torch.int64, "labels": torch.int64, "kinds": torch.uint8}
+
+    def choice(values: Any) -> Choice:
+        return Choice(**{name: torch.tensor(values[name], dtype=kinds[name]) for name in good})
+
+    choice(good).check(5, 3)
+    with pytest.raises(UserError, match=re.escape(f"the attack's choice: {message}")):
+        choice(good | changes).check(5, 3)
+    with pytest.raises(UserError, match="labels is float32 of"):
+        Choice(torch.arange(2), torch.zeros(2), torch.zeros(2).byte()).check(5, 3)
