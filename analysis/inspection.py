@@ -55,7 +55,7 @@ from analysis.signals import (
     signals_of,
     steps_of,
 )
-from analysis.subject import Subject, load_clean, says_little
+from analysis.subject import Subject, load_clean, says_little, trained_otherwise
 from attack.prototype import train
 from attack.recipe import TrainingConfig, clean_plan, learned_little
 from models import build_model, check_model, model_identity, prepare
@@ -183,6 +183,8 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     for name, record in clean.items():
         if record.model_name != subject.model_name:
             results.warn(says_little(name, record.model_name, subject.model_name))
+        elif subject.attack and (other := trained_otherwise(name, record, subject.attack)):
+            results.warn(other)
         kinds[name], loaders[name] = "clean", functools.partial(built, record, subject, config)
         results.models[name] = record.sha256
     results.facts["acc"] = subject.scores.acc.value

@@ -17,9 +17,10 @@ from utils.config import Group
 from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
-from utils.errors import UserError, listed, shown
+from utils.errors import UserError, listed, quoted, shown
 from utils.files import as_path
 from utils.metrics import Scores
+from utils.plain import read_yaml
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger
 from utils.records import places
@@ -249,6 +250,8 @@ def open_subject(config: RecordConfig) -> Subject:
         clean = load_clean(clean_record, "--clean_record", config.record_path, data)
         if clean.model_name != attack.model_name:
             warnings.append(says_little("the clean model", clean.model_name, attack.model_name))
+        elif other := trained_otherwise("the clean model", clean, attack):
+            warnings.append(other)
     return Subject(
         data=data,
         device=device,
@@ -270,6 +273,34 @@ def open_subject(config: RecordConfig) -> Subject:
 def says_little(what: str, name: str, expected: str) -> str:
     """The warning about a clean model of another network than the record's."""
     return f"{what} is a {name}, not a {expected}: as a control it says little"
+
+
+_HOW_TRAINED = (
+    *("pretrained", "image_size", "epochs", "batch_size", "lr", "lr_scheduler", "sgd_momentum"),
+    *("wd", "crop_padding", "flip"),
+    *("crop_probability", "random_rotation", "rotation_probability", "augment_per_batch"),
+)
+
+
+def trained_otherwise(what: str, clean: AttackRecord, attack: AttackRecord) -> str:
+    """The warning about a clean model that was trained otherwise; "" if nothing says so."""
+    now, before = (_flags_of(record) for record in (clean, attack))
+    differing = [
+        f"{name} {quoted(now[name]) if name in now else 'of no kind'}, not {quoted(before[name])}"
+        for name in _HOW_TRAINED
+        if now and name in before and now.get(name) != before[name]
+    ]
+    if not differing:
+        return ""
+    return f"{what} was trained with {listed(differing)}: as a control it says less"
+
+
+def _flags_of(record: AttackRecord) -> dict[str, Any]:
+    """The configuration of a record; empty without one that can be read."""
+    try:
+        return read_yaml(record.folder / "config.yaml")
+    except UserError:
+        return {}
 
 
 def load_clean(name: str, flag: str, record_path: str | None, data: Dataset) -> AttackRecord:

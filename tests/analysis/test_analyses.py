@@ -755,6 +755,36 @@ def test_a_clean_model_of_another_network_is_skipped_with_a_line(
     assert not any("no --clean_record" in line for line in warnings)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("epochs: 2\nlr: 0.1\n", "epochs: 2\nlr: 0.1\nseed: 3\n", ""),
+        ("epochs: 2\nlr: 0.1\n", "epochs: 3\nlr: 0.2\n", "epochs 3, not 2, lr 0.2, not 0.1"),
+        (
+            "epochs: 2\nrandom_rotation: 10\npratio: 0.1\n",
+            "epochs: 2\n",
+            "random_rotation of no kind, not 10",
+        ),
+        ("epochs: 2\n", "", ""),  # not known
+        ("", "epochs: 2\n", ""),
+    ],
+)
+def test_a_clean_model_that_was_trained_otherwise_is_told(
+    records: Path, fresh: Path, before: str, now: str, said: str
+) -> None:
+    shutil.copytree(records / "clean", fresh / "clean")
+    for name, text in (("bd", before), ("clean", now)):
+        (fresh / name / "config.yaml").write_text(text)
+    few = ["--defenses", "ft", "--shares", "0.5,0.5", "--clean_record", "clean"]
+    assert run(fresh, "similarity", *few) == 0
+    inspected = ["--probes", 20, "--noise_steps", 1, "--noise_images", 1, "--defenses", "ft"]
+    assert run(fresh, "inspect", *inspected, "--clean_records", "clean") == 0
+    for kind, what in (("similarity", "the clean model"), ("inspect", "clean")):
+        told = [line for line in result(fresh, kind)["warnings"] if "as a control" in line]
+        line = f"{what} was trained with {said}: as a control it says less"
+        assert told == ([line] if said else [])
+
+
 def test_a_clean_model_that_gets_other_images_is_skipped_with_a_line(
     records: Path, fresh: Path
 ) -> None:
