@@ -88,7 +88,7 @@ def look_at_all(config: Config) -> None:
             waiting.append((kind, of_kind))
         except NothingToDo as done:
             try:
-                check_current(folder, subject, of_kind)
+                check_current(folder, kind.name, subject, of_kind)
                 logger.info("%s", done)
             except UserError as error:
                 problems += error.problems

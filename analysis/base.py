@@ -22,7 +22,7 @@ from pydantic import Field
 import analysis
 from analysis.subject import Controlled, RecordConfig, Subject, load_clean, open_subject
 from utils.config import Group
-from utils.errors import NothingToDo, UserError, counted, listed
+from utils.errors import NothingToDo, UserError, counted, listed, shown
 from utils.files import read_object
 from utils.metrics import has_collapsed
 from utils.process import distributed
@@ -218,7 +218,7 @@ def analyse(
         record = folders.RunFolder(source)
         folder.claim(config.overwrite, config.resume, record, config.dump())
     except NothingToDo:
-        check_current(folder, subject or open_subject(config), config)
+        check_current(folder, name, subject or open_subject(config), config)
         raise
     if subject is None:
         subject = open_subject(config)
@@ -358,16 +358,24 @@ def models_of(subject: Subject, config: RecordConfig) -> dict[str, str]:
     return hashes
 
 
-def check_current(folder: folders.RunFolder, subject: Subject, config: RecordConfig) -> None:
-    """That a finished analysis is of the models that are there now.
+def check_current(
+    folder: folders.RunFolder, name: str, subject: Subject, config: RecordConfig
+) -> None:
+    """That a finished analysis is the one of this name, of the models that are there now.
 
     Raises:
-        UserError: if one of them has changed, or is not in it.
+        UserError: if it is another one, or if a model has changed, or is not in it.
     """
     try:
-        models = read_object(folder.path / "summary.json").get("models")
+        summary = read_object(folder.path / "summary.json")
     except (OSError, ValueError):
-        models = None
+        summary = {}
+    models, before = summary.get("models"), summary.get("analysis", name)
+    if before != name:
+        raise UserError(
+            f"--resume: {folder.path} is a result of {shown(before, 60)}; give another "
+            "--save_folder_name, or --overwrite to replace it"
+        )
     if not isinstance(models, dict):
         raise UserError(f"{folder.path}: does not say what it was made with; give --overwrite")
     now = models_of(subject, config)

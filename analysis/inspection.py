@@ -485,7 +485,7 @@ def inspect_weights(config: Config) -> folders.RunFolder:
     try:
         folder.claim(config.overwrite, config.resume, config=config.dump())
     except NothingToDo:
-        check_current(folder, subject_of_weights(config), config)
+        check_current(folder, "inspect", subject_of_weights(config), config)
         raise
     subject = subject_of_weights(config)
     config.check(subject)

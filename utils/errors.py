@@ -1,6 +1,7 @@
 """The exceptions whose text a user reads, and functions that make such texts."""
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Sequence
 
@@ -40,6 +41,8 @@ def is_lack_of_memory(error: BaseException) -> bool:
     )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and re.search(told, one_line(error)) is not None
 
 

@@ -735,6 +735,21 @@ def test_all_gives_the_inspection_its_clean_model(records: Path, tmp_path: Path)
     assert "clean" in result(tmp_path, "inspect")["models"]
 
 
+def test_a_finished_analysis_of_another_kind_is_not_taken_for_this_one(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their flags differ, so that the kind is asked for where no flag tells it."""
+    flags = ["--defenses", "ft", "--save_folder_name", "mine"]
+    assert run(fresh, "weights", *flags) == 0
+    assert run(fresh, "weights", *flags, "--resume") == 0
+    path = fresh / "bd/analysis/mine/summary.json"
+    path.write_text(path.read_text().replace('"analysis": "weights"', '"analysis": "confusion"'))
+    capsys.readouterr()
+    assert run(fresh, "weights", *flags, "--resume") == 2
+    said = capsys.readouterr().err
+    assert "analysis/mine is a result of confusion; give another --save_folder_name" in said
+
+
 def test_a_clean_model_of_another_network_is_skipped_with_a_line(
     records: Path, fresh: Path
 ) -> None:

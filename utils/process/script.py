@@ -89,6 +89,9 @@ def run_script(main: Callable[[], None]) -> None:
                 "there, and give it again"
             )
             raise SystemExit(2) from None
+        if is_lack_of_memory(error):
+            logger.error("error: %s", _lack_of_memory(error))
+            raise SystemExit(2) from None
         if error.errno not in REFUSALS:
             raise
         what = "a file" if error.filename is None else error.filename
@@ -97,11 +100,7 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError, TypeError) as error:
         if is_lack_of_memory(error):
-            logger.error(
-                "error: there is not enough memory (%s); give smaller batches, images or networks, "
-                "or another --device",
-                shown(one_line(error), 200) or "no more was said",
-            )
+            logger.error("error: %s", _lack_of_memory(error))
         elif str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
             logger.error("error: %s; give another path", error)
         elif re.search(r"\bMPS\b", str(error)):
@@ -123,6 +122,13 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
     finally:
         logger.removeHandler(console)
+
+
+def _lack_of_memory(error: BaseException) -> str:
+    return (
+        f"there is not enough memory ({shown(one_line(error), 200) or 'no more was said'}); give "
+        "smaller batches, images or networks, or another --device"
+    )
 
 
 def _require_temporary_folder() -> None:

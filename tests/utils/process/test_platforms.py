@@ -284,6 +284,7 @@ def test_what_mps_lacks_is_told_in_one_line(
         lambda: np.empty(1 << 50),
         lambda: bytearray(1 << 60),
         lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")),
+        lambda: _raise(OSError(errno.ENOMEM, "Cannot allocate memory")),
     ],
 )
 def test_too_little_memory_is_told_in_one_line(
