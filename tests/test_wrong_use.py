@@ -534,9 +534,12 @@ run.claim(overwrite=True)
 run.start("dataset_path: null\\n")
 print("held", flush=True)
 sys.stdin.readline()
-run.write_text("defense_result.pt", "purified")
-files = {"defense_result.pt": file_sha256(run.path / "defense_result.pt")}
-run.write_summary({"attack_sha256": sys.argv[2], "files": files})
+names = sys.argv[3].split(",")
+for name in names:
+    run.write_text(name, "weights")
+files = {name: file_sha256(run.path / name) for name in names}
+facts = {"attack": "badnet", "defense": "sau", "attack_sha256": sys.argv[2]}
+run.write_summary({**facts, "files": files})
 """
 
 
@@ -563,10 +566,11 @@ def test_a_second_run_that_waits_for_the_first(
     name = f"waited{len(flags)}"
     if script.startswith("attack"):
         folder, run = workplace / "record" / name, attack_flags(workplace, name)
+        results = ["attack_result.pt", "poison.pt"]
     else:
-        folder = good / "defense" / name
+        folder, results = good / "defense" / name, ["defense_result.pt"]
         run = defense_flags(workplace, "good", save_folder_name=name)
-    call = [sys.executable, "-c", FINISH, folder, load_attack(good).sha256]
+    call = [sys.executable, "-c", FINISH, folder, load_attack(good).sha256, ",".join(results)]
     with subprocess.Popen(
         call, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:
@@ -583,12 +587,10 @@ def test_a_second_run_that_waits_for_the_first(
         assert run_script(ROOT / script, *run, *flags) == code
     assert len(waits) == 1
     assert re.search(message, capsys.readouterr().err)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.yaml",
-        "defense_result.pt",
-        "run.json",
-        "summary.json",
-    ]
+    assert {path.name for path in folder.iterdir()} == {
+        *results,
+        *("config.yaml", "run.json", "summary.json"),
+    }
     assert not folder.with_name(f".{name}.lock").exists()
 
 
