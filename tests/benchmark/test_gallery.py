@@ -37,6 +37,11 @@ def test_rows_are_the_same_test_images_with_each_trigger(workplace: Path, badnet
     expected[:, :, -2:, -2:] = 1
     assert torch.equal(rows["badnet"], expected)
 
+    _, all_of_them, _ = load_rows([badnet], count=100)  # each once, if fewer are in common
+    assert torch.equal(all_of_them, test[6:])
+    _, five, _ = load_rows([badnet], count=5)
+    assert torch.equal(five[[0, -1]], test[[6, -1]])
+
     drawn = gallery_rows(clean, {"badnet": rows["badnet"]})
     name, images = list(drawn.items())[1]
     assert name.startswith("badnet\nx 1")
