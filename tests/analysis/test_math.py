@@ -610,7 +610,9 @@ def test_of_two_norms_none_stands_out() -> None:
     assert (nothing.statistic, nothing.top) == (0, None)
 
 
-def test_of_several_classes_that_are_most_suspicious_none_is_named() -> None:
+def test_of_several_classes_that_are_most_suspicious_none_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Whatever their numbers are: 0 may be the target."""
     assert signals.outstanding([1.0, 1.0, 5.0, 6.0]).top is None
     images = torch.rand(4, 3, 8, 8)
@@ -623,6 +625,8 @@ def test_of_several_classes_that_are_most_suspicious_none_is_named() -> None:
     for name in ("A", "A'", "B"):
         signal = found[name]()
         assert (signal["statistic"], signal["top"]) == (0, None), name
+    monkeypatch.setattr(signals, "transferred", lambda *_: [math.nan, 0.0, math.nan, math.nan])
+    assert found["B"]()["top"] is None
     assert inspection.headline_of({"statistic": 0.25, "top": None}, str) == "0.250"
     several = {name: {"top": None, "statistic": 0.5} for name in ("A", "A'")}
     text = "no clear signal: large steps point to several classes, small ones to several classes"

@@ -47,6 +47,11 @@ def test_of_several_largest_shares_none_is_the_top() -> None:
     assert label_share(tally).top is None
     add(tally, labels, labels, torch.tensor([0, 0, 0]))
     assert label_share(tally).top == 0
+    zeros = torch.zeros(4, dtype=torch.int64)
+    same = Tally(2)
+    add(same, zeros, zeros, zeros)  # class 1 alone has a share, of nothing
+    assert label_share(same).share[1] == 0
+    assert label_share(same).top is None
     one = Tally(3)
     add(one, labels, labels, torch.tensor([0, 1, 0]))
     assert str(label_share(one).entropy) == "0.0"  # and not -0.0
