@@ -22,7 +22,7 @@ from pydantic import Field
 import analysis
 from analysis.subject import Controlled, RecordConfig, Subject, load_clean, open_subject
 from utils.config import Group
-from utils.errors import NothingToDo, UserError, counted, listed, shown
+from utils.errors import NothingToDo, UserError, counted, listed
 from utils.files import read_object
 from utils.metrics import has_collapsed
 from utils.process import distributed
@@ -370,12 +370,8 @@ def check_current(
         summary = read_object(folder.path / "summary.json")
     except (OSError, ValueError):
         summary = {}
-    models, before = summary.get("models"), summary.get("analysis", name)
-    if before != name:
-        raise UserError(
-            f"--resume: {folder.path} is a result of {shown(before, 60)}; give another "
-            "--save_folder_name, or --overwrite to replace it"
-        )
+    models = summary.get("models")
+    folders.require_method(folder.path, summary.get("analysis", name), name)
     if not isinstance(models, dict):
         raise UserError(f"{folder.path}: does not say what it was made with; give --overwrite")
     now = models_of(subject, config)

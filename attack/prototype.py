@@ -34,7 +34,7 @@ from utils.data import poison
 from utils.data.datasets import load_dataset
 from utils.data.labelled import Dataset
 from utils.data.targets import check_target, tell_target, with_target
-from utils.errors import NothingToDo, UserError, shown
+from utils.errors import NothingToDo, UserError
 from utils.files import absolute, as_path, read_object
 from utils.metrics import Scores
 from utils.process import distributed
@@ -84,11 +84,8 @@ def checked_record(save_folder_name: str, record_path: str | None, name: str) ->
     """
     folder = attack_folder(save_folder_name, as_path(record_path)).path
     checked_hashes(folder, (RESULT, POISON))
-    if (attack := read_object(folder / SUMMARY).get("attack")) != name:
-        raise UserError(
-            f"--resume: {folder} is the record of {shown(attack, 60)}; give another "
-            "--save_folder_name, or --overwrite to replace it"
-        )
+    attack = read_object(folder / SUMMARY).get("attack")
+    folders.require_method(folder, attack, name, "the record")
 
 
 def _train(

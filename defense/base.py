@@ -459,11 +459,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
         folder.claim(config.overwrite, config.resume, record, config.dump())
     except NothingToDo:
         before = checked_result(folder.path, attack).get("defense")
-        if before != name:
-            raise UserError(
-                f"--resume: {folder.path} is a result of {shown(before, 60)}; give another "
-                "--save_folder_name, or --overwrite to replace it"
-            ) from None
+        folders.require_method(folder.path, before, name)
         raise
     if _summary(source) != summary:  # from now on an attack that would replace it sees this defense
         raise UserError(f"{source}: was replaced while it was read; run the defense again")

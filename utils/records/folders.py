@@ -478,6 +478,21 @@ class RunFolder:
         self._drop_checkpoint()
 
 
+def require_method(folder: Path, before: object, name: str, what: str = "a result") -> None:
+    """Raises UserError if a finished run to resume is of another method.
+
+    Args:
+        before: the method that its summary names.
+        name: the one that is to be run.
+        what: the folder is, for the message.
+    """
+    if before != name:
+        raise UserError(
+            f"--resume: {folder} is {what} of {shown(before, 60)}; give another "
+            "--save_folder_name, or --overwrite to replace it"
+        )
+
+
 def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
     """Whether a finished run had the value of a flag that is given now.
 
