@@ -45,7 +45,6 @@ from utils.training.evaluate import predict
 from utils.training.findings import Findings
 from utils.training.guard import (
     apart,
-    check_copy,
     check_given,
     half_precision,
     in_any_order,
@@ -482,7 +481,6 @@ def _defend(
         backdoored = attack.build(config.model)
         no_images = torch.zeros(0, *attack.image_shape), torch.zeros(0, dtype=torch.int64)
         check_given(backdoored, *no_images, needs_images=False, needs_labels=False)
-        check_copy(backdoored, attack.image_shape)
         _check_network(config, backdoored, attack.image_shape)
     data = attack.load_dataset(config.dataset_path)
     given = seen_images(config, attack, data)

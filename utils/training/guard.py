@@ -1,6 +1,6 @@
 """What holds around every defense's `purify`: sound input, and draws that repeat."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
@@ -10,7 +10,6 @@ from torch.nn.parameter import is_lazy
 
 from models import Classifier
 from models.copies import apart_from, copied
-from models.parts import black_images
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
 from utils.errors import Diverged, UserError, is_lack_of_memory, one_line, shown
@@ -177,7 +176,7 @@ def check_given(
     if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
         _check_labels(labels, len(images))
     some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
-    copy = _copied(model)
+    copy = _told("be copied by copy.deepcopy", lambda: copied(model)).eval()
     before = as_float(some, _device(model)).clone()
     for count in range(len(some), 0, -1):  # what is right for two may be wrong for one
         given = before[:count].clone()
@@ -218,25 +217,6 @@ def check_given(
             else:
                 logits = _told("be called in train mode", lambda: copy(before[:count]))
         _classes(logits, count, " in train mode")
-
-
-def check_copy(model: nn.Module, image_shape: Sequence[int]) -> None:
-    """Checks whether a copy of the network is one of its own; it is called with a black image.
-
-    Args:
-        image_shape: (C, H, W).
-
-    Raises:
-        UserError: if it computes with the weights of the network itself.
-    """
-    copy, image = _copied(model), black_images(model, image_shape)
-    with torch.no_grad(), in_any_order(model), apart_from(model, OF_ITSELF):
-        copy(image)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy in eval mode."""
-    return _told("be copied by copy.deepcopy", lambda: copied(model)).eval()
 
 
 def _check_gradients(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.training.guard import check_copy, check_given
+from utils.training.guard import check_given
 
 
 def test_a_network_of_one_class_is_refused() -> None:
@@ -16,9 +16,11 @@ def test_a_network_of_one_class_is_refused() -> None:
 
 
 def test_a_copy_is_tried_with_a_black_image() -> None:
+    """Also where a method sees no images."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    check_copy(network, (3, 2, 2))
+    none = torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.int64)
+    check_given(network, *none, needs_images=False, needs_labels=False)
     plain = network.forward
     network.forward = lambda images: plain(images * 2 - 1)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"^model: a copy of the network computes with the weights"):
-        check_copy(network, (3, 2, 2))
+        check_given(network, *none, needs_images=False, needs_labels=False)
