@@ -34,7 +34,7 @@ from utils.data import poison
 from utils.data.datasets import load_dataset
 from utils.data.labelled import Dataset
 from utils.data.targets import check_target, tell_target, with_target
-from utils.errors import NothingToDo, UserError
+from utils.errors import NothingToDo, UserError, shown
 from utils.files import absolute, as_path, read_object
 from utils.metrics import Scores
 from utils.process import distributed
@@ -71,6 +71,7 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
         )
     except NothingToDo:
         checked_record(str(config.save_folder_name), config.record_path, name)
+        _require_same_images(config)
         raise
     with folder.replacing():
         return _train(config, name, make_plan, folder, started)
@@ -86,6 +87,22 @@ def checked_record(save_folder_name: str, record_path: str | None, name: str) ->
     checked_hashes(folder, (RESULT, POISON))
     attack = read_object(folder / SUMMARY).get("attack")
     folders.require_method(folder, attack, name, "the record")
+
+
+def _require_same_images(config: TrainingConfig) -> None:
+    """Raises UserError if the images of a finished run are now read elsewhere, and are others."""
+    folder = attack_folder(str(config.save_folder_name), as_path(config.record_path)).path
+    summary = read_object(folder / SUMMARY)
+    before = summary.get("inputs", {}).get("dataset")
+    if before is None or summary.get("dataset_path") == absolute(config.dataset_path):
+        return
+    data = load_dataset(config.dataset, as_path(config.dataset_path), config.image_size)
+    if data.fingerprint() != before:
+        raise UserError(
+            f"--dataset_path: {folder} is finished, with other images than those in "
+            f"{shown(config.dataset_path, 200)}; give the folder of those, or another "
+            "--save_folder_name, or --overwrite to replace it"
+        )
 
 
 def _train(

@@ -253,6 +253,21 @@ def test_a_finished_record_that_is_damaged_has_not_all_that_it_says(
     assert run_script(ROOT / "attack/badnet.py", *flags, "--resume") == 0
 
 
+def test_a_finished_attack_is_not_resumed_with_other_images(
+    attacked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (attacked / "images").rename(attacked / "moved")
+    flags = flags_of(attacked, "x")
+    flags[flags.index("--dataset_path") + 1] = attacked / "moved"
+    assert run_script(ROOT / "attack/badnet.py", *flags, "--resume") == 0
+    for path in (attacked / "moved/train/dark").iterdir():
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    capsys.readouterr()
+    assert run_script(ROOT / "attack/badnet.py", *flags, "--resume") == 2
+    assert "--dataset_path: " in (told := capsys.readouterr().err)
+    assert "is finished, with other images than those in " in told
+
+
 def test_a_finished_run_is_not_taken_for_one_of_another_method(
     attacked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
