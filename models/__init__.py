@@ -1,7 +1,7 @@
 """Classifiers by name: ours for small images, every torchvision classifier, and the user's own."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
 from models.userfile import Promise, build_user_model, check_file, is_user_file, model_identity
 from models.views import any_order, has_own_code
-from utils.errors import UserError, listed, nearest, one_line, suggestion
+from utils.errors import UserError, listed, nearest, one_line, suggestion, told
 
 __all__ = [
     "CONSTRUCTORS",
@@ -30,6 +30,8 @@ __all__ = [
     "prepare",
     "pretrained_size",
 ]
+
+T = TypeVar("T")
 
 # Networks of our own, for images of every size: num_classes -> module. Any other name is
 # torchvision's.
@@ -244,38 +246,29 @@ def check_model(
 def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
     """Tries everything that attacks and defenses will do with the user's network."""
 
-    def told(work: Callable[[], Any], what: str, advice: str = "repair it") -> Any:
-        return userfile.told(name, work, what, advice)
+    def tried(work: Callable[[], T], what: str, advice: str = "repair it") -> T:
+        return told(f"--model: {name}", work, what, advice)
 
     def logits(count: int, model: Classifier) -> torch.Tensor:
         """A model's logits of that many black images."""
         images = torch.zeros(count, 3, image_size, image_size)
         what = f"take {userfile.in_words(images)}"
-        given: torch.Tensor = told(
-            lambda: model(images), what, "repair it, or give another --image_size"
-        )
-        return given
+        return tried(lambda: model(images), what, "repair it, or give another --image_size")
 
     def weights(of: Classifier) -> userfile.Weights:
-        found: userfile.Weights = told(
-            lambda: userfile.weights_of(of.network, name), userfile.SAVED
-        )
-        return found
+        return tried(lambda: userfile.weights_of(of.network, name), userfile.SAVED)
 
     def built() -> Classifier:
-        made: Classifier = told(
-            lambda: build_model(name, num_classes, image_size=image_size), userfile.SAVED
-        )
-        return made
+        return tried(lambda: build_model(name, num_classes, image_size=image_size), userfile.SAVED)
 
     model = built()
     before = weights(model)
-    told(model.train, "be put in train mode")
+    tried(model.train, "be put in train mode")
     loss = logits(2, model).float().square().sum()
     if not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(f"--model: {name} has no weight with requires_grad; a defense trains them")
-    told(loss.backward, "be trained")
-    told(model.eval, "be put in eval mode")
+    tried(loss.backward, "be trained")
+    tried(model.eval, "be put in eval mode")
     with torch.no_grad():
         for count in (3, 1):
             logits(count, model)
@@ -285,11 +278,11 @@ def _try_user_model(name: str, num_classes: int, image_size: int) -> None:
             "all of them in its constructor"
         )
     again = built()
-    told(
+    tried(
         lambda: again.network.load_state_dict(model.network.state_dict()),
         "load the weights of another one that the same call has built",
     )
-    second = told(lambda: copied(model), "be copied by copy.deepcopy, as defenses do")
+    second = tried(lambda: copied(model), "be copied by copy.deepcopy, as defenses do")
     shared = {*map(id, second.parameters())} & {*map(id, model.parameters())}
     if shared or weights(second) != before:
         raise UserError(f"--model: {name} gives copy.deepcopy no copy with weights of its own")

@@ -117,7 +117,8 @@ def refuse_scripts(layers: Mapping[str, nn.Module]) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(
                 f"{f'the layer {name}' if name else 'the network'} was made by torch.jit.script or "
-                "trace, whose layers cannot be looked into; give the network that it was made from"
+                "trace, and can neither be looked into nor changed; give the network that it was "
+                "made from"
             )
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -180,27 +180,6 @@ def in_words(images: torch.Tensor) -> str:
         len(images), f"a batch of {len(images)} images"
     )
     return f"{count} of {images.shape[2]} x {images.shape[3]} pixels"
-
-
-def told(name: str, work: Callable[[], Any], what: str, advice: str = "repair it") -> Any:
-    """The result of work with a user's network, whose code may raise anything.
-
-    Args:
-        name: the `--model` value.
-        what: what the network cannot do if `work` raises something.
-
-    Raises:
-        UserError: if it does.
-    """
-    try:
-        return work()
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        if is_lack_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"--model: {name} cannot {what} ({reason}); {advice}") from error
 
 
 def weights_of(network: nn.Module, name: str) -> Weights:

@@ -3,7 +3,10 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -44,6 +47,34 @@ def is_lack_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and re.search(told, one_line(error)) is not None
+
+
+def told(
+    who: str,
+    work: Callable[[], T],
+    what: str,
+    advice: str = "repair it",
+    of: type[BaseException] = BaseException,
+) -> T:
+    """The result of work with a user's network, whose code may raise anything.
+
+    Args:
+        who: the network, as the message names it.
+        what: what it cannot do if `work` raises something.
+        of: what is reported; others pass.
+
+    Raises:
+        UserError: if it does.
+    """
+    try:
+        return work()
+    except (UserError, KeyboardInterrupt):
+        raise
+    except of as error:
+        if is_lack_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{who} cannot {what} ({reason}); {advice}") from error
 
 
 def shown(text: object, limit: int = 2000) -> str:

@@ -10,9 +10,10 @@ from torch.nn.parameter import is_lazy
 
 from models import Classifier
 from models.copies import apart_from, copied
+from models.parts import refuse_scripts
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
-from utils.errors import Diverged, UserError, is_lack_of_memory, one_line, shown
+from utils.errors import Diverged, UserError, shown, told
 from utils.process.seeds import random_states, seed_everything
 from utils.training.state import restore_random
 
@@ -28,6 +29,7 @@ SWITCH_OFF = (
     "the like)"
 )
 GIVE_IMAGES = "give (N, C, H, W), floats in [0, 1] or uint8 in 0 to 255"
+
 
 T = TypeVar("T")
 
@@ -176,14 +178,14 @@ def check_given(
     if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
         _check_labels(labels, len(images))
     some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
-    copy = _told("be copied by copy.deepcopy", lambda: copied(model)).eval()
+    copy = _tried(lambda: copied(model), "be copied by copy.deepcopy").eval()
     before = as_float(some, _device(model)).clone()
     for count in range(len(some), 0, -1):  # what is right for two may be wrong for one
         given = before[:count].clone()
         with torch.no_grad(), in_any_order(model), apart_from(model, OF_ITSELF):
-            logits = _told(
-                f"take images of shape {tuple(given.shape)} and type {some.dtype}",
+            logits = _tried(
                 lambda given=given: copy(given),  # type: ignore[misc]
+                f"take images of shape {tuple(given.shape)} and type {some.dtype}",
             )
         if not (given.is_meta or torch.equal(given, before[:count])):
             raise UserError(
@@ -215,7 +217,7 @@ def check_given(
             if count == 1:
                 logits = copy(before[:1])
             else:
-                logits = _told("be called in train mode", lambda: copy(before[:count]))
+                logits = _tried(lambda: copy(before[:count]), "be called in train mode")
         _classes(logits, count, " in train mode")
 
 
@@ -231,13 +233,13 @@ def _check_gradients(
     with in_any_order(model):
         # What is frozen is computed again only for the gradient of what comes before.
         images = images.detach().clone().requires_grad_(moves_images or computes_once)
-        logits = _told("be called with gradients", lambda: model(images.clone()))
+        logits = _tried(lambda: model(images.clone()), "be called with gradients")
         wanted = [tensor for tensor in (images, *weights) if tensor.requires_grad]
         if logits.requires_grad and wanted:
             with _calls(model) as calls:
-                gradient, *_ = _told(
-                    "give gradients",
+                gradient, *_ = _tried(
                     lambda: torch.autograd.grad(logits.sum(), wanted, allow_unused=True),
+                    "give gradients",
                     SWITCH_OFF,
                 )
     for what, is_cut in (
@@ -277,11 +279,7 @@ def _check_network(model: nn.Module) -> None:
         raise UserError(f"model: {type(model).__name__} is no network; give an nn.Module")
     if next(model.parameters(), None) is None:
         raise UserError("model: the network has no weights; give one that was trained")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise UserError(
-            "model: it was made by torch.jit.script or trace, whose code cannot be changed; give "
-            "the network that it was made from"
-        )
+    refuse_scripts(dict(model.named_modules()))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lazy = [name for name, value in tensors.items() if is_lazy(value)]
     if lazy:
@@ -351,19 +349,11 @@ def _classes(logits: object, count: int, when: str = "") -> int:
     )
 
 
-def _told(
-    what: str, work: Callable[[], T], advice: str = "give images that it takes, or repair it"
+def _tried(
+    work: Callable[[], T], what: str, advice: str = "give images that it takes, or repair it"
 ) -> T:
-    """The result of `work`; if it raises, a UserError that says what the network cannot do."""
-    try:
-        return work()
-    except UserError:
-        raise
-    except Exception as error:  # a user's network may raise anything
-        if is_lack_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"model: the network cannot {what} ({reason}); {advice}") from error
+    """As `told`, of the network that a caller gave."""
+    return told("model: the network", work, what, advice, of=Exception)
 
 
 def _device(model: nn.Module) -> torch.device:
