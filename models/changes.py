@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import Classifier
+from models.classifier import Classifier
 from models.copies import copied
 from models.parts import usual_weight
 from utils.errors import UserError

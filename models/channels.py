@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from models import Classifier
+from models.classifier import Classifier
 from models.copies import copied
 from models.modes import evaluating
 from models.outputs import watching

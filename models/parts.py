@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from models import Classifier
+from models.classifier import Classifier
 from utils.errors import UserError, suggestion
 
 
