@@ -68,15 +68,23 @@ class _Apart(TorchDispatchMode):
 
 
 @contextmanager
-def apart_from(model: nn.Module, refusal: str) -> Iterator[None]:
+def apart_from(model: nn.Module, copy_of_it: str) -> Iterator[None]:
     """Inside, a copy of a model is called, which must not compute with the model's own tensors.
 
     `copy.deepcopy` copies no functions. So a copy of a network with `forward = lambda x: ...` would
     call the network itself.
 
+    Args:
+        copy_of_it: the copy, as the message names it.
+
     Raises:
-        UserError: with this text, if it does; the model is as it was.
+        UserError: if it does; the model is as it was.
     """
+    refusal = (
+        f"{copy_of_it} computes with the weights of the network itself, which a function in it "
+        "holds on to, e.g. one of net.forward = lambda x: ...; make this function a method of a "
+        "class, or a module"
+    )
     tensors = (*model.parameters(), *model.buffers())
     with _Apart({place for tensor in tensors if (place := _place(tensor))}, refusal):
         yield

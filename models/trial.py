@@ -94,11 +94,7 @@ def try_user_model(name: str, image_size: int, build: Callable[[], Classifier]) 
     shared = {*map(id, second.parameters())} & {*map(id, model.parameters())}
     if shared or weights(second) != before:
         raise UserError(f"--model: {name} gives copy.deepcopy no copy with weights of its own")
-    refusal = (
-        f"--model: {name} gives copy.deepcopy a copy that computes with the weights of the network "
-        "itself, which a function in it holds on to, e.g. one of net.forward = lambda x: ...; make "
-        "this function a method of a class, or a module"
-    )
-    with torch.no_grad(), apart_from(model, refusal):
+    copy_of_it = f"--model: {name} gives copy.deepcopy a copy that"
+    with torch.no_grad(), apart_from(model, copy_of_it):
         for is_training in (False, True):
             logits(2, second.train(is_training))

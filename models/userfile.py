@@ -137,19 +137,12 @@ class Promise:
 
         A network may give something else for one image, in another mode, or after a while.
         """
-        wanted = (len(images), self.num_classes)
-        if not isinstance(logits, torch.Tensor):
-            output = type(logits).__name__
-        elif tuple(logits.shape) != wanted:
-            output = str(tuple(logits.shape))
-        elif not logits.is_floating_point():
-            output = str(logits.dtype)
-        else:
-            return
-        raise UserError(
-            f"--model: {self.name} gives {output} for {in_words(images)}; logits of {wanted} are "
-            "needed, as floats"
-        )
+        if wrong := not_as_logits(logits, len(images), self.num_classes):
+            wanted = (len(images), self.num_classes)
+            raise UserError(
+                f"--model: {self.name} gives {wrong} for {in_words(images)}; logits of {wanted} "
+                "are needed, as floats"
+            )
 
     def require_weights(self, state: Mapping[str, Any]) -> None:
         """Raises UserError if the network has got or lost a weight, or has one of another kind.
@@ -172,6 +165,21 @@ class Promise:
             f"--model: {self.name} {what} while it was used, so no record of it could be read; "
             "make all weights in its constructor, and keep them"
         )
+
+
+def not_as_logits(output: object, count: int, num_classes: int | None = None) -> str:
+    """Type, shape or dtype of what a network gave, if it is not that of logits; else "".
+
+    Args:
+        output: what should be (count, num_classes) floats.
+        num_classes: None for any number from 1.
+    """
+    if not isinstance(output, torch.Tensor):
+        return type(output).__name__
+    shape = tuple(output.shape)
+    if len(shape) != 2 or shape != (count, num_classes or max(shape[1], 1)):
+        return str(shape)
+    return "" if output.is_floating_point() else str(output.dtype)
 
 
 def in_words(images: torch.Tensor) -> str:

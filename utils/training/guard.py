@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from models import Classifier
 from models.copies import apart_from, copied
 from models.parts import refuse_scripts
+from models.userfile import not_as_logits
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
 from utils.errors import Diverged, UserError, shown, told
@@ -19,11 +20,7 @@ from utils.training.state import restore_random
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = 1e-3  # by which a pixel may leave [0, 1], as after a normalization that was undone
-OF_ITSELF = (
-    "model: a copy of the network computes with the weights of the network itself, which a "
-    "function in it holds on to, e.g. one of model.forward = lambda x: ...; make this function a "
-    "method of a class, or a module"
-)
+COPY_OF_IT = "model: a copy of the network"
 SWITCH_OFF = (
     "if it has gradient checkpointing, switch this off (model.gradient_checkpointing_disable() or "
     "the like)"
@@ -182,7 +179,7 @@ def check_given(
     before = as_float(some, _device(model)).clone()
     for count in range(len(some), 0, -1):  # what is right for two may be wrong for one
         given = before[:count].clone()
-        with torch.no_grad(), in_any_order(model), apart_from(model, OF_ITSELF):
+        with torch.no_grad(), in_any_order(model), apart_from(model, COPY_OF_IT):
             logits = _tried(
                 lambda given=given: copy(given),  # type: ignore[misc]
                 f"take images of shape {tuple(given.shape)} and type {some.dtype}",
@@ -212,7 +209,7 @@ def check_given(
             single_images_told(),
             torch.no_grad(),
             in_any_order(model),
-            apart_from(model, OF_ITSELF),
+            apart_from(model, COPY_OF_IT),
         ):
             if count == 1:
                 logits = copy(before[:1])
@@ -333,20 +330,16 @@ def _check_labels(labels: torch.Tensor, count: int) -> None:
         raise UserError(f"labels: the type is {labels.dtype}; give (N,) int64")
 
 
-def _classes(logits: object, count: int, when: str = "") -> int:
+def _classes(logits: Any, count: int, when: str = "") -> int:
     """The number of classes in what a network gives for so many images."""
-    if not isinstance(logits, torch.Tensor):
-        output = type(logits).__name__
-    elif logits.dim() != 2 or len(logits) != count or logits.shape[1] < 1:
-        output = str(tuple(logits.shape))
-    elif not logits.is_floating_point():
-        output = str(logits.dtype)
-    else:
-        return logits.shape[1]
-    raise UserError(
-        f"model: the network gives {output} for {'one image' if count == 1 else f'{count} images'}"
-        f"{when}; logits (N, K) are needed, as floats"
-    )
+    if wrong := not_as_logits(logits, count):
+        images = "one image" if count == 1 else f"{count} images"
+        raise UserError(
+            f"model: the network gives {wrong} for {images}{when}; logits (N, K) are needed, as "
+            "floats"
+        )
+    classes: int = logits.shape[1]
+    return classes
 
 
 def _tried(
