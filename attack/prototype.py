@@ -46,6 +46,7 @@ from utils.records.attack import POISON, RESULT, SUMMARY, checked_hashes, save_a
 from utils.records.checkpoint import Origin
 from utils.records.places import attack_folder, free_folder
 from utils.training import ending
+from utils.training.sgd import require_batch
 from utils.training.watch import Watch, scorer
 
 MakePlan = Callable[[Any, Setting], Plan]
@@ -228,11 +229,7 @@ def _check_fit(config: TrainingConfig, data: Dataset) -> None:
     if isinstance(config, AttackConfig):
         check_target(config.attack_target, data)
         poison.test_images_to_trigger(data, config.attack_label_trans, config.attack_target)
-    if config.batch_size > len(data.train):
-        raise UserError(
-            f"--batch_size: {config.batch_size} is more than the {len(data.train)} training "
-            f"images; give --batch_size {len(data.train)} or less"
-        )
+    require_batch(len(data.train), config.batch_size)
 
 
 def _warnings(scores: Scores, num_classes: int) -> list[str]:

@@ -48,6 +48,15 @@ class Supervised(Draws):
         pass
 
 
+def require_batch(count: int, batch_size: int) -> None:
+    """Raises UserError if a batch is larger than the set of `count` training images."""
+    if count < batch_size:
+        raise UserError(
+            f"--batch_size: {batch_size} is more than the {count} training images; give "
+            f"--batch_size {count} or less"
+        )
+
+
 def train_classifier(
     model: nn.Module,
     data: PoisonedSet,
@@ -76,11 +85,7 @@ def train_classifier(
     Raises:
         UserError: if a batch is larger than the set, or a loss is not finite.
     """
-    if len(data) < batch_size:
-        raise UserError(
-            f"--batch_size: {batch_size} is more than the {len(data)} training images; give "
-            f"--batch_size {len(data)} or less"
-        )
+    require_batch(len(data), batch_size)
     batches = _Batches(data, next(model.parameters()).device)
     learner = loop.parallel(model)
     if whole and distributed.processes() > 1:
