@@ -23,7 +23,6 @@ from models import prepare
 from models.channels import norms, require_replaceable
 from models.copies import copied, holds_graphs
 from models.lastmap import last_map
-from models.modes import uncompiled
 from models.views import has_own_code
 from utils.config import Group
 from utils.data.batches import as_float, keep_on, spread
@@ -48,12 +47,10 @@ from utils.training.guard import (
     check_given,
     half_precision,
     in_any_order,
-    learning,
-    made_on_the_cpu,
     require_finite,
     require_module,
     seeded,
-    single_images_told,
+    sheltered,
 )
 from utils.training.loop import Loop
 from utils.training.selection import acceptable as acceptable  # public under this name, too
@@ -362,13 +359,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 f"config: {type(config).__name__} of {type(config).__module__} is no configuration "
                 f"of this defense; give {expected.__module__}.{expected.__name__}.load(...)"
             )
-        with (
-            seeded(config.random_seed),
-            single_images_told(),
-            learning(),
-            made_on_the_cpu(),
-            uncompiled(),
-        ):
+        with sheltered(config.random_seed):
             check_given(
                 model,
                 images,
@@ -383,14 +374,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 if isinstance(config, Rounds) and config.in_train_mode
                 else None,
             )
-        with (
-            seeded(config.random_seed),
-            single_images_told(),
-            learning(),
-            in_any_order(model),
-            made_on_the_cpu(),
-            uncompiled(),
-        ):
+        with sheltered(config.random_seed), in_any_order(model):  # the check takes no draws away
             _check_network(config, model, images.shape[1:])
             given = copied(model) if has_own_code(model) else model
             loop = loop or Loop()

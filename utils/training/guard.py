@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from models import Classifier
 from models.copies import apart_from, copied
+from models.modes import uncompiled
 from models.parts import refuse_scripts
 from models.userfile import not_as_logits
 from models.views import any_order, has_own_code
@@ -60,6 +61,13 @@ def made_on_the_cpu() -> Iterator[None]:
     else:
         with torch.device("cpu"):
             yield
+
+
+@contextmanager
+def sheltered(seed: int) -> Iterator[None]:
+    """Inside, a method runs alike wherever it is called from, and with the same draws each time."""
+    with seeded(seed), single_images_told(), learning(), made_on_the_cpu(), uncompiled():
+        yield
 
 
 def in_any_order(model: nn.Module) -> AbstractContextManager[None]:
