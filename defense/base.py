@@ -53,8 +53,6 @@ from utils.training.guard import (
     sheltered,
 )
 from utils.training.loop import Loop
-from utils.training.selection import acceptable as acceptable  # public under this name, too
-from utils.training.selection import hold_out as hold_out
 from utils.training.sgd import Schedule
 from utils.training.watch import Watch, scorer
 
@@ -374,7 +372,8 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 if isinstance(config, Rounds) and config.in_train_mode
                 else None,
             )
-        with sheltered(config.random_seed), in_any_order(model):  # the check takes no draws away
+        # The method's draws begin anew, whatever the check has drawn.
+        with sheltered(config.random_seed), in_any_order(model):
             _check_network(config, model, images.shape[1:])
             given = copied(model) if has_own_code(model) else model
             loop = loop or Loop()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from defense import base
 from utils.process.seeds import generator
 from utils.training.selection import Best, acceptable, drawn_by_class, hold_out, outliers, tried
 
@@ -47,11 +46,6 @@ def test_hold_out_does_not_touch_the_global_generator() -> None:
     before = torch.get_rng_state()
     hold_out(LABELS, 0.2, seed=0)
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_the_two_shares_that_defenses_use_have_public_names() -> None:
-    assert base.hold_out is hold_out
-    assert base.acceptable is acceptable
 
 
 @pytest.mark.parametrize(
