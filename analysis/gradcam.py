@@ -25,11 +25,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import BEFORE, AnalysisConfig, Results, run
-from analysis.subject import Subject, examples
+from analysis.subject import Subject
 from models.lastmap import last_map
 from models.modes import evaluating
 from models.outputs import recording
 from models.parts import layer
+from utils.data.labelled import examples
 from utils.errors import UserError
 
 if TYPE_CHECKING:

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import AnalysisConfig, Results, run
-from analysis.subject import Subject, examples
+from analysis.subject import Subject
 from utils.data.batches import as_float
+from utils.data.labelled import examples
 from utils.training import ending
 
 if TYPE_CHECKING:

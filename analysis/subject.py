@@ -14,7 +14,6 @@ from defense.base import drawn_share
 from models import Classifier, Resize, prepare
 from models.changes import changes_of
 from utils.config import Group
-from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError, listed, quoted, shown
@@ -369,14 +368,3 @@ def results_of(
             Purified(name, home / name, summary, sha256, config.model, device, precision)
         )
     return tuple(purified)
-
-
-def examples(triggered: Triggered, data: Dataset, count: int = 8) -> tuple[torch.Tensor, ...]:
-    """Evenly spaced test images, clean and triggered.
-
-    Returns:
-        Two float tensors (count, C, H, W) in [0, 1].
-    """
-    chosen = spread(len(triggered.index), count)
-    clean = data.test.images[triggered.index[chosen]]
-    return as_float(clean), as_float(triggered.images[chosen])

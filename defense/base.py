@@ -10,7 +10,7 @@ only for the report.
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_type_hints
@@ -25,8 +25,8 @@ from models.copies import copied, holds_graphs
 from models.lastmap import last_map
 from models.views import has_own_code
 from utils.config import Group
-from utils.data.batches import as_float, keep_on, spread
-from utils.data.labelled import Dataset, Triggered
+from utils.data.batches import keep_on
+from utils.data.labelled import Dataset
 from utils.errors import NothingToDo, UserError, shown
 from utils.files import read_bytes
 from utils.metrics import Scores, defense_effectiveness_rating
@@ -297,7 +297,6 @@ class Given:
 
 C = TypeVar("C", bound=DefenseConfig)
 C_contra = TypeVar("C_contra", bound=DefenseConfig, contravariant=True)
-Caption = Callable[[torch.Tensor], list[str]]
 
 
 class Purify(Protocol[C_contra]):
@@ -538,7 +537,8 @@ def _defend(
             return [f"{named(a)} | {named(b)}" for a, b in zip(*labels, strict=True)]
 
         if attack.triggered is not None:
-            pictures.append(_draw_before_after(folder, caption, attack.triggered, data, title))
+            picture = ending.draw_before_after(folder, caption, attack.triggered, data, title)
+            pictures.append(picture)
         pictures += ending.draw_findings(folder, loop.findings, caption, title)
         der = defense_effectiveness_rating(before, after)
         result = comparison(before, after, der)
@@ -664,25 +664,6 @@ def _summary(source: Path) -> bytes | None:
         return read_bytes(source / "summary.json")
     except OSError:
         return None
-
-
-def _draw_before_after(
-    folder: folders.RunFolder, caption: Caption, triggered: Triggered, data: Dataset, title: str
-) -> Path:
-    """before_after.png: clean and triggered test images, and both models' labels."""
-    from utils import plot
-
-    chosen = spread(len(triggered.index), 8)
-    rows = {
-        "clean": data.test.images[triggered.index[chosen]],
-        "triggered": triggered.images[chosen],
-    }
-    figure = plot.image_grid(
-        {name: as_float(images) for name, images in rows.items()},
-        {name: caption(images) for name, images in rows.items()},
-        f"{title}: test images; label before | after",
-    )
-    return ending.save_figure(folder, "before_after.png", figure)
 
 
 def _said_of(given: Given, config: DefenseConfig, data: Dataset) -> str:

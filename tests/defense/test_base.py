@@ -32,6 +32,7 @@ from utils.records.defense import load_defense
 from utils.records.folders import RunFolder
 from utils.records.named import dataset_of_record, named_record
 from utils.tensors import load_tensors
+from utils.training import ending
 from utils.training.evaluate import evaluate
 from utils.training.findings import Findings, Picture, Verdict
 from utils.training.watch import Watch
@@ -198,31 +199,6 @@ def test_the_dataset_is_the_record_s(tmp_path: Path) -> None:
 )
 def test_up_to_eight_positions_are_spread_evenly(count: int, positions: list[int]) -> None:
     assert spread(count, 8).tolist() == positions
-
-
-def test_clean_and_triggered_images_stand_below_each_other(
-    tiny_data: Dataset, tmp_path: Path, drawn: list[Any]
-) -> None:
-    """Test images 5, 1 and 7, beside themselves with a white trigger."""
-    index = torch.tensor([5, 1, 7])
-    triggered = Triggered(
-        torch.full((3, 3, 8, 8), 255, dtype=torch.uint8), index % 3, index * 0, index
-    )
-    folder = RunFolder(tmp_path / "x")
-    folder.start("lr: 0.1\n")
-
-    def caption(images: torch.Tensor) -> list[str]:
-        return [f"{len(images)} of {images.dtype}"] * len(images)
-
-    path = base._draw_before_after(folder, caption, triggered, tiny_data, "a title")
-    assert path == tmp_path / "x" / "before_after.png"
-    assert path.exists()
-    ((rows, captions, title),) = drawn
-    assert list(rows) == list(captions) == ["clean", "triggered"]
-    assert torch.equal(rows["clean"], tiny_data.test.images[index] / 255)
-    assert torch.equal(rows["triggered"], torch.ones(3, 3, 8, 8))
-    assert captions["clean"] == captions["triggered"] == ["3 of torch.uint8"] * 3
-    assert title == "a title: test images; label before | after"
 
 
 def test_the_script_of_a_defense_is_named_by_its_file(
@@ -426,10 +402,10 @@ def test_a_method_that_changes_what_it_is_given_changes_a_copy(
 ) -> None:
     """The picture shows what the model before and the one after say."""
     captions: list[list[str]] = []
-    draw = base._draw_before_after
+    draw = ending.draw_before_after
     monkeypatch.setattr(
-        base,
-        "_draw_before_after",
+        ending,
+        "draw_before_after",
         lambda folder, caption, *rest: (
             captions.append(caption(record.triggered.images)),
             draw(folder, caption, *rest),

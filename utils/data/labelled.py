@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.data.batches import release
+from utils.data.batches import as_float, release, spread
 from utils.errors import listed, shown
 
 LARGEST_SIDE = 1024  # of an image, in pixels
@@ -97,3 +97,14 @@ class Dataset:
             digest.update(split.images[:: max(1, len(split) // 500)].contiguous().numpy().tobytes())
             release(split.images)
         return digest.hexdigest()
+
+
+def examples(triggered: Triggered, data: Dataset, count: int = 8) -> tuple[torch.Tensor, ...]:
+    """Evenly spaced test images, clean and triggered.
+
+    Returns:
+        Two float tensors (count, C, H, W) in [0, 1].
+    """
+    chosen = spread(len(triggered.index), count)
+    clean = data.test.images[triggered.index[chosen]]
+    return as_float(clean), as_float(triggered.images[chosen])

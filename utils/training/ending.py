@@ -12,8 +12,7 @@ import torch
 
 from models import Classifier
 from utils.config import FILES, Config
-from utils.data.batches import as_float, spread
-from utils.data.labelled import Dataset, Triggered
+from utils.data.labelled import Dataset, Triggered, examples
 from utils.metrics import Scores, rate_label
 from utils.plain import parse_yaml
 from utils.process.device import environment, peak_memory_mib
@@ -272,17 +271,28 @@ def draw_trigger(
     """trigger.png: eight triggered test images beside the clean ones, with the model's labels."""
     from utils import plot
 
-    chosen = spread(len(triggered.index), 8)
-    clean = data.test.images[triggered.index[chosen]]
-    changed = triggered.images[chosen]
-    predictions = [
-        [data.named(p) for p in predict(model, images, device).tolist()]
-        for images in (clean, changed)
-    ]
-    rows = {"clean": as_float(clean), "triggered": as_float(changed)}
+    rows = dict(zip(("clean", "triggered"), examples(triggered, data), strict=True))
     figure = plot.image_grid(
         rows | difference(*rows.values()),
-        dict(zip(rows, predictions, strict=True)),
+        {
+            name: [data.named(p) for p in predict(model, images, device).tolist()]
+            for name, images in rows.items()
+        },
         f"{title}: images, and the class that the model gives them",
     )
     return save_figure(folder, "trigger.png", figure)
+
+
+def draw_before_after(
+    folder: RunFolder, caption: Captions, triggered: Triggered, data: Dataset, title: str
+) -> Path:
+    """before_after.png: clean and triggered test images, and both models' labels."""
+    from utils import plot
+
+    rows = dict(zip(("clean", "triggered"), examples(triggered, data), strict=True))
+    figure = plot.image_grid(
+        rows,
+        {name: caption(images) for name, images in rows.items()},
+        f"{title}: test images; label before | after",
+    )
+    return save_figure(folder, "before_after.png", figure)

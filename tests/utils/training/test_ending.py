@@ -157,6 +157,31 @@ def test_few_triggered_images_are_shown_once_each(
     assert torch.equal(255 * drawn[0][0]["clean"], tiny_data.test.images[index].float())
 
 
+def test_clean_and_triggered_images_stand_below_each_other(
+    tiny_data: Dataset, tmp_path: Path, drawn: list[Any]
+) -> None:
+    """Test images 5, 1 and 7, beside themselves with a white trigger."""
+    index = torch.tensor([5, 1, 7])
+    triggered = Triggered(
+        torch.full((3, 3, 8, 8), 255, dtype=torch.uint8), index % 3, index * 0, index
+    )
+    folder = RunFolder(tmp_path / "x")
+    folder.start("lr: 0.1\n")
+
+    def caption(images: torch.Tensor) -> list[str]:
+        return [f"{len(images)} of {images.dtype}"] * len(images)
+
+    path = ending.draw_before_after(folder, caption, triggered, tiny_data, "a title")
+    assert path == tmp_path / "x" / "before_after.png"
+    assert path.exists()
+    ((rows, captions, title),) = drawn
+    assert list(rows) == list(captions) == ["clean", "triggered"]
+    assert torch.equal(rows["clean"], tiny_data.test.images[index] / 255)
+    assert torch.equal(rows["triggered"], torch.ones(3, 3, 8, 8))
+    assert captions["clean"] == captions["triggered"] == ["3 of torch.float32"] * 3
+    assert title == "a title: test images; label before | after"
+
+
 def test_a_figure_is_saved_sharply(tmp_path: Path) -> None:
     """160 dots an inch."""
     run = RunFolder(tmp_path / "x")
