@@ -58,11 +58,15 @@ class PoisonedSet:
         labels[self.index] = self.labels
         return labels
 
+    def slots(self) -> torch.Tensor:
+        """int64 (N,): the slot of each image among the replacements, or -1."""
+        slots = torch.full((len(self),), -1, dtype=torch.int64)
+        slots[self.index] = torch.arange(len(self.index))
+        return slots
+
     def at(self, index: torch.Tensor) -> Labelled:
         """The rows at int64 indices, with the attacker's changes."""
-        slot = torch.full((len(self),), -1, dtype=torch.int64)
-        slot[self.index] = torch.arange(len(self.index))
-        slot = slot[index]
+        slot = self.slots()[index]
         images = self.clean.at(index).images.clone()
         images[slot >= 0] = self.images[slot[slot >= 0]]
         return Labelled(images, self.stored_labels()[index])

@@ -187,13 +187,9 @@ class _Batches:
     def __init__(self, data: PoisonedSet, device: torch.device) -> None:
         has_room = fits(device, data.clean.images.nbytes + data.images.nbytes)
         self._images = data.clean.images.to(device) if has_room else data.clean.images
-        # The slot of an image among the replacements, or -1.
-        slot = torch.full((len(data),), -1, dtype=torch.int64)
-        slot[data.index] = torch.arange(len(data.index))
-        labels = data.clean.labels.clone()
-        labels[data.index] = data.labels
-        self._slot, self._replaced, self._labels = (
-            part.to(self._images.device) for part in (slot, data.images, labels)
+        self._slots, self._replaced, self._labels = (
+            part.to(self._images.device)
+            for part in (data.slots(), data.images, data.stored_labels())
         )
         self._device = device
 
@@ -203,7 +199,7 @@ class _Batches:
         images = self._images[place]
         release(self._images)
         if len(self._replaced):
-            slot = self._slot[place]
+            slot = self._slots[place]
             replaced = self._replaced[slot.clamp(min=0)]
             images = torch.where((slot < 0).view(-1, 1, 1, 1), images, replaced)
         return images.to(self._device, non_blocking=True), self._labels[place].to(
