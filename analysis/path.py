@@ -115,22 +115,22 @@ def reestimate(model: nn.Module, images: torch.Tensor, batch_size: int = 128) ->
         norm.eval()
 
 
-def crossing(ts: Sequence[float], rates: Sequence[float], level: float = HALF) -> float | None:
-    """The last t <= 1 at which a rate passes a level on its way down, between two points linearly.
+def crossing(ts: Sequence[float], rates: Sequence[float]) -> float | None:
+    """The last t <= 1 at which a rate passes `HALF` on its way down, between two points linearly.
 
     Args:
         ts: ascending.
         rates: at each t.
 
     Returns:
-        None if the rate at t = 1 is at least the level, or if it was nowhere at least the level.
+        None if the rate at t = 1 is at least `HALF`, or if it was nowhere that large.
     """
     before = [(t, rate) for t, rate in zip(ts, rates, strict=True) if t <= 1]
-    if before[-1][1] >= level:
+    if before[-1][1] >= HALF:
         return None
     for (t, rate), (later, lower) in reversed(list(itertools.pairwise(before))):
-        if rate >= level > lower:
-            return t + (later - t) * (rate - level) / (rate - lower)
+        if rate >= HALF > lower:
+            return t + (later - t) * (rate - HALF) / (rate - lower)
     return None
 
 

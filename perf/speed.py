@@ -160,9 +160,10 @@ def our_scoring(bench: Bench) -> dict[str, Callable]:
     return ours_at(bench, make)
 
 
-def measure_round(bench: Bench, rounds: int = 3) -> list[Row]:
+def measure_round(bench: Bench) -> list[Row]:
     """Some rounds of SAU: in the first one the model is its reference, later ones differ."""
     images, labels = as_float(bench.clean.images, bench.device), bench.clean.labels
+    rounds = 3
     config = replace(bench.config, n_rounds=rounds)
 
     def plain() -> Callable[[], object]:
@@ -284,7 +285,7 @@ def forward_operations(model: Classifier, shape: tuple[int, int, int]) -> int:
     return counter.get_total_flops()
 
 
-def measure_share(bench: Bench, batch_size: int, steps: int = 6) -> list[Row]:
+def measure_share(bench: Bench, batch_size: int) -> list[Row]:
     """Where an epoch's time goes, and how far a step and a round are from the floor."""
     device, shape = bench.device, bench.data.image_shape
     model = at_precision(bench.model, bench.precision, device).train()
@@ -303,6 +304,7 @@ def measure_share(bench: Bench, batch_size: int, steps: int = 6) -> list[Row]:
         seconds[name] += time.perf_counter() - started
 
     order = torch.randperm(len(bench.data.train))
+    steps = 6
     for step in range(steps + 1):
         if step == 1:  # the first one warms up
             seconds = dict.fromkeys(seconds, 0.0)

@@ -111,13 +111,12 @@ def curves_of(
     return figure
 
 
-def grouped_bars(values: pd.DataFrame, label: str, title: str, longest: float = 100) -> Figure:
+def grouped_bars(values: pd.DataFrame, label: str, title: str) -> Figure:
     """Horizontal bars: a group for each row, in it a bar for each column, each with its value.
 
     Args:
-        values: a row for each group from the top down; NaN draws none.
+        values: percent, a row for each group from the top down; NaN draws none.
         label: of the axis.
-        longest: length of the axis.
     """
     count = len(values.columns)
     figure = Figure(figsize=(7.5, 1.3 + (0.16 + 0.22 * count) * len(values)), layout="constrained")
@@ -138,11 +137,10 @@ def grouped_bars(values: pd.DataFrame, label: str, title: str, longest: float = 
         )
         for place, length in zip(places, values[column], strict=True):
             if length == length:
-                text = f"{length:.1f}" if longest > 10 else f"{length:.2f}"
-                axis.text(length + 0.01 * longest, place, text, va="center", fontsize=8)
+                axis.text(length + 1, place, f"{length:.1f}", va="center", fontsize=8)
     axis.set_yticks(range(len(values)), [printable(str(name)) for name in values.index])
     axis.invert_yaxis()
-    axis.set(xlabel=label, xlim=(0, 1.1 * longest))
+    axis.set(xlabel=label, xlim=(0, 110))
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(count, 2), frameon=False, fontsize=9)
     entitle(figure, title)
@@ -156,16 +154,14 @@ def matrices(
     *,
     xlabel: str,
     ylabel: str,
-    columns: int = 2,
 ) -> Figure:
     """A matrix for each panel: shares of a row's images by the column's class.
 
     Args:
         panels: title -> counts (K, K).
         classes: K names.
-        columns: panels in a line.
     """
-    columns = min(columns, len(panels))
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(0.9 + 3.5 * columns, 0.6 + 3.4 * lines), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)

@@ -125,7 +125,6 @@ def render(
     all_tables: Sequence[Table],
     figures: Mapping[str, Mapping[str, Path]],
     problems: Sequence[str],
-    pictures: Pictures | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -134,7 +133,7 @@ def render(
         figures: name of a table -> caption -> PNG.
         problems: one line for each thing that was skipped.
     """
-    pictures = pictures or Pictures()
+    pictures = Pictures()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
