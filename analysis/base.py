@@ -31,6 +31,7 @@ from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders, places
 from utils.records.checkpoint import Origin
+from utils.records.contents import SUMMARY
 from utils.records.named import dataset_of_record, named_record
 from utils.training import ending
 from utils.training.evaluate import predict
@@ -367,7 +368,7 @@ def check_current(
         UserError: if it is another one, or if a model has changed, or is not in it.
     """
     try:
-        summary = read_object(folder.path / "summary.json")
+        summary = read_object(folder.path / SUMMARY)
     except (OSError, ValueError):
         summary = {}
     models = summary.get("models")

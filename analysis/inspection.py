@@ -71,7 +71,8 @@ from utils.process import distributed
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders, places
-from utils.records.attack import RESULT, AttackRecord
+from utils.records.attack import AttackRecord
+from utils.records.contents import ATTACK_RESULT, SUMMARY
 from utils.records.lock import Lock
 from utils.records.named import dataset_of_record
 from utils.records.weights import fill, read_state_dict
@@ -377,7 +378,7 @@ def add_neural_cleanse(
         folder = record.folder / "defense/nc"
         norms: list[float] = []
         with contextlib.suppress(OSError, KeyError, ValueError):
-            if read_object(folder / "summary.json").get("attack_sha256") == record.sha256:
+            if read_object(folder / SUMMARY).get("attack_sha256") == record.sha256:
                 text = (folder / "norms.csv").read_text(encoding="utf-8")
                 norms = [float(row["mask_norm"]) for row in csv.DictReader(text.splitlines())]
         if len(norms) == len(subject.data.classes):
@@ -476,7 +477,7 @@ def inspect_weights(config: Config) -> folders.RunFolder:
     if config.save_folder_name is None:
         raise UserError("--save_folder_name: a value is needed with --state_dict")
     home = places.attack_folder(config.save_folder_name, as_path(config.record_path)).path
-    if (home / RESULT).exists():
+    if (home / ATTACK_RESULT).exists():
         raise UserError(
             f"--save_folder_name: {config.save_folder_name} is the record of another model; give a "
             "new name, or --result_file instead of --state_dict"

@@ -23,9 +23,9 @@ from utils.plain import read_yaml
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger
 from utils.records import places
-from utils.records.attack import SUMMARY, AttackRecord, load_attack, unchanged
-from utils.records.contents import NAME
-from utils.records.defense import RESULT, checked_result, load_defense
+from utils.records.attack import AttackRecord, load_attack, unchanged
+from utils.records.contents import DEFENSE_RESULT, NAME, SUMMARY
+from utils.records.defense import checked_result, load_defense
 from utils.records.named import OfRecord, check_dataset, named_record
 from utils.training.findings import Findings
 from utils.training.watch import scorer
@@ -81,7 +81,7 @@ class Purified:
         Raises:
             UserError: if by now the result is another one, or is being replaced.
         """
-        with unchanged(self.folder / RESULT, self.sha256):
+        with unchanged(self.folder / DEFENSE_RESULT, self.sha256):
             model = load_defense(self.folder, self._model)
         return prepare(model, self._device, self._precision)
 
@@ -363,7 +363,7 @@ def results_of(
             summary = checked_result(home / name, attack)
         except UserError as error:
             raise UserError(f"{error}, or name others with --defenses") from None
-        sha256 = summary["files"][RESULT]
+        sha256 = summary["files"][DEFENSE_RESULT]
         purified.append(
             Purified(name, home / name, summary, sha256, config.model, device, precision)
         )

@@ -42,8 +42,9 @@ from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders
-from utils.records.attack import POISON, RESULT, SUMMARY, checked_hashes, save_attack
+from utils.records.attack import checked_hashes, save_attack
 from utils.records.checkpoint import Origin
+from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY
 from utils.records.places import attack_folder, free_folder
 from utils.training import ending
 from utils.training.sgd import require_batch
@@ -85,7 +86,7 @@ def checked_record(save_folder_name: str, record_path: str | None, name: str) ->
         UserError: if it is not.
     """
     folder = attack_folder(save_folder_name, as_path(record_path)).path
-    checked_hashes(folder, (RESULT, POISON))
+    checked_hashes(folder, (ATTACK_RESULT, POISON))
     attack = read_object(folder / SUMMARY).get("attack")
     folders.require_method(folder, attack, name, "the record")
 
@@ -199,7 +200,7 @@ def _train(
             warnings=_warnings(scores, len(data.classes)),
             result=ending.table(scores),
             pictures=pictures,
-            files=["attack_result.pt", "poison.pt"],
+            files=[ATTACK_RESULT, POISON],
             run=ending.run_facts(config, started - watch.earlier, device, precision, inputs),
         )
     return folder

@@ -17,6 +17,7 @@ from defense import names as defenses
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import read_object
+from utils.records.contents import SUMMARY
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
-        return (self.folder / "summary.json").exists()
+        return (self.folder / SUMMARY).exists()
 
     @property
     def is_clean(self) -> bool:
@@ -216,7 +217,7 @@ def _sees(name: str, flags: Mapping[str, Any]) -> str | None:
 def summary_of(folder: Path) -> dict[str, Any]:
     """A run's summary; empty if it cannot be read."""
     try:
-        return read_object(folder / "summary.json")
+        return read_object(folder / SUMMARY)
     except (OSError, ValueError):
         return {}
 

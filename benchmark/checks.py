@@ -15,6 +15,7 @@ from utils.config import FILES
 from utils.errors import UserError, listed, quoted, suggestion
 from utils.plain import parse_yaml, read_yaml
 from utils.records import places
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY
 from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
 from utils.records.places import CLEAN
 from utils.values import items_of
@@ -264,7 +265,7 @@ def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
         ]
     summary = summary_of(cell.folder)
     if not summary:
-        return [f"{cell.folder / 'summary.json'}: cannot be read; restore it, or delete the folder"]
+        return [f"{cell.folder / SUMMARY}: cannot be read; restore it, or delete the folder"]
     attack = None if cell.attack is None else _sha256s(cell.attack.folder)
     if attack is not None and _sha256s(cell.folder) != attack:
         return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
@@ -295,10 +296,10 @@ def _files(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _sha256s(folder: Path) -> str | None:
     """sha256 of the attack's model, which a defense's summary also has."""
     summary = summary_of(folder)
-    return summary.get("attack_sha256") or _files(summary).get("attack_result.pt")
+    return summary.get("attack_sha256") or _files(summary).get(ATTACK_RESULT)
 
 
 def _model_sha256(cell: Cell) -> str | None:
     """sha256 of the model of an attack or a defense, as its summary has it."""
-    name = "attack_result.pt" if cell.attack is None else "defense_result.pt"
+    name = ATTACK_RESULT if cell.attack is None else DEFENSE_RESULT
     return _files(summary_of(cell.folder)).get(name)

@@ -31,6 +31,7 @@ from utils.files import file_sha256, read_object
 from utils.metrics import FAILED_ASR
 from utils.process.script import logger, run_script
 from utils.records.checkpoint import digest
+from utils.records.contents import ATTACK_RESULT, SUMMARY
 from utils.records.folders import RunFolder
 from utils.records.places import is_usual, refuse_foreign
 from utils.tensors import load_tensors
@@ -177,7 +178,7 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--under: {folder} is no folder; give one that holds records")
-        for path in sorted(folder.glob("**/analysis/[!.]*/summary.json")):
+        for path in sorted(folder.glob(f"**/analysis/[!.]*/{SUMMARY}")):
             try:
                 content: Mapping[str, Any] = read_object(path)
                 if content.get("analysis") != "inspect" or not content.get("attack"):
@@ -211,7 +212,7 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
 def _has_failed(record: Path) -> bool:
     """Whether the attack of a record failed, so that its model counts as no backdoored one."""
     try:
-        asr = read_object(record / "summary.json").get("asr")
+        asr = read_object(record / SUMMARY).get("asr")
     except (OSError, ValueError):
         return False  # an inspection alone does not tell
     return isinstance(asr, int | float) and asr < FAILED_ASR
@@ -222,7 +223,7 @@ def _identities(path: Path, one: Inspection) -> set[str]:
     if one.attack_sha256 is None:
         return {str(path.resolve())}
     known = {one.attack_sha256}
-    file = path.parents[2] / "attack_result.pt"
+    file = path.parents[2] / ATTACK_RESULT
     try:
         if file_sha256(file) == one.attack_sha256:
             weights = load_tensors(file)["model"]

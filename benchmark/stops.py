@@ -24,6 +24,7 @@ from utils.config import Parser
 from utils.errors import UserError, first_line
 from utils.files import read_object
 from utils.process.script import logger, run_script
+from utils.records.contents import SUMMARY
 from utils.records.places import made_folder, refuse_foreign
 
 AUTO, ALL = "sau_auto", "sau"
@@ -65,10 +66,10 @@ def _by_round(path: Path) -> pd.DataFrame:
 def read_pair(record: Path) -> Pair | None:
     """The two results of a record; None without both, or, with a warning, if one is damaged."""
     homes = [record / "defense" / name for name in (AUTO, ALL)]
-    if not all((home / "summary.json").exists() for home in homes):
+    if not all((home / SUMMARY).exists() for home in homes):
         return None
     try:
-        auto, all_rounds = (read_object(home / "summary.json") for home in homes)
+        auto, all_rounds = (read_object(home / SUMMARY) for home in homes)
         if auto.get("attack_sha256") != all_rounds.get("attack_sha256"):
             raise ValueError("they purified two models")
         watched, full = (_by_round(home / "metrics.csv")["asr"] for home in homes)

@@ -48,10 +48,10 @@ from utils.records.backdoorbench import (
     MODELS,
     NORMALIZATION,
     POISON_LIST,
-    RESULT,
     TEST,
     TRAIN,
 )
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, POISON, SUMMARY
 from utils.records.defense import checked_result, load_defense
 from utils.tensors import explained
 from utils.training import ending
@@ -131,7 +131,7 @@ def _write_record(
         name: the final name of this folder.
         data, state: the dataset that the record's model was trained on, and its weights.
     """
-    for finished in sorted((attack.folder / "defense").glob("[!.]*/summary.json")):
+    for finished in sorted((attack.folder / "defense").glob(f"[!.]*/{SUMMARY}")):
         _export_defense(finished.parent, attack, to)
     poisoned, cross = attack.poisoned_set(data), attack.cross_images(data)
     true_labels = data.train.labels[poisoned.index]
@@ -156,7 +156,7 @@ def _write_record(
         train,
         test,
     )
-    folder.write_tensors(RESULT, content)
+    folder.write_tensors(ATTACK_RESULT, content)
 
 
 def import_record(
@@ -229,7 +229,7 @@ def import_record(
             warnings=[],
             result="",
             pictures=[],
-            files=["attack_result.pt", "poison.pt"],
+            files=[ATTACK_RESULT, POISON],
             run={},
         )
     return folder
@@ -238,12 +238,12 @@ def import_record(
 def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None) -> bool:
     """Whether a finished record is the import of that folder."""
     try:
-        summary = read_object(folder.path / "summary.json")
-        hashes = file_hashes(folders.RunFolder(source), RESULT)
+        summary = read_object(folder.path / SUMMARY)
+        hashes = file_hashes(folders.RunFolder(source), ATTACK_RESULT)
     except (OSError, ValueError):
         return False
     expected = {
-        "imported_sha256": hashes.get(RESULT, ""),
+        "imported_sha256": hashes.get(ATTACK_RESULT, ""),
         "dataset_path": absolute(dataset_path),
     }
     return expected.items() <= summary.items()
@@ -347,7 +347,7 @@ def _export_defense(source: Path, attack: AttackRecord, to: Path) -> None:
     folder = to / "defense" / source.name
     with _refusals_told(folder):
         folder.mkdir(parents=True)
-    folders.RunFolder(folder).write_tensors("defense_result.pt", result)
+    folders.RunFolder(folder).write_tensors(DEFENSE_RESULT, result)
 
 
 def _parsed() -> Any:

@@ -55,6 +55,7 @@ from utils.process.script import file_log, logger, run_script
 from utils.records import folders
 from utils.records.attack import save_attack
 from utils.records.checkpoint import digest
+from utils.records.contents import ATTACK_RESULT, POISON
 from utils.records.places import free_folder
 from utils.records.weights import fill, read_state_dict
 from utils.training import ending
@@ -279,7 +280,7 @@ def import_model(config: Config) -> folders.RunFolder:
             warnings=_warnings(scores, len(data.classes)),
             result=result,
             pictures=pictures,
-            files=["attack_result.pt", "poison.pt"],
+            files=[ATTACK_RESULT, POISON],
             run=ending.run_facts(config, started, device, precision, inputs),
         )
     return folder

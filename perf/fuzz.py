@@ -58,6 +58,7 @@ from utils.process.device import peak_memory
 from utils.process.script import logger, run_script
 from utils.records import folders, places, weights
 from utils.records.attack import file_hashes, load_attack, save_attack
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, POISON, SUMMARY
 from utils.records.defense import load_defense, save_defense
 from utils.records.named import recorded_dataset
 from utils.tensors import load_plain
@@ -129,7 +130,7 @@ def write_record(folder: Path, dataset: str = "random", model: str = "tiny") -> 
         facts,
     )
     run.write_metrics([{"epoch": 1, "loss": 1.0, "seconds": 1.0}])
-    files = file_hashes(run, "attack_result.pt", "poison.pt")
+    files = file_hashes(run, ATTACK_RESULT, POISON)
     run.write_summary(
         {
             **facts,
@@ -194,7 +195,7 @@ def spoil_tensors(path: Path, rng: random.Random) -> None:
 def vouch(folder: Path, name: str) -> None:
     """Writes the sha256 of a changed file into the summary, as a careful attacker would."""
     if (folder / name).is_file() and (folder / name).stat().st_size < 1 << 30:
-        path = folder / "summary.json"
+        path = folder / SUMMARY
         summary = json.loads(path.read_text())
         summary["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         path.write_text(json.dumps(summary))
@@ -218,8 +219,8 @@ def cases(good: Path) -> dict[str, Case]:
 
     def record(folder: Path, rng: random.Random) -> None:
         shutil.copytree(good / "record", folder / "x")
-        names = ("attack_result.pt", "attack_result.pt", "poison.pt", "poison.pt")
-        spoil_run(folder / "x", (*names, "summary.json", "config.yaml"), rng)
+        names = (ATTACK_RESULT, ATTACK_RESULT, POISON, POISON)
+        spoil_run(folder / "x", (*names, SUMMARY, "config.yaml"), rng)
         recorded_dataset(folder / "x")
         attack = load_attack(folder / "x")
         attack.build()
@@ -230,7 +231,7 @@ def cases(good: Path) -> dict[str, Case]:
 
     def purified(folder: Path, rng: random.Random) -> None:
         shutil.copytree(good / "record/defense/ft", folder / "x")
-        spoil_run(folder / "x", ("defense_result.pt", "defense_result.pt", "summary.json"), rng)
+        spoil_run(folder / "x", (DEFENSE_RESULT, DEFENSE_RESULT, SUMMARY), rng)
         load_defense(folder / "x")(torch.rand(2, 3, 32, 32))
 
     def backdoorbench(folder: Path, rng: random.Random) -> None:
@@ -326,7 +327,7 @@ def cases(good: Path) -> dict[str, Case]:
         shutil.copytree(good / "record", folder / "records/x")
         runs = [folder / "records/x", folder / "records/x/defense/ft"]
         for run in rng.sample(runs, rng.randint(1, 2)):
-            spoil_run(run, ("summary.json", "config.yaml", "metrics.csv"), rng)
+            spoil_run(run, (SUMMARY, "config.yaml", "metrics.csv"), rng)
         write_report([folder / "records"], folder / "to", rng.random() < 0.5, FORMATS)
 
     return {
@@ -372,7 +373,7 @@ def write_good(good: Path) -> None:
             "der": 0.5,
             "attack_sha256": attack.sha256,
             "seconds": 1.0,
-            "files": file_hashes(run, "defense_result.pt"),
+            "files": file_hashes(run, DEFENSE_RESULT),
         }
     )
     write_traffic_signs(data_folder())

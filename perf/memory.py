@@ -46,6 +46,7 @@ from utils.process.device import peak_memory_mib, pick_device, pick_precision
 from utils.process.script import run_script
 from utils.process.seeds import generator, seed_everything
 from utils.records.attack import save_attack
+from utils.records.contents import SUMMARY
 from utils.records.folders import RunFolder
 from utils.training.loop import Loop
 from utils.training.watch import scorer
@@ -179,7 +180,7 @@ def large(gib: float, device_name: str) -> dict[str, Any]:
         flags += ["--record_path", root, "--save_folder_name", "x"]
         call = [sys.executable, "attack/badnet.py", *map(str, flags)]
         subprocess.run(call, cwd=ROOT, env=os.environ | {"SAU_DATA": name}, check=True)
-        summary = json.loads((root / "x" / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((root / "x" / SUMMARY).read_text(encoding="utf-8"))
     names = ("peak_memory_mib", "peak_gpu_memory_mib", "seconds", "train_images", "model")
     return {"kind": "large", **{name: summary[name] for name in names if name in summary}}
 

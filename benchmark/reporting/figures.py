@@ -16,6 +16,7 @@ from utils import plot
 from utils.errors import UserError
 from utils.process.script import logger
 from utils.records.attack import load_attack
+from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY
 from utils.records.folders import RunFolder
 
 _TRIGGERS = "Triggers, and the amplified change"
@@ -177,5 +178,5 @@ def _gallery(table: Table, has_one: bool) -> Figure | None:
 
 
 def _has_tensors(run: sources.StoredRun) -> bool:
-    needed = ("attack_result.pt", "poison.pt", "summary.json")
+    needed = (ATTACK_RESULT, POISON, SUMMARY)
     return run.folder is not None and all((run.folder / name).is_file() for name in needed)

@@ -36,6 +36,7 @@ from utils.errors import UserError, listed, one_line, shown
 from utils.files import read_bytes, read_object, read_text
 from utils.plain import read_yaml
 from utils.process.script import logger
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY
 from utils.records.folders import RunFolder
 from utils.records.places import CLEAN, EXACT, is_usual
 
@@ -136,10 +137,10 @@ class RunInFolder(StoredRun):
 
     @property
     def summary_name(self) -> str:
-        return str(Path(self.where) / "summary.json")
+        return str(Path(self.where) / SUMMARY)
 
     def read_summary(self) -> Any:
-        path = self.path / "summary.json"
+        path = self.path / SUMMARY
         if path.is_symlink():
             raise OSError(0, "it is a link")
         return json.loads(read_text(path, LARGEST))
@@ -243,7 +244,7 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
             grids.append(here)
         if _is_in_record(here, "analysis"):
             continue
-        if "summary.json" not in files:
+        if SUMMARY not in files:
             if "config.yaml" in files and "run.json" in files:
                 unfinished[here] = []
             continue
@@ -285,7 +286,7 @@ def _is_in_record(folder: Path, kind: str) -> bool:
     if folder.parent.name != kind:
         return False
     record = folder.parent.parent
-    is_record = any((record / name).exists() for name in ("run.json", "attack_result.pt"))
+    is_record = any((record / name).exists() for name in ("run.json", ATTACK_RESULT))
     return is_record or kind in _read_plain(folder)
 
 
@@ -318,7 +319,7 @@ def read_analyses(result: Path) -> dict[str, float]:
         is_of_defense = isinstance(headline.get(result.name), dict)
         if not is_usual(folder, summary) or not is_of_defense:
             continue
-        if models.get(result.name) != hashes.get("defense_result.pt"):
+        if models.get(result.name) != hashes.get(DEFENSE_RESULT):
             logger.warning(
                 "warning: %s: skipped; it is of another %s than is there now",
                 shown(folder),
@@ -337,7 +338,7 @@ def read_analyses(result: Path) -> dict[str, float]:
 
 def _read_plain(folder: Path) -> dict[str, Any]:
     """The summary of a run; empty if it is a link, too large or cannot be read."""
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     try:
         return read_object(path, LARGEST) if is_plain(path, LARGEST) else {}
     except (OSError, ValueError):

@@ -33,6 +33,7 @@ from benchmark.reporting.sources import (
 )
 from utils.errors import UserError, listed, one_line, shown
 from utils.metrics import has_collapsed, rating
+from utils.records.contents import ATTACK_RESULT
 from utils.records.folders import NOT_OF_RECIPE
 
 UNDEFENDED = "no defense"
@@ -214,7 +215,7 @@ class _Record:
 
     @property
     def model_sha256(self) -> str | None:
-        return self.attack.files.get("attack_result.pt") if self.attack else None
+        return self.attack.files.get(ATTACK_RESULT) if self.attack else None
 
 
 def _records(runs: Iterable[StoredRun], problems: list[str]) -> Iterable[_Record]:
@@ -299,7 +300,7 @@ def _rows(
         return
     all2all = "_all2all" if attack and attack.attack_label_trans == "all2all" else ""
     model = facts.model or (attack and attack.model_name) or "-"
-    made_of = attack.files.get("attack_result.pt") if attack else defenses[0][1].attack_sha256
+    made_of = attack.files.get(ATTACK_RESULT) if attack else defenses[0][1].attack_sha256
     hashes = [attack.config_sha256, attack.imported_sha256] if attack else []
     is_described = bool(attack and (attack.seed is not None or attack.inputs))
     shared = {

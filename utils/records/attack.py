@@ -21,11 +21,10 @@ from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import Diverged, UserError, is_lack_of_memory, listed, one_line, shown
 from utils.files import TABLE, as_path, file_sha256, read_text
 from utils.records import backdoorbench, schema
-from utils.records.contents import said_of_replaced
+from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY, said_of_replaced
 from utils.records.folders import RunFolder
 from utils.tensors import explained, load_tensors, not_finite
 
-RESULT, POISON, SUMMARY = "attack_result.pt", "poison.pt", "summary.json"
 _EXPECTED = "a record of this program"
 
 
@@ -48,7 +47,7 @@ def save_attack(
     """
     if triggered is not None:
         folder.write_tensors(
-            "poison.pt",
+            POISON,
             {
                 "train_index": poisoned.index,
                 "train_images": poisoned.images,
@@ -63,7 +62,7 @@ def save_attack(
             },
         )
     folder.write_tensors(
-        "attack_result.pt",
+        ATTACK_RESULT,
         {
             "model": model_state(model),
             "num_classes": len(data.classes),
@@ -365,8 +364,8 @@ def load_attack(folder: Path) -> AttackRecord:
 
 def is_backdoorbench(folder: Path) -> bool:
     """Whether a folder is read as one of BackdoorBench: it has a result, but none of our files."""
-    ours = ("config.yaml", "summary.json")
-    return (folder / "attack_result.pt").exists() and not any((folder / f).exists() for f in ours)
+    ours = ("config.yaml", SUMMARY)
+    return (folder / ATTACK_RESULT).exists() and not any((folder / f).exists() for f in ours)
 
 
 def _load_backdoorbench(folder: Path) -> AttackRecord:
@@ -397,7 +396,7 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
     target, label_map = source.label_map()
     return _BackdoorBench(
         folder=folder,
-        sha256=file_sha256(folder / backdoorbench.RESULT),
+        sha256=file_sha256(folder / ATTACK_RESULT),
         attack=source.attack,
         model_name=source.model_name,
         state=state,
@@ -417,9 +416,9 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
 
 
 def _load_ours(folder: Path) -> AttackRecord:
-    result, poison = folder / RESULT, folder / POISON
+    result, poison = folder / ATTACK_RESULT, folder / POISON
     home = folder.resolve().parent
-    if home.name in ("defense", "analysis") and (home.parent / RESULT).exists():
+    if home.name in ("defense", "analysis") and (home.parent / ATTACK_RESULT).exists():
         raise UserError(
             f"{folder}: is a result in the {home.name}/ of a record, and no record itself; give "
             f"{home.parent}"
@@ -429,14 +428,14 @@ def _load_ours(folder: Path) -> AttackRecord:
             f"{folder}: has no summary.json, so its attack did not finish, or it is no record"
             f"{said_of_replaced(folder)}; run the attack again, or give another folder"
         )
-    hashes = checked_hashes(folder, (RESULT, POISON))
+    hashes = checked_hashes(folder, (ATTACK_RESULT, POISON))
     with explained(result, _EXPECTED):
         content = load_tensors(result)
         plain = schema.check_attack(content)
     stored = _read_poison(poison, plain) if POISON in hashes else None
     return _RecordOfOurs(
         folder=folder,
-        sha256=hashes[RESULT],
+        sha256=hashes[ATTACK_RESULT],
         attack=plain["attack"],
         model_name=plain["model_name"],
         model_sha256=plain.get("model_sha256"),

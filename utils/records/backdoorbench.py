@@ -26,6 +26,7 @@ from utils.errors import UserError, one_line, shown
 from utils.files import read_bytes
 from utils.process.progress import Progress
 from utils.process.script import logger
+from utils.records.contents import ATTACK_RESULT
 from utils.tensors import explained, load_plain, load_tensors
 
 # The networks that both sides have, by their common name.
@@ -56,10 +57,6 @@ METRICS = (
     *("train_asr_bd_only", "train_ra_bd_only", "clean_test_loss_avg_over_batch"),
     *("bd_test_loss_avg_over_batch", "test_acc", "test_asr", "test_ra"),
 )
-
-
-RESULT = "attack_result.pt"
-
 
 TRAIN, TEST, CROSS = "bd_train_dataset", "bd_test_dataset", "cross_test_dataset"
 
@@ -162,8 +159,8 @@ def read_dataset_name(folder: Path) -> str:
     Raises:
         UserError: if the folder holds no record of BackdoorBench.
     """
-    with explained(folder / RESULT, _EXPECTED):
-        return _text(_load(folder / RESULT), "clean_data")
+    with explained(folder / ATTACK_RESULT, _EXPECTED):
+        return _text(_load(folder / ATTACK_RESULT), "clean_data")
 
 
 def read(folder: Path) -> AttackResult:
@@ -173,8 +170,8 @@ def read(folder: Path) -> AttackResult:
         UserError: if the folder holds no record of BackdoorBench, or one that keeps its images
             inside of `attack_result.pt`.
     """
-    with explained(folder / RESULT, _EXPECTED):
-        content = _load(folder / RESULT)
+    with explained(folder / ATTACK_RESULT, _EXPECTED):
+        content = _load(folder / ATTACK_RESULT)
         num_classes, name = content["num_classes"], _text(content, "clean_data")
         model_name = _text(content, "model_name")
         if not _is_integer(num_classes) or num_classes < 1:
@@ -398,7 +395,7 @@ def _replaced(
         raise ValueError(f"{where} has no container of images")
     items = container["data_dict"]
     if any(not isinstance(item, dict) for item in items.values()):
-        _refuse(folder / RESULT, is_v1=False)
+        _refuse(folder / ATTACK_RESULT, is_v1=False)
     indicator = _row(where, state, "poison_indicator", np.float64)
     exposed = _row(where, state, "original_index_array", np.int64)
     if not ((indicator == 0) | (indicator == 1)).all():
@@ -521,7 +518,9 @@ def _told_apart(folder: Path, train: Replaced | None) -> tuple[torch.Tensor, boo
             )
         is_poison = listed[train.index] == 1
         if int(is_poison.sum()) != int((listed != 0).sum()):
-            raise UserError(f"{folder / POISON_LIST}: names images that {RESULT} does not have")
+            raise UserError(
+                f"{folder / POISON_LIST}: names images that {ATTACK_RESULT} does not have"
+            )
         return is_poison, True
     changed = train.labels != train.originals
     targets, kept = train.labels[changed].unique(), train.labels[~changed]

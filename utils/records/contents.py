@@ -21,6 +21,9 @@ from utils.plain import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a run
 _REPLACED = re.compile(rf"\.{NAME.pattern}\.replaced")
+# The files of a run that others read; the summary is of every kind of run.
+ATTACK_RESULT, POISON, DEFENSE_RESULT = "attack_result.pt", "poison.pt", "defense_result.pt"
+SUMMARY = "summary.json"
 RESULTS = ("defense", "analysis")  # folders in an attack's record that hold results
 _LARGEST = 1 << 16  # bytes of a mark
 _FILE = r"^[\w][\w .,=()+-]{0,199}$"
@@ -112,7 +115,7 @@ class Contents:
     @property
     def has_finished_results(self) -> bool:
         """Whether a result inside, e.g. a defense's, is finished."""
-        return any((result.folder / "summary.json").exists() for result in self._results)
+        return any((result.folder / SUMMARY).exists() for result in self._results)
 
     def remove(self) -> None:
         """Removes all files of the run, and of the results inside, one by one.
@@ -125,7 +128,7 @@ class Contents:
         """
         if self.names and not self._is_marked:
             write_mark(self.folder, self.names)
-        for path in sorted(self._files, key=lambda path: path.name != "summary.json"):
+        for path in sorted(self._files, key=lambda path: path.name != SUMMARY):
             if path.name != MARK:
                 path.unlink(missing_ok=True)
         for result in self._results:
@@ -193,7 +196,7 @@ def _of_earlier(folder: Path, files: Collection[str]) -> list[str]:
         files: names of all regular files in the folder.
     """
     is_run = False
-    if "summary.json" in files:
+    if SUMMARY in files:
         is_run = _has_hashes(folder)
     elif {"config.yaml", "checkpoint.pt"} <= set(files):
         try:
@@ -206,7 +209,7 @@ def _of_earlier(folder: Path, files: Collection[str]) -> list[str]:
 
 def _has_hashes(folder: Path) -> bool:
     try:
-        files = read_object(folder / "summary.json").get("files")
+        files = read_object(folder / SUMMARY).get("files")
     except (OSError, ValueError):
         return False
     return (

@@ -16,18 +16,15 @@ from utils.errors import UserError
 from utils.files import read_object
 from utils.records import schema
 from utils.records.attack import (
-    SUMMARY,
     AttackRecord,
     checked_hashes,
     checked_model,
     make_model,
     model_state,
 )
-from utils.records.contents import said_of_replaced
+from utils.records.contents import DEFENSE_RESULT, SUMMARY, said_of_replaced
 from utils.records.folders import RunFolder
 from utils.tensors import explained, load_tensors
-
-RESULT = "defense_result.pt"
 
 
 def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name: str) -> None:
@@ -46,7 +43,7 @@ def save_defense(folder: RunFolder, model: nn.Module, attack: AttackRecord, name
     assert isinstance(model, Classifier)
     state, changes = model_state(model), changes_of(model.network)
     folder.write_tensors(
-        RESULT,
+        DEFENSE_RESULT,
         {
             "model": state,
             "model_name": attack.model_name,
@@ -84,7 +81,7 @@ def checked_result(folder: Path, attack: AttackRecord) -> dict[str, Any]:
     Raises:
         UserError: if the result was changed, or is of another attack.
     """
-    checked_hashes(folder, [RESULT])
+    checked_hashes(folder, [DEFENSE_RESULT])
     summary: dict[str, Any] = read_object(folder / SUMMARY)
     if summary.get("attack_sha256") != attack.sha256:
         raise UserError(
@@ -111,9 +108,9 @@ def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
             f"{folder}: has no summary.json, so it is no finished result of a defense"
             f"{said_of_replaced(folder)}; run the defense again, or give another folder"
         )
-    checked_hashes(folder, [RESULT])
-    with explained(folder / RESULT, "a defense's result of this program"):
-        content = load_tensors(folder / RESULT)
+    checked_hashes(folder, [DEFENSE_RESULT])
+    with explained(folder / DEFENSE_RESULT, "a defense's result of this program"):
+        content = load_tensors(folder / DEFENSE_RESULT)
         plain = schema.check_defense(content)
     name = plain["model_name"]
     in_python = f'load_defense(folder, "{name}")'
@@ -125,6 +122,6 @@ def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
         std=plain["std"],
         image_size=plain["image_shape"][1],
         network_size=plain.get("network_size"),
-        where=folder / RESULT,
+        where=folder / DEFENSE_RESULT,
         changes=plain.get("changes", []),
     )

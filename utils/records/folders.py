@@ -29,6 +29,7 @@ from utils.process import distributed
 from utils.process.script import defer_signals, logger
 from utils.records.checkpoint import CHECKPOINT, Origin, files_of
 from utils.records.contents import (
+    SUMMARY,
     Contents,
     is_file_name,
     replaced_name,
@@ -68,7 +69,7 @@ class RunFolder:
 
     @property
     def is_done(self) -> bool:
-        return (self.path / "summary.json").exists()
+        return (self.path / SUMMARY).exists()
 
     def claim(
         self,
@@ -474,7 +475,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Says that the run is done. JSON has neither NaN nor infinity; they become null."""
         text = json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
-        self.write_text("summary.json", text + "\n")
+        self.write_text(SUMMARY, text + "\n")
         self._drop_checkpoint()
 
 
@@ -505,7 +506,7 @@ def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
     if name != "attack_target" or not isinstance(given, str):
         return False
     try:
-        return given == read_object(folder / "summary.json").get("attack_target_name", str(before))
+        return given == read_object(folder / SUMMARY).get("attack_target_name", str(before))
     except (OSError, ValueError):
         return False
 
@@ -527,7 +528,7 @@ def changed_files(folder: Path, flags: Mapping[str, Any]) -> list[str]:
 def _object_in(folder: Path, name: str) -> dict[str, Any]:
     """An object in the summary of a finished run; empty if it is none, or cannot be read."""
     try:
-        found = read_object(folder / "summary.json").get(name)
+        found = read_object(folder / SUMMARY).get(name)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

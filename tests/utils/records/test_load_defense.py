@@ -17,7 +17,8 @@ from models.changes import insert
 from tests.networks import copied, differing
 from utils.errors import UserError
 from utils.records.attack import file_hashes, model_state
-from utils.records.defense import RESULT, load_defense, save_defense
+from utils.records.contents import DEFENSE_RESULT
+from utils.records.defense import load_defense, save_defense
 from utils.records.folders import RunFolder
 
 
@@ -61,14 +62,14 @@ def saved(folder: Path, model: nn.Module, attack: Any) -> Path:
 def describe(folder: Path) -> None:
     """Writes a summary that fits the result as it is now."""
     run_folder = RunFolder(folder)
-    run_folder.write_summary({"files": file_hashes(run_folder, RESULT)})
+    run_folder.write_summary({"files": file_hashes(run_folder, DEFENSE_RESULT)})
 
 
 def rewritten(folder: Path, **changes: Any) -> None:
     """Other values in the result, with a summary that fits; None leaves a value out."""
-    content = torch.load(folder / RESULT, weights_only=True) | changes
+    content = torch.load(folder / DEFENSE_RESULT, weights_only=True) | changes
     content = {name: value for name, value in content.items() if value is not None}
-    torch.save(content, folder / RESULT)
+    torch.save(content, folder / DEFENSE_RESULT)
     describe(folder)
 
 
@@ -107,7 +108,7 @@ def test_what_is_drawn_later_does_not_depend_on_what_was_loaded(folder: Path) ->
 
 def test_a_result_is_plain_data(folder: Path) -> None:
     """It says from which record it was made, and by which defense."""
-    content = torch.load(folder / RESULT, weights_only=True)
+    content = torch.load(folder / DEFENSE_RESULT, weights_only=True)
     assert {name: value for name, value in content.items() if name != "model"} == {
         "model_name": "tiny",
         "model_sha256": None,
@@ -253,7 +254,7 @@ def test_a_summary_that_cannot_be_read_is_refused(folder: Path, text: str) -> No
 
 @pytest.mark.parametrize(
     "summary",
-    [[], {}, {"files": []}, {"files": {}}, {"files": {RESULT: "0" * 64}}, {"files": None}],
+    [[], {}, {"files": []}, {"files": {}}, {"files": {DEFENSE_RESULT: "0" * 64}}, {"files": None}],
 )
 def test_a_summary_of_something_else_is_refused(folder: Path, summary: Any) -> None:
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
@@ -261,22 +262,22 @@ def test_a_summary_of_something_else_is_refused(folder: Path, summary: Any) -> N
 
 
 def test_the_folder_of_an_attack_is_refused(folder: Path) -> None:
-    (folder / RESULT).rename(folder / "attack_result.pt")
+    (folder / DEFENSE_RESULT).rename(folder / "attack_result.pt")
     run_folder = RunFolder(folder)
     run_folder.write_summary({"files": file_hashes(run_folder, "attack_result.pt")})
     assert "is not the file that summary.json describes" in refusal(folder)
 
 
 def test_a_file_that_is_gone_is_refused(folder: Path) -> None:
-    (folder / RESULT).unlink()
-    assert f"{folder / RESULT}: is missing, though summary.json has it" in refusal(folder)
+    (folder / DEFENSE_RESULT).unlink()
+    assert f"{folder / DEFENSE_RESULT}: is missing, though summary.json has it" in refusal(folder)
 
 
 def test_a_damaged_file_is_refused(folder: Path) -> None:
     """One bit of its last weights is another one."""
-    content = bytearray((folder / RESULT).read_bytes())
+    content = bytearray((folder / DEFENSE_RESULT).read_bytes())
     content[len(content) // 2] ^= 1
-    (folder / RESULT).write_bytes(bytes(content))
+    (folder / DEFENSE_RESULT).write_bytes(bytes(content))
     assert "is not the file that summary.json describes" in refusal(folder)
 
 
@@ -284,13 +285,13 @@ def test_a_damaged_file_is_refused(folder: Path) -> None:
 def test_a_file_of_another_format_is_refused_whatever_the_summary_says(
     folder: Path, content: bytes
 ) -> None:
-    (folder / RESULT).write_bytes(content)
+    (folder / DEFENSE_RESULT).write_bytes(content)
     describe(folder)
     assert "is not a defense's result of this program" in refusal(folder)
 
 
 def test_a_list_is_no_result(folder: Path) -> None:
-    torch.save([1, 2], folder / RESULT)
+    torch.save([1, 2], folder / DEFENSE_RESULT)
     describe(folder)
     assert "is not a defense's result of this program" in refusal(folder)
 
@@ -327,14 +328,14 @@ def test_other_values_are_refused(folder: Path, changes: Mapping[str, Any]) -> N
 
 
 def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
-    state = torch.load(folder / RESULT, weights_only=True)["model"]
+    state = torch.load(folder / DEFENSE_RESULT, weights_only=True)["model"]
     state["linear.bias"][1] = torch.inf
     rewritten(folder, model=state)
     assert "the weights linear.bias are not finite" in refusal(folder)
 
 
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
-    state = torch.load(folder / RESULT, weights_only=True)["model"]
+    state = torch.load(folder / DEFENSE_RESULT, weights_only=True)["model"]
     state["linear.bias"] = torch.zeros(4)
     rewritten(folder, model=state)
     assert "its weights do not fit tiny" in refusal(folder)
