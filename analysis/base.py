@@ -23,7 +23,6 @@ import analysis
 from analysis.subject import Controlled, RecordConfig, Subject, load_clean, open_subject
 from utils.config import Group
 from utils.errors import NothingToDo, UserError, counted, listed
-from utils.files import read_object
 from utils.metrics import has_collapsed
 from utils.process import distributed
 from utils.process.device import run_conditions
@@ -31,7 +30,7 @@ from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders, places
 from utils.records.checkpoint import Origin
-from utils.records.contents import SUMMARY
+from utils.records.contents import summary_of
 from utils.records.named import dataset_of_record, named_record
 from utils.training import ending
 from utils.training.evaluate import predict
@@ -367,10 +366,7 @@ def check_current(
     Raises:
         UserError: if it is another one, or if a model has changed, or is not in it.
     """
-    try:
-        summary = read_object(folder.path / SUMMARY)
-    except (OSError, ValueError):
-        summary = {}
+    summary = summary_of(folder.path)
     models = summary.get("models")
     folders.require_method(folder.path, summary.get("analysis", name), name)
     if not isinstance(models, dict):

@@ -65,14 +65,14 @@ from utils.data.batches import as_float
 from utils.data.datasets import DatasetName, load_dataset
 from utils.data.labelled import Labelled
 from utils.errors import NothingToDo, UserError, counted, suggestion
-from utils.files import as_path, file_sha256, read_object
+from utils.files import as_path, file_sha256
 from utils.plain import read_yaml
 from utils.process import distributed
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders, places
 from utils.records.attack import AttackRecord
-from utils.records.contents import ATTACK_RESULT, SUMMARY
+from utils.records.contents import ATTACK_RESULT, summary_of
 from utils.records.lock import Lock
 from utils.records.named import dataset_of_record
 from utils.records.weights import fill, read_state_dict
@@ -378,7 +378,7 @@ def add_neural_cleanse(
         folder = record.folder / "defense/nc"
         norms: list[float] = []
         with contextlib.suppress(OSError, KeyError, ValueError):
-            if read_object(folder / SUMMARY).get("attack_sha256") == record.sha256:
+            if summary_of(folder).get("attack_sha256") == record.sha256:
                 text = (folder / "norms.csv").read_text(encoding="utf-8")
                 norms = [float(row["mask_norm"]) for row in csv.DictReader(text.splitlines())]
         if len(norms) == len(subject.data.classes):

@@ -16,8 +16,7 @@ from benchmark.grid import OF_GRID, Grid
 from defense import names as defenses
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import read_object
-from utils.records.contents import SUMMARY
+from utils.records.contents import SUMMARY, summary_of
 
 
 @dataclass(frozen=True)
@@ -212,14 +211,6 @@ def _sees(name: str, flags: Mapping[str, Any]) -> str | None:
         return None if config is None else config.load(**flags).sees  # type: ignore[attr-defined]
     except UserError:
         return None  # said elsewhere
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    """A run's summary; empty if it cannot be read."""
-    try:
-        return read_object(folder / SUMMARY)
-    except (OSError, ValueError):
-        return {}
 
 
 def _as_text(value: Any) -> str:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from benchmark.cells import Cell, cells_in, config_class, fields, scripts, summary_of
+from benchmark.cells import Cell, cells_in, config_class, fields, scripts
 from benchmark.grid import OF_GRID, Grid
 from models import check_name
 from utils.config import FILES
 from utils.errors import UserError, listed, quoted, suggestion
 from utils.plain import parse_yaml, read_yaml
 from utils.records import places
-from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY, object_in, summary_of
 from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
 from utils.records.places import CLEAN
 from utils.values import items_of
@@ -160,7 +160,7 @@ def _lost_files(cell: Cell) -> list[str]:
         needed.folder / name
         for needed in cell.needed
         if needed.is_done
-        for name in _files(summary_of(needed.folder))
+        for name in object_in(summary_of(needed.folder), "files")
     ]
     return [
         f"{path}: is gone or empty; restore it, or delete the folder"
@@ -287,19 +287,13 @@ def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
     return []
 
 
-def _files(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """sha256 of a run's files by name, as its summary has them."""
-    files = summary.get("files")
-    return files if isinstance(files, dict) else {}
-
-
 def _sha256s(folder: Path) -> str | None:
     """sha256 of the attack's model, which a defense's summary also has."""
     summary = summary_of(folder)
-    return summary.get("attack_sha256") or _files(summary).get(ATTACK_RESULT)
+    return summary.get("attack_sha256") or object_in(summary, "files").get(ATTACK_RESULT)
 
 
 def _model_sha256(cell: Cell) -> str | None:
     """sha256 of the model of an attack or a defense, as its summary has it."""
     name = ATTACK_RESULT if cell.attack is None else DEFENSE_RESULT
-    return _files(summary_of(cell.folder)).get(name)
+    return object_in(summary_of(cell.folder), "files").get(name)

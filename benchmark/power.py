@@ -31,7 +31,7 @@ from utils.files import file_sha256, read_object
 from utils.metrics import FAILED_ASR
 from utils.process.script import logger, run_script
 from utils.records.checkpoint import digest
-from utils.records.contents import ATTACK_RESULT, SUMMARY
+from utils.records.contents import ATTACK_RESULT, SUMMARY, summary_of
 from utils.records.folders import RunFolder
 from utils.records.places import is_usual, refuse_foreign
 from utils.tensors import load_tensors
@@ -211,10 +211,7 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
 
 def _has_failed(record: Path) -> bool:
     """Whether the attack of a record failed, so that its model counts as no backdoored one."""
-    try:
-        asr = read_object(record / SUMMARY).get("asr")
-    except (OSError, ValueError):
-        return False  # an inspection alone does not tell
+    asr = summary_of(record).get("asr")  # an inspection alone does not tell
     return isinstance(asr, int | float) and asr < FAILED_ASR
 
 

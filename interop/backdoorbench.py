@@ -29,7 +29,7 @@ from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError
-from utils.files import absolute, read_object, remove_strays, temporary_folder
+from utils.files import absolute, remove_strays, temporary_folder
 from utils.plain import as_yaml, read_yaml
 from utils.process.script import logger, run_script
 from utils.records import folders, places
@@ -51,7 +51,7 @@ from utils.records.backdoorbench import (
     TEST,
     TRAIN,
 )
-from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, POISON, SUMMARY
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, POISON, SUMMARY, summary_of
 from utils.records.defense import checked_result, load_defense
 from utils.tensors import explained
 from utils.training import ending
@@ -238,7 +238,6 @@ def import_record(
 def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None) -> bool:
     """Whether a finished record is the import of that folder."""
     try:
-        summary = read_object(folder.path / SUMMARY)
         hashes = file_hashes(folders.RunFolder(source), ATTACK_RESULT)
     except (OSError, ValueError):
         return False
@@ -246,7 +245,7 @@ def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None
         "imported_sha256": hashes.get(ATTACK_RESULT, ""),
         "dataset_path": absolute(dataset_path),
     }
-    return expected.items() <= summary.items()
+    return expected.items() <= summary_of(folder.path).items()
 
 
 def _refuse_unknown(attack: AttackRecord) -> None:

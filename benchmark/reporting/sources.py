@@ -36,7 +36,7 @@ from utils.errors import UserError, listed, one_line, shown
 from utils.files import read_bytes, read_object, read_text
 from utils.plain import read_yaml
 from utils.process.script import logger
-from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY, object_in
 from utils.records.folders import RunFolder
 from utils.records.places import CLEAN, EXACT, is_usual
 
@@ -308,14 +308,11 @@ def read_analyses(result: Path) -> dict[str, float]:
     Args:
         result: the folder of the defense's result, in the record's `defense/`.
     """
-    record, now = result.parent.parent, _read_plain(result)
+    record, hashes = result.parent.parent, object_in(_read_plain(result), "files")
     numbers: dict[str, Any] = {}
     for folder in analysis_folders(record):
         summary = _read_plain(folder)
-        headline, models, hashes = (
-            part if isinstance(part, dict) else {}
-            for part in (summary.get("headline"), summary.get("models"), now.get("files"))
-        )
+        headline, models = object_in(summary, "headline"), object_in(summary, "models")
         is_of_defense = isinstance(headline.get(result.name), dict)
         if not is_usual(folder, summary) or not is_of_defense:
             continue

@@ -8,9 +8,9 @@ files are recognised by their content.
 import json
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
@@ -162,6 +162,20 @@ def said_of_replaced(folder: Path) -> str:
     return f" (the run that it replaces is kept in {kept})" if kept.is_dir() else ""
 
 
+def summary_of(folder: Path) -> dict[str, Any]:
+    """A run's summary; empty if it cannot be read."""
+    try:
+        return read_object(folder / SUMMARY)
+    except (OSError, ValueError):
+        return {}
+
+
+def object_in(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object in a run's summary; empty if it is none."""
+    found = summary.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def is_file_name(name: str) -> bool:
     """Whether a mark may list a name."""
     return re.match(_FILE, name) is not None and not name.endswith("\n")
@@ -208,14 +222,9 @@ def _of_earlier(folder: Path, files: Collection[str]) -> list[str]:
 
 
 def _has_hashes(folder: Path) -> bool:
-    try:
-        files = read_object(folder / SUMMARY).get("files")
-    except (OSError, ValueError):
-        return False
-    return (
-        isinstance(files, dict)
-        and any(name in files for name in _EARLIER_RESULTS)
-        and all(re.fullmatch(r"[0-9a-f]{64}", str(digest)) for digest in files.values())
+    files = object_in(summary_of(folder), "files")
+    return any(name in files for name in _EARLIER_RESULTS) and all(
+        re.fullmatch(r"[0-9a-f]{64}", str(digest)) for digest in files.values()
     )
 
 

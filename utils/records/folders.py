@@ -32,7 +32,9 @@ from utils.records.contents import (
     SUMMARY,
     Contents,
     is_file_name,
+    object_in,
     replaced_name,
+    summary_of,
     write_mark,
 )
 from utils.records.lock import Lock, is_locked
@@ -516,7 +518,7 @@ def changed_files(folder: Path, flags: Mapping[str, Any]) -> list[str]:
 
     A run whose summary does not say what it read has read the same.
     """
-    read = _object_in(folder, "inputs")
+    read = object_in(summary_of(folder), "inputs")
     now = files_of({name: value for name, value in flags.items() if f"--{name}" in read})
     return [
         f"{flag} {shown(flags[flag.removeprefix('--')], 200)}"
@@ -525,25 +527,17 @@ def changed_files(folder: Path, flags: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _object_in(folder: Path, name: str) -> dict[str, Any]:
-    """An object in the summary of a finished run; empty if it is none, or cannot be read."""
-    try:
-        found = read_object(folder / SUMMARY).get(name)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _same_contents(folder: Path, flags: Mapping[str, Any]) -> set[str]:
     """What has the content that a finished run read, wherever it is now.
 
     The record and the models are compared by those who call `RunFolder.claim`.
     """
-    read = _object_in(folder, "inputs")
+    summary = summary_of(folder)
+    read = object_in(summary, "inputs")
     now = files_of({name: value for name, value in flags.items() if f"--{name}" in read})
     return {
         "the record",
-        *(f"the {name}" for name in _object_in(folder, "models")),
+        *(f"the {name}" for name in object_in(summary, "models")),
         *(flag for flag, sha256 in now.items() if read[flag] == sha256),
     }
 
