@@ -32,6 +32,7 @@ from utils.records import folders, places
 from utils.records.checkpoint import Origin
 from utils.records.contents import summary_of
 from utils.records.named import dataset_of_record, named_record
+from utils.records.recipe import require_method
 from utils.training import ending
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
@@ -368,7 +369,7 @@ def check_current(
     """
     summary = summary_of(folder.path)
     models = summary.get("models")
-    folders.require_method(folder.path, summary.get("analysis", name), name)
+    require_method(folder.path, summary.get("analysis", name), name)
     if not isinstance(models, dict):
         raise UserError(f"{folder.path}: does not say what it was made with; give --overwrite")
     now = models_of(subject, config)

@@ -75,8 +75,8 @@ from utils.records.attack import AttackRecord
 from utils.records.contents import ATTACK_RESULT, summary_of
 from utils.records.lock import Lock
 from utils.records.named import dataset_of_record
+from utils.records.recipe import recipe_sha256
 from utils.records.weights import fill, read_state_dict
-from utils.training import ending
 from utils.training.labelshare import FEWEST_TO_STAND_OUT
 from utils.values import Distinct
 
@@ -325,7 +325,7 @@ def train_clean(subject: Subject, config: Config) -> list[str]:
         values = {**asdict(recipe), "save_folder_name": None}
         # A folder of images, or a user's file, may have had another content.
         values |= {"content": [subject.data.fingerprint(), subject.model_sha256]}
-        name = f"clean-{ending.recipe_sha256(values)[:8]}-s{recipe.random_seed}"
+        name = f"clean-{recipe_sha256(values)[:8]}-s{recipe.random_seed}"
         folder = places.attack_folder(name, as_path(config.record_path))
         with distributed.main_alone() as is_mine:
             if is_mine and not folder.is_done:  # perhaps another inspection is training it

@@ -46,6 +46,7 @@ from utils.records.attack import checked_hashes, save_attack
 from utils.records.checkpoint import Origin
 from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY
 from utils.records.places import attack_folder, free_folder
+from utils.records.recipe import require_method
 from utils.training import ending
 from utils.training.sgd import require_batch
 from utils.training.watch import Watch, scorer
@@ -88,7 +89,7 @@ def checked_record(save_folder_name: str, record_path: str | None, name: str) ->
     folder = attack_folder(save_folder_name, as_path(record_path)).path
     checked_hashes(folder, (ATTACK_RESULT, POISON))
     attack = read_object(folder / SUMMARY).get("attack")
-    folders.require_method(folder, attack, name, "the record")
+    require_method(folder, attack, name, "the record")
 
 
 def _require_same_images(config: TrainingConfig) -> None:

@@ -16,8 +16,8 @@ from utils.errors import UserError, listed, quoted, suggestion
 from utils.plain import parse_yaml, read_yaml
 from utils.records import places
 from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY, object_in, summary_of
-from utils.records.folders import FREE_TO_CHANGE, changed_files, is_same
 from utils.records.places import CLEAN
+from utils.records.recipe import FREE_TO_CHANGE, changed_files, is_same
 from utils.values import items_of
 
 _FREE = (*FREE_TO_CHANGE, "result_file", "eval_every")  # do not change what comes out

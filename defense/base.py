@@ -39,6 +39,7 @@ from utils.records.attack import AttackRecord, load_attack, read_index
 from utils.records.checkpoint import Origin
 from utils.records.defense import checked_result, require_of_record, save_defense
 from utils.records.named import OfRecord, check_dataset, dataset_of_record, named_record
+from utils.records.recipe import require_method
 from utils.training import ending, selection
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
@@ -440,7 +441,7 @@ def defend(config: C, name: str, purify: Purify[C]) -> folders.RunFolder:
         folder.claim(config.overwrite, config.resume, record, config.dump())
     except NothingToDo:
         before = checked_result(folder.path, attack).get("defense")
-        folders.require_method(folder.path, before, name)
+        require_method(folder.path, before, name)
         raise
     if _summary(source) != summary:  # from now on an attack that would replace it sees this defense
         raise UserError(f"{source}: was replaced while it was read; run the defense again")

@@ -34,7 +34,7 @@ from benchmark.reporting.sources import (
 from utils.errors import UserError, listed, one_line, shown
 from utils.metrics import has_collapsed, rating
 from utils.records.contents import ATTACK_RESULT
-from utils.records.folders import NOT_OF_RECIPE
+from utils.records.recipe import NOT_OF_RECIPE
 
 UNDEFENDED = "no defense"
 CLEAN = "clean model"

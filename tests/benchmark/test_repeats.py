@@ -257,22 +257,6 @@ def test_what_a_summary_does_not_say_tells_nothing_apart(tmp_path: Path) -> None
 # --- what runs write ------------------------------------------------------------------------------
 
 
-def test_a_recipe_has_the_content_of_files_and_not_their_places() -> None:
-    def recipe(**changes: str) -> str:
-        values = {"model": "/a/net.py:build", "index": "/a/index.txt", "lr": 0.1} | changes
-        return ending.recipe_sha256(values, {"dataset": C, "--model": A, "--index": index})
-
-    index = B
-    first = recipe()
-    assert recipe(model="net.py:build", index="other.txt") == first
-    assert recipe(model="/a/net.py:other") != first
-    index = C
-    assert recipe() != first
-    assert ending.recipe_sha256({"index": None}, {"dataset": C}) == ending.recipe_sha256(
-        {"index": None}
-    )
-
-
 def test_only_flags_that_name_files_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,19 +6,17 @@ import glob
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from utils import locks
-from utils.config import OF_ONE_RUN
 from utils.errors import Diverged, NothingToDo, UserError, listed, shown
 from utils.files import (
     MARK,
     not_written,
-    read_object,
     refuse_link,
     remove_strays,
     replaced,
@@ -27,27 +25,19 @@ from utils.files import (
 from utils.plain import parse_yaml, read_yaml
 from utils.process import distributed
 from utils.process.script import defer_signals, logger
-from utils.records.checkpoint import CHECKPOINT, Origin, files_of
+from utils.records.checkpoint import CHECKPOINT, Origin
 from utils.records.contents import (
     SUMMARY,
     Contents,
     is_file_name,
-    object_in,
     replaced_name,
-    summary_of,
     write_mark,
 )
 from utils.records.lock import Lock, is_locked
+from utils.records.recipe import changed_files, differing_flags, is_same, recipe_of, same_contents
 from utils.tensors import explained, load_tensors
 
 LONGEST_NAME = 200  # letters; what is put before and after it has room in a file system's names
-# Flags that say where a run writes, and when, but not what comes out.
-FREE_TO_CHANGE = (*OF_ONE_RUN, "checkpoint_every", "record_path", "save_folder_name")
-# Flags that say where a run reads and writes, or what is drawn by chance.
-NOT_OF_RECIPE = (
-    *FREE_TO_CHANGE,
-    *("random_seed", "result_file", "dataset_path", "device", "eval_every", "deterministic"),
-)
 _OF_UNFINISHED = ("device", "eval_every")  # of a finished run, these may change as well
 
 
@@ -175,7 +165,7 @@ class RunFolder:
         before = {name: value for name, value in before.items() if name in now}  # others are gone
         differing = [
             name
-            for name in _differing(now, before, _same_contents(self.path, now))
+            for name in differing_flags(now, before, same_contents(self.path, now))
             if name not in _OF_UNFINISHED
             and not is_same(self.path, name, now.get(name), before[name])
         ]
@@ -377,7 +367,7 @@ class RunFolder:
         same = {what for what in sources if self._origin.sources.get(what) == sources[what]}
         if added["model_sha256"] and added["model_sha256"] == self._added["model_sha256"]:
             same.add("--model")
-        if differing := _differing(now, before, same):
+        if differing := differing_flags(now, before, same):
             raise UserError(
                 f"--resume: {self.path} was run with "
                 + ", ".join(
@@ -405,8 +395,8 @@ class RunFolder:
                 "warning: --resume: begun with %s; the last digits may differ", "; ".join(changed)
             )
         with contextlib.suppress(UserError):
-            expected = {name: now.get(name) for name in _recipe(before)}
-            if _recipe(read_yaml(self.path / "config.yaml")) == expected:
+            expected = {name: now.get(name) for name in recipe_of(before)}
+            if recipe_of(read_yaml(self.path / "config.yaml")) == expected:
                 return content
         self.write_text("config.yaml", config)  # it was changed or emptied, or names other places
         return content
@@ -479,110 +469,6 @@ class RunFolder:
         text = json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
         self.write_text(SUMMARY, text + "\n")
         self._drop_checkpoint()
-
-
-def require_method(folder: Path, before: object, name: str, what: str = "a result") -> None:
-    """Raises UserError if a finished run to resume is of another method.
-
-    Args:
-        before: the method that its summary names.
-        name: the one that is to be run.
-        what: the folder is, for the message.
-    """
-    if before != name:
-        raise UserError(
-            f"--resume: {folder} is {what} of {shown(before, 60)}; give another "
-            "--save_folder_name, or --overwrite to replace it"
-        )
-
-
-def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
-    """Whether a finished run had the value of a flag that is given now.
-
-    Args:
-        before: as the run's config.yaml has it, where a target that was given by the name of its
-            class is a label; summary.json has the name.
-    """
-    if given == before:
-        return True
-    if name != "attack_target" or not isinstance(given, str):
-        return False
-    try:
-        return given == read_object(folder / SUMMARY).get("attack_target_name", str(before))
-    except (OSError, ValueError):
-        return False
-
-
-def changed_files(folder: Path, flags: Mapping[str, Any]) -> list[str]:
-    """The flags, and the files that they name, whose content a finished run did not read.
-
-    A run whose summary does not say what it read has read the same.
-    """
-    read = object_in(summary_of(folder), "inputs")
-    now = files_of({name: value for name, value in flags.items() if f"--{name}" in read})
-    return [
-        f"{flag} {shown(flags[flag.removeprefix('--')], 200)}"
-        for flag, sha256 in now.items()
-        if read[flag] != sha256
-    ]
-
-
-def _same_contents(folder: Path, flags: Mapping[str, Any]) -> set[str]:
-    """What has the content that a finished run read, wherever it is now.
-
-    The record and the models are compared by those who call `RunFolder.claim`.
-    """
-    summary = summary_of(folder)
-    read = object_in(summary, "inputs")
-    now = files_of({name: value for name, value in flags.items() if f"--{name}" in read})
-    return {
-        "the record",
-        *(f"the {name}" for name in object_in(summary, "models")),
-        *(flag for flag, sha256 in now.items() if read[flag] == sha256),
-    }
-
-
-def _differing(
-    now: Mapping[str, Any], before: Mapping[str, Any], same: Collection[str]
-) -> list[str]:
-    """The flags whose value is another one than before, so that the run would be another one.
-
-    A flag that did not exist before has its default.
-
-    Args:
-        same: what has the same content as before.
-    """
-    return [
-        name
-        for name in sorted(_recipe(before))
-        if before[name] != now.get(name)
-        and not _may_be_same(name, now.get(name), before[name], same)
-    ]
-
-
-def _may_be_same(name: str, given: Any, before: Any, same: Collection[str]) -> bool:
-    """Whether another value of a flag stands for what it stood for before; see `_differing`."""
-    if name in ("result_file", "dataset_path"):
-        return bool(same)
-    if given is None or before is None:
-        return name in ("dataset", "model")  # found in the record, and compared with it
-    if name == "clean_record":
-        return "the clean model" in same
-    if name == "clean_records":  # tables have the names, and steps the content
-        return _last_parts(given) == _last_parts(before)
-    if name == "model":  # file and function
-        return "--model" in same and _last_parts(given) == _last_parts(before)
-    return f"--{name}" in same
-
-
-def _last_parts(value: Any) -> list[str]:
-    """The names at the ends of paths."""
-    return [Path(str(path)).name for path in (value if isinstance(value, list) else [value])]
-
-
-def _recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags on which a run's numbers may depend."""
-    return {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
 
 
 def _finite(value: Any) -> Any:

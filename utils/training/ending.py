@@ -1,7 +1,5 @@
 """How attacks, defenses and imports end: pictures, tables, summary, log."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -19,7 +17,8 @@ from utils.process.device import environment, peak_memory_mib
 from utils.process.script import logger
 from utils.records.attack import AttackRecord, file_hashes
 from utils.records.checkpoint import files_of
-from utils.records.folders import NOT_OF_RECIPE, RunFolder
+from utils.records.folders import RunFolder
+from utils.records.recipe import recipe_sha256
 from utils.training.evaluate import predict
 from utils.training.findings import Findings, Picture, Verdict
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 # matplotlib and pandas load where something is drawn, because `--help` must not wait for them.
 
-# Flags that earlier results lack, with the value that they would have there.
-_LATER = {"exact_sar": False}
 Captions = Callable[[torch.Tensor], list[str]]
 
 
@@ -234,30 +231,6 @@ def run_facts(
         **peak_memory_mib(device),
         **environment(device, precision),
     }
-
-
-def recipe_sha256(values: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
-    """Of a configuration without its seed, and without flags that say where it runs and writes.
-
-    A flag that came later does not count at the value that all runs before it had: those before and
-    after are of one recipe.
-
-    Args:
-        inputs: as `inputs_of` gives them; if a flag names a file, its content counts, and not its
-            place.
-    """
-    recipe = {
-        name: value
-        for name, value in values.items()
-        if name not in NOT_OF_RECIPE and not (name in _LATER and value == _LATER[name])
-    }
-    for flag, sha256 in (inputs or {}).items():
-        name = flag.removeprefix("--")
-        if flag.startswith("--") and recipe.get(name) is not None:
-            # The name of a user's file may be that of several networks.
-            function = recipe[name].rpartition(":")[2] if name == "model" else ""
-            recipe[name] = f"{sha256} {function}".strip()
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def draw_trigger(

@@ -1,8 +1,6 @@
-"""The end of a run: the recipe's sum, facts of the run, pictures of what was found."""
+"""The end of a run: facts of the run, pictures of what was found."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,47 +15,11 @@ from utils import plot
 from utils.data.labelled import Dataset, Triggered
 from utils.metrics import Rate, Scores
 from utils.records.folders import RunFolder
+from utils.records.recipe import recipe_sha256
 from utils.training import ending
 from utils.training.findings import Findings, Picture
 
 CPU = torch.device("cpu")
-
-
-def test_a_flag_that_came_later_is_no_part_of_the_recipe_at_its_old_value() -> None:
-    """SAU before and after `exact_sar` came is one recipe, unless the flag is given."""
-    before = ending.recipe_sha256({"lr": 1e-4})
-    assert ending.recipe_sha256({"lr": 1e-4, "exact_sar": False}) == before
-    assert ending.recipe_sha256({"lr": 1e-4, "exact_sar": True}) != before
-
-
-def test_a_recipe_s_sum_is_that_of_sorted_json() -> None:
-    text = '{"lr": 0.1, "wd": 0}'
-    assert ending.recipe_sha256({"wd": 0, "lr": 0.1}) == hashlib.sha256(text.encode()).hexdigest()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "resume",
-        "overwrite",
-        "checkpoint_every",
-        "record_path",
-        "save_folder_name",
-        "random_seed",
-        "result_file",
-        "dataset_path",
-        "device",
-        "eval_every",
-        "deterministic",
-    ],
-)
-def test_what_says_where_it_runs_is_no_part_of_the_recipe(name: str) -> None:
-    assert ending.recipe_sha256({"lr": 0.1, name: "x"}) == ending.recipe_sha256({"lr": 0.1})
-
-
-@pytest.mark.parametrize("name", ["n_rounds", "dataset", "model", "precision", "ratio", "index"])
-def test_everything_else_is(name: str) -> None:
-    assert ending.recipe_sha256({"lr": 0.1, name: 1}) != ending.recipe_sha256({"lr": 0.1})
 
 
 def test_facts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +28,7 @@ def test_facts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ending, "time", SimpleNamespace(monotonic=lambda: 100.0))
     facts = ending.run_facts(config, 100 - 12.345, CPU, "fp32", {"--index": "a" * 64})
     values = dataclasses.asdict(config)
-    assert facts["config_sha256"] == ending.recipe_sha256(values)
+    assert facts["config_sha256"] == recipe_sha256(values)
     assert facts["inputs"] == {"--index": "a" * 64}
     assert facts["seconds"] == 12.3
     assert facts["device"] == "cpu"
@@ -189,8 +151,3 @@ def test_a_figure_is_saved_sharply(tmp_path: Path) -> None:
     path = ending.save_figure(run, "a.png", Figure(figsize=(2, 1)))
     width = int.from_bytes(path.read_bytes()[16:20], "big")
     assert (path, width) == (tmp_path / "x" / "a.png", 320)
-
-
-def test_the_sum_does_not_depend_on_the_order_of_the_values() -> None:
-    values = json.loads('{"b": 1, "a": [2, 3]}')
-    assert ending.recipe_sha256(values) == ending.recipe_sha256(dict(sorted(values.items())))
