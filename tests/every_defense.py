@@ -92,7 +92,11 @@ def _shortened(name: str, last: str, changes: tuple[tuple[str, Any], ...]) -> De
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     """Name and changes by id: each defense once, or once for each way in which it chooses."""
-    ways = {"selection": ("val", "fixed"), "stop": ("rounds", "auto")}
+    ways = {
+        "selection": ("val", "fixed"),
+        "stop": ("rounds", "auto"),
+        "pairs": ("order", "direct"),
+    }
     ids: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in defense.names():
         flags = [flag for flag in ways if flag in fields(module(name).Config)]

@@ -12,7 +12,7 @@ from defense.bti_dbf import Config, purify, unlearning_loss
 from models import Classifier
 from models.outputs import recording
 from tests.inversions import Step, features_of, literal, logits_of
-from tests.networks import ConvNet, conv_net, copied, differing, problem
+from tests.networks import ConvNet, conv_net, differing, problem
 from utils.errors import UserError
 from utils.training.loop import Loop
 
@@ -122,20 +122,6 @@ def test_published_values_are_the_default() -> None:
     assert (flags.generator_epochs, flags.n_rounds, flags.batch_size) == (30, 30, 128)
     assert (flags.generator_lr, flags.mask_lr, flags.lr) == (1e-3, 1e-2, 1e-4)
     assert (flags.generated_ratio, flags.feature_bound) == (0.1, 3.0)
-
-
-def test_the_model_stays_and_frozen_weights_too() -> None:
-    network = conv_net()
-    network.conv1.weight.requires_grad_(False)
-    network.bn1.train()
-    before = copied(network.state_dict())
-    result = purify(network, *problem(), config())
-    assert differing(network.state_dict(), before) == []
-    assert network.bn1.training
-    assert torch.equal(result.conv1.weight, network.conv1.weight)
-    assert not result.conv1.weight.requires_grad
-    assert not torch.equal(result.conv2.weight, network.conv2.weight)
-    assert not any(module.training or module._forward_hooks for module in result.modules())
 
 
 def test_no_rounds_change_nothing_and_search_for_nothing() -> None:

@@ -269,18 +269,6 @@ def test_the_pairs_decide_which_channels_are_pruned(caplog: pytest.LogCaptureFix
     assert silent(directly, "layer2.1.bn1") == []
 
 
-def test_the_model_stays_as_it_is() -> None:
-    network = with_outlier().train()
-    before = copied(network.state_dict())
-    for pairs in ("order", "direct"):
-        pruned = purify(network, NO_IMAGES, NO_LABELS, Config.load(pairs=pairs))
-        assert differing(network.state_dict(), before) == []
-        assert all(module.training for module in network.modules())
-        assert not any(module.training for module in pruned.modules())
-        assert all(weight.requires_grad for weight in pruned.parameters())
-        assert not any(module._forward_hooks for module in pruned.modules())
-
-
 @pytest.mark.parametrize("flags", [{"u": 1e9}, {"u": float("inf")}, {"n_rounds": 0}])
 def test_a_bound_without_end_and_no_rounds_change_nothing(
     flags: dict[str, float], caplog: pytest.LogCaptureFixture

@@ -70,6 +70,9 @@ DRAWN = ("bti_dbf", "nc", "sau")
 # Defenses whose cuts take half a minute.
 MANY_PHASES = ("bti_dbf", "pam")
 
+# Defenses that scale the channels of convolutions, whose weights may be frozen.
+SCALING = ("ims",)
+
 # Values with which a defense is plain fine-tuning, by its name.
 EQUALS_FT: dict[str, dict[str, Any]] = {"ft_sam": {"rho": 0.0, "label_smoothing": 0.0}}
 
@@ -241,6 +244,16 @@ def hooks(model: nn.Module) -> list[tuple[str, str, list[Any]]]:
     return [(name, kind, list(functions.values())) for name, kind, functions in hooked if functions]
 
 
+def attributes(layer: nn.Module) -> dict[str, Any]:
+    """Plain values by name, and the types of all others, in an order; its mode is left out."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        name: value if isinstance(value, plain) else type(value)
+        for name, value in sorted(vars(layer).items())
+        if name != "training"
+    }
+
+
 def everything_of(model: nn.Module) -> dict[str, Any]:
     """What a defense must not change."""
     modules, weights = dict(model.named_modules()), dict(model.named_parameters())
@@ -250,28 +263,30 @@ def everything_of(model: nn.Module) -> dict[str, Any]:
         "learns": {name: weight.requires_grad for name, weight in weights.items()},
         "modes": {name: part.training for name, part in modules.items()},
         "types": {name: type(part) for name, part in modules.items()},
-        "attributes": {name: sorted(vars(part)) for name, part in modules.items()},
+        "attributes": {name: attributes(part) for name, part in modules.items()},
         "hooks": hooks(model),
     }
 
 
-def name_in(result: nn.Module, weight: str) -> str:
-    """What a weight is called once a defense has put a part before the layer that it is in."""
+def name_in(result: nn.Module, part: str) -> str:
+    """What a layer or weight is called once a defense has put a part before the layer."""
     for change in changes_of(result):
-        prefix = f"{change['layer']}."
-        if weight.startswith(prefix):
-            return f"{prefix}layer.{weight.removeprefix(prefix)}"
-    return weight
+        if f"{part}.".startswith(f"{change['layer']}."):
+            return f"{change['layer']}.layer{part.removeprefix(change['layer'])}"
+    return part
 
 
 @every_case
 def test_the_model_and_the_images_stay_as_they_were(name: str, changes: dict[str, Any]) -> None:
     """A user's own module in mixed modes, with a frozen weight and a hook: nothing of it moves.
 
+    Its classes are torch's: a network with code of the user's own is copied before `purify`.
+
     The result is in eval mode, trains what the model trained, shares no memory with it, and has no
-    hooks but those that came with the copy.
+    gradients, and no hooks but those that came with the copy. Its layers are as they were, it has
+    changed, and a frozen weight has not.
     """
-    data, model = bright_data(), fitted().network.train()
+    data, model = bright_data(), nn.Sequential(*fitted().network).train()
     model[1].eval()
     model[0].weight.requires_grad_(False)
     model[2].register_forward_hook(look)
@@ -287,6 +302,15 @@ def test_the_model_and_the_images_stay_as_they_were(name: str, changes: dict[str
     weights = dict(result.named_parameters())
     for weight, learns in before["learns"].items():
         assert weights[name_in(result, weight)].requires_grad == learns, weight
+    assert [weight for weight, value in weights.items() if value.grad is not None] == []
+    if name not in SCALING:
+        frozen = weights[name_in(result, "0.weight")]
+        assert torch.equal(frozen, before["state"]["0.weight"])
+    assert differences(before["state"], result.state_dict(), "weights") != []
+    for layer, values in before["attributes"].items():
+        if layer:
+            mine = attributes(result.get_submodule(name_in(result, layer)))
+            assert differences(values, mine, layer) == []
     memory = {value.data_ptr() for value in model.state_dict().values()}
     assert not memory & {value.data_ptr() for value in result.state_dict().values()}
 
@@ -621,19 +645,24 @@ def test_a_batch_of_one_image_works_or_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        pytest.param(name, values, id=f"{name}-{given}")
-        for name in NAMES
+        pytest.param(name, {**changes, **values}, id=f"{key}-{given}")
+        for key, (name, changes) in cases().items()
         for given, values in IDENTITIES.items()
-        if given in fields(module(name).Config)
+        if given in fields(module(name).Config) and {**values, **changes} == {**changes, **values}
     ],
 )
 def test_the_identity_gives_the_model_bit_for_bit(name: str, values: dict[str, Any]) -> None:
-    """Without rounds, or with a threshold that nothing exceeds: weights, buffers and logits."""
-    data, model = bright_data(), fitted()
-    result = on_bright(name, values).model
-    assert differences(model.state_dict(), result.state_dict(), "weights") == []
+    """Without rounds, or with a threshold that nothing exceeds: weights, buffers and logits.
+
+    The model is in train mode, and its copy is not.
+    """
+    data, model = bright_data(), fitted().train()
+    images, labels = data.train.images, data.train.labels
+    result = outcome(name, model, images, labels, shortened(name, model, **values)).model
+    assert differences(fitted().state_dict(), result.state_dict(), "weights") == []
+    assert [layer for layer, part in result.named_modules() if part.training] == []
     images = data.test.images / 255
-    assert torch.equal(model(images), result(images))
+    assert torch.equal(fitted()(images), result(images))
 
 
 @pytest.mark.parametrize(("name", "values"), EQUALS_FT.items())

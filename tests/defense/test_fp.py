@@ -11,7 +11,7 @@ from defense import ft
 from defense.fp import Config, pruning_order, purify
 from models import Classifier, Resize
 from models.preactresnet import PreActResNet
-from tests.networks import TUNING, ConvNet, conv_net, copied, differing, problem
+from tests.networks import TUNING, ConvNet, conv_net, differing, problem
 from utils.errors import UserError
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
@@ -217,21 +217,6 @@ def test_without_pruning_it_is_fine_tuning_bit_for_bit(schedule: str) -> None:
     flags = ft.Config.load(**TUNING, lr_scheduler=schedule, random_seed=3)
     expected = ft.purify(network, *problem(), flags)
     assert differing(found.state_dict(), expected.state_dict()) == []
-
-
-@pytest.mark.parametrize("selection", ["fixed", "val"])
-def test_the_model_stays_as_it_is(selection: str) -> None:
-    """Its modes, too; and without rounds the copy is the model."""
-    network = conv_net()
-    network.bn1.train()
-    before = copied(network.state_dict())
-    found = purify(network, *problem(), config(selection=selection))
-    assert differing(network.state_dict(), before) == []
-    assert network.bn1.training
-    assert not any(module.training for module in found.modules())
-    same = purify(network, *problem(), config(selection=selection, n_rounds=0))
-    assert differing(same.state_dict(), before) == []
-    assert not any(module.training for module in same.modules())
 
 
 def test_the_head_behind_a_resize_is_pruned() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from defense import ft
-from tests.networks import ConvNet, conv_net, copied, differing, problem
+from tests.networks import ConvNet, conv_net, differing, problem
 from utils.data.batches import augment
 from utils.process.seeds import generator
 from utils.training import sgd
@@ -136,20 +136,6 @@ def test_a_plateau_lowers_the_rate_after_eleven_bad_rounds() -> None:
     twelfth, thirteenth = weights[1] - weights[0], weights[2] - weights[1]
     assert torch.allclose(thirteenth, twelfth / 10, rtol=1e-3, atol=1e-15)
     assert bool(twelfth.abs().max() > 1e-8)
-
-
-def test_the_model_stays_as_it_is_and_the_copy_is_in_eval_mode() -> None:
-    network = conv_net()
-    network.bn1.train()
-    before = copied(network.state_dict())
-    images, labels = problem()
-    tuned = ft.purify(network, images, labels, config())
-    assert differing(network.state_dict(), before) == []
-    assert network.bn1.training
-    assert not network.bn2.training
-    assert not any(module.training for module in tuned.modules())
-    assert all(weight.requires_grad for weight in tuned.parameters())
-    assert all(weight.grad is None for weight in network.parameters())
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle", "reduce_on_plateau"])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from defense.pam import Config, purify, towards
 from models.modes import moved
 from tests.inversions import Step, literal
-from tests.networks import ConvNet, conv_net, copied, differing, problem
+from tests.networks import ConvNet, conv_net, differing, problem
 from utils.training.loop import Loop
 
 
@@ -137,19 +137,6 @@ def test_the_rounds_that_the_report_follows_are_those_of_the_last_tuning() -> No
     assert phases.count("tuning 1") == phases.count("") == 1
     assert "tuning 2" not in phases
     assert rounds[-1] == ("", 1, 1)
-
-
-def test_the_model_stays_and_frozen_weights_too() -> None:
-    network = conv_net()
-    network.conv1.weight.requires_grad_(False)
-    network.bn1.train()
-    before = copied(network.state_dict())
-    result = purify(network, *problem(), config())
-    assert differing(network.state_dict(), before) == []
-    assert network.bn1.training
-    assert torch.equal(result.conv1.weight, network.conv1.weight)
-    assert not result.conv1.weight.requires_grad
-    assert not any(module.training or module._forward_hooks for module in result.modules())
 
 
 def test_no_rounds_change_nothing() -> None:
