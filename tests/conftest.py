@@ -5,12 +5,16 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import models
+import utils.data.images
 from models import Classifier
 from models.tiny import TinyNet
+from tests.scripts import trained
 from utils import plot
 from utils.data.labelled import Dataset, Labelled
 
@@ -71,7 +75,39 @@ def pytest_runtest_makereport(
     return report
 
 
-NO_FILES = ("pipe", "zero", "itself", "nowhere", "sparse", "folder")
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of three classes (a bright, a dark and a striped one) and no records."""
+    root = tmp_path_factory.mktemp("workplace")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for label, name in enumerate(("bright", "dark", "striped")):
+            folder = root / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (16, 16, 3)) + (150, 0, 0)[label]
+                if label == 2:
+                    pixels[::2] += 150
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def cache(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded images of the scripts are kept there, not in the checkout."""
+    monkeypatch.setattr(utils.data.images, "ROOT", workplace)
+
+
+@pytest.fixture(scope="module")
+def badnet(workplace: Path) -> Path:
+    """The record of one BadNets run with the tiny network, for tests that only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        return trained(workplace, "shared", patch)
+
+
+LINKS = {"zero": "/dev/zero", "nowhere": "/nowhere/x"}
+NO_FILES = ("pipe", *LINKS, "itself", "above", "sparse", "folder")
 
 
 def put_no_file(path: Path, kind: str) -> None:
@@ -84,7 +120,7 @@ def put_no_file(path: Path, kind: str) -> None:
     elif kind == "folder":
         path.mkdir()
     else:
-        path.symlink_to({"zero": "/dev/zero", "itself": path, "nowhere": "/nowhere/x"}[kind])
+        path.symlink_to({**LINKS, "itself": path, "above": path.parent}[kind])
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from perf import stress
 from tests.conftest import make_small
-from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from tests.scripts import attack_flags, defense_flags, one_error, run_script
 from utils.data import images
 from utils.errors import UserError
 from utils.files import ROOT
@@ -22,9 +22,7 @@ from utils.process.script import file_log, logger
 from utils.records import folders
 from utils.training.watch import Watch
 
-__all__ = ["cache", "workplace"]  # fixtures
-
-pytestmark = pytest.mark.usefixtures("small")
+pytestmark = pytest.mark.usefixtures("small", "cache")
 
 REFUSED = itertools.cycle(
     OSError(number, os.strerror(number))
@@ -32,13 +30,6 @@ REFUSED = itertools.cycle(
 )
 NOBODY = 65534
 OFTEN = ("--checkpoint_every", "0")
-
-
-def one_error(capsys: pytest.CaptureFixture[str]) -> str:
-    text = capsys.readouterr().err
-    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in text
-    return error
 
 
 def contents(root: Path) -> dict[str, str]:

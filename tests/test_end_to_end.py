@@ -4,10 +4,8 @@ import importlib
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,11 +17,11 @@ import utils.data.images
 from attack.prototype import MakePlan
 from attack.recipe import Plan
 from attack.setting import Setting
-from tests.conftest import make_small
+from tests.scripts import attack_flags, defense_flags, one_error, run_script
 from utils.data.datasets import load_dataset
 from utils.files import ROOT
 
-pytestmark = pytest.mark.usefixtures("small")
+pytestmark = pytest.mark.usefixtures("small", "cache")
 
 ATTACKS = attack.names()
 
@@ -39,86 +37,6 @@ SHORT: dict[str, dict[str, object]] = {
 # Attacks whose trigger must not fire on some images, and what stands in their training sets.
 CROSS = {"wanet", "inputaware", "bpp"}
 OTHER_KINDS = {**dict.fromkeys(CROSS, ("cross",)), "adaptive_blend": ("cover",)}
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images of three classes (a bright, a dark and a striped one) and no records."""
-    root = tmp_path_factory.mktemp("workplace")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("test", 6)):
-        for label, name in enumerate(("bright", "dark", "striped")):
-            folder = root / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 80, (16, 16, 3)) + (150, 0, 0)[label]
-                if label == 2:
-                    pixels[::2] += 150
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return root
-
-
-@pytest.fixture(autouse=True)
-def cache(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils.data.images, "ROOT", workplace)
-
-
-def run_script(path: Path, *flags: object) -> int:
-    """The script as `python path flags`, in this process; its exit code."""
-    argv, sys.argv = sys.argv, [str(path), *map(str, flags)]
-    search = list(sys.path)
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    finally:
-        sys.argv, sys.path[:] = argv, search
-    return 0
-
-
-def attack_flags(workplace: Path, name: str, **changes: object) -> list[object]:
-    values = {
-        "save_folder_name": name,
-        "record_path": workplace / "record",
-        "dataset": "folder",
-        "dataset_path": workplace / "images",
-        "image_size": 16,
-        "batch_size": 12,
-        "epochs": 2,
-        "pratio": 0.25,
-        "precision": "fp32",
-    }
-    values |= changes
-    return [part for key, value in values.items() for part in (f"--{key}", value)]
-
-
-def defense_flags(workplace: Path, name: str, **changes: object) -> list[object]:
-    values = {
-        "result_file": name,
-        "record_path": workplace / "record",
-        "ratio": 0.5,
-        "batch_size": 9,
-        "n_rounds": 1,
-        "precision": "fp32",
-    }
-    values |= changes
-    return [part for key, value in values.items() for part in (f"--{key}", value)]
-
-
-def trained(workplace: Path, name: str, patch: pytest.MonkeyPatch, **changes: object) -> Path:
-    """The record of a BadNets run, made before a test's own `cache` fixture is there."""
-    patch.setattr(utils.data.images, "ROOT", workplace)
-    flags = attack_flags(workplace, name, **changes)
-    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
-    return workplace / "record" / name
-
-
-@pytest.fixture(scope="module")
-def badnet(workplace: Path) -> Path:
-    """The record of one BadNets run with the tiny network, for tests that only read it."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_small(patch)
-        return trained(workplace, "shared", patch)
 
 
 @pytest.mark.slow
@@ -320,9 +238,7 @@ def test_a_wrong_attack_flag_gets_one_line(
     workplace: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], message: str
 ) -> None:
     assert run_script(ROOT / "attack/badnet.py", *attack_flags(workplace, "wrong", **changes)) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert re.search(message, errors[0])
+    assert re.search(message, one_error(capsys))
 
 
 @pytest.mark.slow
@@ -351,10 +267,7 @@ def test_a_wrong_defense_flag_gets_one_line(
 ) -> None:
     flags = defense_flags(workplace, "shared", **{"n_rounds": 2, **changes})
     assert run_script(ROOT / "defense/sau.py", *flags, "--overwrite") == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    text = "\n".join(errors)
-    assert len(errors) == 1, text
-    assert re.search(message, text)
+    assert re.search(message, one_error(capsys))
 
 
 def test_the_index_file_chooses_the_clean_subset(workplace: Path, badnet: Path) -> None:

@@ -15,7 +15,7 @@ import utils.data.images
 from attack import badnet
 from attack.recipe import AttackConfig
 from tests.conftest import make_small
-from tests.test_end_to_end import attack_flags, defense_flags, run_script
+from tests.scripts import attack_flags, defense_flags, one_error, run_script
 from utils import plot
 from utils.data import poison
 from utils.data.datasets import load_dataset
@@ -48,13 +48,6 @@ def make_images(root: Path, classes: list[str], count: int = 4, level: int = 255
 def attack(place: Path, name: str, *more: object, **changes: object) -> int:
     flags = attack_flags(place, name, **{"dataset_path": place / "images", **changes})
     return run_script(ROOT / "attack/badnet.py", *flags, *more)
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    text = capsys.readouterr().err
-    assert "Traceback" not in text
-    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    return line
 
 
 # --- classes that are called by numbers ---------------------------------------------------------
@@ -151,7 +144,7 @@ def test_a_target_that_is_none_is_told(
 ) -> None:
     make_images(place / "images", ["cat", "dog", "emu"], 1)
     assert attack(place, "x", attack_target=target, batch_size=2) == 2
-    assert told in error_of(capsys)
+    assert told in one_error(capsys)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +211,7 @@ def test_flags_say_that_a_name_will_do() -> None:
 def test_the_command_that_is_told_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_images(place / "images", ["cat", "dog", "emu"], 13)
     assert attack(place, "x", batch_size=128) == 2
-    told = error_of(capsys)
+    told = one_error(capsys)
     assert "128 is more than the 39 training images; give --batch_size 39 or less" in told
     assert attack(place, "x", batch_size=39) == 0
 
@@ -253,7 +246,7 @@ def test_images_that_moved_are_asked_for(place: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     flags = defense_flags(place, "x", batch_size=4)
     assert run_script(ROOT / "defense/ft.py", *flags) == 2
-    told = error_of(capsys)
+    told = one_error(capsys)
     assert f"record/x: was made with the images in {place / 'images'}, which is no folder" in told
     assert "--dataset_path" in told
     flags += ["--dataset_path", place / "moved"]
@@ -265,7 +258,7 @@ def test_a_misspelt_dataset_is_one_line(
     place: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     assert run_script(ROOT / "attack/badnet.py", "--save_folder_name", "x", "--dataset", name) == 2
-    assert f"--dataset: {name} is not allowed (did you mean cifar10?); give one of" in error_of(
+    assert f"--dataset: {name} is not allowed (did you mean cifar10?); give one of" in one_error(
         capsys
     )
 
@@ -334,7 +327,7 @@ def test_a_cut_checkpoint_says_what_to_do(place: Path, capsys: pytest.CaptureFix
     os.truncate(path, path.stat().st_size // 2)
     capsys.readouterr()
     assert attack(place, "x", "--resume", batch_size=4) == 2
-    told = error_of(capsys)
+    told = one_error(capsys)
     assert "checkpoint.pt: is not a checkpoint of this program" in told
     assert told.endswith("; give --overwrite to start anew")
 

@@ -15,10 +15,10 @@ import attack.badnet
 import defense
 import utils.data.images
 from models.tiny import TinyNet
-from tests.test_end_to_end import cache, run_script, workplace
+from tests.scripts import run_script
 from utils.files import ROOT
 
-__all__ = ["cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 README, *DOCS = (
     path.read_text(encoding="utf-8")

@@ -14,23 +14,14 @@ import torch
 
 from perf import stress
 from tests.conftest import make_small
-from tests.test_end_to_end import (
-    attack_flags,
-    cache,
-    defense_flags,
-    run_script,
-    trained,
-    workplace,
-)
+from tests.scripts import attack_flags, defense_flags, run_script, trained
 from tests.utils.test_config import CONFIGS
 from utils.config import _hints
 from utils.files import ROOT
 from utils.records.attack import AttackRecord, load_attack
 from utils.values import allowed_values, base_of, bounds_of, is_endless, may_be_a_name
 
-__all__ = ["cache", "workplace"]  # fixtures
-
-pytestmark = pytest.mark.usefixtures("small")
+pytestmark = pytest.mark.usefixtures("small", "cache")
 
 SCRIPTS = sorted(set(CONFIGS) - {"defense/base", "analysis/base", "analysis/subject"})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_small
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.files import ROOT
 
 

@@ -22,7 +22,7 @@ from analysis.subject import Subject
 from models import Classifier, Resize
 from models.tiny import TinyNet
 from tests import backdoorbench_writer as writer
-from tests.test_end_to_end import run_script
+from tests.scripts import one_error, run_script
 from tests.utils.records.test_backdoorbench import badnet, data, wanet
 from utils.data.labelled import Dataset
 from utils.files import ROOT, file_sha256
@@ -73,8 +73,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line.removeprefix("error: ")
+    return one_error(capsys).removeprefix("error: ")
 
 
 def test_the_ends_of_the_path_have_the_counts_of_the_summaries(records: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import utils.data.images
 from attack import inputaware, lc, prototype, ssba, trojannn
 from attack.setting import Setting
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.data.labelled import Dataset
 from utils.errors import UserError
 from utils.files import ROOT

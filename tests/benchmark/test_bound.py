@@ -11,7 +11,7 @@ from benchmark import bound
 from benchmark.bound import Images, in_ball, risks, rounds_of
 from defense import sau
 from tests.conftest import make_small
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.errors import UserError
 from utils.files import ROOT
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_end_to_end import attack_flags, badnet, cache, run_script, workplace
+from tests.scripts import attack_flags, run_script
 from utils import plot
 from utils.data.datasets import load_dataset
 from utils.files import ROOT
 
-__all__ = ["badnet", "cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def gallery(workplace: Path, *records: str, to: str = "pictures") -> int:

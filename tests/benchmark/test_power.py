@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmark.power import auroc
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.files import ROOT, file_sha256
 
 POWER = ROOT / "benchmark/power.py"

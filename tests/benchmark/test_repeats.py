@@ -20,12 +20,14 @@ from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
 from defense import fst, ft
 from tests.benchmark.test_report import attack, defense, write
 from tests.interop.test_state_dict import OWN, flags, network, own, state, triggered_images, wrapped
-from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from tests.scripts import attack_flags, defense_flags, run_script
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.training import ending
 
-__all__ = ["cache", "own", "state", "workplace"]  # fixtures
+__all__ = ["own", "state"]  # fixtures
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 A, B, C = "1" * 64, "2" * 64, "3" * 64
 

@@ -18,11 +18,11 @@ from benchmark.reporting.files import made_folder
 from benchmark.reporting.means import Number, Table, summarize
 from benchmark.reporting.summaries import CLEAN, METRICS, UNDEFENDED, read_runs
 from models.tiny import TinyNet
-from tests.test_end_to_end import badnet, cache, defense_flags, run_script, trained, workplace
+from tests.scripts import defense_flags, run_script, trained
 from utils import plot
 from utils.files import ROOT
 
-__all__ = ["badnet", "cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 MADE_BY = {
     "dataset": "digits",

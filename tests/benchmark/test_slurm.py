@@ -17,13 +17,10 @@ from benchmark.cells import Cell
 from benchmark.checks import cells_of
 from benchmark.grid import Slurm, read_grid
 from benchmark.slurm import Queue
-from tests.test_end_to_end import cache, workplace
 from utils.errors import UserError
 from utils.files import ROOT
 
-__all__ = ["cache", "workplace"]  # fixtures
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 needs_slurm = pytest.mark.skipif(
     shutil.which("slurmctld") is None or shutil.which("munged") is None or os.geteuid() != 0,
     reason="needs root, slurm-wlm and munge: no SLURM is installed here",

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmark import stops
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.errors import UserError
 from utils.files import ROOT
 

@@ -34,7 +34,7 @@ from models.userfile import build_user_model
 from tests.conftest import Picture
 from tests.every_defense import cases, fields, module, of_the_method, shortened
 from tests.processes import Small
-from tests.test_end_to_end import cache, run_script, trained, workplace
+from tests.scripts import run_script, trained
 from utils import plot
 from utils.config import USER_FILES
 from utils.data.labelled import Dataset, Labelled, Triggered
@@ -49,7 +49,7 @@ from utils.training.evaluate import evaluate
 from utils.training.loop import Loop
 from utils.training.watch import Watch
 
-__all__ = ["cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 CPU = torch.device("cpu")
 NAMES = defense.names()

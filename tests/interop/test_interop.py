@@ -22,7 +22,7 @@ from models import Classifier, build_model, preactresnet18
 from models.changes import insert
 from perf import fuzz
 from tests import backdoorbench_writer as writer
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from tests.utils.records.test_backdoorbench import (
     MEAN,
     STD,

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from tests.scripts import attack_flags, defense_flags, one_error, run_script
 from utils.data.datasets import load_dataset
 from utils.data.labelled import Triggered
 from utils.files import ROOT
 from utils.records.attack import load_attack
 
-__all__ = ["cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 OWN = """
 from torch import nn
@@ -210,12 +210,6 @@ def test_all_to_all_keeps_every_image(
     assert triggered is not None
     assert torch.equal(triggered.targets, (triggered.labels + 1) % 3)
     assert len(triggered.labels) == 18
-
-
-def one_error(capsys: pytest.CaptureFixture[str]) -> str:
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, errors
-    return errors[0]
 
 
 @pytest.mark.parametrize(

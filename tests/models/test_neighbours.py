@@ -12,11 +12,11 @@ import models
 import utils
 from models import build_model, model_identity
 from models.neighbours import files_beside
-from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from tests.scripts import attack_flags, defense_flags, run_script
 from utils.errors import UserError
 from utils.files import ROOT
 
-__all__ = ["cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 NET = """
 from torch import nn

@@ -14,15 +14,14 @@ import torch
 import models
 from models import build_model, check_model, model_identity, userfile
 from models.userfile import build_user_model
-from tests.conftest import Picture
-from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
-from tests.utils.test_config import odd_file
+from tests.conftest import NO_FILES, Picture, put_no_file
+from tests.scripts import attack_flags, defense_flags, one_error, run_script
 from utils import plot
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.process import script
 
-__all__ = ["cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 NET = """
 import os, signal, sys, threading
@@ -245,9 +244,9 @@ def test_a_good_network_passes(tmp_path: Path) -> None:
     check_model(net(tmp_path), 3, 8)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "sparse", "loop", "zero", "folder"])
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_a_model_is_a_file(tmp_path: Path, kind: str) -> None:
-    odd_file(tmp_path / "net.py", kind)
+    put_no_file(tmp_path / "net.py", kind)
     for work in (model_identity, lambda name: check_model(name, 3, 8)):
         with pytest.raises(UserError, match=r"net\.py cannot be read") as caught:
             work(f"{tmp_path}/net.py:build")
@@ -362,10 +361,8 @@ def test_what_a_network_gives_or_has_later_is_one_line(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     assert attack(workplace, "turns", changing(tmp_path, what), "--overwrite") == 2
-    text = capsys.readouterr().err
-    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    error = one_error(capsys)
     assert re.search(CHANGES[what], error)
-    assert "Traceback" not in text
     assert not (workplace / "record/turns/summary.json").exists()
 
 
@@ -422,10 +419,8 @@ def test_a_defense_tells_of_a_copy_that_is_none_before_all_else(
     mark.touch()
     flags = [*defense_flags(workplace, f"closed_{name}"), "--model", model]
     assert run_script(ROOT / f"defense/{name}.py", *flags) == 2
-    text = capsys.readouterr().err
-    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    error = one_error(capsys)
     assert "a copy of the network computes with the weights of the network itself" in error
-    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize("where", ["forward", "load_state_dict", "__deepcopy__", "state_dict"])

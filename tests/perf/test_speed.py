@@ -12,12 +12,12 @@ from models import Classifier, build_model, prepare
 from perf import literal
 from perf.speed import Counting, forward_operations, interleaved, rows_of
 from tests.oracle import perturbation
-from tests.test_end_to_end import badnet, cache, run_script, workplace
+from tests.scripts import run_script
 from utils.data.batches import as_float
 from utils.data.labelled import Dataset
 from utils.files import ROOT
 
-__all__ = ["badnet", "cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 CPU = torch.device("cpu")
 

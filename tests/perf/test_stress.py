@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from perf import matrix, stress
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.errors import UserError
 from utils.files import ROOT
 

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from attack.recipe import TrainingConfig
 from defense import sau
+from tests.conftest import NO_FILES, put_no_file
 from utils import config as configuration
 from utils.config import OF_ONE_RUN, Config
 from utils.data.datasets import DatasetName
@@ -721,23 +722,13 @@ def test_time_grows_with_the_number_of_keys_alone(tmp_path: Path, pair: str) -> 
     assert many / few < 10
 
 
-def odd_file(path: Path, kind: str) -> None:
-    """Something else than a text in the place of a file."""
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "sparse":
-        with path.open("wb") as file:
-            file.truncate(200 << 30)
-    elif kind == "no text":
-        path.write_bytes(b"lr: \xff\n")
-    else:
-        path.symlink_to({"loop": path, "zero": "/dev/zero", "folder": path.parent}[kind])
-
-
-@pytest.mark.parametrize("kind", ["pipe", "sparse", "no text", "loop", "zero", "folder"])
+@pytest.mark.parametrize("kind", [*NO_FILES, "no text"])
 def test_what_is_no_file_of_text_is_one_line(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.yaml"
-    odd_file(path, kind)
+    if kind == "no text":
+        path.write_bytes(b"lr: \xff\n")
+    else:
+        put_no_file(path, kind)
     with pytest.raises(UserError, match=rf"^{path}: (cannot be read|not valid YAML)") as caught:
         read_yaml(path)
     assert len(str(caught.value).splitlines()) == 1

@@ -25,7 +25,7 @@ from benchmark.reporting.sources import file_stem, read_metrics
 from benchmark.reporting.summaries import read_runs
 from tests.benchmark.test_report import attack, defense, report
 from tests.models.test_userfile import net
-from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from tests.scripts import attack_flags, defense_flags, run_script
 from utils import plot
 from utils.errors import UserError, quoted, shown
 from utils.files import ROOT
@@ -33,7 +33,7 @@ from utils.process import distributed, script
 from utils.process.progress import Progress
 from utils.process.script import file_log, logger
 
-__all__ = ["cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 NAMES = [
     r"$\frac$",

@@ -14,7 +14,7 @@ from models.tiny import TinyNet
 from tests import backdoorbench_writer as writer
 from tests.conftest import make_small
 from tests.miniatures import official, official_tiny
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.data.datasets import load_dataset
 from utils.files import ROOT
 from utils.plain import read_yaml

@@ -7,7 +7,7 @@ import pytest
 import analysis.__main__
 import attack.__main__
 import defense.__main__
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.files import ROOT
 from utils.process.methods import Method, as_markdown, as_text, describe
 

@@ -10,13 +10,13 @@ import torch
 
 import models
 from tests.conftest import make_small
-from tests.test_end_to_end import attack_flags, cache, defense_flags, run_script, workplace
+from tests.scripts import attack_flags, defense_flags, run_script
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.process.seeds import deterministic
 from utils.training.watch import Watch
 
-__all__ = ["cache", "workplace"]  # fixtures
+pytestmark = pytest.mark.usefixtures("cache")
 
 VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 

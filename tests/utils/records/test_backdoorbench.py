@@ -18,7 +18,7 @@ from torchvision.models import get_model
 import models
 from models.tiny import TinyNet
 from tests import backdoorbench_writer as writer
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from tests.utils.data import test_fingerprints
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import KINDS

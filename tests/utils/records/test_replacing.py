@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_small
-from tests.test_end_to_end import run_script
+from tests.scripts import run_script
 from utils.errors import Diverged, NothingToDo, UserError
 from utils.files import ROOT, file_sha256
 from utils.process.script import _Stop, defer_signals

@@ -11,14 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.test_end_to_end import (
-    attack_flags,
-    cache,
-    defense_flags,
-    run_script,
-    trained,
-    workplace,
-)
+from tests.scripts import attack_flags, defense_flags, one_error, run_script, trained
 from utils.data.labelled import Dataset
 from utils.errors import UserError
 from utils.files import ROOT
@@ -26,9 +19,7 @@ from utils.records.checkpoint import CHECKPOINT, Origin, digest, files_of
 from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
 
-__all__ = ["cache", "workplace"]  # fixtures
-
-pytestmark = pytest.mark.usefixtures("small")
+pytestmark = pytest.mark.usefixtures("small", "cache")
 
 
 @pytest.fixture
@@ -58,11 +49,9 @@ def assert_refused(
 ) -> None:
     capsys.readouterr()
     assert run_script(ROOT / script, *flags, "--resume") == 2
-    text = capsys.readouterr().err
-    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    error = one_error(capsys)
     assert "--resume" in error
     assert what in error
-    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(
