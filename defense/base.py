@@ -47,9 +47,9 @@ from utils.training.guard import (
     apart,
     check_given,
     half_precision,
-    in_any_order,
     require_finite,
     require_module,
+    run_soundly,
     seeded,
     sheltered,
 )
@@ -373,7 +373,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 else None,
             )
         # The method's draws begin anew, whatever the check has drawn.
-        with sheltered(config.random_seed), in_any_order(model):
+        with sheltered(config.random_seed), run_soundly(model):
             _check_network(config, model, images.shape[1:])
             given = copied(model) if has_own_code(model) else model
             loop = loop or Loop()

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.bf16 import sound_gradients
 from models.userfile import Promise
 from models.views import any_order, has_own_code
 
@@ -71,7 +72,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = self.normalize(images)
-        with any_order(self._has_own_code):
+        on_cpu = images.device.type == "cpu"
+        may_be_half = self.precision != "fp32" or self._has_own_code
+        with any_order(self._has_own_code), sound_gradients(on_cpu and may_be_half):
             if self.precision == "fp32":
                 logits = self.network(images)
             else:

@@ -1,7 +1,7 @@
 """What holds around every defense's `purify`: sound input, and draws that repeat."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from models import Classifier
+from models.bf16 import sound_gradients
 from models.copies import apart_from, copied
 from models.modes import uncompiled
 from models.parts import refuse_scripts
@@ -70,9 +71,13 @@ def sheltered(seed: int) -> Iterator[None]:
         yield
 
 
-def in_any_order(model: nn.Module) -> AbstractContextManager[None]:
-    """`any_order` for a network with code of the user's own; a `Classifier` sees to it itself."""
-    return any_order(not isinstance(model, Classifier) and has_own_code(model))
+@contextmanager
+def run_soundly(model: nn.Module) -> Iterator[None]:
+    """`any_order` and `sound_gradients`, where needed; a `Classifier` sees to them itself."""
+    is_own = not isinstance(model, Classifier) and has_own_code(model)
+    is_half = not isinstance(model, Classifier) and half_precision(model) == "bfloat16"
+    with any_order(is_own), sound_gradients(is_own or is_half):
+        yield
 
 
 def half_precision(model: nn.Module) -> str:
@@ -187,7 +192,7 @@ def check_given(
     before = as_float(some, _device(model)).clone()
     for count in range(len(some), 0, -1):  # what is right for two may be wrong for one
         given = before[:count].clone()
-        with torch.no_grad(), in_any_order(model), apart_from(model, COPY_OF_IT):
+        with torch.no_grad(), run_soundly(model), apart_from(model, COPY_OF_IT):
             logits = _tried(
                 lambda given=given: copy(given),  # type: ignore[misc]
                 f"take images of shape {tuple(given.shape)} and type {some.dtype}",
@@ -216,7 +221,7 @@ def check_given(
         with (
             single_images_told(),
             torch.no_grad(),
-            in_any_order(model),
+            run_soundly(model),
             apart_from(model, COPY_OF_IT),
         ):
             if count == 1:
@@ -235,7 +240,7 @@ def _check_gradients(
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     gradient, calls = None, []
-    with in_any_order(model):
+    with run_soundly(model):
         # What is frozen is computed again only for the gradient of what comes before.
         images = images.detach().clone().requires_grad_(moves_images or computes_once)
         logits = _tried(lambda: model(images.clone()), "be called with gradients")

@@ -1,0 +1,127 @@
+"""bfloat16 on a CPU: convolutions whose gradient torch gets wrong there.
+
+A tap of a kernel may meet nothing but padding, as the outer ones of 3x3 on a map of one pixel. Its
+gradient is 0. torch (2.14 and before, by oneDNN) does not write it for some shapes in bfloat16, so
+that it is whatever was in memory, NaN or 1e30 among it. Such a convolution is computed in float32.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+
+
+def has_idle_tap(
+    size: int, taps: int, stride: int, padding: int, dilation: int, count: int
+) -> bool:
+    """Whether a tap of a kernel meets nothing but padding, along one side of the maps.
+
+    Args:
+        size: of the map, pixels.
+        taps: of the kernel.
+        count: of its places: the size of the output.
+    """
+    for tap in range(taps):
+        offset = tap * dilation - padding
+        first = max(0, -(offset // stride))  # the first place where it is not before the map
+        if first >= count or first * stride + offset >= size:
+            return True
+    return False
+
+
+def _is_unsound(
+    maps: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether a convolution in bfloat16 has a tap that meets nothing but padding."""
+    sides = weight.dim() - 2
+    sizes, kernel = maps.shape[-sides:], weight.shape[2:]
+    strides, dilations = _each(stride, sides), _each(dilation, sides)
+    if padding in ("valid", "same"):  # "same" has stride 1
+        halves = [d * (k - 1) // 2 for d, k in zip(dilations, kernel, strict=True)]
+        counts, paddings = list(sizes), halves if padding == "same" else [0] * sides
+    else:
+        paddings = _each(padding, sides)
+        counts = [
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(sizes, kernel, strides, paddings, dilations, strict=True)
+        ]
+    return any(map(has_idle_tap, sizes, kernel, strides, paddings, dilations, counts))
+
+
+def _is_unsound_transposed(
+    maps: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> bool:
+    """The same of a transposed convolution, whose output is the map that taps meet."""
+    sides = weight.dim() - 2
+    counts, kernel = maps.shape[-sides:], weight.shape[2:]
+    strides, paddings = _each(stride, sides), _each(padding, sides)
+    dilations, more = _each(dilation, sides), _each(output_padding, sides)
+    sizes = [
+        (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
+        for n, k, s, p, d, extra in zip(
+            counts, kernel, strides, paddings, dilations, more, strict=True
+        )
+    ]
+    return any(map(has_idle_tap, sizes, kernel, strides, paddings, dilations, counts))
+
+
+def _each(value: Any, sides: int) -> list[int]:
+    """One number for each side, of a number or of several."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * sides if len(numbers) == 1 else numbers
+
+
+class _InFloat32(TorchFunctionMode):
+    """Computes those convolutions in float32; the result is bfloat16, as it would be."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        asked: Callable[..., bool]
+        if func in _CONVOLUTIONS:
+            asked = _is_unsound
+        elif func in _TRANSPOSED:
+            asked = _is_unsound_transposed
+        else:
+            return func(*args, **kwargs)
+        named = {"maps" if key == "input" else key: value for key, value in kwargs.items()}
+        maps = args[0] if args else kwargs["input"]
+        is_cast = torch.is_autocast_enabled("cpu")
+        kind = torch.get_autocast_dtype("cpu") if is_cast else maps.dtype
+        is_half = kind == torch.bfloat16 and maps.device.type == "cpu"
+        if not (is_half and asked(*args, **named)):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            result = func(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
+        return result.bfloat16()
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def sound_gradients(is_needed: bool) -> Iterator[None]:
+    """Inside, convolutions in bfloat16 on a CPU have gradients that are numbers of theirs."""
+    if not is_needed:
+        yield
+        return
+    with _InFloat32():
+        yield

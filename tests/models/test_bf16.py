@@ -1,0 +1,163 @@
+"""Convolutions in bfloat16 on a CPU, where a tap of the kernel meets nothing but padding."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models import Classifier, prepare
+from models.bf16 import has_idle_tap, sound_gradients
+from utils.training.guard import run_soundly
+
+CPU = torch.device("cpu")
+
+
+def test_a_tap_is_idle_if_no_place_of_the_kernel_puts_it_on_the_map() -> None:
+    """Against all places and taps, written out."""
+    seen = set()
+    for size, taps, stride, padding, dilation in itertools.product(
+        range(1, 6), range(1, 6), range(1, 4), range(4), range(1, 3)
+    ):
+        count = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        if count < 1:
+            continue
+        places = [
+            [0 <= place * stride + tap * dilation - padding < size for place in range(count)]
+            for tap in range(taps)
+        ]
+        is_idle = not all(map(any, places))
+        assert has_idle_tap(size, taps, stride, padding, dilation, count) == is_idle
+        seen.add(is_idle)
+    assert seen == {True, False}
+
+
+def spoil_memory(weight: torch.Tensor) -> None:
+    """Frees tensors of NaN, of the weight's size, that the next ones may take the place of."""
+    for kind in (torch.float32, torch.bfloat16):
+        junk = [torch.full(weight.shape, float("nan"), dtype=kind) for _ in range(3)]
+        del junk
+
+
+def gradients(
+    func: Any, maps: torch.Tensor, weight: torch.Tensor, kind: torch.dtype, **flags: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, gradient of the weight, and of the maps; the maps are of the type."""
+    weight, maps = weight.clone().requires_grad_(), maps.to(kind).clone().requires_grad_()
+    spoil_memory(weight)
+    output = func(maps, weight if kind == torch.float32 else weight.to(kind), **flags)
+    output.float().square().sum().backward()
+    assert weight.grad is not None
+    assert maps.grad is not None
+    return output.detach(), weight.grad, maps.grad
+
+
+STRIDED = {"stride": 2, "padding": 1}
+
+
+@pytest.mark.parametrize(
+    ("func", "sides", "size", "flags", "is_unsound"),
+    [
+        (F.conv2d, 2, 1, STRIDED, True),
+        (F.conv2d, 2, 1, {"stride": (1, 2), "padding": (0, 1)}, None),  # no output of a side
+        (F.conv2d, 2, 2, {"stride": 3, "padding": 1}, True),
+        (F.conv2d, 2, 1, {"padding": "same"}, True),
+        (F.conv2d, 2, 3, {"padding": "same"}, False),
+        (F.conv2d, 2, 3, {"padding": "valid"}, False),
+        (F.conv2d, 2, 4, STRIDED, False),
+        (F.conv2d, 2, 1, {"stride": 2, "padding": 1, "groups": 2}, True),
+        (F.conv2d, 2, 1, {"padding": [2], "dilation": 2}, True),
+        (F.conv1d, 1, 1, STRIDED, True),
+        (F.conv3d, 3, 1, STRIDED, True),
+        (F.conv_transpose2d, 2, 1, STRIDED, True),
+        (F.conv_transpose2d, 2, 1, {"stride": 2}, False),
+        (F.conv_transpose2d, 2, 1, {"stride": 2, "padding": 1, "output_padding": 1}, True),
+        (F.conv_transpose2d, 2, 2, {"padding": 2, "dilation": 2}, True),
+        (F.conv_transpose1d, 1, 1, STRIDED, True),
+        (F.conv_transpose3d, 3, 1, STRIDED, True),
+    ],
+)
+def test_such_a_convolution_is_that_in_float32_and_no_other_is(
+    func: Any, sides: int, size: int, flags: dict[str, Any], is_unsound: bool | None
+) -> None:
+    """Of its rounded numbers, bit for bit; others are left to torch."""
+    torch.manual_seed(0)
+    groups = flags.get("groups", 1)
+    maps = torch.randn(4, 16, *[size] * sides).bfloat16().float()
+    weight = torch.randn(16, 16 // groups, *[3] * sides).bfloat16().float()
+    if is_unsound is None:
+        with pytest.raises(RuntimeError), sound_gradients(True):
+            func(maps.bfloat16(), weight.bfloat16(), **flags)
+        return
+    exact = gradients(func, maps, weight, torch.float32, **flags)
+    with sound_gradients(True):
+        sound = gradients(func, maps, weight, torch.bfloat16, **flags)
+    assert sound[0].dtype == torch.bfloat16
+    assert torch.equal(sound[0].float(), exact[0].bfloat16().float())
+    for given, wanted in zip(sound[1:], exact[1:], strict=True):
+        torch.testing.assert_close(given.float(), wanted, rtol=0.02, atol=0.02 * wanted.abs().max())
+    with sound_gradients(True), torch.autocast("cpu", torch.bfloat16):
+        fine = torch.randn(weight.shape)
+        cast = func(maps, fine, **flags)
+    unrounded = torch.equal(cast, func(maps, fine, **flags).bfloat16())
+    rounded = torch.equal(cast, func(maps.bfloat16(), fine.bfloat16(), **flags))
+    assert cast.dtype == torch.bfloat16
+    assert (unrounded, rounded) == (is_unsound, not is_unsound)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.float64])
+def test_other_numbers_stay_what_they_are(kind: torch.dtype) -> None:
+    maps, weight = torch.rand(1, 2, 1, 1, dtype=kind), torch.rand(3, 2, 3, 3, dtype=kind)
+    expected = F.conv2d(maps, weight, padding=1)
+    with sound_gradients(True):
+        assert torch.equal(F.conv2d(input=maps, weight=weight, padding=1), expected)
+    with sound_gradients(True), torch.autocast("cpu", torch.float16):
+        assert F.conv2d(maps.float(), weight.float(), padding=1).dtype == torch.float16
+
+
+class Functional(nn.Module):
+    """A network with code of its own, which casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = F.conv2d(images, self.kernel, stride=2, padding=1)
+        return maps.float().flatten(1)
+
+
+def strided() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Flatten())
+
+
+def kernel_gradient(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    spoil_memory(torch.empty(8, 3, 3, 3))
+    model(images).float().square().sum().backward()
+    (kernel,) = [weight for weight in model.parameters() if weight.dim() == 4]
+    assert kernel.grad is not None
+    return kernel.grad.float()
+
+
+@pytest.mark.parametrize("made_as", ["classifier", "own code", "half weights"])
+def test_networks_learn_numbers_of_their_own(made_as: str) -> None:
+    """Nine of ten taps meet no pixel of a map of one pixel, and have no gradient."""
+    torch.manual_seed(0)
+    images = torch.rand(16, 3, 1, 1)
+    for _ in range(3):
+        if made_as == "classifier":
+            model = prepare(Classifier(strided(), (0.0,) * 3, (1.0,) * 3), CPU, "bf16")
+            gradient = kernel_gradient(model, images)
+        else:
+            bare = Functional() if made_as == "own code" else strided().bfloat16()
+            kind = next(bare.parameters()).dtype
+            with run_soundly(bare):
+                gradient = kernel_gradient(bare, images.to(kind))
+        at_pixel = gradient[:, :, 1, 1].clone()
+        gradient[:, :, 1, 1] = 0
+        assert not gradient.any()
+        assert at_pixel.isfinite().all()
+        assert at_pixel.any()
