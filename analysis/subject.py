@@ -23,9 +23,10 @@ from utils.plain import read_yaml
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger
 from utils.records import places
-from utils.records.attack import AttackRecord, load_attack, unchanged
+from utils.records.attack import AttackRecord, load_attack
 from utils.records.contents import DEFENSE_RESULT, NAME, SUMMARY
 from utils.records.defense import checked_result, load_defense
+from utils.records.hashes import unchanged
 from utils.records.named import OfRecord, check_dataset, named_record
 from utils.training.findings import Findings
 from utils.training.watch import scorer

@@ -42,9 +42,10 @@ from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders
-from utils.records.attack import checked_hashes, save_attack
+from utils.records.attack import save_attack
 from utils.records.checkpoint import Origin
 from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY
+from utils.records.hashes import checked_hashes
 from utils.records.places import attack_folder, free_folder
 from utils.records.recipe import require_method
 from utils.training import ending

@@ -26,7 +26,7 @@ from utils.metrics import Scores
 from utils.process.device import Precision
 from utils.process.script import logger
 from utils.process.seeds import generator, seed_everything
-from utils.records.attack import model_state
+from utils.records.network import model_state
 from utils.training.evaluate import evaluate
 from utils.training.loop import Loop, Step
 from utils.training.sgd import Schedule, Supervised, train_classifier

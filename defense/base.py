@@ -35,9 +35,10 @@ from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
 from utils.process.seeds import deterministic, generator, seed_everything
 from utils.records import folders, places
-from utils.records.attack import AttackRecord, load_attack, read_index
+from utils.records.attack import AttackRecord, load_attack
 from utils.records.checkpoint import Origin
 from utils.records.defense import checked_result, require_of_record, save_defense
+from utils.records.index import read_index
 from utils.records.named import OfRecord, check_dataset, dataset_of_record, named_record
 from utils.records.recipe import require_method
 from utils.training import ending, selection

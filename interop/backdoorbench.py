@@ -33,14 +33,7 @@ from utils.files import absolute, remove_strays, temporary_folder
 from utils.plain import as_yaml, read_yaml
 from utils.process.script import logger, run_script
 from utils.records import folders, places
-from utils.records.attack import (
-    AttackRecord,
-    file_hashes,
-    is_backdoorbench,
-    load_attack,
-    model_state,
-    save_attack,
-)
+from utils.records.attack import AttackRecord, is_backdoorbench, load_attack, save_attack
 from utils.records.backdoorbench import (
     CROSS,
     INFO,
@@ -53,6 +46,8 @@ from utils.records.backdoorbench import (
 )
 from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, POISON, SUMMARY, summary_of
 from utils.records.defense import checked_result, load_defense
+from utils.records.hashes import file_hashes
+from utils.records.network import model_state
 from utils.tensors import explained
 from utils.training import ending
 from utils.training.findings import Findings

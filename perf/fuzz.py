@@ -57,9 +57,10 @@ from utils.metrics import Rate, Scores
 from utils.process.device import peak_memory
 from utils.process.script import logger, run_script
 from utils.records import folders, places, weights
-from utils.records.attack import file_hashes, load_attack, save_attack
+from utils.records.attack import load_attack, save_attack
 from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, POISON, SUMMARY
 from utils.records.defense import load_defense, save_defense
+from utils.records.hashes import file_hashes
 from utils.records.named import recorded_dataset
 from utils.tensors import load_plain
 from utils.training.loop import Loop

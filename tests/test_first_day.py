@@ -22,7 +22,8 @@ from utils.data.datasets import load_dataset
 from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.records.attack import load_attack, read_index
+from utils.records.attack import load_attack
+from utils.records.index import read_index
 from utils.values import allowed_values
 
 

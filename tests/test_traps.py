@@ -18,8 +18,8 @@ from tests.conftest import make_small
 from tests.scripts import attack_flags, defense_flags, one_error, run_script, trained
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.records.attack import file_hashes
 from utils.records.folders import RunFolder
+from utils.records.hashes import file_hashes
 from utils.tensors import load_tensors
 
 pytestmark = pytest.mark.usefixtures("small", "cache")

@@ -27,10 +27,10 @@ from utils.errors import NothingToDo, UserError
 from utils.metrics import Rate, Scores, defense_effectiveness_rating
 from utils.process.script import _Stop
 from utils.process.seeds import generator
-from utils.records.attack import model_state
 from utils.records.defense import load_defense
 from utils.records.folders import RunFolder
 from utils.records.named import dataset_of_record, named_record
+from utils.records.network import model_state
 from utils.tensors import load_tensors
 from utils.training import ending
 from utils.training.evaluate import evaluate

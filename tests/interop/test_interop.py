@@ -45,9 +45,11 @@ from utils.data.poison import (
 from utils.errors import UserError
 from utils.files import ROOT, file_sha256, read_object
 from utils.records import folders, places
-from utils.records.attack import file_hashes, load_attack, model_state, save_attack
+from utils.records.attack import load_attack, save_attack
 from utils.records.defense import save_defense
+from utils.records.hashes import file_hashes
 from utils.records.named import recorded_dataset
+from utils.records.network import model_state
 
 __all__ = ["data"]  # a fixture
 SCRIPT = ROOT / "interop/backdoorbench.py"

@@ -1,29 +1,27 @@
 """Records: the plain data that an attack writes into its folder, and that a defense reads."""
 
 import contextlib
-import json
-import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from models import Classifier, build_model, check_model, is_user_file, model_identity
-from models.changes import apply_changes, require_promise
+from models import Classifier, build_model, check_model, is_user_file
 from utils.data.archives import nothing_written
 from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
-from utils.errors import Diverged, UserError, is_lack_of_memory, listed, one_line, shown
-from utils.files import TABLE, as_path, file_sha256, read_text
+from utils.errors import UserError
+from utils.files import as_path, file_sha256
 from utils.records import backdoorbench, schema
 from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY, said_of_replaced
 from utils.records.folders import RunFolder
-from utils.tensors import explained, load_tensors, not_finite
+from utils.records.hashes import checked_hashes, unchanged
+from utils.records.network import checked_model, make_model, model_state
+from utils.tensors import explained, load_tensors
 
 _EXPECTED = "a record of this program"
 
@@ -75,123 +73,6 @@ def save_attack(
             **facts,
         },
     )
-
-
-def model_state(model: Classifier) -> dict[str, torch.Tensor]:
-    """The bare network's state dict on the CPU, in plain memory order.
-
-    Raises:
-        UserError: if a network of the user's file has other weights than when it was made.
-        Diverged: if a weight is not finite, because no record of it could be read.
-    """
-    require_promise(model)
-    state = model.network.state_dict()
-    try:
-        schema.check_state(state)
-    except ValueError as error:
-        raise Diverged(
-            f"{error}, so no record of them could be read; give a smaller learning rate, or repair "
-            "the network"
-        ) from None
-    return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-
-
-def file_hashes(folder: RunFolder, *names: str) -> dict[str, str]:
-    """sha256 of those of the named files that exist, for `summary.json`."""
-    paths = [folder.path / name for name in names]
-    return {path.name: file_sha256(path) for path in paths if path.exists()}
-
-
-def checked_model(name: str, sha256: str | None, given: str | None, in_python: str = "") -> str:
-    """The name to build a record's model by.
-
-    Args:
-        name, sha256: what the record says of its network; the latter of a user's file.
-        given: the user's `--model`; a file is run only if it is given here.
-        in_python: what to call to give it, for the message.
-
-    Raises:
-        UserError: if that is not the record's, or has to be given and is not.
-    """
-    if not is_user_file(name):
-        if given not in (None, name):
-            raise UserError(f"--model: {given}, but the record says {name}; drop the flag")
-        return name
-    if given is None:
-        raise UserError(
-            f"--model: the record's network is made by a file of yours, {name}, which is run only "
-            "if you name it; give --model and its path"
-            + (f", or from Python {in_python}" if in_python else "")
-        )
-    file, sha256_of_file = model_identity(given)
-    if sha256_of_file is None or file.rpartition(":")[2] != name.rpartition(":")[2]:
-        raise UserError(f"--model: {given}, but the record says {name}; give that file")
-    if sha256_of_file != sha256:
-        raise UserError(
-            f"--model: {given} is not the file that the record was made with, whose sha256 is "
-            f"{sha256}; give that file"
-        )
-    return given
-
-
-def make_model(
-    name: str,
-    state: Mapping[str, torch.Tensor],
-    *,
-    num_classes: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int,
-    network_size: int | None,
-    where: Path,
-    changes: Sequence[Mapping[str, Any]] = (),
-) -> Classifier:
-    """A network with a record's weights, in eval mode, on the CPU.
-
-    Args:
-        name: as `checked_model` gives it; the rest as for `build_model`.
-        changes: what a defense has added to the network.
-        where: the file or folder that has the weights, for messages.
-
-    Raises:
-        UserError: if the weights do not fit the network, before memory is taken for it; only the
-            user's own file is run first.
-    """
-
-    def build() -> Classifier:
-        model = build_model(
-            name,
-            num_classes,
-            tuple(mean),
-            tuple(std),
-            image_size=image_size,
-            network_size=network_size,
-        )
-        if changes:
-            model.network = apply_changes(model.network, changes)
-        return model
-
-    def check(model: Classifier) -> None:
-        misfits = schema.misfits(state, model.network.state_dict())
-        if misfits:
-            raise UserError(f"{'; '.join(misfits[:3])}; {len(misfits)} in all")
-
-    try:
-        if not is_user_file(name):  # on "meta" a network is its shapes alone
-            with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                check(build())
-        with torch.random.fork_rng(devices=[]):  # new weights are drawn, which nobody sees
-            model = build()
-        check(model)
-        model.network.load_state_dict(state)
-        if broken := not_finite(model.network.state_dict()):  # too large for their type here
-            raise UserError(f"too large for its type: {listed(broken, limit=200)}")
-    except (RuntimeError, UserError) as error:
-        if is_lack_of_memory(error) or str(error).startswith("--model"):
-            raise
-        what = name.rpartition("/")[2]
-        raise UserError(f"{where}: its weights do not fit {what} ({one_line(error)})") from None
-    return model.eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -463,96 +344,3 @@ def _load_ours(folder: Path) -> AttackRecord:
 def _read_poison(path: Path, plain: schema.Attack) -> schema.Poison:
     with explained(path, _EXPECTED):
         return schema.check_poison(load_tensors(path), plain)
-
-
-@contextlib.contextmanager
-def unchanged(path: Path, sha256: str | None) -> Iterator[None]:
-    """Inside, a file is read again, which has to be the one that the run began with.
-
-    Args:
-        sha256: of its content when the run began.
-
-    Raises:
-        UserError: if it is another one by now, or gone, also in place of what was raised inside.
-    """
-
-    def check() -> None:
-        try:
-            is_same = file_sha256(path) == sha256
-        except OSError:
-            is_same = False
-        if not is_same:
-            raise UserError(f"{path}: was changed since the run began; run it again")
-
-    try:
-        yield
-    except (OSError, UserError):
-        check()
-        raise
-    check()
-
-
-def checked_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """sha256 of the named files of a finished run that exist; `summary.json` says the same.
-
-    Raises:
-        UserError: if a file is missing or another one than the summary says, or cannot be read.
-    """
-    try:
-        summary = json.loads(read_text(folder / SUMMARY))
-        hashes = {
-            name: file_sha256(folder / name) for name in names if os.path.lexists(folder / name)
-        }
-        files = schema.check_files(summary)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(
-            f"{folder}: has no readable summary.json or files ({reason}), so it is no finished "
-            "run; run it again, or give another folder"
-        ) from None
-    for name in names:
-        if name in files and name not in hashes:
-            raise UserError(
-                f"{folder / name}: is missing, though summary.json has it; put it back, or run it "
-                "again"
-            )
-        if hashes.get(name) != files.get(name) or names[0] not in hashes:
-            raise UserError(
-                f"{folder / name}: is not the file that summary.json describes; run it again"
-            )
-    return hashes
-
-
-def read_index(path: Path, count: int) -> torch.Tensor:
-    """Indices of the clean subset, integers with space or lines between them.
-
-    Returns:
-        int64 (N,), ascending.
-
-    Raises:
-        UserError: for text that is no integer, a repeated index, or one outside 0..count-1.
-    """
-    try:
-        text = read_text(path, TABLE).removeprefix("\ufeff")  # which some editors put before it
-        words = text.split()
-        wrong = [word for word in words if not re.fullmatch("-?[0-9]{1,18}", word)]
-        if wrong:
-            raise ValueError(shown(wrong[0], 100))
-        numbers = [int(word) for word in words]
-    except OSError as error:
-        raise UserError(
-            f"--index: {path} cannot be read ({error.strerror}); give a text file"
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"--index: {path} holds something else than integers ({error}); write one per line, "
-            f"0 to {count - 1}"
-        ) from None
-    outside = [number for number in numbers if not 0 <= number < count]
-    if outside:
-        raise UserError(
-            f"--index: {path} names image {outside[0]}; the training set has 0 to {count - 1}"
-        )
-    if len(set(numbers)) != len(numbers):
-        raise UserError(f"--index: {path} names an image twice; name each once")
-    return torch.tensor(sorted(numbers), dtype=torch.int64)

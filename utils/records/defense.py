@@ -15,15 +15,11 @@ from models.changes import changes_of, weights_without
 from utils.errors import UserError
 from utils.files import read_object
 from utils.records import schema
-from utils.records.attack import (
-    AttackRecord,
-    checked_hashes,
-    checked_model,
-    make_model,
-    model_state,
-)
+from utils.records.attack import AttackRecord
 from utils.records.contents import DEFENSE_RESULT, SUMMARY, said_of_replaced
 from utils.records.folders import RunFolder
+from utils.records.hashes import checked_hashes
+from utils.records.network import checked_model, make_model, model_state
 from utils.tensors import explained, load_tensors
 
 

@@ -15,7 +15,8 @@ from utils.files import as_path, read_object
 from utils.plain import read_yaml
 from utils.process.device import Precision
 from utils.records import backdoorbench
-from utils.records.attack import SUMMARY, AttackRecord, is_backdoorbench
+from utils.records.attack import AttackRecord, is_backdoorbench
+from utils.records.contents import SUMMARY
 from utils.records.places import find_record
 from utils.tensors import explained
 

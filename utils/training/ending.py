@@ -15,9 +15,10 @@ from utils.metrics import Scores, rate_label
 from utils.plain import parse_yaml
 from utils.process.device import environment, peak_memory_mib
 from utils.process.script import logger
-from utils.records.attack import AttackRecord, file_hashes
+from utils.records.attack import AttackRecord
 from utils.records.checkpoint import files_of
 from utils.records.folders import RunFolder
+from utils.records.hashes import file_hashes
 from utils.records.recipe import recipe_sha256
 from utils.training.evaluate import predict
 from utils.training.findings import Findings, Picture, Verdict

@@ -16,10 +16,11 @@ from models import Classifier, build_model, model_identity
 from models.changes import insert
 from tests.networks import copied, differing
 from utils.errors import UserError
-from utils.records.attack import file_hashes, model_state
 from utils.records.contents import DEFENSE_RESULT
 from utils.records.defense import load_defense, save_defense
 from utils.records.folders import RunFolder
+from utils.records.hashes import file_hashes
+from utils.records.network import model_state
 
 
 def attack_of(model: Classifier, **facts: Any) -> Any:
