@@ -48,7 +48,7 @@ def load_rows(
         attack = load_attack(folder)
         if attack.triggered is None:
             raise UserError(f"{folder}: is a clean model; give records of attacks")
-        name = _row_name(attack)
+        name = places.name_in_tables(attack.attack, attack.attack_label_trans)
         if name in attacks:
             raise UserError(f"{folder}: is a second record of {name}; give one of each attack")
         if data is None:
@@ -81,7 +81,7 @@ def gallery_rows(
 
 def write(records: list[Path], to: Path) -> None:
     """Writes the gallery and the strips into a folder, which is made."""
-    from benchmark.reporting.sources import file_stem
+    from benchmark.reporting.stored import file_stem
     from utils import plot
 
     dataset, clean, triggered = load_rows(records)
@@ -93,10 +93,6 @@ def write(records: list[Path], to: Path) -> None:
         difference, _ = plot.amplified(images - clean)
         strip = plot.strip(torch.stack([clean[-1], images[-1], difference[-1]]))
         logger.info("picture: %s", strips.write(f"{file_stem(name)}.png", strip.save))
-
-
-def _row_name(attack: AttackRecord) -> str:
-    return attack.attack + ("_all2all" if attack.attack_label_trans == "all2all" else "")
 
 
 def _triggered(attack: AttackRecord, chosen: list[int]) -> torch.Tensor:

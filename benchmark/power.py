@@ -33,7 +33,7 @@ from utils.process.script import logger, run_script
 from utils.records.checkpoint import digest
 from utils.records.contents import ATTACK_RESULT, SUMMARY, summary_of
 from utils.records.folders import RunFolder
-from utils.records.places import is_usual, refuse_foreign
+from utils.records.places import is_usual, name_in_tables, refuse_foreign
 from utils.tensors import load_tensors
 
 CLEAN, EXTERNAL = "prototype", "external"
@@ -78,8 +78,8 @@ class Inspection(BaseModel):
 
     @property
     def name(self) -> str:
-        """The attack's name; all-to-all is another attack."""
-        return f"{self.attack}{'_all2all' if self.attack_label_trans == 'all2all' else ''}"
+        """What the table calls the attack."""
+        return name_in_tables(str(self.attack), self.attack_label_trans)
 
     def names_target(self, signal: str) -> bool:
         """Whether the class that stands out is the target; none does where the statistic is 0."""

@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmark import gallery
-from benchmark.reporting import sources
 from benchmark.reporting.means import Grid, Table, seeds_of
-from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean
+from benchmark.reporting.stored import UNDEFENDED, StoredRun, file_stem
+from benchmark.reporting.summaries import METRICS, is_clean
 from utils import plot
 from utils.errors import UserError
 from utils.process.script import logger
@@ -54,7 +54,7 @@ def draw(
 
 
 def _stem(table: Table, name: str) -> str:
-    return sources.file_stem(f"{table.name}-{name}")
+    return file_stem(f"{table.name}-{name}")
 
 
 def _figures(table: Table, has_gallery: bool) -> Iterator[tuple[str, str, Figure]]:
@@ -177,6 +177,6 @@ def _gallery(table: Table, has_one: bool) -> Figure | None:
     return plot.image_grid(gallery.gallery_rows(clean, triggered), {}, title)
 
 
-def _has_tensors(run: sources.StoredRun) -> bool:
+def _has_tensors(run: StoredRun) -> bool:
     needed = (ATTACK_RESULT, POISON, SUMMARY)
     return run.folder is not None and all((run.folder / name).is_file() for name in needed)

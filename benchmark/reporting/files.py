@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmark.reporting import leaderboard, page, sources, tables
+from benchmark.reporting import kept, leaderboard, page, tables
 from benchmark.reporting.figures import draw
 from benchmark.reporting.means import Table, summarize
 from benchmark.reporting.summaries import read_runs
@@ -36,7 +36,7 @@ def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[s
     """
     all_tables, runs, problems = read(unders, to)
     if is_kept:
-        sources.check_kept(to, list(runs["run"]))
+        kept.check_kept(to, list(runs["run"]))
     folder = made_folder(to)
     drawn = {"png", "svg"} & set(formats) | ({"png"} if "html" in formats else set())
     if drawn and (to / "figures").exists():
@@ -45,7 +45,7 @@ def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[s
         refuse_foreign(to / "report.html", page.start(), "--to")
     write_tables(all_tables, runs, folder, formats)
     if is_kept:
-        sources.keep(runs["run"], folder)
+        kept.keep(runs["run"], folder)
     pictures: dict[str, dict[str, Path]] = {}
     if drawn:
         figures = made_folder(to / "figures")
@@ -93,7 +93,7 @@ def write_tables(
         texts["table.csv"] = tables.tidy(all_tables)
         texts["runs.csv"] = tables.runs_csv(runs)
         texts["backdoorbench.csv"] = leaderboard.backdoorbench_csv(all_tables)
-    unsure = {} if (folder.path / sources.RUNS).exists() else texts
+    unsure = {} if (folder.path / kept.RUNS).exists() else texts
     for name, text in unsure.items():  # before any is replaced
         first = re.split(r"[,\n]", text, maxsplit=1)[0]
         refuse_foreign(folder.path / name, (first, "**") if name in _MARKED else first, "--to")
@@ -135,7 +135,7 @@ def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
         if not path.parent.is_dir():
             raise UserError(f"{text}: {path.parent} is no folder; write it with --to and --keep")
         if path.parent not in folders:
-            sources.check_readable(path.parent)
+            kept.check_readable(path.parent)
             all_tables, runs, _ = read([path.parent], path.parent)
             write_tables(all_tables, runs, RunFolder(path.parent), ("md",))
             folders[path.parent] = all_tables

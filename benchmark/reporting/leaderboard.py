@@ -14,7 +14,7 @@ import pandas as pd
 
 from benchmark.reporting import tables
 from benchmark.reporting.means import FLAGS, Number, Table, any_collapsed, percent
-from benchmark.reporting.sources import HEADLINES
+from benchmark.reporting.stored import HEADLINES
 from benchmark.reporting.summaries import is_clean
 from utils.errors import counted
 from utils.metrics import FAILED_ASR
@@ -84,7 +84,7 @@ class Entry:
         purify_seconds: None where no run says it.
         sees: "clean", "poisoned" or "nothing".
         flags: keys of `means.FLAGS`.
-        analyses: means of the numbers of `sources.HEADLINES` over the models that have them, and
+        analyses: means of the numbers of `stored.HEADLINES` over the models that have them, and
             how many these are.
     """
 
@@ -110,7 +110,7 @@ class Leaderboard:
 
     Attributes:
         notes: whole sentences.
-        analysed: by name of `sources.HEADLINES`, how many models have the number for some defense.
+        analysed: by name of `stored.HEADLINES`, how many models have the number for some defense.
         clean_models: on how many models without a backdoor some of the defenses was run.
     """
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
-from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean
+from benchmark.reporting.stored import UNDEFENDED
+from benchmark.reporting.summaries import METRICS, is_clean
 from utils.metrics import FAILED_ASR, has_collapsed
 
 HIGHER_IS_BETTER = {"acc": True, "asr": False, "ra": True, "der": True}

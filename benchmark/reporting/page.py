@@ -16,6 +16,7 @@ from PIL import Image
 
 from benchmark.reporting import leaderboard, sources, tables
 from benchmark.reporting.means import FLAGS, Grid, Row, Table
+from benchmark.reporting.stored import StoredRun, is_plain
 from utils import plot
 
 LARGEST_FILE = 8 << 20  # bytes of a picture that is looked at
@@ -77,7 +78,7 @@ class Pictures:
         """A PNG as it is shown; None if there is no file."""
         if not path.is_file():
             return None
-        if not sources.is_plain(path, LARGEST_FILE):
+        if not is_plain(path, LARGEST_FILE):
             return Shown(caption, reason=f"{path.name} is a link, or too large to be shown")
         try:
             with Image.open(path, formats=["PNG"]) as image:
@@ -230,7 +231,7 @@ def _record(name: str, runs: pd.DataFrame, pictures: Pictures) -> dict[str, Any]
 
 
 def _run(run: pd.Series, pictures: Pictures) -> dict[str, Any]:
-    stored: sources.StoredRun = run["run"]
+    stored: StoredRun = run["run"]
     rates = [f"{m.upper()} {100 * run[m]:.2f} %" for m in tables.METRICS if run[m] == run[m]]
     facts = [
         ", ".join(rates),

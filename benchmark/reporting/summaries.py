@@ -4,10 +4,7 @@ A run is a model without a defense, or the result of a defense on it.
 """
 
 import contextlib
-import hashlib
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -23,24 +20,23 @@ from pydantic import (
 )
 from pydantic import ValidationError as NotAsDescribed
 
-from benchmark.reporting.sources import (
+from benchmark.reporting.repeats import told_apart, without_repeats
+from benchmark.reporting.sources import find
+from benchmark.reporting.stored import (
     HEADLINES,
     OF_BACKDOOR,
+    UNDEFENDED,
+    UNKNOWN,
     StoredRun,
-    find,
     first_fault,
     without_places,
 )
-from utils.errors import UserError, listed, one_line, shown
+from utils.errors import UserError, one_line, shown
 from utils.metrics import has_collapsed, rating
 from utils.records.contents import ATTACK_RESULT
-from utils.records.recipe import NOT_OF_RECIPE
+from utils.records.places import CLEAN, name_in_tables
 
-UNDEFENDED = "no defense"
-CLEAN = "clean model"
 METRICS = ("acc", "asr", "ra", "der")
-_UNKNOWN = "-"
-_NOT_OF_METHOD = (*NOT_OF_RECIPE, "precision", "dataset", "model")
 
 
 def _in_lines(value: Any) -> Any:
@@ -190,7 +186,7 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
         all_rows += rows
     table = pd.DataFrame(all_rows)
     if not table.empty:
-        table, problems = _without_repeats(_told_apart(_numeric(table)), problems)
+        table, problems = without_repeats(told_apart(_numeric(table)), problems)
         table = table.drop(columns=[name for name in table if str(name).startswith("_")])
     return table, problems
 
@@ -298,7 +294,7 @@ def _rows(
         before = defenses[0][1].before
     if facts is None or before is None:
         return
-    all2all = "_all2all" if attack and attack.attack_label_trans == "all2all" else ""
+    name = name_in_tables(facts.attack, attack.attack_label_trans if attack else None)
     model = facts.model or (attack and attack.model_name) or "-"
     made_of = attack.files.get(ATTACK_RESULT) if attack else defenses[0][1].attack_sha256
     hashes = [attack.config_sha256, attack.imported_sha256] if attack else []
@@ -306,13 +302,13 @@ def _rows(
     shared = {
         "record": record.name,
         "model_seed": attack.seed if attack else None,  # a defense may have another one
-        "_dataset": facts.inputs.get("dataset", _UNKNOWN),
+        "_dataset": facts.inputs.get("dataset", UNKNOWN),
         "_place": (attack and attack.dataset_path) or "",
-        "_model": facts.inputs.get("--model", _UNKNOWN),
+        "_model": facts.inputs.get("--model", UNKNOWN),
         # Without a seed, or flags that say what was read, it is the model that tells records apart.
         "_recipe": " ".join(filter(None, hashes if is_described else [made_of, *hashes]))
-        or _UNKNOWN,
-        "attack": CLEAN if facts.attack == "prototype" else facts.attack + all2all,
+        or UNKNOWN,
+        "attack": CLEAN if facts.attack == "prototype" else name,
         "dataset": facts.dataset,
         "model": model,
         "pratio": float(f"{attack.pratio:.3g}") if attack and attack.pratio else float("nan"),
@@ -383,151 +379,3 @@ def _numeric(runs: pd.DataFrame) -> pd.DataFrame:
     numbers += ["seed", "model_seed", "purify_seconds", *HEADLINES]
     numbers += ["acc_before", "asr_before", "acc_total", "asr_total"]
     return runs.assign(**{name: pd.to_numeric(runs[name]) for name in numbers})
-
-
-_SETTING = ["dataset", "image_size", "train_images", "test_images", "model"]
-_CELL = [*_SETTING, "attack", "pratio"]
-
-
-def _told_apart(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with different names for datasets, networks, attacks and results that differ.
-
-    If a summary lacks a fact, this fact is not used to tell runs apart.
-    """
-    runs = _renamed(runs, "dataset", ["dataset", "image_size"], _by_dataset)
-    runs = _renamed(runs, "model", ["model"], _by_model)
-    undefended = runs[runs["label"] == UNDEFENDED]
-    names = _renamed(undefended, "attack", _CELL, _by_recipe).set_index("record")["attack"]
-    runs = runs.assign(attack=runs["record"].map(names))
-    results = runs[runs["label"] != UNDEFENDED]
-    renamed = _renamed(results, "label", [*_SETTING, "label"], _by_result)
-    runs.loc[results.index, "label"] = renamed["label"]
-    return runs
-
-
-def _renamed(
-    runs: pd.DataFrame, column: str, by: list[str], suffixes: Callable[[pd.DataFrame], pd.Series]
-) -> pd.DataFrame:
-    """The runs with a suffix in brackets added to a column.
-
-    Args:
-        by: columns; for each group of runs that agree in them, `suffixes` gives one text per run,
-            which is empty for those that keep their name.
-    """
-    names = runs[column].copy()
-    for _, group in runs.groupby(by, dropna=False, sort=False):
-        suffix = suffixes(group)
-        suffix = suffix[suffix != ""]
-        names[suffix.index] = runs.loc[suffix.index, column] + " (" + suffix + ")"
-    return runs.assign(**{column: names})
-
-
-def _by_dataset(runs: pd.DataFrame) -> pd.Series:
-    """Several contents of one name are called after their folders."""
-    return runs["_dataset"].map(_names(runs["_dataset"], runs["_place"]))
-
-
-def _by_model(runs: pd.DataFrame) -> pd.Series:
-    """Several contents of a user's file are called after their sha256."""
-    return runs["_model"].map(_names(runs["_model"], pd.Series("", runs.index)))
-
-
-def _by_recipe(runs: pd.DataFrame) -> pd.Series:
-    """Several recipes are called after their records; the first one with a seed keeps its name.
-
-    A model without a seed was trained elsewhere, and is not a repeat of any other model.
-    """
-    recipes, has_seed = runs["_recipe"], runs["model_seed"].notna()
-    records = runs["record"].map(lambda name: re.sub(r"-s\d+$", "", name.rpartition("/")[2]))
-    names = _names(recipes, records, is_mixed=bool(has_seed.any() and not has_seed.all()))
-    first = recipes[has_seed & (recipes != _UNKNOWN)].head(1)
-    return recipes.map(names | dict.fromkeys(first, ""))
-
-
-def _by_result(runs: pd.DataFrame) -> pd.Series:
-    """Results of one name by several methods or recipes are called after them, in all attacks.
-
-    The recipe of most runs, or the first, keeps its name. In an attack without it, so does one that
-    differs from it in nothing that changes the method, as far as the configurations tell.
-    """
-    is_told = (runs["config"] != _UNKNOWN) | (runs["method"].nunique() > 1)
-    recipes = (runs["method"] + " " + runs["config"]).where(is_told, _UNKNOWN)
-    counts = Counter(recipes[recipes != _UNKNOWN])
-    if len(counts) < 2:
-        return pd.Series("", runs.index)
-    usual = counts.most_common(1)[0][0]
-    is_own = runs["method"] != usual.partition(" ")[0]
-    names = _names(recipes, runs["method"].where(is_own, "")) | {usual: ""}
-    first = runs[~is_own].groupby(recipes, sort=False)["run"].first()
-    alike = {recipe for recipe, run in first.items() if _is_same_recipe(run, first[usual])}
-
-    def suffixes(of_attack: pd.Series) -> pd.Series:
-        known = [recipe for recipe in of_attack if recipe in alike]
-        kept = usual if usual in known else next(iter(known), usual)
-        return of_attack.map(names | {kept: ""})
-
-    by_attack = recipes.groupby([runs["attack"], runs["pratio"]], dropna=False)
-    return by_attack.transform(suffixes)
-
-
-def _is_same_recipe(run: StoredRun, other: StoredRun) -> bool:
-    """Whether two runs of a method have the same flags, but for those that only one of them has.
-
-    A flag may have come later. The precision is not compared: a flag of the table tells it.
-    """
-    flags = [
-        {name: v for name, v in (of.config or {}).items() if name not in _NOT_OF_METHOD}
-        for of in (run, other)
-    ]
-    common = flags[0].keys() & flags[1].keys()
-    return run is other or bool(common and all(flags[0][n] == flags[1][n] for n in common))
-
-
-def _names(keys: pd.Series, hints: pd.Series, is_mixed: bool = False) -> dict[str, str]:
-    """A text for each of several keys: the first hint beside it.
-
-    If other keys have the same hint, the first letters of the key follow, at least six, and as many
-    as make it unique. An unknown key has an empty text, and so has a single key.
-
-    Args:
-        is_mixed: whether a single key needs a text, too.
-    """
-    texts = dict.fromkeys(keys, "")
-    distinct = [key for key in texts if key != _UNKNOWN]
-    if len(distinct) < 2 and not is_mixed:
-        return texts
-    first: dict[str, str] = {}
-    for key, hint in zip(keys, hints, strict=True):
-        first[key] = first.get(key) or hint
-    shared = Counter(first.values())
-    digests = {key: key.rpartition(" ")[2] for key in distinct}
-    if len(set(digests.values())) < len(distinct):
-        digests = {key: hashlib.sha256(key.encode()).hexdigest() for key in distinct}
-    length = 6
-    while len({digest[:length] for digest in digests.values()}) < len(distinct):
-        length += 2
-    for key in distinct:
-        is_own = bool(first[key]) and shared[first[key]] == 1
-        texts[key] = first[key] if is_own else f"{first[key]} {digests[key][:length]}".strip()
-    return texts
-
-
-def _without_repeats(runs: pd.DataFrame, problems: list[str]) -> tuple[pd.DataFrame, list[str]]:
-    """Two records of one cell and seed would look like two seeds: one is used.
-
-    It is the one with the most results, and of these the first by name. The same holds for two
-    records of one model that was trained elsewhere.
-    """
-    undefended = runs[runs["label"] == UNDEFENDED]
-    seeds = undefended["model_seed"].astype(object)
-    seeds = seeds.where(undefended["model_seed"].notna(), undefended["_recipe"])
-    comparable = undefended.assign(_same=seeds)[seeds != _UNKNOWN]
-    results = runs[runs["label"] != UNDEFENDED].groupby("record")["label"].agg(list)
-    for _, same in comparable.groupby([*_CELL, "_same"], dropna=False, sort=False):
-        names = sorted(same["record"], key=lambda name: -len(results.get(name, [])))  # is stable
-        what = "attack and seed" if pd.notna(same["model_seed"].iloc[0]) else "model"
-        for repeat in names[1:]:
-            its = f", with its {listed(results[repeat])}" if repeat in results else ""
-            problems.append(f"{repeat}: is of the same {what} as {names[0]}; skipped{its}")
-            runs = runs[runs["record"] != repeat]
-    return runs.reset_index(drop=True), problems

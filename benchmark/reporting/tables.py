@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from benchmark.reporting.means import FLAGS, Grid, Number, Row, Table
-from benchmark.reporting.sources import cell_text
-from benchmark.reporting.summaries import METRICS, UNDEFENDED, is_clean
+from benchmark.reporting.stored import UNDEFENDED, cell_text
+from benchmark.reporting.summaries import METRICS, is_clean
 from utils.errors import shown
 
 _MADE_BY = (

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmark.reporting import leaderboard, sources
+from benchmark.reporting import leaderboard
 from benchmark.reporting.figures import _figures, _relearned
+from benchmark.reporting.kept import keep
 from benchmark.reporting.leaderboard import Leaderboard, Rank, leaderboards, rank
 from benchmark.reporting.means import percent
 from benchmark.reporting.summaries import read_runs
@@ -216,7 +217,7 @@ def test_headlines_are_kept_with_the_runs(two_attacks: Path, tmp_path: Path) -> 
     assert problems == []
     kept = RunFolder(tmp_path / "kept")
     kept.path.mkdir()
-    sources.keep(runs["run"], kept)
+    keep(runs["run"], kept)
     lines = [json.loads(line) for line in (kept.path / "runs.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if "analyses" in line]
     assert (line["record"], line["defense"]) == ("sig-0", "sau")

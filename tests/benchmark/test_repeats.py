@@ -16,13 +16,15 @@ from benchmark.checks import cells_of
 from benchmark.grid import read_grid
 from benchmark.reporting import tables
 from benchmark.reporting.means import summarize
-from benchmark.reporting.summaries import CLEAN, UNDEFENDED, read_runs
+from benchmark.reporting.stored import UNDEFENDED
+from benchmark.reporting.summaries import read_runs
 from defense import fst, ft
 from tests.benchmark.test_report import attack, defense, write
 from tests.interop.test_state_dict import OWN, flags, network, own, state, triggered_images, wrapped
 from tests.scripts import attack_flags, defense_flags, run_script
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.records.places import CLEAN
 from utils.training import ending
 
 __all__ = ["own", "state"]  # fixtures

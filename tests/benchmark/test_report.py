@@ -12,15 +12,17 @@ import pytest
 from PIL import Image
 
 import models
-from benchmark.reporting import figures, leaderboard, page, sources, tables
+from benchmark.reporting import figures, leaderboard, page, tables
 from benchmark.reporting.figures import draw
 from benchmark.reporting.files import made_folder
 from benchmark.reporting.means import Number, Table, summarize
-from benchmark.reporting.summaries import CLEAN, METRICS, UNDEFENDED, read_runs
+from benchmark.reporting.stored import UNDEFENDED, without_places
+from benchmark.reporting.summaries import METRICS, read_runs
 from models.tiny import TinyNet
 from tests.scripts import defense_flags, run_script, trained
 from utils import plot
 from utils.files import ROOT
+from utils.records.places import CLEAN
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -1150,7 +1152,7 @@ def test_what_a_killed_report_was_writing_goes_with_the_next(
     ],
 )
 def test_places_are_reduced_to_names(value: object, plain: object) -> None:
-    assert sources.without_places(value) == plain
+    assert without_places(value) == plain
 
 
 def test_marked_parts_are_made_again(two_attacks: Path, tmp_path: Path) -> None:

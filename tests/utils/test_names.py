@@ -21,7 +21,8 @@ from PIL import Image
 
 from benchmark import gallery
 from benchmark.reporting import tables
-from benchmark.reporting.sources import file_stem, read_metrics
+from benchmark.reporting.sources import read_metrics
+from benchmark.reporting.stored import file_stem
 from benchmark.reporting.summaries import read_runs
 from tests.benchmark.test_report import attack, defense, report
 from tests.models.test_userfile import net

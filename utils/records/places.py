@@ -9,7 +9,7 @@ from typing import Any
 from utils import locks
 from utils.errors import UserError, listed, nearest
 from utils.files import ROOT, TABLE, as_path, read_text, refuse_link
-from utils.records.contents import NAME
+from utils.records.contents import ATTACK_RESULT, NAME
 from utils.records.folders import LONGEST_NAME, RunFolder
 
 # What Windows takes for a device, or for another name.
@@ -62,6 +62,11 @@ def is_usual(folder: Path, summary: Mapping[str, Any]) -> bool:
     return bool(summary.get("analysis") == folder.name)
 
 
+def name_in_tables(attack: str, label_map: str | None) -> str:
+    """What tables and figures call an attack; all-to-all is another attack."""
+    return f"{attack}_all2all" if label_map == "all2all" else attack
+
+
 def _checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise UserError(
@@ -112,7 +117,7 @@ def find_record(name: str, root: Path | None, flag: str = "--result_file") -> Pa
     if folder is not None:
         return folder
     records = root or ROOT / "record"
-    found = [path.parent for path in records.glob("[!.]*/attack_result.pt")]
+    found = [path.parent for path in records.glob(f"[!.]*/{ATTACK_RESULT}")]
     # Others are given as folders.
     names = sorted(x.name for x in found if NAME.fullmatch(x.name) and not x.is_symlink())
     raise UserError(
