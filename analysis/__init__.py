@@ -3,7 +3,10 @@
 from pathlib import Path
 
 RETUNED_WITH = 5  # poisoned images, of the re-learned ASR that retune and reports give
-_PIPELINES = ("__init__", "__main__", "base", "subject", "all", "inspection", "signals")
+_PIPELINES = (
+    *("__init__", "__main__", "all"),
+    *("base", "subject", "inspection", "cleanmodels", "signals"),
+)
 
 
 def names() -> list[str]:

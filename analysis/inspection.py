@@ -31,7 +31,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -42,6 +42,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import BEFORE, Results, analyse, check_current, write
+from analysis.cleanmodels import built, clean_records, train_clean
 from analysis.signals import (
     CLEANSE,
     COMPARING,
@@ -55,27 +56,21 @@ from analysis.signals import (
     signals_of,
     steps_of,
 )
-from analysis.subject import Subject, load_clean, says_little, trained_otherwise
-from attack.prototype import train
-from attack.recipe import TrainingConfig, clean_plan, learned_little
+from analysis.subject import Subject, says_little, trained_otherwise
+from attack.recipe import TrainingConfig, learned_little
 from models import build_model, check_model, model_identity, prepare
 from models.modes import evaluating
-from utils.config import OF_ONE_RUN
 from utils.data.batches import as_float
 from utils.data.datasets import DatasetName, load_dataset
 from utils.data.labelled import Labelled
 from utils.errors import NothingToDo, UserError, counted, suggestion
 from utils.files import as_path, file_sha256
-from utils.plain import read_yaml
-from utils.process import distributed
 from utils.process.device import pick_device, pick_precision
 from utils.process.seeds import generator
 from utils.records import folders, places
 from utils.records.attack import AttackRecord
 from utils.records.contents import ATTACK_RESULT, summary_of
-from utils.records.lock import Lock
 from utils.records.named import dataset_of_record
-from utils.records.recipe import recipe_sha256
 from utils.records.weights import fill, read_state_dict
 from utils.training.labelshare import FEWEST_TO_STAND_OUT
 from utils.values import Distinct
@@ -161,6 +156,36 @@ def headline_of(signal: Mapping[str, Any], named: Callable[[int], str]) -> str:
     return f"{signal['statistic']:.3f}{of_class}"
 
 
+@dataclass(frozen=True)
+class _Model:
+    """A model whose signals are computed.
+
+    Attributes:
+        kind: "record", "model" (without a record), "purified" or "clean".
+    """
+
+    kind: str
+    load: Callable[[], nn.Module]
+
+
+def _models_of(
+    subject: Subject, config: Config, clean: Mapping[str, AttackRecord], results: Results
+) -> dict[str, _Model]:
+    """The models to look at, by name; warns of clean ones that are no fair comparison."""
+    kind = "record" if subject.attack is not None else "model"
+    models = {BEFORE: _Model(kind, lambda: subject.model)}
+    for purified in subject.purified:
+        models[purified.name] = _Model("purified", purified.load)
+    for name, record in clean.items():
+        if record.model_name != subject.model_name:
+            results.warn(says_little(name, record.model_name, subject.model_name))
+        elif subject.attack and (other := trained_otherwise(name, record, subject.attack)):
+            results.warn(other)
+        models[name] = _Model("clean", functools.partial(built, record, subject, config))
+        results.models[name] = record.sha256
+    return models
+
+
 def look(subject: Subject, config: Config, results: Results) -> None:
     """All signals of the model, of clean models, and of purified models.
 
@@ -175,19 +200,9 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     index = subject.clean_draw(ratio, config.random_seed)
     order = generator(config.random_seed, "probes")
     probes = data.train.at(index[torch.randperm(len(index), generator=order)])
-    kinds: dict[str, str] = {BEFORE: "record" if subject.attack is not None else "model"}
-    loaders: dict[str, Callable[[], nn.Module]] = {BEFORE: lambda: subject.model}
-    for purified in subject.purified:
-        kinds[purified.name], loaders[purified.name] = "purified", purified.load
-    named = [*config.clean_records, *train_clean(subject, config)]
+    named = [*config.clean_records, *train_clean(subject, config, config.train_clean)]
     clean = clean_records(subject, config, named)
-    for name, record in clean.items():
-        if record.model_name != subject.model_name:
-            results.warn(says_little(name, record.model_name, subject.model_name))
-        elif subject.attack and (other := trained_otherwise(name, record, subject.attack)):
-            results.warn(other)
-        kinds[name], loaders[name] = "clean", functools.partial(built, record, subject, config)
-        results.models[name] = record.sha256
+    models = _models_of(subject, config, clean, results)
     results.facts["acc"] = subject.scores.acc.value
     if learned_little(subject.scores, len(data.classes)):
         results.warn(
@@ -202,9 +217,8 @@ def look(subject: Subject, config: Config, results: Results) -> None:
             "B are compared with clean models alone"
         )
     signals: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, load in loaders.items():
-        model = load()
-        computed = signals_of(model, probes, config, subject.device)
+    for name, model in models.items():
+        computed = signals_of(model.load(), probes, config, subject.device)
         if HEAD not in computed and has_enough:
             results.warn(f"{name}: no signal C, since its last layer is not a linear one")
         step = f"{name} ({clean[name].sha256[:8]})" if name in clean else name
@@ -216,7 +230,44 @@ def look(subject: Subject, config: Config, results: Results) -> None:
     if config.neural_cleanse and has_enough:
         add_neural_cleanse(subject, clean, signals, results)
     null = [signals[name] for name in clean]
-    rows, classes, cells = [], [], []
+    kinds = {name: model.kind for name, model in models.items()}
+    results.tables |= _tables(signals, kinds, null, data.classes)
+    results.facts["signals"] = {
+        name: {
+            signal: {"statistic": value["statistic"], "top": value["top"], **value["facts"]}
+            for signal, value in of_model.items()
+        }
+        for name, of_model in signals.items()
+        if kinds[name] != "clean"
+    }
+    for name, of_model in signals.items():
+        if kinds[name] != "clean":
+            results.headline[name] = {
+                signal: headline_of(value, data.named) for signal, value in of_model.items()
+            }
+    said = conclusion(signals[BEFORE], null, data.named)
+    results.conclude(said)
+    page = (signals[BEFORE], probes, said, len(null))
+    results.figures["inspect"] = lambda: draw(subject, config, *page)
+
+
+def _tables(
+    signals: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    kinds: Mapping[str, str],
+    null: Sequence[Mapping[str, Mapping[str, Any]]],
+    names: Sequence[str],
+) -> dict[str, list[dict[str, Any]]]:
+    """The tables of an inspection, see `look`.
+
+    Args:
+        signals: by model and signal.
+        kinds: of the models, by name.
+        null: the signals of clean models.
+        names: of the classes.
+    """
+    rows: list[dict[str, Any]] = []
+    classes: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
     for name, of_model in signals.items():
         for signal, value in of_model.items():
             others = [other[signal]["statistic"] for other in null if signal in other]
@@ -228,7 +279,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                     "signal": signal,
                     "statistic": value["statistic"],
                     "top": value["top"],
-                    "top_name": None if value["top"] is None else data.classes[value["top"]],
+                    "top_name": None if value["top"] is None else names[value["top"]],
                     "p": p if others and kinds[name] != "clean" else None,
                     "clean_models": len(others),
                     **{fact: value["facts"].get(fact) for fact in FACTS},
@@ -250,116 +301,7 @@ def look(subject: Subject, config: Config, results: Results) -> None:
                 {"model": name, "signal": signal, "class": label, "value": number}
                 for label, number in enumerate(value["by_class"])
             ]
-    results.tables |= {"signals": rows, "classes": classes, "matrix": cells}
-    results.facts["signals"] = {
-        name: {
-            signal: {"statistic": value["statistic"], "top": value["top"], **value["facts"]}
-            for signal, value in of_model.items()
-        }
-        for name, of_model in signals.items()
-        if kinds[name] != "clean"
-    }
-    for name, of_model in signals.items():
-        if kinds[name] != "clean":
-            results.headline[name] = {
-                signal: headline_of(value, data.named) for signal, value in of_model.items()
-            }
-    said = conclusion(signals[BEFORE], null, data.named)
-    results.conclude(said)
-    page = (signals[BEFORE], probes, said, len(null))
-    results.figures["inspect"] = lambda: draw(subject, config, *page)
-
-
-def clean_records(
-    subject: Subject, config: Config, named: Sequence[str]
-) -> dict[str, AttackRecord]:
-    """Some records of clean models, by their short names.
-
-    Args:
-        named: names or folders of records.
-
-    Raises:
-        UserError: if two of them, or one of them and another model here, share a name, or if they
-            are the same model, which would count twice.
-    """
-    taken = {purified.name for purified in subject.purified} | {BEFORE}
-    records: dict[str, AttackRecord] = {}
-    of_content: dict[str, str] = {}
-    for name in dict.fromkeys(named):
-        record = load_clean(name, "--clean_records", config.record_path, subject.data)
-        short = record.folder.name
-        if short in records or short in taken:
-            raise UserError(
-                f"--clean_records: {name}: another model here is called {short}, too; rename the "
-                "record, or leave one out"
-            )
-        if subject.attack is not None and record.sha256 == subject.attack.sha256:
-            raise UserError(
-                f"--clean_records: {name} is the model that is inspected; give other ones"
-            )
-        twin = of_content.setdefault(record.sha256, name)
-        if twin != name:
-            raise UserError(
-                f"--clean_records: {name} is the same model as {twin}, and would count twice; "
-                "leave one out"
-            )
-        records[short] = record
-    return records
-
-
-def built(record: AttackRecord, subject: Subject, config: Config) -> nn.Module:
-    """The model of a clean record, in eval mode, on the subject's device."""
-    model = record.build(config.model if record.model_sha256 else None)
-    return prepare(model, subject.device, subject.precision)
-
-
-def train_clean(subject: Subject, config: Config) -> list[str]:
-    """Trains clean models by the recipe of the record, if that was not done before.
-
-    Returns:
-        The names of their records, which begin with `clean-`.
-    """
-    names = []
-    for number in range(config.train_clean):
-        recipe = clean_recipe(subject, config, number)
-        values = {**asdict(recipe), "save_folder_name": None}
-        # A folder of images, or a user's file, may have had another content.
-        values |= {"content": [subject.data.fingerprint(), subject.model_sha256]}
-        name = f"clean-{recipe_sha256(values)[:8]}-s{recipe.random_seed}"
-        folder = places.attack_folder(name, as_path(config.record_path))
-        with distributed.main_alone() as is_mine:
-            if is_mine and not folder.is_done:  # perhaps another inspection is training it
-                Lock(folder.path).wait(name)
-        try:
-            if not distributed.from_main(folder.is_done):
-                begun = (folder.path / "checkpoint.pt").exists()
-                train(replace(recipe, save_folder_name=name, resume=begun), "prototype", clean_plan)
-        finally:
-            folder.release()
-        names.append(name)
-    return names
-
-
-def clean_recipe(subject: Subject, config: Config, number: int) -> TrainingConfig:
-    """How a clean model is trained: as the record's model, with another seed."""
-    recorded = {}
-    if subject.attack is not None and (subject.attack.folder / "config.yaml").exists():
-        recorded = read_yaml(subject.attack.folder / "config.yaml")
-    not_of_recipe = {"save_folder_name", "dataset", *OF_ONE_RUN}
-    names = {field.name for field in fields(TrainingConfig)} - not_of_recipe
-    values = {name: value for name, value in recorded.items() if name in names}
-    model = config.model if subject.model_sha256 else subject.model_name
-    values |= {
-        "record_path": config.record_path,
-        "model": model,
-        "image_size": subject.data.image_shape[1],
-        "random_seed": 1000 + number,
-        "device": config.device,
-        "precision": config.precision,
-    }
-    if config.dataset_path is not None:
-        values["dataset_path"] = config.dataset_path
-    return TrainingConfig.load(subject.data.name, **values)
+    return {"signals": rows, "classes": classes, "matrix": cells}
 
 
 def add_neural_cleanse(

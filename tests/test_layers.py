@@ -22,7 +22,7 @@ ROWS = (
     (
         *("attack.prototype", "attack.recipe", "attack.setting", "attack.poisoning"),
         *("attack.controlled", "defense.base", "analysis.subject", "analysis.base"),
-        *("analysis.signals", "analysis.inspection"),
+        *("analysis.signals", "analysis.inspection", "analysis.cleanmodels"),
         "interop.*",
     ),
     ("utils.training.*",),

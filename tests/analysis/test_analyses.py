@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import analysis
-from analysis import base, inspection
+from analysis import base, cleanmodels, inspection
 from analysis.subject import Subject
 from models import Classifier, Resize
 from models.tiny import TinyNet
@@ -896,7 +896,7 @@ def test_clean_models_of_other_content_are_other_ones(
     tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same recipe with other images, or another file of the user, makes another record."""
-    monkeypatch.setattr(inspection, "train", lambda *_: None)
+    monkeypatch.setattr(cleanmodels, "train", lambda *_: None)
     config = inspection.Config.load(
         "digits", record_path=str(tmp_path), train_clean=1, model="tiny"
     )
@@ -905,7 +905,7 @@ def test_clean_models_of_other_content_are_other_ones(
         subject: Any = SimpleNamespace(
             attack=None, model_sha256=sha256, model_name="tiny", data=images
         )
-        (found,) = inspection.train_clean(subject, config)
+        (found,) = cleanmodels.train_clean(subject, config, 1)
         return found
 
     changed = replace(tiny_data.train, images=255 - tiny_data.train.images)
@@ -938,8 +938,8 @@ def test_of_two_inspections_one_waits_for_the_clean_models_of_the_other(
         attack=None, model_sha256=None, model_name="tiny", data=tiny_data
     )
     trained: list[str] = []
-    monkeypatch.setattr(inspection, "train", lambda config, *_: trained.append(config))
-    (name,) = inspection.train_clean(subject, config)
+    monkeypatch.setattr(cleanmodels, "train", lambda config, *_: trained.append(config))
+    (name,) = cleanmodels.train_clean(subject, config, 1)
     assert len(trained) == 1
     command = [sys.executable, "-c", TRAINING, tmp_path / name]
     with subprocess.Popen(
@@ -951,7 +951,7 @@ def test_of_two_inspections_one_waits_for_the_clean_models_of_the_other(
         end = other.stdin
         logger = SimpleNamespace(info=lambda *_: (end.write("\n"), end.flush()))
         monkeypatch.setattr("utils.records.lock.logger", logger)  # what says that it waits
-        assert inspection.train_clean(subject, config) == [name]
+        assert cleanmodels.train_clean(subject, config, 1) == [name]
     assert len(trained) == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
