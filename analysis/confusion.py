@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import AnalysisConfig, Results, percent, run
 from analysis.subject import Subject
-from utils.training.evaluate import predict
+from utils.training.evaluate import confusion, predict
 
 if TYPE_CHECKING:
     from utils.plot import Figure
@@ -26,16 +26,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Config(AnalysisConfig):
     needs_trigger = True
-
-
-def confusion(labels: torch.Tensor, predictions: torch.Tensor, classes: int) -> torch.Tensor:
-    """Counts of images by true label (row) and prediction (column).
-
-    Shape:
-        (N,), (N,) int64 -> (K, K) int64.
-    """
-    cells = torch.bincount(labels * classes + predictions, minlength=classes**2)
-    return cells.view(classes, classes)
 
 
 def look(subject: Subject, config: Config, results: Results) -> None:

@@ -33,7 +33,7 @@ from utils.process.script import logger, run_script
 from utils.records.checkpoint import digest
 from utils.records.contents import ATTACK_RESULT, SUMMARY, summary_of
 from utils.records.folders import RunFolder
-from utils.records.places import is_usual, name_in_tables, refuse_foreign
+from utils.records.places import is_usual, name_in_tables, no_records, refuse_foreign
 from utils.tensors import load_tensors
 
 CLEAN, EXTERNAL = "prototype", "external"
@@ -177,25 +177,11 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
     found: list[tuple[Path, Inspection]] = []
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"--under: {folder} is no folder; give one that holds records")
+            raise no_records(folder)
         for path in sorted(folder.glob(f"**/analysis/[!.]*/{SUMMARY}")):
-            try:
-                content: Mapping[str, Any] = read_object(path)
-                if content.get("analysis") != "inspect" or not content.get("attack"):
-                    continue
-                one = Inspection.model_validate(content)
-                if not is_usual(path.parent, content):
-                    logger.warning("warning: %s: skipped, only analysis/inspect counts", path)
-                elif _has_failed(path.parents[2]):
-                    logger.warning("warning: %s: skipped, the attack failed", path)
-                elif one.is_unknown:
-                    logger.warning(
-                        "warning: %s: skipped, nothing says whether the model has a backdoor", path
-                    )
-                else:
-                    found.append((path, one))
-            except (OSError, ValueError, ValidationError):
-                logger.warning("warning: %s: is no summary of an inspection; skipped", path)
+            one = _read_one(path)
+            if one is not None:
+                found.append((path, one))
     inspections: list[Inspection] = []
     seen: set[str] = set()
     for path, one in sorted(found, key=lambda pair: pair[1].attack == EXTERNAL):
@@ -207,6 +193,28 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
             f"--under: {folders[0]} holds no inspection; run analysis/inspect.py on its records"
         )
     return inspections
+
+
+def _read_one(path: Path) -> Inspection | None:
+    """An inspection that counts; None, mostly with a warning, for any other summary."""
+    try:
+        content: Mapping[str, Any] = read_object(path)
+        if content.get("analysis") != "inspect" or not content.get("attack"):
+            return None
+        one = Inspection.model_validate(content)
+    except (OSError, ValueError, ValidationError):
+        logger.warning("warning: %s: is no summary of an inspection; skipped", path)
+        return None
+    if not is_usual(path.parent, content):
+        reason = "only analysis/inspect counts"
+    elif _has_failed(path.parents[2]):
+        reason = "the attack failed"
+    elif one.is_unknown:
+        reason = "nothing says whether the model has a backdoor"
+    else:
+        return one
+    logger.warning("warning: %s: skipped, %s", path, reason)
+    return None
 
 
 def _has_failed(record: Path) -> bool:

@@ -44,6 +44,7 @@ from utils.config import Parser
 from utils.errors import UserError, listed
 from utils.files import ROOT
 from utils.process.script import run_script
+from utils.records.places import no_records
 
 FORMATS = ("md", "tex", "csv", "png", "svg", "html")
 KEPT_FORMATS = ("md", "png")  # beside the runs
@@ -62,7 +63,7 @@ def folders_of(unders: Sequence[str] | None, record_path: Path | None) -> list[P
     for under in unders:
         folder = next((f for f in (records / under, Path(under)) if f.is_dir()), None)
         if folder is None:
-            raise UserError(f"--under: {under} is no folder; give one that holds records")
+            raise no_records(under)
         if folder.resolve() in folders:
             raise UserError(f"--under: {under} is given twice; give it once")
         folders[folder.resolve()] = folder

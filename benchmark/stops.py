@@ -25,7 +25,7 @@ from utils.errors import UserError, first_line
 from utils.files import read_object
 from utils.process.script import logger, run_script
 from utils.records.contents import SUMMARY
-from utils.records.places import made_folder, refuse_foreign
+from utils.records.places import made_folder, no_records, refuse_foreign
 
 AUTO, ALL = "sau_auto", "sau"
 SIGNAL, ASR, ASR_ALL = "held-out error + share", "ASR (auto)", "ASR (all rounds)"
@@ -104,7 +104,7 @@ def read(under: Path) -> list[Pair]:
         UserError: if there is none.
     """
     if not under.is_dir():
-        raise UserError(f"--under: {under} is no folder; give one that holds records")
+        raise no_records(under)
     pairs = [read_pair(path) for path in sorted(under.glob("[!.]*")) if path.is_dir()]
     complete = [pair for pair in pairs if pair is not None]
     if not complete:

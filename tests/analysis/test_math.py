@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from analysis import (
-    confusion,
     features,
     gradcam,
     inspection,
@@ -700,11 +699,6 @@ def test_a_signal_that_clean_models_lack_is_compared_with_nothing() -> None:
 
 
 # --- pictures -----------------------------------------------------------------------------------
-
-
-def test_confusion_counts_true_classes_in_rows() -> None:
-    matrix = confusion.confusion(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1]), 2)
-    assert matrix.tolist() == [[0, 2], [0, 1]]
 
 
 def test_grad_cam_of_a_linear_network() -> None:

@@ -152,6 +152,11 @@ def free_folder(
     return folder
 
 
+def no_records(under: object) -> UserError:
+    """The error that `--under` names no folder."""
+    return UserError(f"--under: {under} is no folder; give one that holds records")
+
+
 def made_folder(path: Path, flag: str = "--to") -> RunFolder:
     """The folder that a flag names, which is made if it is not there.
 

@@ -115,3 +115,13 @@ def evaluate(
     asr, ra = rates(triggered.images, triggered.targets, triggered.labels)
     cross_acc = None if cross is None else rates(cross.images, cross.labels)[0]
     return Scores(acc, asr=asr, ra=ra, cross_acc=cross_acc)
+
+
+def confusion(labels: torch.Tensor, predictions: torch.Tensor, classes: int) -> torch.Tensor:
+    """Counts of images by true label (row) and prediction (column).
+
+    Shape:
+        (N,), (N,) int64 -> (K, K) int64.
+    """
+    cells = torch.bincount(labels * classes + predictions, minlength=classes**2)
+    return cells.view(classes, classes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.process import distributed
+from utils.training.evaluate import confusion
 
 FEWEST_TO_STAND_OUT = 3  # values, of which one can be farther from the median than the others
 
@@ -67,8 +68,7 @@ def add(
         values.cpu() for values in (labels, predictions, adversarial)
     )
     classes = len(tally["sent"])
-    cells = torch.bincount(labels * classes + adversarial, minlength=classes**2)
-    tally["matrix"] += cells.view(classes, classes)
+    tally["matrix"] += confusion(labels, adversarial, classes)
     for label in range(classes):
         is_other = (labels != label) & (predictions != label)
         tally["others"][label] += is_other.sum()

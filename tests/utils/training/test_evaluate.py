@@ -12,7 +12,7 @@ from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import LabelMap, triggered_test_set
 from utils.errors import UserError
 from utils.metrics import Rate, Scores
-from utils.training.evaluate import evaluate, head_features, predict
+from utils.training.evaluate import confusion, evaluate, head_features, predict
 
 CPU = torch.device("cpu")
 
@@ -177,3 +177,8 @@ def test_the_batch_size_is_that_of_every_pass(data: Dataset) -> None:
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_the_longer_side_counts(shape: tuple[int, int]) -> None:
     assert utils.training.evaluate._side(Reader(), torch.zeros(1, 3, *shape)) == 6
+
+
+def test_confusion_counts_true_classes_in_rows() -> None:
+    matrix = confusion(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1]), 2)
+    assert matrix.tolist() == [[0, 2], [0, 1]]
