@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from defense.base import drawn_share
 from models import Classifier, Resize, prepare
 from models.changes import changes_of
 from utils.config import Group
@@ -29,6 +28,7 @@ from utils.records.defense import checked_result, load_defense
 from utils.records.hashes import unchanged
 from utils.records.named import OfRecord, check_dataset, named_record
 from utils.training.findings import Findings
+from utils.training.selection import drawn_share
 from utils.training.watch import scorer
 from utils.values import Distinct
 

@@ -37,8 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack.poisoning import dirty_label, run
 from attack.recipe import AttackConfig
+from utils.data.batches import whole_share
 from utils.data.emblem import picture
-from utils.data.poison import KINDS, Choice, Triggers, whole_share
+from utils.data.poison import KINDS, Choice, Triggers
 from utils.errors import UserError
 from utils.process.seeds import generator
 

@@ -35,11 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attack.controlled import ControlledConfig, labels_of_batch, run_controlled, warn_of_room
 from attack.setting import Setting
 from models import Normalize
-from models.inputaware import EPSILON, Painter, PixelGenerator, threshold, widths_for
+from models.inputaware import Painter, PixelGenerator, threshold, widths_for
 from models.modes import evaluating
 from utils.data.batches import as_float, augment
 from utils.data.poison import count_in_batch, partners
 from utils.errors import UserError
+from utils.perturb import EPSILON
 from utils.process.seeds import generator
 from utils.training.loop import Loop, batch_sizes
 from utils.training.state import restore

@@ -39,8 +39,8 @@ from attack.controlled import (
     warn_of_room,
 )
 from attack.setting import Setting
-from utils.data.batches import as_float
-from utils.data.poison import count_in_batch, whole_share
+from utils.data.batches import as_float, whole_share
+from utils.data.poison import count_in_batch
 from utils.process.seeds import Draws, generator
 
 

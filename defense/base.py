@@ -33,7 +33,7 @@ from utils.metrics import Scores, defense_effectiveness_rating
 from utils.process import distributed
 from utils.process.device import pick_device, pick_precision, run_conditions
 from utils.process.script import file_log, logger, run_script
-from utils.process.seeds import deterministic, generator, seed_everything
+from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders, places
 from utils.records.attack import AttackRecord, load_attack
 from utils.records.checkpoint import Origin
@@ -621,32 +621,7 @@ def drawn_index(labels: torch.Tensor, config: CleanData | PoisonedData) -> torch
         if len(index) == 0:
             raise UserError(f"--index: {config.index} is empty; name at least one image")
         return index
-    return drawn_share(labels, config.ratio, config.random_seed)
-
-
-def drawn_share(labels: torch.Tensor, ratio: float, seed: int) -> torch.Tensor:
-    """A share of each class of the training set, drawn at random; also for analyses.
-
-    Args:
-        labels: int64 (N,), of the training set.
-        ratio: in (0, 1].
-
-    Returns:
-        int64 indices into the training set, ascending.
-
-    Raises:
-        UserError: if round(ratio N) is 0.
-    """
-    count = len(labels)
-    if round(ratio * count) == 0:
-        raise UserError(
-            f"--ratio: {ratio:g} of {count} training images is none; give at least {1 / count:.2g}"
-        )
-    rng = generator(seed, "clean subset")
-    index = selection.drawn_by_class(labels, ratio, rng)
-    if len(index) == 0:  # each class has a single image, of which the share is none
-        index = torch.randperm(count, generator=rng)[: round(ratio * count)].sort().values
-    return index
+    return selection.drawn_share(labels, config.ratio, config.random_seed)
 
 
 def comparison(before: Scores, after: Scores, der: float | None) -> str:

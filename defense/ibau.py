@@ -42,8 +42,7 @@ from models import Classifier
 from models.copies import copied
 from models.modes import evaluating, frozen, twice_differentiable
 from models.parts import learning_weights
-from utils.data.batches import as_float, augment, spread
-from utils.data.poison import whole_share
+from utils.data.batches import as_float, augment, spread, whole_share
 from utils.process.seeds import generator
 from utils.training.findings import Picture
 from utils.training.loop import Loop, batch_sizes

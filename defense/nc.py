@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from defense.base import FineTuned, checked, run
 from models.copies import copied
-from models.inputaware import to_unit as bounded
 from models.modes import evaluating, frozen
 from models.parts import learning_weights
 from utils.data.batches import as_float, augment
 from utils.errors import listed
+from utils.perturb import to_unit
 from utils.process.seeds import generator
 from utils.training.findings import Picture, Verdict
 from utils.training.loop import Loop
@@ -131,7 +131,7 @@ def invert_trigger(
             for index in loop.batches(len(images), config.batch_size, order, least=1):
                 batch = augment(images[index], config.crop_padding, config.flip, crops)
                 x = as_float(batch, device)
-                mask, pattern = bounded(theta["mask"]), bounded(theta["pattern"])
+                mask, pattern = to_unit(theta["mask"]), to_unit(theta["pattern"])
                 logits = called(stamp(x, mask, pattern).to(x.dtype))
                 wanted = torch.full((len(x),), target, device=device)
                 norm = mask.sum()
@@ -170,7 +170,7 @@ def adjust(
         norm: mean of the mask's sum over the pass's batches.
     """
     works = success >= config.atk_succ_threshold
-    now = {name: bounded(value).clone() for name, value in theta.items()}
+    now = {name: to_unit(value).clone() for name, value in theta.items()}
     if works and norm < search["best_norm"]:
         best.update(now)
         search["best_norm"].fill_(norm)

@@ -7,7 +7,7 @@ convolution blocks without skip connections, in the sizes that were published fo
 import torch
 from torch import nn
 
-EPSILON = 1e-7
+from utils.perturb import to_unit
 
 
 class Painter(nn.Module):
@@ -75,11 +75,6 @@ def widths_for(size: int) -> tuple[int, ...] | None:
     if size % 8 == 0 and size > 16:
         return 32, 64, 128
     return (16, 32) if size % 4 == 0 else None
-
-
-def to_unit(values: torch.Tensor) -> torch.Tensor:
-    """tanh(v) / (2 + 1e-7) + 0.5: any float -> (0, 1)."""
-    return values.tanh() / (2 + EPSILON) + 0.5
 
 
 def threshold(masks: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Geometry of L_p balls: where a perturbation starts and how it is kept inside."""
+"""Where perturbations start, and how they stay inside L_p balls, or learned values in (0, 1)."""
 
 from typing import Literal
 
@@ -6,6 +6,8 @@ import torch
 
 Norm = Literal["L_inf", "L1", "L2", "Reg"]
 Start = Literal["zero", "random", "max", "min"]
+
+EPSILON = 1e-7
 
 
 def initial_perturbation(
@@ -55,3 +57,8 @@ def project(delta: torch.Tensor, bound: float, norm: Norm) -> torch.Tensor:
     lengths = torch.linalg.vector_norm(delta.flatten(1), ord={"L1": 1, "L2": 2}[norm], dim=1)
     scale = torch.where(lengths > bound, bound / lengths, 1.0)
     return delta * scale.view(-1, 1, 1, 1)
+
+
+def to_unit(values: torch.Tensor) -> torch.Tensor:
+    """tanh(v) / (2 + 1e-7) + 0.5: any float -> (0, 1)."""
+    return values.tanh() / (2 + EPSILON) + 0.5

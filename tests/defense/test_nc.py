@@ -21,9 +21,9 @@ from defense.nc import (
     purify,
     stamp,
 )
-from models.inputaware import to_unit
 from tests.networks import conv_net, copied, differing, problem
 from utils.data.batches import augment
+from utils.perturb import to_unit
 from utils.process.seeds import generator
 from utils.training.loop import Loop
 from utils.training.sgd import fine_tune

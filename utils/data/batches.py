@@ -21,6 +21,18 @@ def spread(count: int, most: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(most, count)).long().unique()
 
 
+def whole_share(ratio: float, count: int) -> int:
+    """int(ratio * count) of the exact product: 29 for 0.29 and 100.
+
+    Published code has 28 there.
+
+    Args:
+        ratio: >= 0.
+        count: of the images that it is a share of.
+    """
+    return int(ratio * count + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
 def mapped(file: Path, shape: tuple[int, ...]) -> torch.Tensor:
     """A file of uint8 values as a tensor, read as it is used; it must not be written to.
 

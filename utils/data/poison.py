@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from utils.data.batches import release
+from utils.data.batches import release, whole_share
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.errors import UserError
 from utils.process.progress import Progress
@@ -307,18 +307,6 @@ def said_of_batches(ratio: float, batch_size: int) -> str:
         f"one image is poisoned in one of {every:.3g} batches of {batch_size}, drawn at random, "
         f"{100 * ratio:.2f} %"
     )
-
-
-def whole_share(ratio: float, count: int) -> int:
-    """int(ratio * count) of the exact product: 29 for 0.29 and 100.
-
-    Published code has 28 there.
-
-    Args:
-        ratio: >= 0.
-        count: of the images that it is a share of.
-    """
-    return int(ratio * count + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def partners(count: int, rng: torch.Generator) -> torch.Tensor:

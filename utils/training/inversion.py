@@ -21,14 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.copies import copied
-from models.inputaware import to_unit
 from models.lastmap import last_map
 from models.modes import evaluating, frozen, in_float32
 from models.outputs import recording, weighted
 from models.parts import usual_weight
 from models.unet import UNet
-from utils.data.batches import as_float
-from utils.data.poison import whole_share
+from utils.data.batches import as_float, whole_share
+from utils.perturb import to_unit
 from utils.process.seeds import generator
 from utils.training.findings import Picture
 from utils.training.loop import Loop

@@ -76,6 +76,31 @@ def drawn_by_class(labels: torch.Tensor, share: float, rng: torch.Generator) -> 
     return torch.cat(chosen).sort().values
 
 
+def drawn_share(labels: torch.Tensor, ratio: float, seed: int) -> torch.Tensor:
+    """A share of each class of the training set, drawn at random.
+
+    Args:
+        labels: int64 (N,), of the training set.
+        ratio: in (0, 1].
+
+    Returns:
+        int64 indices into the training set, ascending.
+
+    Raises:
+        UserError: if round(ratio N) is 0.
+    """
+    count = len(labels)
+    if round(ratio * count) == 0:
+        raise UserError(
+            f"--ratio: {ratio:g} of {count} training images is none; give at least {1 / count:.2g}"
+        )
+    rng = generator(seed, "clean subset")
+    index = drawn_by_class(labels, ratio, rng)
+    if len(index) == 0:  # each class has a single image, of which the share is none
+        index = torch.randperm(count, generator=rng)[: round(ratio * count)].sort().values
+    return index
+
+
 class Best:
     """The model of the last round that is as good as the best one, as far as a measure can tell.
 
