@@ -172,7 +172,9 @@ def purify(
             channels[name] = outliers(divergence, config.u)
         return channels
 
-    return pruned_in_rounds(model, config, loop or Loop(), outlying)
+    return pruned_in_rounds(
+        model, loop or Loop(), outlying, n_rounds=config.n_rounds, prune_bias=config.prune_bias
+    )
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def purify(
         loop.findings.say(f"{text}what they read is no convolution's output (--pairs direct)")
     elif alone:
         loop.findings.warn(f"{text}no convolution of their width comes before them")
-    return pruned_in_rounds(model, config, loop, outlying)
+    return pruned_in_rounds(
+        model, loop, outlying, n_rounds=config.n_rounds, prune_bias=config.prune_bias
+    )
 
 
 if __name__ == "__main__":

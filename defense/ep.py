@@ -174,7 +174,9 @@ def purify(
             for name, values in largest_inputs(model, images, config.batch_size).items()
         }
 
-    return pruned_in_rounds(model, config, loop or Loop(), outlying)
+    return pruned_in_rounds(
+        model, loop or Loop(), outlying, n_rounds=config.n_rounds, prune_bias=config.prune_bias
+    )
 
 
 if __name__ == "__main__":

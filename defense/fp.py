@@ -121,7 +121,9 @@ def purify(
             return pruned
 
         levels = range(0, count, step)
-        level = chosen_level(levels, of_level, model, images[held], labels[held], config, loop)
+        level = chosen_level(
+            levels, of_level, model, images[held], labels[held], loop, acc_ratio=config.acc_ratio
+        )
     if level is None:
         return purified
     features = order[:level]

@@ -115,17 +115,12 @@ def pruned_by_masks(
     def of_level(level: float) -> nn.Module:
         return silenced(model, channels_up_to(masks, level), config.prune_bias)
 
-    level = chosen_level(levels, of_level, model, images[held], labels[held], config, loop)
+    level = chosen_level(
+        levels, of_level, model, images[held], labels[held], loop, acc_ratio=config.acc_ratio
+    )
     if level is None:
         return silenced(model, {}, config.prune_bias)
     return _pruned(model, masks, config, loop, level)
-
-
-class Limit(Protocol):
-    """The flag that choosing a level reads."""
-
-    @property
-    def acc_ratio(self) -> float: ...
 
 
 def chosen_level(
@@ -134,8 +129,9 @@ def chosen_level(
     model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
-    config: Limit,
     loop: Loop,
+    *,
+    acc_ratio: float,
 ) -> L | None:
     """The last level before the accuracy on held-out images falls, see `acceptable`.
 
@@ -147,6 +143,8 @@ def chosen_level(
         model: as it was given.
         images: (N, C, H, W) held-out images, float in [0, 1] or uint8.
         labels: (N,) int64.
+        loop: takes what is found.
+        acc_ratio: relative loss of accuracy that is accepted, in [0, 1].
 
     Returns:
         The level; None if no level is good.
@@ -164,8 +162,8 @@ def chosen_level(
         return float(hits.double().mean())
 
     before = accuracy(model)
-    accuracies = tried(levels, lambda level: accuracy(of_level(level)), before, config.acc_ratio)
-    count = acceptable(accuracies, before, config.acc_ratio)
+    accuracies = tried(levels, lambda level: accuracy(of_level(level)), before, acc_ratio)
+    count = acceptable(accuracies, before, acc_ratio)
     rows = [
         {"level": level, "held_out_acc": accuracy}
         for level, accuracy in zip(levels, accuracies, strict=False)
@@ -188,35 +186,31 @@ def chosen_level(
     return levels[count - 1]
 
 
-class Passes(Protocol):
-    """The flags that pruning in rounds reads."""
-
-    @property
-    def n_rounds(self) -> int: ...
-    @property
-    def prune_bias(self) -> bool: ...
-
-
 def pruned_in_rounds(
     model: nn.Module,
-    config: Passes,
     loop: Loop,
     channels_of: Callable[[nn.Module], Mapping[str, torch.Tensor]],
+    *,
+    n_rounds: int,
+    prune_bias: bool,
 ) -> nn.Module:
     """A copy of the model without the channels that stand out, which are searched in each round.
 
     Args:
+        loop: counts the rounds, and takes what was pruned.
         channels_of: from the model as it is now to the channels to prune: bool (C,) by the layer's
             name.
+        n_rounds: how often they are searched.
+        prune_bias: whether a pruned channel gives 0; else it gives its bias.
 
     Returns:
         The copy, in eval mode.
     """
-    model = silenced(model, {}, config.prune_bias)
+    model = silenced(model, {}, prune_bias)
     rows: dict[tuple[int | str, ...], dict[str, int | str]] = {}
-    for _ in loop.rounds(config.n_rounds):
+    for _ in loop.rounds(n_rounds):
         channels = channels_of(model)
-        model = silenced(model, channels, config.prune_bias)
+        model = silenced(model, channels, prune_bias)
         # A channel that is pruned may stand out again, because what comes in there is as before.
         rows |= {tuple(row.values()): row for row in named_channels(channels)}
     pruned = list(rows.values())
