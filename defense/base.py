@@ -57,6 +57,7 @@ from utils.training.guard import (
 from utils.training.loop import Loop
 from utils.training.sgd import Schedule
 from utils.training.watch import Watch, scorer
+from utils.values import Endless
 
 Sees = Literal["nothing", "clean", "poisoned"]
 Selection = Literal["fixed", "val"]
@@ -161,6 +162,24 @@ class Masked(HeldOut):
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         norms(model)
         require_replaceable(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlying(DefenseConfig):
+    """Pruning of channels that stand out; `--help` lists its fields with the method's own."""
+
+    u: Annotated[
+        float, Field(ge=0, description="standard deviations from which on to prune"), Endless
+    ]
+    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
+    n_rounds: Annotated[
+        int,
+        Field(ge=0, description="how often outliers are pruned; 0 changes nothing"),
+        Group.TRAINING,
+    ]
+
+    advice = "raise --u"
+    learns = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,41 +23,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import CleanData, Rounds, checked, run
+from defense.base import CleanData, Outlying, Rounds, checked, run
 from models.channels import running_norms
 from models.modes import evaluating
 from models.outputs import watching
-from utils.config import Group
 from utils.data.batches import as_float
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
-from utils.values import Endless
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CleanData, Rounds):
-    u: Annotated[
-        float, Field(ge=0, description="standard deviations from which on to prune"), Endless
-    ]
-    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
-    n_rounds: Annotated[
-        int,
-        Field(ge=0, description="how often outliers are pruned; 0 changes nothing"),
-        Group.TRAINING,
-    ]
-
-    advice = "raise --u"
-    learns = False
-
+class Config(Outlying, CleanData, Rounds):
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         running_norms(model)
 

@@ -30,29 +30,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import DefenseConfig, checked, run
+from defense.base import Outlying, checked, run
 from models.channels import Pairs, convolutions_before, running_norms
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
-from utils.values import Endless
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DefenseConfig):
-    n_rounds: Annotated[
-        int, Field(ge=0, description="how often outliers are pruned; 0 changes nothing")
-    ]
-    u: Annotated[
-        float, Field(ge=0, description="standard deviations from which on to prune"), Endless
-    ]
-    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
+class Config(Outlying):
     pairs: Annotated[
         Pairs, Field(description="convolution of a BatchNorm: by order, or the direct one alone")
     ]
-
-    advice = "raise --u"
-    learns = False
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         convolutions_before(model, self.pairs, image_shape)

@@ -30,38 +30,24 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from defense.base import PoisonedData, Rounds, checked, run
+from defense.base import Outlying, PoisonedData, Rounds, checked, run
 from models.channels import norms
 from models.modes import evaluating
 from models.outputs import watching
-from utils.config import Group
 from utils.data.batches import as_float
 from utils.errors import UserError
 from utils.training.loop import Loop
 from utils.training.pruning import pruned_in_rounds
 from utils.training.selection import outliers
-from utils.values import Endless
 
 MOST_BINS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PoisonedData, Rounds):
-    u: Annotated[
-        float, Field(ge=0, description="standard deviations from which on to prune"), Endless
-    ]
+class Config(Outlying, PoisonedData, Rounds):
     bin_width: Annotated[
         float, Field(gt=0, description="of the histogram, in standard deviations of a channel")
     ]
-    prune_bias: Annotated[bool, Field(description="a pruned channel gives 0; else its bias")]
-    n_rounds: Annotated[
-        int,
-        Field(ge=0, description="how often outliers are pruned; 0 changes nothing"),
-        Group.TRAINING,
-    ]
-
-    advice = "raise --u"
-    learns = False
 
     def check_network(self, model: nn.Module, image_shape: Sequence[int]) -> None:
         norms(model)

@@ -702,7 +702,7 @@ GROUPS = {
 def test_help_shows_the_flags_that_act_by_what_they_are_for(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that `defense/base.py` does not have come first, and with them the levels of masks."""
+    """Those that `defense/base.py` does not have come first, and with them those of pruning."""
     config = module(name).Config
     assert run_script(ROOT / f"defense/{name}.py", "--help") == 0
     text = capsys.readouterr().out
@@ -717,7 +717,8 @@ def test_help_shows_the_flags_that_act_by_what_they_are_for(
         for flag in fields(owner)
     }
     of_masks = set(fields(base.Masked)) - set(fields(base.HeldOut))
-    method = [flag for flag in fields(config) if flag not in bases - of_masks]
+    of_outliers = set(fields(base.Outlying)) - set(fields(base.Rounds))
+    method = [flag for flag in fields(config) if flag not in bases - of_masks - of_outliers]
     assert shown.pop("This defense", []) == method
     expected = {
         title: [flag for flag in flags if flag in bases or flag in USER_FILES]
