@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from models import prepare
+from models import Classifier, prepare
 from models.channels import norms, require_replaceable
 from models.copies import copied, holds_graphs
 from models.lastmap import last_map
@@ -480,11 +480,7 @@ def _defend(
     """As `defend`, with the record that was read and the folder that was claimed."""
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
-    with seeded(config.random_seed):
-        backdoored = attack.build(config.model)
-        no_images = torch.zeros(0, *attack.image_shape), torch.zeros(0, dtype=torch.int64)
-        check_given(backdoored, *no_images, needs_images=False, needs_labels=False)
-        _check_network(config, backdoored, attack.image_shape)
+    backdoored = _checked_model(config, attack)
     data = attack.load_dataset(config.dataset_path)
     given = seen_images(config, attack, data)
     seed_everything(config.random_seed)
@@ -494,18 +490,7 @@ def _defend(
     recipe = replace(config, dataset=None, model=None)
     inputs = ending.inputs_of(recipe, data, attack.model_sha256)
     distributed.barrier()  # all have come so far before one empties the folder
-    triggered = attack.triggered
-    poison = [] if triggered is None else [triggered.index, triggered.images, triggered.targets]
-    origin = Origin(
-        method=name,
-        files={"the record": attack.sha256, **ending.files_of_flags(inputs)},
-        tensors={
-            f"the images and labels of {data.name}": data.tensors(),
-            "the images that the defense sees": [given.index, given.images, given.labels],
-            "the triggered images": poison,
-        },
-        conditions=run_conditions(device, precision),
-    )
+    origin = _origin(name, attack, data, given, inputs, run_conditions(device, precision))
     checkpoint = folder.start(config.dump(), config.resume, attack.model_sha256, origin)
     listed = {"clean": "clean_index.txt", "poisoned": "poisoned_index.txt"}.get(config.sees)
     if listed:
@@ -550,42 +535,21 @@ def _defend(
             return folder
         save_defense(folder, model, attack, name)
         title = f"{name} against {attack.attack} on {data.name}{of_target}"
+        caption = _labels_of_both(backdoored, model, data, device)
         pictures = [ending.draw_curves(folder, watch.metrics, "round", title)]
-
-        def caption(images: torch.Tensor) -> list[str]:
-            labels = [predict(network, images, device).tolist() for network in (backdoored, model)]
-            named = data.named
-            return [f"{named(a)} | {named(b)}" for a, b in zip(*labels, strict=True)]
-
         if attack.triggered is not None:
             picture = ending.draw_before_after(folder, caption, attack.triggered, data, title)
             pictures.append(picture)
         pictures += ending.draw_findings(folder, loop.findings, caption, title)
-        der = defense_effectiveness_rating(before, after)
-        result = comparison(before, after, der)
-        verdict = loop.findings.verdict and ending.judged(loop.findings.verdict, attack, before)
+        result = comparison(before, after, defense_effectiveness_rating(before, after))
+        found = loop.findings.verdict
+        verdict = ending.judged(found, attack, before) if found else None
         if verdict:
             result += f"\n{_said_of_verdict(verdict, data, before.attack_failed)}"
         ending.finish_run(
             folder,
             loop.findings,
-            facts={
-                "defense": name,
-                "attack": attack.attack,
-                "before": before.counts(),
-                "after": after.counts(),
-                "der": der,
-                **({"verdict": verdict} if verdict else {}),
-                "seed": config.random_seed,
-                "dataset": attack.dataset,
-                "model": attack.model_name,
-                "sees": config.sees,
-                "seen_images": len(given.index),
-                "clean_images": len(given.index) if config.sees == "clean" else 0,
-                "rounds": watch.metrics[-1]["round"] if hasattr(config, "n_rounds") else None,
-                "purify_seconds": round(watch.training_seconds, 2),
-                "attack_sha256": attack.sha256,
-            },
+            facts=_facts(name, config, attack, given, before, after, verdict, watch),
             said=data.warnings,
             warnings=_result_warnings(before, after, config.advice),
             result=result,
@@ -594,6 +558,81 @@ def _defend(
             run=ending.run_facts(recipe, started - watch.earlier, device, precision, inputs),
         )
     return folder
+
+
+def _checked_model(config: DefenseConfig, attack: AttackRecord) -> Classifier:
+    """The record's model; raises UserError if a defense, or this one, cannot work with it."""
+    with seeded(config.random_seed):
+        model = attack.build(config.model)
+        no_images = torch.zeros(0, *attack.image_shape), torch.zeros(0, dtype=torch.int64)
+        check_given(model, *no_images, needs_images=False, needs_labels=False)
+        _check_network(config, model, attack.image_shape)
+    return model
+
+
+def _origin(
+    name: str,
+    attack: AttackRecord,
+    data: Dataset,
+    given: Given,
+    inputs: Mapping[str, str],
+    conditions: Mapping[str, str | int],
+) -> Origin:
+    """What a checkpoint of this run depends on."""
+    triggered = attack.triggered
+    poison = [] if triggered is None else [triggered.index, triggered.images, triggered.targets]
+    return Origin(
+        method=name,
+        files={"the record": attack.sha256, **ending.files_of_flags(inputs)},
+        tensors={
+            f"the images and labels of {data.name}": data.tensors(),
+            "the images that the defense sees": [given.index, given.images, given.labels],
+            "the triggered images": poison,
+        },
+        conditions=conditions,
+    )
+
+
+def _labels_of_both(
+    before: nn.Module, after: nn.Module, data: Dataset, device: torch.device
+) -> ending.Captions:
+    """From images to the labels that the models before and after the defense give them."""
+
+    def caption(images: torch.Tensor) -> list[str]:
+        labels = [predict(network, images, device).tolist() for network in (before, after)]
+        return [f"{data.named(a)} | {data.named(b)}" for a, b in zip(*labels, strict=True)]
+
+    return caption
+
+
+def _facts(
+    name: str,
+    config: DefenseConfig,
+    attack: AttackRecord,
+    given: Given,
+    before: Scores,
+    after: Scores,
+    verdict: Mapping[str, Any] | None,
+    watch: Watch,
+) -> dict[str, Any]:
+    """What the summary says of this defense first."""
+    return {
+        "defense": name,
+        "attack": attack.attack,
+        "before": before.counts(),
+        "after": after.counts(),
+        "der": defense_effectiveness_rating(before, after),
+        **({"verdict": verdict} if verdict else {}),
+        "seed": config.random_seed,
+        "dataset": attack.dataset,
+        "model": attack.model_name,
+        "sees": config.sees,
+        "seen_images": len(given.index),
+        "clean_images": len(given.index) if config.sees == "clean" else 0,
+        "rounds": watch.metrics[-1]["round"] if hasattr(config, "n_rounds") else None,
+        "purify_seconds": round(watch.training_seconds, 2),
+        "attack_sha256": attack.sha256,
+    }
 
 
 def seen_images(config: DefenseConfig, attack: AttackRecord, data: Dataset) -> Given:
