@@ -15,6 +15,7 @@ from defense.anp import Config, adversarial_noise, learned_masks, mask_loss, pur
 from models import Classifier
 from models.channels import norms
 from tests.networks import conv_net, copied, differing, problem
+from tests.tuning import Momentum
 from utils.data.batches import augment
 from utils.errors import UserError
 from utils.process.seeds import generator
@@ -208,8 +209,8 @@ def literal_masks(
     """The outer and inner steps written out; `drawn` gives the number of batches of each round."""
     gamma = {name: norm.weight.detach() for name, norm in norms(network).items()}
     beta = {name: norm.bias.detach() for name, norm in norms(network).items()}
-    masks = {name: torch.ones_like(value) for name, value in gamma.items()}
-    velocity: Tensors = {}
+    masks = {name: torch.ones_like(value, requires_grad=True) for name, value in gamma.items()}
+    sgd = Momentum(masks.values(), config.sgd_momentum)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation")
     start = generator(config.random_seed, "noise")
@@ -236,16 +237,13 @@ def literal_masks(
                     name: noise[name].detach() + config.anp_eps / config.anp_steps * g.sign()
                     for name, g in zip(noise, gradients, strict=True)
                 }
-            for value in masks.values():
-                value.requires_grad_()
             still = {name: torch.zeros_like(value) for name, value in noise.items()}
             total = config.anp_alpha * loss(masks, still, x, y)
             if config.anp_eps > 0:
                 total = total + (1 - config.anp_alpha) * loss(masks, noise, x, y)
-            gradients = torch.autograd.grad(total, list(masks.values()))
-            for name, g in zip(list(masks), gradients, strict=True):
-                velocity[name] = config.sgd_momentum * velocity.get(name, 0) + g
-                masks[name] = (masks[name].detach() - config.lr * velocity[name]).clamp(0, 1)
+            sgd.step(torch.autograd.grad(total, list(masks.values())), config.lr)
+            for mask in masks.values():
+                mask.data.clamp_(0, 1)
     return masks
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from defense.bti_dbf import Config, purify, unlearning_loss
 from models import Classifier
 from models.outputs import recording
-from tests.inversions import Step, features_of, literal, logits_of
+from tests.inversions import TWICE, Step, features_of, literal, logits_of
 from tests.networks import ConvNet, conv_net, differing, problem
 from utils.errors import UserError
 from utils.training.loop import Loop
@@ -19,11 +19,7 @@ from utils.training.loop import Loop
 
 def config(**changes: Any) -> Config:
     """Everything twice, in batches of 5, 5 and 2 images."""
-    counts = ("inversion_rounds", "identity_epochs", "mask_epochs", "generator_epochs", "n_rounds")
-    values: dict[str, Any] = dict.fromkeys(counts, 2)
-    values |= {"batch_size": 5, "lr": 1e-3, "random_seed": 3, "image_bound": 0.3}
-    values["generator_width"] = 4
-    return Config.load(**{**values, **changes})
+    return Config.load(**{**TWICE, "lr": 1e-3, **changes})
 
 
 class OneFeature(nn.Module):

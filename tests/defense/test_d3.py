@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from defense.d3 import Config, Start, distance_loss, purify, pushed_weights, start_of
 from models import Classifier
 from tests.networks import TUNING, ConvNet, conv_net, differing, problem
+from tests.tuning import tune_on_sphere
 from utils.data.batches import augment
 from utils.errors import UserError
 from utils.process.seeds import generator
@@ -100,33 +102,23 @@ def test_rescaling_by_hand() -> None:
 def literal_tuning(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
 ) -> nn.Module:
-    """Start, loss, SGD and norm written out for the head; the rate by a cosine over the rounds."""
-    model = copy.deepcopy(model).train()
+    """Start and loss written out for the head; then tuning on the sphere."""
+    model = copy.deepcopy(model)
     old = model.linear.weight.data.clone()
     uniform = torch.rand(old.shape, generator=generator(3, "start of the weights")).double() - 0.5
     model.linear.weight.data = uniform / uniform.norm() * old.norm()
-    velocity: dict[str, torch.Tensor] = {}
-    order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation")
-    for number in range(config.n_rounds):
-        shuffled = torch.randperm(len(images), generator=order)
-        rate = config.lr * (1 + math.cos(math.pi * number / config.n_rounds)) / 2
-        for first in range(0, len(images), config.batch_size):
-            index = shuffled[first : first + config.batch_size]
-            logits = model(augment(images[index], config.crop_padding, config.flip, crops))
-            each = F.cross_entropy(logits, labels[index], reduction="none")
-            clean = sum((value - config.eps).relu() for value in each) / len(each)
-            loss = config.lmd * clean - (model.linear.weight - old).square().sum().sqrt()
-            loss = loss / (config.lmd + 1) if config.lmd > 1 else loss
-            names, weights = zip(*model.named_parameters(), strict=True)
-            gradients = torch.autograd.grad(loss, weights)
-            for name, weight, gradient in zip(names, weights, gradients, strict=True):
-                pull = gradient + config.wd * weight.data
-                velocity[name] = config.sgd_momentum * velocity.get(name, 0) + pull
-                weight.data -= rate * velocity[name]
-            head = model.linear.weight
-            head.data *= old.square().sum().sqrt() / head.data.square().sum().sqrt()
-    return model
+
+    def gradients(index: torch.Tensor) -> Sequence[torch.Tensor]:
+        logits = model(augment(images[index], config.crop_padding, config.flip, crops))
+        each = F.cross_entropy(logits, labels[index], reduction="none")
+        clean = sum((value - config.eps).relu() for value in each) / len(each)
+        loss = config.lmd * clean - (model.linear.weight - old).square().sum().sqrt()
+        loss = loss / (config.lmd + 1) if config.lmd > 1 else loss
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    norm, order = old.square().sum().sqrt(), generator(config.random_seed, "batches")
+    return tune_on_sphere(model, len(images), norm, order, config, gradients)
 
 
 @pytest.mark.parametrize("lmd", [0.5, 10.0])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from defense import ft
 from defense.fst import Config, purify, shift_loss
 from tests.networks import TUNING, ConvNet, conv_net, differing, problem
+from tests.tuning import tune_on_sphere
 from utils.data.batches import augment
 from utils.errors import UserError
 from utils.process.seeds import generator
@@ -94,33 +96,24 @@ def test_without_a_reset_the_head_is_the_old_one() -> None:
 def literal_tuning(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
 ) -> nn.Module:
-    """Head, loss, SGD and sphere written out; the rate by a cosine over the rounds."""
-    model = copy.deepcopy(model).train()
+    """Head and loss written out; then tuning on the sphere."""
+    model = copy.deepcopy(model)
     old = model.linear.weight.data.clone()
     draws = generator(config.random_seed, "head")
     for parameter in (model.linear.weight, model.linear.bias):
         uniform = torch.rand(parameter.shape, generator=draws).double()
         parameter.data = (2 * uniform - 1) / math.sqrt(8)
-    velocity: dict[str, torch.Tensor] = {}
-    order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation")
-    for number in range(config.n_rounds):
-        shuffled = torch.randperm(len(images), generator=order)
-        rate = config.lr * (1 + math.cos(math.pi * number / config.n_rounds)) / 2
-        for first in range(0, len(images), config.batch_size):
-            index = shuffled[first : first + config.batch_size]
-            x = augment(images[index], config.crop_padding, config.flip, crops)
-            loss = F.cross_entropy(model(x), labels[index])
-            names, weights = zip(*model.named_parameters(), strict=True)
-            gradients = dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
-            gradients["linear.weight"] = gradients["linear.weight"] + config.alpha * old
-            for name, weight in model.named_parameters():
-                pull = gradients[name] + config.wd * weight.data
-                velocity[name] = config.sgd_momentum * velocity.get(name, 0) + pull
-                weight.data -= rate * velocity[name]
-            head = model.linear.weight
-            head.data *= old.square().sum().sqrt() / head.data.square().sum().sqrt()
-    return model
+
+    def gradients(index: torch.Tensor) -> Sequence[torch.Tensor]:
+        x = augment(images[index], config.crop_padding, config.flip, crops)
+        names, weights = zip(*model.named_parameters(), strict=True)
+        found = torch.autograd.grad(F.cross_entropy(model(x), labels[index]), weights)
+        of_head = {"linear.weight": config.alpha * old}
+        return [g + of_head.get(name, 0) for name, g in zip(names, found, strict=True)]
+
+    norm, order = old.square().sum().sqrt(), generator(config.random_seed, "batches")
+    return tune_on_sphere(model, len(images), norm, order, config, gradients)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2])

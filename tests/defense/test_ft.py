@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from defense import ft
-from tests.networks import ConvNet, conv_net, differing, problem
+from tests.networks import TUNING, ConvNet, conv_net, differing, problem
+from tests.tuning import Momentum
 from utils.data.batches import augment
 from utils.process.seeds import generator
 from utils.training import sgd
@@ -22,9 +23,7 @@ from utils.training.sgd import fine_tune
 
 def config(**changes: Any) -> ft.Config:
     """Three rounds of three batches (5, 5 and 2 images) in which everything acts."""
-    values = {"n_rounds": 3, "batch_size": 5, "lr": 0.05, "wd": 0.01, "crop_padding": 1}
-    values["random_seed"] = 3
-    return ft.Config.load(**{**values, **changes})
+    return ft.Config.load(**{**TUNING, "random_seed": 3, **changes})
 
 
 def learning_rates(schedule: str, rounds: int, steps: int) -> Callable[[int], float]:
@@ -45,10 +44,10 @@ def learning_rates(schedule: str, rounds: int, steps: int) -> Callable[[int], fl
 def literal_tuning(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: ft.Config
 ) -> nn.Module:
-    """SGD written out: decay, momentum, step; train mode; each round a new order."""
+    """Decay, momentum, step; train mode; each round a new order."""
     model = copy.deepcopy(model).train()
     weights = list(model.parameters())
-    velocity: list[torch.Tensor | None] = [None] * len(weights)
+    sgd = Momentum(weights, config.sgd_momentum, config.wd)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation")
     steps = math.ceil(len(images) / config.batch_size)
@@ -60,13 +59,7 @@ def literal_tuning(
             index = shuffled[first : first + config.batch_size]
             batch = augment(images[index], config.crop_padding, config.flip, crops)
             gradients = torch.autograd.grad(F.cross_entropy(model(batch), labels[index]), weights)
-            with torch.no_grad():
-                for i, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
-                    pull = gradient.add(weight, alpha=config.wd)
-                    before = velocity[i]
-                    moving = pull if before is None else before * config.sgd_momentum + pull
-                    velocity[i] = moving
-                    weight.add_(moving, alpha=-config.lr * factor(step))
+            sgd.step(gradients, config.lr * factor(step))
             step += 1
     return model
 

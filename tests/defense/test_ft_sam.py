@@ -10,7 +10,8 @@ from torch import nn
 
 from defense import ft
 from defense.ft_sam import Config, adaptive_ascent, purify, smoothed_cross_entropy
-from tests.networks import conv_net, differing, problem
+from tests.networks import TUNING, conv_net, differing, problem
+from tests.tuning import Momentum
 from utils.data.batches import augment
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -19,9 +20,7 @@ from utils.training.sgd import Scheduler
 
 def config(**changes: Any) -> Config:
     """One round of three batches (5, 5 and 2 images) in which everything acts."""
-    values = {"n_rounds": 1, "batch_size": 5, "lr": 0.05, "wd": 0.01, "crop_padding": 1}
-    values["random_seed"] = 3
-    return Config.load(**{**values, **changes})
+    return Config.load(**{**TUNING, "n_rounds": 1, "random_seed": 3, **changes})
 
 
 # the move of the weights
@@ -136,10 +135,10 @@ def literal_tuning(
 ) -> nn.Module:
     """The four points of a batch written out, on a copy for the second gradient.
 
-    SGD by hand: decay and momentum on the weights as they were, the rate by a cosine of 100 steps.
+    Decay and momentum act on the weights as they were, the rate is that of a cosine of 100 steps.
     """
     model = copy.deepcopy(model).train()
-    velocity: dict[str, torch.Tensor] = {}
+    sgd = Momentum(model.parameters(), config.sgd_momentum, config.wd)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation")
     step = 0
@@ -167,10 +166,7 @@ def literal_tuning(
                 w.data += config.rho * w.data**2 * g / (length + 1e-12)
             there = gradients(away, x, labels[index])
             rate = config.lr * (1 + math.cos(math.pi * step / 100)) / 2
-            for (name, w), g in zip(model.named_parameters(), there, strict=True):
-                pull = g + config.wd * w.data
-                velocity[name] = config.sgd_momentum * velocity.get(name, 0) + pull
-                w.data -= rate * velocity[name]
+            sgd.step(there, rate)
             step += 1
     return model
 

@@ -14,6 +14,7 @@ from defense.nad import Config, attention_distance, attention_map, purify, stage
 from models import Classifier, Resize
 from models.preactresnet import PreActResNet
 from tests.networks import TUNING, conv_net, differing, problem
+from tests.tuning import Momentum
 from utils.data.batches import augment
 from utils.errors import UserError
 from utils.process.seeds import generator
@@ -158,9 +159,9 @@ def test_layers_without_maps_are_told() -> None:
 def literal_tuning(
     model: nn.Module, teacher: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
 ) -> nn.Module:
-    """The student's loss, from layers called one by one, and SGD at a constant rate."""
+    """The student's loss, from layers called one by one, and a constant rate."""
     model = copy.deepcopy(model).train()
-    velocity: dict[str, torch.Tensor] = {}
+    sgd = Momentum(model.parameters(), config.sgd_momentum, config.wd)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation")
 
@@ -182,12 +183,7 @@ def literal_tuning(
             loss = F.cross_entropy(logits, labels[index])
             for beta, mine, theirs in zip((config.beta1, config.beta2), maps, wanted, strict=True):
                 loss = loss + beta * (mine - theirs).square().mean()
-            names, weights = zip(*model.named_parameters(), strict=True)
-            gradients = torch.autograd.grad(loss, weights)
-            for name, weight, gradient in zip(names, weights, gradients, strict=True):
-                pull = gradient + config.wd * weight.data
-                velocity[name] = config.sgd_momentum * velocity.get(name, 0) + pull
-                weight.data -= config.lr * velocity[name]
+            sgd.step(torch.autograd.grad(loss, list(model.parameters())), config.lr)
     return model
 
 

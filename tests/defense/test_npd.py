@@ -17,6 +17,7 @@ from models import Classifier
 from models.changes import Polarizer, changes_of
 from models.preactresnet import PreActResNet
 from tests.networks import ConvNet, conv_net, copied, differing, problem
+from tests.tuning import Momentum
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.loop import Loop
@@ -282,7 +283,6 @@ class Literal:
         self.weights = [torch.eye(6, dtype=double), torch.ones(6).to(double), torch.zeros(6)]
         self.weights[2] = self.weights[2].to(double)
         self.mean, self.variance = torch.zeros(6, dtype=double), torch.ones(6, dtype=double)
-        self.velocity: list[torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor, mode: str = "eval") -> torch.Tensor:
         """In mode "eval", in "train", or in "keep": train mode without moving the statistics."""
@@ -303,17 +303,6 @@ class Literal:
         x = self.host.bn2(self.host.conv2(x)).relu()
         return self.host.linear(x.mean((2, 3)))
 
-    def step(self, loss: torch.Tensor, rate: float, momentum: float, decay: float) -> None:
-        gradients = torch.autograd.grad(loss, self.weights)
-        pulls = [g + decay * w.detach() for g, w in zip(gradients, self.weights, strict=True)]
-        if self.velocity is not None:
-            pulls = [momentum * v + p for v, p in zip(self.velocity, pulls, strict=True)]
-        self.velocity = pulls
-        self.weights = [
-            (w.detach() - rate * v).requires_grad_()
-            for w, v in zip(self.weights, pulls, strict=True)
-        ]
-
     def perturbation(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         flags, delta = self.flags, torch.zeros_like(x)
         for _ in range(flags.inner_steps):
@@ -332,14 +321,15 @@ class Literal:
     def train(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         flags = self.flags
         self.weights = [weight.requires_grad_() for weight in self.weights]
+        warm_up = Momentum(self.weights, 0)
+        sgd = Momentum(self.weights, flags.sgd_momentum, flags.wd)
         order = generator(flags.random_seed, "batches")
         for number in range(flags.warm_epochs + flags.n_rounds):
-            if number == flags.warm_epochs:
-                self.velocity = None
             for index in torch.randperm(len(images), generator=order).split(flags.batch_size):
                 x, y = images[index], labels[index]
                 if number < flags.warm_epochs:
-                    self.step(F.cross_entropy(self(x, "train"), y), flags.warm_lr, 0, 0)
+                    loss = F.cross_entropy(self(x, "train"), y)
+                    warm_up.step(torch.autograd.grad(loss, self.weights), flags.warm_lr)
                     continue
                 z = self(x).detach()
                 others = z.clone()
@@ -357,7 +347,7 @@ class Literal:
                     total = total - flags.lmd2 * z_adv[i].log_softmax(0)[o[i]]
                     total = total - flags.lmd3 * (1.0001 - p[y2] + 1e-12).log()
                     total = total - flags.lmd4 * (1.0001 - p[t[i]] + 1e-12).log()
-                self.step(total / len(x), flags.lr, flags.sgd_momentum, flags.wd)
+                sgd.step(torch.autograd.grad(total / len(x), self.weights), flags.lr)
 
     @property
     def state(self) -> State:

@@ -10,18 +10,15 @@ from torch.nn import functional as F
 
 from defense.pam import Config, purify, towards
 from models.modes import moved
-from tests.inversions import Step, literal
+from tests.inversions import TWICE, Step, literal
 from tests.networks import ConvNet, conv_net, differing, problem
+from tests.tuning import Momentum
 from utils.training.loop import Loop
 
 
 def config(**changes: Any) -> Config:
     """Everything twice, in batches of 5, 5 and 2 images."""
-    counts = ("inversion_rounds", "identity_epochs", "mask_epochs", "generator_epochs", "n_rounds")
-    values: dict[str, Any] = dict.fromkeys(counts, 2)
-    values |= {"batch_size": 5, "lr": 0.01, "random_seed": 3, "image_bound": 0.3}
-    values["generator_width"] = 4
-    return Config.load(**{**values, **changes})
+    return Config.load(**{**TWICE, "lr": 0.01, **changes})
 
 
 # the shift
@@ -78,7 +75,7 @@ def literal_step(flags: Config, start: ConvNet, rho: float) -> Any:
     """Makes steps that take the gradient on a shifted copy, whose statistics are carried back."""
 
     def make_step(model: ConvNet) -> Step:
-        velocity: dict[str, torch.Tensor] = {}
+        sgd = Momentum(model.parameters(), flags.sgd_momentum)
 
         def step(model: ConvNet, x: torch.Tensor, mixed: torch.Tensor, y: torch.Tensor) -> None:
             away = copy.deepcopy(model)
@@ -90,9 +87,7 @@ def literal_step(flags: Config, start: ConvNet, rho: float) -> Any:
             F.cross_entropy(away(mixed), y).backward()
             for one, other in zip(model.buffers(), away.buffers(), strict=True):
                 one.copy_(other)
-            for (name, w), shifted in zip(model.named_parameters(), away.parameters(), strict=True):
-                velocity[name] = flags.sgd_momentum * velocity.get(name, 0) + shifted.grad
-                w.data -= flags.lr * velocity[name]
+            sgd.step([weight.grad for weight in away.parameters()], flags.lr)
 
         return step
 

@@ -13,6 +13,7 @@ from defense.rnp import Config, purify, recovered_masks, unlearned
 from models import Classifier
 from models.channels import norms
 from tests.networks import conv_net, copied, differing, problem
+from tests.tuning import Momentum
 from utils.data.batches import augment
 from utils.errors import UserError
 from utils.process.seeds import generator
@@ -51,9 +52,9 @@ def test_a_schedule_of_no_epochs_is_refused_in_a_line(schedule: list[float]) -> 
 def literal_ascent(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
 ) -> nn.Module:
-    """SGD written out: the gradient of minus the loss, the decay beside it, and momentum."""
+    """The gradient of minus the loss, the decay beside it, and momentum."""
     model = copy.deepcopy(model).train()
-    velocity: Tensors = {}
+    sgd = Momentum(model.parameters(), config.sgd_momentum, config.wd)
     order = generator(config.random_seed, "batches of the ascent")
     crops = generator(config.random_seed, "augmentation of the ascent")
     for epoch in range(1, config.unlearning_epochs + 1):
@@ -64,12 +65,8 @@ def literal_ascent(
         for first in range(0, len(images), config.batch_size):
             index = shuffled[first : first + config.batch_size]
             x = augment(images[index], config.crop_padding, config.flip, crops)
-            loss = F.cross_entropy(model(x), labels[index])
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-            for (name, w), g in zip(model.named_parameters(), gradients, strict=True):
-                pull = config.wd * w.data - g
-                velocity[name] = config.sgd_momentum * velocity.get(name, 0) + pull
-                w.data -= rate * velocity[name]
+            risen = -F.cross_entropy(model(x), labels[index])
+            sgd.step(torch.autograd.grad(risen, list(model.parameters())), rate)
     return model
 
 
@@ -225,8 +222,11 @@ def train_pass(network: nn.Module, x: torch.Tensor, masks: Tensors) -> torch.Ten
 def literal_masks(
     network: nn.Module, images: torch.Tensor, labels: torch.Tensor, config: Config
 ) -> Tensors:
-    masks = {name: torch.ones_like(norm.weight) for name, norm in norms(network).items()}
-    velocity: Tensors = {}
+    masks = {
+        name: torch.ones_like(norm.weight, requires_grad=True)
+        for name, norm in norms(network).items()
+    }
+    sgd = Momentum(masks.values(), config.sgd_momentum)
     order = generator(config.random_seed, "batches")
     crops = generator(config.random_seed, "augmentation")
     for _ in range(config.n_rounds):
@@ -234,14 +234,10 @@ def literal_masks(
         for first in range(0, len(images), config.batch_size):
             index = shuffled[first : first + config.batch_size]
             x = augment(images[index], config.crop_padding, config.flip, crops)
-            for value in masks.values():
-                value.requires_grad_()
             loss = config.alpha * F.cross_entropy(train_pass(network, x, masks), labels[index])
-            gradients = torch.autograd.grad(loss, list(masks.values()))
-            for name, g in zip(list(masks), gradients, strict=True):
-                velocity[name] = config.sgd_momentum * velocity.get(name, 0) + g
-                stepped = masks[name].detach() - config.recovering_lr * velocity[name]
-                masks[name] = stepped.clamp(0, 1)
+            sgd.step(torch.autograd.grad(loss, list(masks.values())), config.recovering_lr)
+            for mask in masks.values():
+                mask.data.clamp_(0, 1)
     return masks
 
 
