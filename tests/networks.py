@@ -1,4 +1,4 @@
-"""Small networks in double precision that several test modules share."""
+"""Small networks that several test modules share; most are in double precision."""
 
 import torch
 from torch import nn
@@ -54,6 +54,30 @@ class Norms(nn.Module):
         self.a = BatchNorm2d(3, track_running_stats=False)
         self.flat = nn.BatchNorm1d(3)
         self.group = nn.GroupNorm(1, 3)
+
+
+class Scalar(nn.Module):
+    """One weight, so that a training step is arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.weight * torch.ones(len(images), 3, dtype=torch.float64)
+
+
+class Forked(nn.Module):
+    """Its last part has two linear layers, and its last block two convolutions; one is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = {name: nn.Conv2d(3, 4, 3) for name in ("idle", "used")}
+        self.block = nn.ModuleDict(convolutions)
+        self.heads = nn.ModuleDict({name: nn.Linear(4, 3) for name in ("idle", "used")})
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.heads["used"](self.block["used"](images).relu().mean((2, 3)))
 
 
 def classifier(network: nn.Module) -> Classifier:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import utils.training.evaluate
-from models import Resize
+from models import Resize, build_model
 from utils.data.labelled import Dataset, Labelled
 from utils.data.poison import LabelMap, triggered_test_set
 from utils.errors import UserError
@@ -182,3 +182,11 @@ def test_the_longer_side_counts(shape: tuple[int, int]) -> None:
 def test_confusion_counts_true_classes_in_rows() -> None:
     matrix = confusion(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1]), 2)
     assert matrix.tolist() == [[0, 2], [0, 1]]
+
+
+def test_penultimate_features_are_what_the_head_gets() -> None:
+    torch.manual_seed(0)
+    model = build_model("tiny", 3).eval()
+    images = torch.rand(5, 3, 8, 8)
+    before_head = head_features(model, images)
+    assert torch.allclose(model.network.linear(before_head), model(images), atol=1e-6)

@@ -17,7 +17,7 @@ from utils.tensors import load_tensors
 from utils.training.findings import Findings, Picture, Verdict
 from utils.training.loop import Loop
 from utils.training.sgd import Scheduler
-from utils.training.state import _require_names, restore, restore_random, state_of
+from utils.training.state import _require_names, device_of, restore, restore_random, state_of
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda weights: torch.optim.SGD(weights, 0.1, momentum=0.9, weight_decay=1e-4),
@@ -452,3 +452,18 @@ def test_findings_come_back_whole() -> None:
     )
     assert isinstance(other.pictures["p"], Picture)
     assert other.pictures["p"].captions == {"a": ["", "y"]}
+
+
+def test_the_device_of_a_state_is_that_of_its_first_tensor() -> None:
+    """In a module or a dictionary, too; what has none is passed over."""
+    meta = torch.zeros(1, device="meta")
+    for value in (meta, {"mask": meta}, nn.Linear(1, 1, device="meta")):
+        state = {
+            "order": torch.Generator(),
+            "empty": {},
+            "none": nn.Identity(),
+            "it": value,
+            "cpu": torch.ones(1),
+        }
+        assert device_of(state) == torch.device("meta")
+    assert device_of({"order": torch.Generator()}) == torch.device("cpu")
