@@ -78,6 +78,7 @@ def read_pair(record: Path) -> Pair | None:
             raise ValueError("held_out.csv has other values than rates")
         signal = 1 - held_out["acc"] + held_out["share"]
         curves = pd.DataFrame({SIGNAL: signal, ASR: watched, ASR_ALL: full}).loc[1:]
+        curves.index = curves.index.astype(int)
         pair = Pair(record.name, auto, all_rounds, curves)
         _ = markdown([pair])  # what cannot be printed is no number
     except (

@@ -14,15 +14,18 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from utils.plot import (
     LONGEST_TITLE,
     Figure,
     captions_below,
     entitle,
+    lone_points,
     look_of,
+    name_beside,
     printable,
+    whole_numbers,
     without_frame,
 )
 
@@ -66,6 +69,7 @@ def curves_of(
     handles: dict[str, Line2D] = {}
     for axis, (heading, table) in zip(axes, panels.items(), strict=False):
         places = range(len(table)) if spaced else table.index
+        spaced_marks = range(0, len(table), max(1, len(table) // 8))
         for name in table:
             if name in controls:
                 hue, marker, style = (
@@ -83,7 +87,7 @@ def curves_of(
                 style,
                 color=hue,
                 marker=marker,
-                markevery=max(1, len(table) // 8),
+                markevery=sorted({*spaced_marks, *lone_points(table[name])}),
                 ms=5,
                 lw=1.5,
                 label=printable(str(name)),
@@ -93,7 +97,7 @@ def curves_of(
         if spaced:
             axis.set_xticks(places, [f"{value:g}" for value in table.index])
         elif pd.api.types.is_integer_dtype(table.index):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(whole_numbers())
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.set_title(printable(heading), fontsize=10)
         if log:
@@ -104,10 +108,7 @@ def curves_of(
         elif ylim is not None:
             axis.set_ylim(*ylim)
         without_frame(axis)
-    figure.legend(  # beside the panels, and not beside the title, which is as wide as the figure
-        handles=list(handles.values()), loc="outside right center", frameon=False, fontsize=9
-    )
-    entitle(figure, title)
+    name_beside(figure, list(handles.values()), title)
     return figure
 
 
@@ -314,7 +315,7 @@ def inspection(
             are_long = max(map(len, names)) > 3
             panel.set_xticks(range(len(names)), names, rotation=90 if are_long else 0)
         else:
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.xaxis.set_major_locator(whole_numbers())
         panel.tick_params(labelsize=7)
         without_frame(panel)
     count = min(len(images) for images in examples.values())

@@ -5,7 +5,8 @@ Names of classes, attacks, and the like may come from a stranger: each text pass
 
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -55,12 +56,18 @@ class Figure(PlainFigure):
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
         """As matplotlib's."""
+        with self.any_letters():
+            super().savefig(*args, **kwargs)
+
+    @contextmanager
+    def any_letters(self) -> Iterator[None]:
+        """Inside, texts can be drawn and measured in all fonts that this machine has."""
         texts = [text for text in self.findobj(Text) if not text.get_text().isascii()]
         for text in texts:
             text.set_fontfamily(fonts())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"(?s)Glyph .* missing from")
-            super().savefig(*args, **kwargs)
+            yield
 
 
 @cache
@@ -100,11 +107,21 @@ def curves(metrics: Sequence[Mapping[str, float]], step: str, title: str) -> Fig
     for name, style in zip(losses, _LOSS_STYLES * len(losses), strict=False):
         rows = table[[step, name]].dropna()
         label = printable(name.removeprefix("loss_") or name)
-        loss_axis.plot(rows[step], rows[name], style, label=label)
-    loss_axis.set(xlabel=step, ylabel="mean loss", ylim=(0, None))
+        lone = lone_points(rows[name])
+        loss_axis.plot(
+            *(rows[step], rows[name], style),
+            marker="o" if lone else None,
+            markevery=lone,
+            clip_on=not lone,  # it may stand at the upper end
+            ms=4,
+            label=label,
+        )
+    loss_axis.set(xlabel=step, ylabel="mean loss")
+    if loss_axis.dataLim.y0 >= 0:  # else the axis begins below the lowest loss
+        loss_axis.set_ylim(bottom=0)
     for axis in (scores, loss_axis):
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(whole_numbers())
         if axis.lines:
             axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
@@ -178,7 +195,8 @@ def bars(values: Mapping[str, float], label: str, title: str) -> Figure:
     axis.bar_label(drawn, fmt="%.2f", padding=3)
     axis.set_yticks(places, [printable(name) for name in values])
     axis.invert_yaxis()
-    axis.set(xlabel=printable(label), xlim=(0, 1.12 * max(values.values())))
+    longest = max(values.values(), default=0)
+    axis.set(xlabel=printable(label), xlim=(0, 1.12 * longest if longest > 0 else 1))
     axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(printable(title, LONGEST_TITLE), fontsize=8)
     return figure
@@ -251,8 +269,7 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
         hue, marker = look_of(place)
         line = Line2D([], [], color=hue, marker=marker, ls="", ms=7, label=printable(attack))
         handles.append(line)
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-    entitle(figure, title)
+    name_beside(figure, handles, title)
     return figure
 
 
@@ -331,7 +348,7 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
             )
         axis.set(ylim=(-3, 103))
         axis.set_title(printable(name), fontsize=9)
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.xaxis.set_major_locator(whole_numbers(4))
         without_frame(axis)
     for axis in axes[max(0, len(panels) - count) : len(panels)]:
         axis.set_xlabel("round")
@@ -409,16 +426,43 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
     lowest = 100 * points["der"].min()
     axis.set_ylim(max(-3, lowest - 5), 102)
     without_frame(axis)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    entitle(figure, title)
+    name_beside(figure, axis.lines, title)
     return figure
 
 
-def entitle(figure: Figure, title: str) -> None:
+def entitle(figure: Figure, title: str) -> Text:
     """A title at the left, in as many lines as it needs."""
     lines = textwrap.wrap(shown(title, LONGEST_TITLE), int(11 * figure.get_figwidth()))
     text = "\n".join(printable(line, LONGEST_TITLE) for line in lines)
-    figure.suptitle(text, fontsize=10, x=0.02, ha="left")
+    return figure.suptitle(text, fontsize=10, x=0.02, ha="left")
+
+
+def name_beside(figure: Figure, lines: Sequence[Line2D], title: str) -> None:
+    """A legend at the right of the panels, and a title; the figure grows until both have room."""
+    legend = figure.legend(handles=lines, loc="outside right center", frameon=False, fontsize=9)
+    heading = entitle(figure, title)
+    with figure.any_letters():
+        names, above = (part.get_window_extent().height / figure.dpi for part in (legend, heading))
+    # The legend stands in the middle: what the title takes above it is free below it, too.
+    figure.set_figheight(max(figure.get_figheight(), names + 2 * (above + 0.15)))
+
+
+def lone_points(values: Sequence[float] | pd.Series) -> list[int]:
+    """Places of the points of a line that has gaps at both of their sides.
+
+    Only a marker shows such a point.
+    """
+    is_point = np.pad(np.isfinite(np.asarray(values, dtype=float)), 1)
+    return np.flatnonzero(is_point[1:-1] & ~is_point[:-2] & ~is_point[2:]).tolist()
+
+
+def whole_numbers(most: int = 10) -> MaxNLocator:
+    """Ticks at whole numbers alone, also where an axis has only one of them.
+
+    Args:
+        most: about how many ticks.
+    """
+    return MaxNLocator(most, integer=True, min_n_ticks=1)
 
 
 def look_of(place: int) -> tuple[str, str]:

@@ -46,6 +46,7 @@ def test_a_pair_by_hand(under: Path) -> None:
         **{"record": "a", "kept": 1, "ended": 2, "rounds": 3, "time": 0.25},
         **{"acc_auto": 0.9, "acc": 0.9, "asr_auto": 0.3, "asr": 0.1, "ra_auto": 0.8, "ra": 0.8},
     }
+    assert pair.curves.index.dtype == int  # so that the figure's ticks stand at rounds
     assert pair.curves[stops.SIGNAL].dropna().to_dict() == {1: 0.5, 2: 0.5}
     assert pair.curves[stops.ASR].dropna().to_dict() == {1: 0.5, 2: 0.3}
     assert pair.curves[stops.ASR_ALL].to_dict() == {1: 0.6, 2: 0.2, 3: 0.1}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
+from tests.utils.test_plot import assert_whole_legend, ticks
 from utils import charts
 from utils.plot import Figure
 
@@ -46,6 +47,29 @@ def test_a_long_title_stands_over_the_legend(panels: int) -> None:
     (legend,) = figure.legends
     (heading,) = (text for text in figure.texts if text.get_text().startswith("Linear"))
     assert legend.get_window_extent().y1 < heading.get_window_extent().y0
+
+
+@pytest.mark.parametrize("panels", [1, 3, 4])
+def test_a_legend_of_many_models_is_whole(panels: int) -> None:
+    table = pd.DataFrame({f"model {number}": [1.0, 2.0] for number in range(25)})
+    title = "a long title of many words " * 8
+    assert_whole_legend(charts.curves_of({str(n): table for n in range(panels)}, "k", title))
+
+
+def test_a_point_between_gaps_has_a_marker() -> None:
+    """Of twenty points each second one has a marker, and the one at place 7."""
+    rows = range(20)
+    lone = [50.0 if row == 7 else math.nan for row in rows]
+    table = pd.DataFrame({"all": [*map(float, rows)], "lone": lone})
+    figure = charts.curves_of({"ASR": table}, "round", "title")
+    every, alone = (line.get_markevery() for line in figure.axes[0].lines)
+    assert every == [*range(0, 20, 2)]
+    assert 7 in alone
+
+
+def test_one_round_has_one_tick() -> None:
+    figure = charts.curves_of({"ASR": pd.DataFrame({"a": [1.0]}, index=[3])}, "round", "title")
+    assert ticks(figure.axes[0]) == [3]
 
 
 def test_each_bar_has_its_value_and_none_is_drawn_for_nothing() -> None:
