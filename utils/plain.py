@@ -16,7 +16,10 @@ DEEPEST = 16  # lists and mappings in each other
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """Plain data as YAML text, in which a text that looks like a number has quotes."""
+    """Plain data as YAML text, from which `parse_yaml` gives the same data.
+
+    A text that looks like a number has quotes.
+    """
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -111,6 +114,14 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes text which _Loader, or any other reader, would read as a number."""
 
+
+def _as_scalar(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """A text; with double quotes if it has U+0085, which a reader takes for a space elsewhere."""
+    style = '"' if "\x85" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _as_scalar)
 
 _WHOLE = r"-?(0|[1-9][0-9]*)"  # with a plus it may be the name of a class
 _DECIMAL = r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
