@@ -233,14 +233,15 @@ def import_model(config: Config) -> folders.RunFolder:
             triggered = read_triggered(Path(config.bd_test_dir), data, config, findings.warn)
         prepare(model, device, precision)
 
-        folder.start(config.dump())
-        open_log(folder.log)
+        # Before the folder is emptied, because the checkpoint may be that of the replaced record.
         model_name, model_sha256 = model_identity(config.model)
         contents = {}
         if triggered is not None:
             parts = (triggered.index, triggered.images, triggered.targets)
             contents = {"bd_test_dir": digest(parts)}
         inputs = ending.inputs_of(config, data, model_sha256, **contents)
+        folder.start(config.dump())
+        open_log(folder.log)
         logger.info("external model on %s: %s, %s, %s", data.name, model_name, device, precision)
         scores = evaluate(model, data.test, triggered, device)
         is_backdoored = triggered is not None or config.attack_target is not None

@@ -1,5 +1,6 @@
 """Records of models trained elsewhere, and of networks from a user's own file."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -162,6 +163,21 @@ def test_triggered_images_give_asr(workplace: Path, own: Path, state: Path, tmp_
     assert after["before"]["asr_total"] == 12
     assert 0 <= after["der"] <= 1
     assert (workplace / "record/triggered/trigger.png").exists()
+
+
+def test_a_checkpoint_of_the_record_that_is_replaced_has_its_hash(
+    workplace: Path, own: Path, state: Path
+) -> None:
+    """As when a record is made anew from its own weights, with another --mean."""
+    assert run(*flags(workplace, own, state, "again")) == 0
+    folder = workplace / "record/again"
+    weights = folder / "attack_result.pt"
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    mean = {"mean": "0.5,0.4,0.3", "std": "0.2,0.2,0.1"}
+    assert run(*flags(workplace, own, weights, "again", **mean), "--overwrite") == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["inputs"]["--state_dict"] == sha256
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() != sha256
 
 
 def test_what_is_skipped_beside_triggered_images_is_told(
