@@ -23,6 +23,7 @@ from utils.plot import (
     entitle,
     lone_points,
     look_of,
+    make_panels,
     name_beside,
     printable,
     whole_numbers,
@@ -60,14 +61,9 @@ def curves_of(
     """
     names = list(dict.fromkeys(str(name) for table in panels.values() for name in table))
     rivals = [name for name in names if name not in controls]
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.6 + 3.3 * columns, 0.7 + 3.0 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
+    figure, axes = make_panels(len(panels), 3, (3.3, 3.0), (1.6, 0.7))
     handles: dict[str, Line2D] = {}
-    for axis, (heading, table) in zip(axes, panels.items(), strict=False):
+    for axis, (heading, table) in zip(axes, panels.items(), strict=True):
         places = range(len(table)) if spaced else table.index
         spaced_marks = range(0, len(table), max(1, len(table) // 8))
         for name in table:
@@ -163,19 +159,15 @@ def matrices(
         classes: K names.
     """
     columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(0.9 + 3.5 * columns, 0.6 + 3.4 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for number, (axis, (heading, counts)) in enumerate(zip(axes, panels.items(), strict=False)):
+    figure, axes = make_panels(len(panels), columns, (3.5, 3.4), (0.9, 0.6))
+    for number, (axis, (heading, counts)) in enumerate(zip(axes, panels.items(), strict=True)):
         draw_matrix(axis, counts, classes)
         axis.set_title(printable(heading, 60), fontsize=9)
         axis.set(
             xlabel=xlabel if number >= len(panels) - columns else "",
             ylabel=ylabel if number % columns == 0 else "",
         )
-    bar = figure.colorbar(axes[0].images[0], ax=axes[: len(panels)], shrink=0.7, aspect=30)
+    bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.7, aspect=30)
     bar.set_label("percent of the row")
     entitle(figure, title)
     return figure
@@ -211,15 +203,10 @@ def points(panels: Mapping[str, pd.DataFrame], classes: Sequence[str], title: st
         panels: title -> a row for each point: `x`, `y`, `label`, `is_triggered`.
         classes: names by label.
     """
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.7 + 2.9 * columns, 0.6 + 3.0 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
+    figure, axes = make_panels(len(panels), 3, (2.9, 3.0), (1.7, 0.6))
     shown = sorted({int(label) for table in panels.values() for label in table["label"]})
     hues = colormaps["turbo"](np.linspace(0.05, 0.95, max(1, len(shown))))
-    for axis, (heading, table) in zip(axes, panels.items(), strict=False):
+    for axis, (heading, table) in zip(axes, panels.items(), strict=True):
         clean, triggered = table[~table["is_triggered"]], table[table["is_triggered"]]
         for label in sorted(set(clean["label"].astype(int).tolist())):
             rows = clean[clean["label"] == label]

@@ -120,11 +120,10 @@ def curves(metrics: Sequence[Mapping[str, float]], step: str, title: str) -> Fig
     if loss_axis.dataLim.y0 >= 0:  # else the axis begins below the lowest loss
         loss_axis.set_ylim(bottom=0)
     for axis in (scores, loss_axis):
-        axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(whole_numbers())
         if axis.lines:
             axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+        without_frame(axis)
     figure.suptitle(printable(title, LONGEST_TITLE))
     return figure
 
@@ -234,14 +233,9 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
         seeds: of each defense, how many at most.
     """
     attacks = sorted(set(points["attack"]))
-    panels = list(points.groupby("defense"))
-    count = min(3, len(panels))
-    lines = -(-len(panels) // count)
-    figure = Figure(figsize=(1.9 + 4.0 * count, 0.6 + 3.5 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, count, squeeze=False, sharex=True, sharey=True).flat)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (name, rows) in zip(axes, panels, strict=False):
+    defenses = list(points.groupby("defense"))
+    figure, axes = make_panels(len(defenses), 3, (4.0, 3.5), (1.9, 0.6), sharex=True, sharey=True)
+    for axis, (name, rows) in zip(axes, defenses, strict=True):
         defense = str(name)
         for row in rows.to_dict("records"):
             hue, marker = look_of(attacks.index(row["attack"]))
@@ -256,7 +250,7 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
         axis.set_title(printable(defense) + of, fontsize=10)
         axis.label_outer()
         without_frame(axis)
-    for axis in axes[len(panels) - count : len(panels)]:  # the lowest ones, also over no panel
+    for axis in axes[-3:]:  # the lowest ones, also over no panel
         axis.set_xlabel("ASR, percent")
         axis.tick_params(labelbottom=True)
     drawn = 100 * points[["acc", "acc_before"]].stack()
@@ -319,14 +313,10 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
         panels: name -> the rows of all seeds' metrics: `round` and rates in [0, 1]. Only those
             rounds are drawn that the largest number of seeds has scored.
     """
-    count = min(4, len(panels))
-    lines = -(-len(panels) // count)
-    figure = Figure(figsize=(max(5.5, 0.6 + 2.5 * count), 1 + 2.1 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, count, squeeze=False, sharey=True).flat)
+    figure, axes = make_panels(len(panels), 4, (2.5, 2.1), (0.6, 1), sharey=True)
+    figure.set_figwidth(max(5.5, figure.get_figwidth()))
     handles: dict[str, Line2D] = {}
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (name, metrics) in zip(axes, panels.items(), strict=False):
+    for axis, (name, metrics) in zip(axes, panels.items(), strict=True):
         for rate, (label, colour, style, marker) in _RATES.items():
             if rate not in metrics or metrics[rate].isna().all():
                 continue
@@ -350,7 +340,7 @@ def curves_with_bands(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
         axis.set_title(printable(name), fontsize=9)
         axis.xaxis.set_major_locator(whole_numbers(4))
         without_frame(axis)
-    for axis in axes[max(0, len(panels) - count) : len(panels)]:
+    for axis in axes[-4:]:
         axis.set_xlabel("round")
     figure.supylabel("percent", fontsize=9)
     figure.legend(
@@ -428,6 +418,28 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
     without_frame(axis)
     name_beside(figure, axis.lines, title)
     return figure
+
+
+def make_panels(
+    count: int, most: int, size: tuple[float, float], beside: tuple[float, float], **shared: bool
+) -> tuple[Figure, list[Axes]]:
+    """A figure with panels, line by line.
+
+    Args:
+        count: how many there are, >= 1.
+        most: how many stand in a line, at most.
+        size: width and height of a panel in inches.
+        beside: width and height of what the figure has beside them.
+        shared: `sharex` and `sharey`, as of matplotlib's `subplots`.
+    """
+    columns = min(most, count)
+    lines = -(-count // columns)
+    figsize = beside[0] + size[0] * columns, beside[1] + size[1] * lines
+    figure = Figure(figsize=figsize, layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False, **shared).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
 
 
 def entitle(figure: Figure, title: str) -> Text:
