@@ -22,6 +22,7 @@ runs one after the other, without starting anew for each), directives (more line
 name).
 """
 
+import argparse
 import math
 import os
 import sys
@@ -39,7 +40,7 @@ from benchmark import slurm
 from benchmark.cells import Cell
 from benchmark.checks import cells_of
 from benchmark.grid import read_grid
-from benchmark.workers import Worker, Workers, told
+from benchmark.workers import Worker, Workers, ending_of
 from utils.config import Parser
 from utils.errors import UserError, counted, shown
 from utils.files import ROOT
@@ -138,7 +139,7 @@ def mark_of(cell: Cell, root: Path) -> Path:
 
 def mark_failed(cell: Cell, root: Path, code: int) -> None:
     """Says that a cell has failed; its log cannot say so itself if a signal has ended it."""
-    what = f"{told(code)}\n" if code < 0 else ""
+    what = f"{ending_of(code)}\n" if code < 0 else ""
     mark_of(cell, root).write_text(what)
     with log_of(cell, root).open("a") as log:
         log.write(what)
@@ -180,6 +181,88 @@ def threads_of_a_cell(jobs: int) -> int:
     return max(1, number)
 
 
+class _Local:
+    """A grid that runs on this machine: cells that wait, and cells that run.
+
+    Args:
+        until: when it has to end, of `time.monotonic`.
+    """
+
+    def __init__(
+        self, cells: Sequence[Cell], root: Path, jobs: int, board: Board, until: float
+    ) -> None:
+        self.waiting = [cell for cell in cells if board.states[cell.name] == "waiting"]
+        self.running: dict[int, _Running] = {}  # by slot
+        self._root, self._jobs, self._board, self._until = root, jobs, board, until
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing can be started, since as many cells run as may."""
+        return len(self.running) >= self._jobs
+
+    def collect(self) -> None:
+        """Takes cells whose processes have ended from those that run."""
+        for slot, (worker, cell) in list(self.running.items()):
+            code = worker.poll()
+            if code is None:
+                continue
+            del self.running[slot]
+            if code == 0 and cell.is_done:
+                self._board.set(cell, "done")
+            else:
+                mark_failed(cell, self._root, code)
+                self._board.set(cell, "failed", f"{ending_of(code)}, {log_of(cell, self._root)}")
+
+    def drop_settled(self) -> None:
+        """Takes cells from those that wait if others made them, or if what they need has failed."""
+        for cell in [cell for cell in self.waiting if cell.is_done]:
+            self._drop(cell, "done")
+        for cell in list(self.waiting):
+            states = self._board.states
+            lost = [c for c in cell.needed if states[c.name] in ("failed", "skipped")]
+            if lost:
+                what = "attack" if lost[0] is cell.attack else lost[0].name
+                self._drop(cell, "skipped", f"its {what} failed")
+
+    def drop_bereft(self) -> None:
+        """Takes cells from those that wait if what they need was done, and has been removed."""
+        for cell in [cell for cell in self.waiting if cell.lacks is not None]:
+            self._drop(cell, "skipped", f"its {cell.lacks} is gone")
+
+    def start_ready(self, workers: Workers) -> int:
+        """Starts a cell in each free slot; gives how many cells another process was found to run.
+
+        Each slot looks at all cells anew, because one may have ended meanwhile.
+        """
+        elsewhere = 0
+        for slot in set(range(self._jobs)) - set(self.running):
+            ready = self._ready()
+            while ready and is_elsewhere(ready[0]):
+                self._board.set(ready.pop(0), "elsewhere", "another process runs it")
+                elsewhere += 1
+            if ready:
+                cell = ready[0]
+                self.waiting.remove(cell)
+                self.running[slot] = _Running(_start(workers, cell, self._root, slot), cell)
+                self._board.set(cell, "running")
+        return elsewhere
+
+    def _ready(self) -> list[Cell]:
+        """Cells that can be started, and either were begun or fit into the time that remains."""
+        remaining = self._until - time.monotonic()
+        return [
+            cell
+            for cell in self.waiting
+            if all(needed.is_done for needed in cell.needed)
+            and remaining > 0
+            and (cell.is_begun or (self._board.usual(cell) or 0) < remaining)
+        ]
+
+    def _drop(self, cell: Cell, state: str, note: str = "") -> None:
+        self.waiting.remove(cell)
+        self._board.set(cell, state, note)
+
+
 def run_local(
     cells: Sequence[Cell], root: Path, jobs: int, board: Board, budget: float = math.inf
 ) -> None:
@@ -195,62 +278,27 @@ def run_local(
     Raises:
         KeyboardInterrupt: once every process that ran has ended.
     """
-    waiting = [cell for cell in cells if board.states[cell.name] == "waiting"]
-    running: dict[int, _Running] = {}  # by slot
     until = time.monotonic() + budget
+    grid = _Local(cells, root, jobs, board, until)
     workers = Workers(threads_of_a_cell(jobs))
     try:
-        if waiting:
+        if grid.waiting:
             workers.load()
-        while waiting or running:
-            for slot, (worker, cell) in list(running.items()):
-                code = worker.poll()
-                if code is None:
-                    continue
-                del running[slot]
-                if code == 0 and cell.is_done:
-                    board.set(cell, "done")
-                else:
-                    mark_failed(cell, root, code)
-                    note = f"{told(code)}, {log_of(cell, root)}"
-                    board.set(cell, "failed", note)
+        while grid.waiting or grid.running:
+            grid.collect()
             elsewhere = 0
-            if len(running) < jobs:  # else nothing can be started
-                for cell in [cell for cell in waiting if cell.is_done]:  # by somebody else
-                    waiting.remove(cell)
-                    board.set(cell, "done")
-                for cell in list(waiting):
-                    lost = [c for c in cell.needed if board.states[c.name] in ("failed", "skipped")]
-                    if lost:
-                        waiting.remove(cell)
-                        what = "attack" if lost[0] is cell.attack else lost[0].name
-                        board.set(cell, "skipped", f"its {what} failed")
-                for slot in set(range(jobs)) - set(running):
-                    remaining = until - time.monotonic()
-                    ready = [
-                        cell
-                        for cell in waiting
-                        if all(needed.is_done for needed in cell.needed)
-                        and remaining > 0
-                        and (cell.is_begun or (board.usual(cell) or 0) < remaining)
-                    ]
-                    while ready and is_elsewhere(ready[0]):
-                        board.set(ready.pop(0), "elsewhere", "another process runs it")
-                        elsewhere += 1
-                    if ready:
-                        waiting.remove(ready[0])
-                        running[slot] = _Running(_start(workers, ready[0], root, slot), ready[0])
-                        board.set(ready[0], "running")
-            is_idle = not running and not elsewhere
+            if not grid.is_full:
+                grid.drop_settled()
+                elsewhere = grid.start_ready(workers)
+            is_idle = not grid.running and not elsewhere
             if time.monotonic() >= until or (budget < math.inf and is_idle):
                 break
-            for cell in [cell for cell in waiting if is_idle and cell.lacks is not None]:
-                waiting.remove(cell)  # what it needs was done, and has been removed
-                board.set(cell, "skipped", f"its {cell.lacks} is gone")
+            if is_idle:
+                grid.drop_bereft()
             time.sleep(0.05)
     finally:
         _end(workers.started)
-        for run in running.values():
+        for run in grid.running.values():
             board.set(run.cell, "done" if run.cell.is_done else "interrupted")
 
 
@@ -293,17 +341,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="seconds after which it ends (local), > 0")
     parser.add_argument("--detach", action="store_true", help="slurm: submit, and do not wait")
     flags = parser.parse_args()
-    jobs = 1 if flags.jobs is None else flags.jobs
-    if jobs < 1:
-        raise UserError(f"--jobs: {jobs} is not allowed; give 1 or more")
-    if flags.jobs is not None and flags.executor == "slurm":
-        raise UserError("--jobs: is for --executor local; give parallelism in the YAML's slurm")
-    if flags.detach and flags.executor == "local":
-        raise UserError("--detach: needs --executor slurm; leave it out")
-    if flags.budget is not None and not flags.budget > 0:
-        raise UserError(f"--budget: {flags.budget:g} is not allowed; give seconds, more than 0")
-    if flags.budget is not None and flags.executor == "slurm":
-        raise UserError("--budget: is for --executor local; give timeout_min in the YAML's slurm")
+    _check_flags(flags)
+    jobs = flags.jobs or 1
     grid = read_grid(flags.grid)
     root = (flags.record_path or ROOT / "record" / flags.grid.stem).resolve()
     cells = cells_of(grid, root, not flags.status, flags.executor == "local")
@@ -331,20 +370,45 @@ def main() -> None:
             logger.info("%s; the same command goes on", rest)
             raise
     logger.info("%s: %s", many, summary(board.states.values()))
-    unfinished = [cell for cell in cells if board.states[cell.name] not in slurm.ENDED]
-    if flags.budget is not None and unfinished:
-        shortest = min(board.usual(cell) or 0 for cell in unfinished)
-        if any(cell.is_begun for cell in unfinished) or shortest < flags.budget:
-            logger.info("the budget is used; the same command goes on")
-        else:
-            logger.info(
-                "each cell that is left takes longer than the budget: %.0f s or more, as cells of "
-                "its kind took; give a larger one",
-                shortest,
-            )
+    if flags.budget is not None:
+        _say_what_is_unfinished(cells, board, flags.budget)
     failed = [cell for cell in cells if board.states[cell.name] == "failed"]
     if failed:
         raise UserError(*(f"{c.name}: failed, {cause_of(c, root, queue)}" for c in failed))
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    """Refuses values that are not allowed, and flags that do not fit together.
+
+    Raises:
+        UserError: if there is one.
+    """
+    if flags.jobs is not None and flags.jobs < 1:
+        raise UserError(f"--jobs: {flags.jobs} is not allowed; give 1 or more")
+    if flags.jobs is not None and flags.executor == "slurm":
+        raise UserError("--jobs: is for --executor local; give parallelism in the YAML's slurm")
+    if flags.detach and flags.executor == "local":
+        raise UserError("--detach: needs --executor slurm; leave it out")
+    if flags.budget is not None and not flags.budget > 0:
+        raise UserError(f"--budget: {flags.budget:g} is not allowed; give seconds, more than 0")
+    if flags.budget is not None and flags.executor == "slurm":
+        raise UserError("--budget: is for --executor local; give timeout_min in the YAML's slurm")
+
+
+def _say_what_is_unfinished(cells: Sequence[Cell], board: Board, budget: float) -> None:
+    """Says whether the same command would finish cells that the budget did not suffice for."""
+    unfinished = [cell for cell in cells if board.states[cell.name] not in slurm.ENDED]
+    if not unfinished:
+        return
+    shortest = min(board.usual(cell) or 0 for cell in unfinished)
+    if any(cell.is_begun for cell in unfinished) or shortest < budget:
+        logger.info("the budget is used; the same command goes on")
+    else:
+        logger.info(
+            "each cell that is left takes longer than the budget: %.0f s or more, as cells of its "
+            "kind took; give a larger one",
+            shortest,
+        )
 
 
 def states_of(cells: Sequence[Cell], root: Path, queue: "slurm.Queue | None") -> dict[str, str]:

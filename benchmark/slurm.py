@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmark.cells import Cell
 from benchmark.grid import Slurm
-from benchmark.workers import Workers, told
+from benchmark.workers import Workers, ending_of
 from utils.errors import UserError
 from utils.files import ROOT, read_object
 from utils.process.script import logger
@@ -46,7 +46,7 @@ class Job:
     def __call__(self) -> None:
         workers = Workers(self._threads, is_warm=len(self._cells) > 1)
         codes = {cell.name: self._run(cell, workers) for cell in self._cells}
-        failed = [f"{name}: {told(code)}" for name, code in codes.items() if code]
+        failed = [f"{name}: {ending_of(code)}" for name, code in codes.items() if code]
         if failed:
             raise SystemExit("\n".join(failed))
 

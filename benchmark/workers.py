@@ -45,7 +45,7 @@ PRELOADED = [
 ]
 
 
-def told(code: int) -> str:
+def ending_of(code: int) -> str:
     """How a process has ended, by its exit code, which is negative if a signal ended it."""
     if code >= 0:
         return f"exit code {code}"
