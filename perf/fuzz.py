@@ -26,6 +26,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,7 +190,7 @@ def spoil(path: Path, rng: random.Random, damage: Callable[[Path, random.Random]
 
 
 def spoil_tensors(path: Path, rng: random.Random) -> None:
-    """Likewise for a file of tensors."""
+    """Changes a file of tensors, or replaces it by something else."""
     spoil(path, rng, lambda path, rng: hostile.damage_tensors(path, rng, read_any))
 
 
@@ -202,150 +203,6 @@ def vouch(folder: Path, name: str) -> None:
         path.write_text(json.dumps(summary))
 
 
-def cases(good: Path) -> dict[str, Case]:
-    """For each kind: damages a copy of a good file in an empty folder, and reads it."""
-
-    def spoil_run(folder: Path, names: tuple[str, ...], rng: random.Random) -> None:
-        path = folder / rng.choice(names)
-        if path.suffix == ".pt":
-            spoil_tensors(path, rng)
-            if rng.random() < 0.85:
-                vouch(folder, path.name)
-        elif path.suffix == ".json":
-            spoil(path, rng, hostile.damage_json)
-        elif path.suffix == ".csv":
-            spoil(path, rng, hostile.damage_table)
-        else:
-            spoil(path, rng, damage_yaml)
-
-    def record(folder: Path, rng: random.Random) -> None:
-        shutil.copytree(good / "record", folder / "x")
-        names = (ATTACK_RESULT, ATTACK_RESULT, POISON, POISON)
-        spoil_run(folder / "x", (*names, SUMMARY, "config.yaml"), rng)
-        recorded_dataset(folder / "x")
-        attack = load_attack(folder / "x")
-        attack.build()
-        data = attack.load_dataset()
-        if attack.triggered is not None:
-            attack.poisoned_set(data)
-            attack.cross_images(data)
-
-    def purified(folder: Path, rng: random.Random) -> None:
-        shutil.copytree(good / "record/defense/ft", folder / "x")
-        spoil_run(folder / "x", (DEFENSE_RESULT, DEFENSE_RESULT, SUMMARY), rng)
-        load_defense(folder / "x")(torch.rand(2, 3, 32, 32))
-
-    def backdoorbench(folder: Path, rng: random.Random) -> None:
-        shutil.copytree(good / "theirs", folder / "x")
-        chance = rng.random()
-        if chance < 0.7:
-            spoil_tensors(folder / "x/attack_result.pt", rng)
-        elif chance < 0.8:
-            others = sorted((folder / "x").glob("*.pickle"))
-            spoil_tensors(rng.choice(others), rng)
-        else:
-            picture = rng.choice(sorted((folder / "x").rglob("*.png")))
-            spoil(picture, rng, hostile.damage_picture)
-        recorded_dataset(folder / "x")
-        attack = load_attack(folder / "x")
-        attack.build()
-        attack.poisoned_set(attack.load_dataset())
-
-    def settings(folder: Path, rng: random.Random) -> None:
-        config, name = rng.choice(((badnet.Config, "attack"), (sau.Config, "defense")))
-        shutil.copy(good / f"{name}.yaml", folder / "x.yaml")
-        spoil(folder / "x.yaml", rng, damage_yaml)
-        flags = ["--yaml_path", str(folder / "x.yaml")]
-        if rng.random() < 0.3:
-            flags = [f"--dataset={hostile.name(rng)}"]
-        config.from_command_line(flags, "", lambda values: values.get("dataset"))
-
-    def grid(folder: Path, rng: random.Random) -> None:
-        shutil.copy(good / "grid.yaml", folder / "x.yaml")
-        spoil(folder / "x.yaml", rng, damage_yaml)
-        read_grid(folder / "x.yaml")
-
-    def picture(folder: Path, rng: random.Random) -> None:
-        source = rng.choice(sorted((good / "pictures").iterdir()))
-        path = folder / source.name
-        shutil.copy(source, path)
-        spoil(path, rng, hostile.damage_picture)
-        read_image(path, 32)
-
-    def classes(folder: Path, rng: random.Random) -> None:
-        names = []
-        for _ in range(2):
-            text = hostile.name(rng).replace("/", "").replace("\0", "")
-            names.append(os.fsdecode(text.encode("utf-8", "replace")[:100] or b"x"))
-        for split in ("train", "test"):
-            for name in names:
-                place = folder / split / name
-                if name not in (".", ".."):
-                    place.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(good / "pictures/x.png", place / "0.png")
-        data = load_dataset("folder", folder, 8)
-        rows = {"images": torch.rand(2, 3, 8, 8)}
-        captions = {"images": [data.classes[0], data.classes[-1]]}
-        run = folders.RunFolder(folder / "run")
-        run.start("lr: 0.1\n")
-        figure = plot.image_grid(rows, captions, f"{names[0]} on {names[1]}")
-        run.write("x.png", lambda path: figure.savefig(path, dpi=40))
-        run.write_summary({"classes": list(data.classes), "files": {}})
-
-    def checkpoint(folder: Path, rng: random.Random) -> None:
-        source = rng.choice(sorted((good / "checkpoints").iterdir()))
-        path = folder / source.name
-        shutil.copy(source, path)
-        if path.suffix == ".pt":
-            spoil_tensors(path, rng)
-        else:
-            spoil(path, rng, hostile.damage_bytes)
-        weights.fill(build_model("tiny", 10), weights.read_state_dict(path), "tiny")
-
-    def interrupted(folder: Path, rng: random.Random) -> None:
-        run = folders.RunFolder(folder / "x")
-        run.start("lr: 0.1\n")
-        run.write("checkpoint.pt", lambda path: _copy(good / "checkpoint.pt", path))
-        spoil_tensors(folder / "x/checkpoint.pt", rng)
-        run = folders.RunFolder(folder / "x")
-        run.claim(False, resume=True)
-        watch = Watch(run, "round", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True))
-        unlearn(watch.start())
-
-    def claimed(folder: Path, rng: random.Random) -> None:
-        shutil.copytree(good / "record", folder / "x")
-        foreign = folder / "x" / rng.choice(("notes.txt", "defense/notes.txt", "defense/ft/n.txt"))
-        foreign.write_text("mine")
-        spoil(folder / "x/run.json", rng, hostile.damage_json)
-        run = folders.RunFolder(folder / "x")
-        try:
-            run.claim(True)
-            run.start("lr: 0.1\n")
-        finally:
-            assert foreign.read_text() == "mine", "a user's file is gone"
-
-    def reported(folder: Path, rng: random.Random) -> None:
-        shutil.copytree(good / "record", folder / "records/x")
-        runs = [folder / "records/x", folder / "records/x/defense/ft"]
-        for run in rng.sample(runs, rng.randint(1, 2)):
-            spoil_run(run, (SUMMARY, "config.yaml", "metrics.csv"), rng)
-        write_report([folder / "records"], folder / "to", rng.random() < 0.5, FORMATS)
-
-    return {
-        "record": record,
-        "result of a defense": purified,
-        "BackdoorBench record": backdoorbench,
-        "YAML": settings,
-        "grid": grid,
-        "picture": picture,
-        "names of classes": classes,
-        "user's checkpoint": checkpoint,
-        "checkpoint of a run": interrupted,
-        "folder of a run": claimed,
-        "report": reported,
-    }
-
-
 def _copy(source: Path, path: Path) -> None:
     shutil.copy(source, path)
 
@@ -353,6 +210,181 @@ def _copy(source: Path, path: Path) -> None:
 def damage_yaml(path: Path, rng: random.Random) -> None:
     """A line of another kind in a YAML file."""
     path.write_bytes(hostile.yaml_text(path.read_text(encoding="utf-8"), rng))
+
+
+def spoil_run(folder: Path, names: tuple[str, ...], rng: random.Random) -> None:
+    """Damages one of some files of a run; mostly its summary then has the new sha256."""
+    path = folder / rng.choice(names)
+    if path.suffix == ".pt":
+        spoil_tensors(path, rng)
+        if rng.random() < 0.85:
+            vouch(folder, path.name)
+    elif path.suffix == ".json":
+        spoil(path, rng, hostile.damage_json)
+    elif path.suffix == ".csv":
+        spoil(path, rng, hostile.damage_table)
+    else:
+        spoil(path, rng, damage_yaml)
+
+
+def read_record(good: Path, folder: Path, rng: random.Random) -> None:
+    """Reads a record, with its network and its images."""
+    shutil.copytree(good / "record", folder / "x")
+    names = (ATTACK_RESULT, ATTACK_RESULT, POISON, POISON)
+    spoil_run(folder / "x", (*names, SUMMARY, "config.yaml"), rng)
+    recorded_dataset(folder / "x")
+    attack = load_attack(folder / "x")
+    attack.build()
+    data = attack.load_dataset()
+    if attack.triggered is not None:
+        attack.poisoned_set(data)
+        attack.cross_images(data)
+
+
+def read_purified(good: Path, folder: Path, rng: random.Random) -> None:
+    """Reads the result of a defense."""
+    shutil.copytree(good / "record/defense/ft", folder / "x")
+    spoil_run(folder / "x", (DEFENSE_RESULT, DEFENSE_RESULT, SUMMARY), rng)
+    load_defense(folder / "x")(torch.rand(2, 3, 32, 32))
+
+
+def read_backdoorbench(good: Path, folder: Path, rng: random.Random) -> None:
+    """Reads a record of BackdoorBench."""
+    shutil.copytree(good / "theirs", folder / "x")
+    chance = rng.random()
+    if chance < 0.7:
+        spoil_tensors(folder / "x/attack_result.pt", rng)
+    elif chance < 0.8:
+        others = sorted((folder / "x").glob("*.pickle"))
+        spoil_tensors(rng.choice(others), rng)
+    else:
+        picture = rng.choice(sorted((folder / "x").rglob("*.png")))
+        spoil(picture, rng, hostile.damage_picture)
+    recorded_dataset(folder / "x")
+    attack = load_attack(folder / "x")
+    attack.build()
+    attack.poisoned_set(attack.load_dataset())
+
+
+def read_settings(good: Path, folder: Path, rng: random.Random) -> None:
+    """Reads the YAML file of a user, or a flag."""
+    config, name = rng.choice(((badnet.Config, "attack"), (sau.Config, "defense")))
+    shutil.copy(good / f"{name}.yaml", folder / "x.yaml")
+    spoil(folder / "x.yaml", rng, damage_yaml)
+    flags = ["--yaml_path", str(folder / "x.yaml")]
+    if rng.random() < 0.3:
+        flags = [f"--dataset={hostile.name(rng)}"]
+    config.from_command_line(flags, "", lambda values: values.get("dataset"))
+
+
+def read_a_grid(good: Path, folder: Path, rng: random.Random) -> None:
+    """Reads the YAML file of a grid."""
+    shutil.copy(good / "grid.yaml", folder / "x.yaml")
+    spoil(folder / "x.yaml", rng, damage_yaml)
+    read_grid(folder / "x.yaml")
+
+
+def read_picture(good: Path, folder: Path, rng: random.Random) -> None:
+    """Reads a picture of one of the formats."""
+    source = rng.choice(sorted((good / "pictures").iterdir()))
+    path = folder / source.name
+    shutil.copy(source, path)
+    spoil(path, rng, hostile.damage_picture)
+    read_image(path, 32)
+
+
+def write_classes(good: Path, folder: Path, rng: random.Random) -> None:
+    """Writes a run whose classes have hostile names: its summary and a figure."""
+    names = []
+    for _ in range(2):
+        text = hostile.name(rng).replace("/", "").replace("\0", "")
+        names.append(os.fsdecode(text.encode("utf-8", "replace")[:100] or b"x"))
+    for split in ("train", "test"):
+        for name in names:
+            place = folder / split / name
+            if name not in (".", ".."):
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy(good / "pictures/x.png", place / "0.png")
+    data = load_dataset("folder", folder, 8)
+    rows = {"images": torch.rand(2, 3, 8, 8)}
+    captions = {"images": [data.classes[0], data.classes[-1]]}
+    run = folders.RunFolder(folder / "run")
+    run.start("lr: 0.1\n")
+    figure = plot.image_grid(rows, captions, f"{names[0]} on {names[1]}")
+    run.write("x.png", lambda path: figure.savefig(path, dpi=40))
+    run.write_summary({"classes": list(data.classes), "files": {}})
+
+
+def read_weights(good: Path, folder: Path, rng: random.Random) -> None:
+    """Reads a checkpoint of a model that was trained elsewhere."""
+    source = rng.choice(sorted((good / "checkpoints").iterdir()))
+    path = folder / source.name
+    shutil.copy(source, path)
+    if path.suffix == ".pt":
+        spoil_tensors(path, rng)
+    else:
+        spoil(path, rng, hostile.damage_bytes)
+    weights.fill(build_model("tiny", 10), weights.read_state_dict(path), "tiny")
+
+
+def resume(good: Path, folder: Path, rng: random.Random) -> None:
+    """Resumes a run from its checkpoint."""
+    run = folders.RunFolder(folder / "x")
+    run.start("lr: 0.1\n")
+    run.write("checkpoint.pt", lambda path: _copy(good / "checkpoint.pt", path))
+    spoil_tensors(folder / "x/checkpoint.pt", rng)
+    run = folders.RunFolder(folder / "x")
+    run.claim(False, resume=True)
+    watch = Watch(run, "round", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True))
+    unlearn(watch.start())
+
+
+def claim(good: Path, folder: Path, rng: random.Random) -> None:
+    """Replaces a folder that holds a file of the user's beside those of a run."""
+    shutil.copytree(good / "record", folder / "x")
+    foreign = folder / "x" / rng.choice(("notes.txt", "defense/notes.txt", "defense/ft/n.txt"))
+    foreign.write_text("mine")
+    spoil(folder / "x/run.json", rng, hostile.damage_json)
+    run = folders.RunFolder(folder / "x")
+    try:
+        run.claim(True)
+        run.start("lr: 0.1\n")
+    finally:
+        assert foreign.read_text() == "mine", "a user's file is gone"
+
+
+def report(good: Path, folder: Path, rng: random.Random) -> None:
+    """Makes a report of damaged runs."""
+    shutil.copytree(good / "record", folder / "records/x")
+    runs = [folder / "records/x", folder / "records/x/defense/ft"]
+    for run in rng.sample(runs, rng.randint(1, 2)):
+        spoil_run(run, (SUMMARY, "config.yaml", "metrics.csv"), rng)
+    write_report([folder / "records"], folder / "to", rng.random() < 0.5, FORMATS)
+
+
+# Each damages a copy of a good file in an empty folder, and reads it.
+_READERS: dict[str, Callable[[Path, Path, random.Random], object]] = {
+    "record": read_record,
+    "result of a defense": read_purified,
+    "BackdoorBench record": read_backdoorbench,
+    "YAML": read_settings,
+    "grid": read_a_grid,
+    "picture": read_picture,
+    "names of classes": write_classes,
+    "user's checkpoint": read_weights,
+    "checkpoint of a run": resume,
+    "folder of a run": claim,
+    "report": report,
+}
+
+
+def cases(good: Path) -> dict[str, Case]:
+    """The cases of each kind.
+
+    Args:
+        good: folder of the good files.
+    """
+    return {kind: partial(read, good) for kind, read in _READERS.items()}
 
 
 def write_good(good: Path) -> None:

@@ -338,12 +338,9 @@ def damage_table(path: Path, rng: random.Random) -> None:
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
-def yaml_text(good: str, rng: random.Random) -> bytes:
-    """A flat YAML file with a line of another kind."""
-    lines = good.splitlines()
-    names = [line.split(":")[0] for line in lines if ":" in line]
-    key = rng.choice(names)
-    odd = rng.choice(
+def _odd_value(rng: random.Random) -> str:
+    """What may stand behind a colon in YAML, and is no plain value or a rare one."""
+    return rng.choice(
         (
             *('!!int ""', "!!bool foo", "!!map", "!!set {a, b}", "!!timestamp 2001-01-01", "!x y"),
             *(
@@ -371,6 +368,14 @@ def yaml_text(good: str, rng: random.Random) -> bytes:
             *("../../config", "/etc/passwd", "a" * 300, str(rng.choice(NUMBERS)), name(rng)),
         )
     )
+
+
+def yaml_text(good: str, rng: random.Random) -> bytes:
+    """A flat YAML file with a line of another kind."""
+    lines = good.splitlines()
+    names = [line.split(":")[0] for line in lines if ":" in line]
+    key = rng.choice(names)
+    odd = _odd_value(rng)
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(lines) + 1)
         way = rng.random()

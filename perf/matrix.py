@@ -237,7 +237,7 @@ class _Picture:
 
 
 def draw_nothing() -> None:
-    """From now on this process draws no figures, which would take most of its time."""
+    """Makes this process draw no figures from now on, which would take most of its time."""
     names = ("curves", "image_grid", "before_after", "curves_with_bands", "cost", "variants")
     for name in names:
         setattr(plot, name, lambda *_, **__: _Picture())

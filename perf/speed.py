@@ -107,19 +107,23 @@ class Counting(nn.Module):
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of a call, including the device's own work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _synchronize(device)
     started = time.perf_counter()
     call()
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def _synchronize(device: torch.device) -> None:
+    """Waits for a GPU, which works while this process goes on."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def interleaved(
     variants: Mapping[str, Callable[[], Callable[[], object]]], repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of each, the variants taking turns; a first turn warms up and does not count.
+    """Median seconds of each variant; they take turns, and the first turn does not count.
 
     Args:
         variants: each makes, untimed, the call that is timed.
@@ -287,7 +291,24 @@ def forward_operations(model: Classifier, shape: tuple[int, int, int]) -> int:
 
 def measure_share(bench: Bench, batch_size: int) -> list[Row]:
     """Where an epoch's time goes, and how far a step and a round are from the floor."""
-    device, shape = bench.device, bench.data.image_shape
+    rate = matrix_rate(bench.device, bench.precision)
+    one = forward_operations(
+        at_precision(bench.model, bench.precision, bench.device), bench.data.image_shape
+    )
+    return [
+        *share_of_steps(bench, batch_size, one / rate),
+        *share_of_round(bench, one / rate),
+        Row("share", "matrix product", one / rate, note=f"{rate / 1e9:.0f} GFLOP/s"),
+    ]
+
+
+def share_of_steps(bench: Bench, batch_size: int, unit: float, steps: int = 6) -> list[Row]:
+    """Seconds of each part of some training steps, and of the floor.
+
+    Args:
+        unit: seconds of the operations of one image's forward pass, at the matrix rate.
+    """
+    device = bench.device
     model = at_precision(bench.model, bench.precision, device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     rng = generator(0, "augmentation", device)
@@ -295,12 +316,10 @@ def measure_share(bench: Bench, batch_size: int) -> list[Row]:
 
     @contextmanager
     def measured(name: str) -> Iterator[None]:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
         started = time.perf_counter()
         yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
         seconds[name] += time.perf_counter() - started
 
     order = torch.randperm(len(bench.data.train))
@@ -319,30 +338,34 @@ def measure_share(bench: Bench, batch_size: int) -> list[Row]:
             loss.backward()
         with measured("optimizer"):
             optimizer.step()
-    total = sum(seconds.values())
-    rows = [
-        Row("share", f"epoch: {n}", s, note=f"{100 * s / total:.1f} %") for n, s in seconds.items()
+    total, floor = sum(seconds.values()), 3 * unit * batch_size * steps
+    return [
+        *(
+            Row("share", f"epoch: {name}", s, note=f"{100 * s / total:.1f} %")
+            for name, s in seconds.items()
+        ),
+        Row("share", "epoch: floor", floor, note=f"{total / floor:.2f} times the floor"),
     ]
 
-    rate, one = matrix_rate(device, bench.precision), forward_operations(model, shape)
-    floor = 3 * one * batch_size * steps / rate
-    rows.append(Row("share", "epoch: floor", floor, note=f"{total / floor:.2f} times the floor"))
+
+def share_of_round(bench: Bench, unit: float) -> list[Row]:
+    """Seconds of a round of SAU, and of the floor of the passes that it makes.
+
+    Args:
+        unit: seconds of the operations of one image's forward pass, at the matrix rate.
+    """
     counter = [0]
-    counted = Counting(at_precision(bench.model, bench.precision, device), counter)
-    rounds = replace(bench.config, n_rounds=3)
+    counted = Counting(at_precision(bench.model, bench.precision, bench.device), counter)
+    config = replace(bench.config, n_rounds=3)
     took = timed(
-        lambda: sau.purify(counted, bench.clean.images, bench.clean.labels, rounds), device
+        lambda: sau.purify(counted, bench.clean.images, bench.clean.labels, config), bench.device
     )
-    took, units = took / rounds.n_rounds, counter[0] / rounds.n_rounds
-    floor = units * one / rate
-    rows.append(
-        Row("share", "round of SAU", took, note=f"{units / len(bench.clean):.1f} units an image")
-    )
-    rows.append(
-        Row("share", "round of SAU: floor", floor, note=f"{took / floor:.2f} times the floor")
-    )
-    rows.append(Row("share", "matrix product", one / rate, note=f"{rate / 1e9:.0f} GFLOP/s"))
-    return rows
+    took, units = took / config.n_rounds, counter[0] / config.n_rounds
+    floor = units * unit
+    return [
+        Row("share", "round of SAU", took, note=f"{units / len(bench.clean):.1f} units an image"),
+        Row("share", "round of SAU: floor", floor, note=f"{took / floor:.2f} times the floor"),
+    ]
 
 
 def measure_growth(bench: Bench) -> list[Row]:

@@ -189,8 +189,12 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def told(kind: str, root: Path, before: dict[str, str], process: subprocess.Popen[str]) -> str:
-    """How a run ends if its disk refuses to write."""
+def refusal_of(root: Path, before: dict[str, str], process: subprocess.Popen[str]) -> str:
+    """How a run ends if its disk refuses to write.
+
+    Args:
+        before: what `contents` gave before the run; none of it may change.
+    """
     end = finish(process)
     errors = [line for line in end.text.splitlines() if line.startswith("error:")]
     problems = []
@@ -207,7 +211,7 @@ def told(kind: str, root: Path, before: dict[str, str], process: subprocess.Pope
 def large_files(kind: str, whole: Path, root: Path, largest: int) -> str:
     """A run whose files may not grow beyond a size."""
     before = contents(prepared(kind, whole, root))
-    return told(kind, root, before, start(kind, root, largest=largest))
+    return refusal_of(root, before, start(kind, root, largest=largest))
 
 
 def full(kind: str, whole: Path, root: Path, free: int) -> str:
@@ -216,7 +220,7 @@ def full(kind: str, whole: Path, root: Path, free: int) -> str:
     try:
         with small_disk(root, (need if kind == "defense" else 8192) + free):
             before = contents(prepared(kind, whole, root))
-            return told(kind, root, before, start(kind, root))
+            return refusal_of(root, before, start(kind, root))
     except subprocess.CalledProcessError:
         return "not tried: no file system can be mounted here"
 
@@ -227,7 +231,7 @@ def read_only(kind: str, whole: Path, root: Path) -> str:
         with small_disk(root, 1 << 30):
             before = contents(prepared(kind, whole, root))
             subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
-            return told(kind, root, before, start(kind, root))
+            return refusal_of(root, before, start(kind, root))
     except subprocess.CalledProcessError:
         return "not tried: no file system can be mounted here"
 
@@ -240,7 +244,7 @@ def removed(kind: str, whole: Path, root: Path) -> str:
     while process.poll() is None and not (folder / "checkpoint.pt").exists():
         time.sleep(0.05)
     shutil.rmtree(folder, ignore_errors=True)
-    return told(kind, root, before, process)
+    return refusal_of(root, before, process)
 
 
 # --- checkpoints --------------------------------------------------------------------------------
