@@ -70,7 +70,7 @@ class Images:
     targets: torch.Tensor
 
     def rows(self, start: int, end: int) -> "Images":
-        """Some of them."""
+        """The images from position `start` up to `end`."""
         return Images(*(getattr(self, f.name)[start:end] for f in dataclasses.fields(self)))
 
 
@@ -102,19 +102,23 @@ def risks(
     with evaluating(model, reference):
         for first in range(0, len(images.labels), config.batch_size):
             part = images.rows(first, first + config.batch_size)
-            for name, value in _of_batch(model, reference, part, config, draws).items():
+            for name, value in _risks_in_batch(model, reference, part, config, draws).items():
                 counts[name] += value
     return counts
 
 
-def _of_batch(
+def _risks_in_batch(
     model: nn.Module,
     reference: nn.Module,
     images: Images,
     config: sau.Config,
     draws: torch.Generator,
 ) -> dict[str, int]:
-    """As `risks`."""
+    """The counts of `risks` for a single batch.
+
+    Args:
+        draws: of the random start of a search.
+    """
     is_fooled = reference(images.triggered).argmax(1) == images.targets
     trigger = images.triggered - images.clean
     is_inside = in_ball(trigger, config)

@@ -128,7 +128,7 @@ def summary(states: Iterable[str]) -> str:
 
 
 def log_of(cell: Cell, root: Path) -> Path:
-    """Where a cell's messages go; `<record>.log`, or `<record>/<result>.log`."""
+    """The file for a cell's messages: `<record>.log`, or `<record>/<result>.log`."""
     return root / ".grid" / "logs" / f"{cell.name}.log"
 
 
@@ -146,7 +146,7 @@ def mark_failed(cell: Cell, root: Path, code: int) -> None:
 
 
 def cause_of(cell: Cell, root: Path, queue: "slurm.Queue | None") -> str:
-    """Where the messages of a failed cell are, after the signal that has ended it, if one has."""
+    """A text that names the signal that has ended a failed cell, if one has, and its log."""
     if queue is not None:
         return f"see {queue.log_of(cell)}"
     mark = mark_of(cell, root)

@@ -6,8 +6,8 @@
 Of each record under a folder that has two results of SAU, `sau_auto` and `sau`, it says what ACC
 and ASR they reached, in how many rounds, and in which share of the seconds. Its figure has, for
 each record, what SAU measured on the held-out images (their error, plus the share of them that
-still has a shared adversarial example) beside the true ASR on the test images. Nothing was decided
-by that one.
+still has a shared adversarial example) beside the true ASR on the test images. SAU stops by the
+former alone, and never sees the ASR.
 """
 
 import sys
@@ -80,7 +80,7 @@ def read_pair(record: Path) -> Pair | None:
         curves = pd.DataFrame({SIGNAL: signal, ASR: watched, ASR_ALL: full}).loc[1:]
         curves.index = curves.index.astype(int)
         pair = Pair(record.name, auto, all_rounds, curves)
-        _ = markdown([pair])  # what cannot be printed is no number
+        _ = markdown([pair])  # raises an error if something that must be a number is none
     except (
         OSError,
         ValueError,
@@ -133,7 +133,10 @@ def markdown(pairs: Sequence[Pair]) -> str:
 
 
 def titles(pairs: Sequence[Pair]) -> list[str]:
-    """Of panels: attack and seed of a record that a grid has named, if no other one has both."""
+    """The titles of the panels.
+
+    A record that a grid has named is called by its attack and seed, if no other one has both.
+    """
     short = ["-".join(pair.name.split("-")[-2:]) for pair in pairs]
     return [
         title if short.count(title) == 1 else pair.name

@@ -74,7 +74,7 @@ class Workers:
         is_warm: whether they are forked from one process; where that is not possible, none is.
 
     Attributes:
-        started: all that were ever started, also one in whose start a signal came.
+        started: every cell that was started, also one during whose start a signal came.
     """
 
     def __init__(self, threads: int, is_warm: bool = True) -> None:
@@ -86,11 +86,11 @@ class Workers:
     def start(
         self, script: Path, arguments: Sequence[str], log: Path | None, **variables: str
     ) -> Worker:
-        """A script in a session of its own, so that Ctrl-C reaches it only from here.
+        """Starts a script in a session of its own, so that Ctrl-C reaches it only from here.
 
         Args:
             arguments: of the script.
-            log: the file to which its messages are added; None for those of this process.
+            log: the file to which its messages are added; None for where this process writes.
             variables: of its environment, beside those of this process.
         """
         environment = {**os.environ, **self._threads, **variables}
@@ -98,11 +98,11 @@ class Workers:
             with _deferred(_TO_END):
                 self.started.append(_Fresh(script, arguments, log, environment))
             return self.started[-1]
-        hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup sets it
+        ignores_hang_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup sets it
         context = multiprocessing.get_context("forkserver")
         reader, writer = context.Pipe(duplex=False)
         process = context.Process(
-            target=_run, args=(script, arguments, log, environment, hang_up, writer)
+            target=_run, args=(script, arguments, log, environment, ignores_hang_up, writer)
         )
         try:
             self.load()
@@ -135,7 +135,7 @@ class Workers:
             self._has_loaded = True
 
     def _ensure_server(self) -> None:
-        """The server has one thread, and does not hear of signals that are meant for this one."""
+        """Starts the server, with one thread; it ignores the signals that this process waits for."""
         forkserver.set_forkserver_preload(PRELOADED)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         variables = {**self._threads, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -209,20 +209,21 @@ def _run(
     arguments: Sequence[str],
     log: Path | None,
     environment: Mapping[str, str],
-    is_deaf: bool,
+    ignores_hang_up: bool,
     ready: Connection,
 ) -> None:
     """What a fork does: it becomes the process that the user's command would be.
 
     Args:
-        is_deaf: whether a closed terminal is no reason to end.
-        ready: is told once signals are heard; before, the server's deafness is inherited.
+        ignores_hang_up: whether it goes on if the terminal is closed.
+        ready: gets a byte as soon as this process reacts to signals. Before, it ignores them, as
+            the server does, whose fork it is.
     """
     os.setsid()
     for number in _TO_END:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if is_deaf:
+    if ignores_hang_up:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     ready.send_bytes(b"1")
     ready.close()
@@ -243,7 +244,7 @@ def _run(
 
 @contextlib.contextmanager
 def _at_root() -> Iterator[None]:
-    """Inside, the working folder is the checkout; the one before may be gone by now."""
+    """Inside, the working folder is the checkout; afterwards the one before, even if it is gone."""
     here = os.open(".", os.O_PATH)
     try:
         os.chdir(ROOT)
@@ -261,11 +262,11 @@ def _begin(process: BaseProcess) -> None:
 
 @contextlib.contextmanager
 def _deferred(signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """Signals that come inside are heard at its end; those that are ignored stay so."""
+    """Signals that come inside act at its end; those that this process ignores stay ignored."""
     came: list[int] = []
-    heard = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]
+    waiting = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]
     try:
-        with _handled(heard, lambda number, _: came.append(number)):
+        with _handled(waiting, lambda number, _: came.append(number)):
             yield
     finally:
         for number in came:

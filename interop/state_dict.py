@@ -181,9 +181,9 @@ def _pictures_below(folder: Path) -> Content:
     skipped: list[Path] = []
     for inside in sorted(itertools.chain(*content_of(folder))):
         if inside.is_dir():
-            found = content_of(inside)
-            pictures += found.pictures
-            skipped += found.others
+            content = content_of(inside)
+            pictures += content.pictures
+            skipped += content.others
         else:
             skipped.append(inside)
     return Content(pictures, skipped)

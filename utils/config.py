@@ -36,7 +36,8 @@ USER_FILES = {
 }
 # Flags that name a file whose content is part of the recipe, in every script that has them.
 FILES = frozenset({"index", "state_dict", "trigger_image"})
-# And those that name a file or a folder of which the recipe has something else, or nothing.
+# Flags that name a file or a folder whose path is no part of the recipe, which has something else of
+# it, or nothing.
 PLACES = frozenset(
     {
         *("record_path", "result_file", "clean_record", "clean_records"),
@@ -300,14 +301,14 @@ def _shipped(cls: type[Config], dataset: str | None = None) -> list[_Layer]:
 
 
 def _require_known(cls: type[Config], dataset: str) -> None:
-    """Raises UserError if no YAML file is of this dataset; each one has some."""
+    """Raises UserError if no YAML file is for this dataset; there is one for each known dataset."""
     files = getattr(sys.modules[cls.__module__], "__file__", None)
     root = Path(files).resolve().parents[1] / "config" if files else Path()
-    known = {path.stem for path in root.glob("*/*/*.yaml")} - {"default", "config"}
-    if known and dataset not in known:
+    datasets = {path.stem for path in root.glob("*/*/*.yaml")} - {"default", "config"}
+    if datasets and dataset not in datasets:
         raise UserError(
-            f"dataset: {shown(dataset, 100)} is unknown{suggestion(str(dataset), known)}; give one "
-            f"of {', '.join(sorted(known))}"
+            f"dataset: {shown(dataset, 100)} is unknown{suggestion(str(dataset), datasets)}; give "
+            f"one of {', '.join(sorted(datasets))}"
         )
 
 
@@ -377,7 +378,7 @@ def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:
 
 
 def _help(cls: type[Config], description: str, values: Mapping[str, Any]) -> str:
-    """The description, then the flags by what they are for, those of the method first."""
+    """The text of `--help`: the description, then the flags in groups, the method's own first."""
     lines = [description.strip(), "", "flags, with their values as resolved from the YAML files:"]
     hints = _hints(cls)
     for title, names in _groups(cls).items():

@@ -20,7 +20,7 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
 MARK = "run.json"  # the file that makes a folder one of a run; see utils/records/contents.py
 
-# What a system refuses for reasons that the user can see to; never a defect of the program.
+# Errors of the system whose reasons the user can remove; they are never a defect of the program.
 REFUSALS = frozenset(
     (
         *(errno.EACCES, errno.EPERM, errno.EROFS),  # not allowed, read-only
@@ -33,7 +33,7 @@ REFUSALS = frozenset(
 # The largest files that are read, in bytes: of text, of tables, pictures and lists, of tensors.
 TEXT, TABLE, TENSORS = 1 << 24, 1 << 28, 1 << 34
 
-_DIGITS = 8  # of what tells temporary names apart, also those of several machines
+_DIGITS = 8  # of the random part of a temporary name, which differs between machines, too
 
 
 def opened(path: Path, largest: int = TABLE) -> IO[bytes]:
@@ -251,7 +251,7 @@ def at_home(text: str) -> str:
 
 
 def as_path(text: str | None) -> Path | None:
-    """A flag's path; see `at_home`, for what a shell does not see to after a `=`."""
+    """A flag's path; see `at_home`, because a shell leaves the `~` of `--flag=~/x` as it is."""
     return None if text is None else Path(at_home(text))
 
 

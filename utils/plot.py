@@ -55,7 +55,7 @@ class Figure(PlainFigure):
     """A figure that draws a box for each letter that its fonts do not have, without a warning."""
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
-        """As matplotlib's."""
+        """Saves the figure, as the method of matplotlib's that it replaces."""
         with self.any_letters():
             super().savefig(*args, **kwargs)
 
@@ -170,7 +170,7 @@ def image_grid(
 
 
 def captions_below(texts: Sequence[str]) -> tuple[list[str], float]:
-    """What stands under images, and its size in points, so that no text touches the next one.
+    """The texts to draw under images, and their size in points, so that none touches the next one.
 
     "before | after" takes two lines where it is wide.
     """

@@ -23,10 +23,11 @@ from pydantic import PlainValidator, ValidationError
 from utils.errors import UserError, first_line, shown
 from utils.files import TENSORS, opened
 
-_MOST_PICKLED = 1 << 26  # bytes of what is no tensor's values
-# Of a pickle, and parts of what it holds, each as often as it stands there or is copied.
+_MOST_PICKLED = 1 << 26  # bytes of all that is not the values of a tensor
+# Operations of a pickle, with the parts that its calls copy. The data may have as many parts, each
+# counted once for every place in which it stands.
 _MOST_STEPS = 3_000_000
-_MOST_TENSORS = 20_000  # and arrays
+_MOST_TENSORS = 20_000  # tensors and arrays together
 _MOST_LISTED = 1 << 24  # bytes of an archive's list of its parts
 _DEEPEST = 100  # containers inside of each other
 _LARGEST_INTEGER = 1 << 127
@@ -377,7 +378,7 @@ class _Machine:
         self._most_copied = 0  # bytes
 
     def run(self, pickled: bytes) -> Any:
-        """What the pickle holds.
+        """Gives what the pickle holds.
 
         Raises:
             ValueError: if it holds anything but plain data and what is named above.
@@ -499,11 +500,11 @@ class _Machine:
         if not isinstance(function, FunctionType):  # those on the stack are from the names above
             raise TypeError("something is called that is no function")
         result = function(*arguments)
-        self._count_made(result)
+        self._count_result(result)
         self._stack.append(result)
 
-    def _count_made(self, result: Any) -> None:
-        """Counts what a call made: a file may call many times, each with the same long argument.
+    def _count_result(self, result: Any) -> None:
+        """Counts what a call gives: a file may call many times, each with the same long argument.
 
         Raises:
             ValueError: if it is too much.
@@ -518,7 +519,7 @@ class _Machine:
             self._count_steps(len(result))
 
     def _set_state(self, _: Any) -> None:
-        """Data behind an object: an array's content; notes of a state dict, which are dropped."""
+        """Gives an object its data: an array its content; the notes of a state dict are dropped."""
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) is dict:
             return
@@ -584,7 +585,7 @@ def kind_of_numbers(tensor: torch.Tensor) -> str:
 
 
 def not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of tensors that hold an infinity or no number.
+    """The names of tensors that hold an infinity or a NaN.
 
     Raises:
         ValueError: for a type for which torch cannot say it.
@@ -617,7 +618,7 @@ def text_up_to(most: int, least: int = 1) -> PlainValidator:
 
 @contextmanager
 def explained(path: Path, expected: str, advice: str = "") -> Iterator[None]:
-    """Any failure to read a file as a UserError: '<path>: is not <expected> (<reason>)'.
+    """Turns any failure to read a file into a UserError: '<path>: is not <expected> (<reason>)'.
 
     Args:
         advice: what to do; it follows after a semicolon.

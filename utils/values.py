@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from utils.plain import in_yaml
 
 LONGEST = 4096  # characters of a text; no system takes a longer path
-# Of numbers: what torch has as an integer, and what stays one in fp32 times or over a few others.
+# The largest numbers by type. Torch has no larger integers. A float of this size is still finite in
+# fp32 after it is multiplied with a few others, or divided by them.
 _LARGEST: dict[type, float] = {float: 1e30, int: 2**63 - 1}
 
 
@@ -24,29 +25,29 @@ def choices(annotation: Any) -> tuple[str, ...]:
 
 
 class OrName:
-    """Mark of a field whose number may also be given by a name, which is looked up later."""
+    """The mark of a field whose number may also be given by a name, which is looked up later."""
 
 
 class Endless:
-    """Mark of a field whose number may be infinite, such as a threshold that nothing passes."""
+    """The mark of a field whose number may be infinite, such as a threshold that nothing passes."""
 
 
 class Distinct:
-    """Mark of a list of names, of which none may stand twice."""
+    """The mark of a list of names, none of which may stand in it twice."""
 
 
 def may_be_a_name(annotation: Any) -> bool:
-    """Whether it has the mark `OrName`."""
+    """Whether a field has the mark `OrName`."""
     return OrName in getattr(annotation, "__metadata__", ())
 
 
 def is_endless(annotation: Any) -> bool:
-    """Whether it has the mark `Endless`."""
+    """Whether a field has the mark `Endless`."""
     return Endless in getattr(annotation, "__metadata__", ())
 
 
 def is_distinct(annotation: Any) -> bool:
-    """Whether it has the mark `Distinct`."""
+    """Whether a field has the mark `Distinct`."""
     return Distinct in getattr(annotation, "__metadata__", ())
 
 
@@ -156,7 +157,7 @@ def _typed(annotation: Any, value: Any, is_flag: bool) -> Any:
 
 
 def items_of(value: Any) -> Sequence[Any]:
-    """Those of a list, which a text has with or without the brackets of YAML and `--help`."""
+    """The items of a list, or of a text that is one, with or without YAML's brackets."""
     if not isinstance(value, str):
         return _each(value)
     inner = value.strip().removeprefix("[").removesuffix("]")
@@ -169,7 +170,7 @@ def _each(value: Any) -> Sequence[Any]:
 
 
 def _is_within(value: Any) -> bool:
-    """Whether a number is not too large; true of what is no number."""
+    """Whether a value is no number, or one that is not too large."""
     return type(value) not in _LARGEST or abs(value) <= _LARGEST[type(value)]
 
 
@@ -205,17 +206,17 @@ def advice(annotation: Any, value: Any) -> str:
 
 
 def _number(value: Any) -> Any:
-    """The number that a text is; everything else as it is."""
+    """The number that a text stands for; any other value is returned as it is."""
     return in_yaml(value.strip()) if isinstance(value, str) and len(value) < LONGEST else value
 
 
 def _is_whole_float(value: object) -> bool:
-    """Whether it was written as +20, 20.0 or 2e1, which are no whole numbers here."""
+    """Whether a whole number was written as +20, 20.0 or 2e1, which no integer field accepts."""
     return isinstance(value, float) and value.is_integer()
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a text that may be a name or a path."""
+    """Whether a value is a text that may be a name or a path."""
     return (
         isinstance(value, str)
         and 0 < len(value) <= LONGEST

@@ -23,9 +23,10 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """With `wanted`, a GPU gives the same bits for the same seed inside; restored at the end.
+    """Inside, a GPU gives the same bits for the same seed if that is `wanted`.
 
-    cuDNN and cuBLAS use only deterministic algorithms, which may be slower. A CPU always does.
+    The settings from before are restored at the end. cuDNN and cuBLAS use only deterministic
+    algorithms, which may be slower. A CPU always does.
 
     Raises:
         UserError: if the network has an operation that torch can only do in another way.
@@ -85,7 +86,7 @@ class Draws:
         """Puts back what `state_dict` gave.
 
         Raises:
-            ValueError: if it is of other generators.
+            ValueError: if it is the state of other generators.
         """
         if state.keys() != self._generators().keys():
             raise ValueError("the generators have other names")
