@@ -36,15 +36,24 @@ from models.copies import copied
 from models.modes import evaluating
 from models.outputs import recording
 from models.parts import black_images, layer, top_level
+from utils.config import Group
 from utils.data.batches import as_float, augment, wide
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.loop import Loop
-from utils.training.sgd import fine_tune
+from utils.training.sgd import Schedule, fine_tune
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FineTuned):
+    lr: Annotated[
+        float,
+        Field(
+            gt=0, description="peak learning rate of the teacher, and the student's constant one"
+        ),
+        Group.TRAINING,
+    ]
+    lr_scheduler: Annotated[Schedule, Field(description="how the teacher's learning rate changes")]
     te_epochs: Annotated[int, Field(ge=0, description="passes that tune the teacher, first")]
     beta1: Annotated[float, Field(ge=0, description="weight of the first stage's distance")]
     beta2: Annotated[float, Field(ge=0, description="weight of the second one's")]

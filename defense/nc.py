@@ -200,7 +200,8 @@ def outlier_index(norms: torch.Tensor) -> torch.Tensor:
     """|n - median| / (1.4826 median |n - median|), the lower of two middle values as median.
 
     Shape:
-        (K,) float -> (K,) float >= 0; 0 where n is the median.
+        (K,) float -> (K,) float >= 0; 0 where n is the median, and infinite elsewhere if most of
+        the norms are.
     """
     apart = (norms - norms.median()).abs()
     return torch.where(apart == 0, 0, apart / (1.4826 * apart.median()))

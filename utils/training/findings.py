@@ -24,7 +24,8 @@ class Verdict:
     Attributes:
         is_backdoored: the verdict.
         targets: the classes to which a trigger sends images, the most suspicious first.
-        suspicion: a number for each class; larger is more suspicious. Its unit is the method's.
+        suspicion: a number for each class; larger is more suspicious. Its unit is the method's. An
+            infinite one is null in `summary.json`.
     """
 
     is_backdoored: bool

@@ -117,7 +117,9 @@ class Scheduler:
 
     `reduce_on_plateau` is torch's schedule with its default values, as published: the rate falls to
     a tenth if the mean training loss of an epoch has not fallen by a ten-thousandth of itself for
-    more than 10 epochs. The other schedules are functions of the step, see `lr_multiplier`.
+    more than 10 epochs. A negative loss, as those of D3 and FST, is measured by its size; torch
+    takes an equal one for a better one. The other schedules are functions of the step, see
+    `lr_multiplier`.
 
     Args:
         optimizer: whose learning rate, as it is now, is the peak.
@@ -132,7 +134,9 @@ class Scheduler:
     ) -> None:
         self._scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "reduce_on_plateau":
-            self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, threshold_mode="abs"
+            )
         else:
             multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
             self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
@@ -150,6 +154,8 @@ class Scheduler:
 
     def after_epoch(self, loss: float) -> None:
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            best = self._scheduler.best
+            self._scheduler.threshold = 1e-4 * abs(best) if math.isfinite(best) else 0
             self._scheduler.step(loss)
 
 
