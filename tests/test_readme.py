@@ -199,15 +199,33 @@ def test_the_python_examples_run(
     assert names["purified"] is not model
     assert names["demo"](torch.rand(2, 3, 16, 16)).shape == (2, 3)
 
-    own_model, again, record = blocks("python", PYTHON)
+    own_model, again, export, record = blocks("python", PYTHON)
     names = {}
     exec(compile(own_model, "python.md", "exec"), names)
     assert names["purified"] is not names["model"]
     exec(compile(again, "python.md", "exec"), names)
     assert names["purified"](torch.rand(2, 3, 16, 16)).shape == (2, 3)
+    exec(compile(export, "python.md", "exec"), names)
+    assert names["logits"].shape == (5, 3)
     capsys.readouterr()
     exec(compile(record, "python.md", "exec"), {})
     assert capsys.readouterr().out == "preactresnet18 3 0\n"
+
+
+def test_two_defenses_are_compared_in_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over the twelve attacks of a grid of `results/`."""
+    report = ["--under", ROOT / "results/digits", "--to", tmp_path / "report", "--formats", "csv"]
+    assert run_script(ROOT / "benchmark/report.py", *report) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    (compared,) = blocks("python", (ROOT / "docs/grids.md").read_text(encoding="utf-8"))
+    exec(compile(compared, "grids.md", "exec"), {})
+    attacks, gain, p = capsys.readouterr().out.split()
+    assert int(attacks) == 12
+    assert 0 < float(p) < 1
+    assert -1 < float(gain) < 1
 
 
 def test_the_scripts_of_the_methods_tables_are_all_there_are() -> None:
