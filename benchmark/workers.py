@@ -135,7 +135,7 @@ class Workers:
             self._has_loaded = True
 
     def _ensure_server(self) -> None:
-        """Starts the server, with one thread; it ignores the signals that this process waits for."""
+        """Starts the server, with one thread; it ignores signals that are for this process."""
         forkserver.set_forkserver_preload(PRELOADED)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         variables = {**self._threads, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}

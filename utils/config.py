@@ -36,7 +36,7 @@ USER_FILES = {
 }
 # Flags that name a file whose content is part of the recipe, in every script that has them.
 FILES = frozenset({"index", "state_dict", "trigger_image"})
-# Flags that name a file or a folder whose path is no part of the recipe, which has something else of
+# Flags that name a file or a folder whose path is no part of the recipe. It has something else of
 # it, or nothing.
 PLACES = frozenset(
     {

@@ -253,8 +253,9 @@ def before_after(points: pd.DataFrame, seeds: Mapping[str, int], title: str) -> 
     for axis in axes[-3:]:  # the lowest ones, also over no panel
         axis.set_xlabel("ASR, percent")
         axis.tick_params(labelbottom=True)
-    drawn = 100 * points[["acc", "acc_before"]].stack()
-    axes[0].set_ylim(max(-3, drawn.min() - 5), min(102, drawn.max() + 5))
+    drawn = 100 * points[["acc", "acc_before"]].to_numpy(dtype=float)
+    lowest, highest = float(np.nanmin(drawn)), float(np.nanmax(drawn))
+    axes[0].set_ylim(max(-3, lowest - 5), min(102, highest + 5))
     handles = [
         Line2D([], [], color="#777777", marker="o", ls="", ms=7, mfc=fill, label=label)
         for label, fill in (("before", "white"), ("after", "#777777"))
@@ -421,7 +422,13 @@ def cost(points: pd.DataFrame, title: str) -> Figure:
 
 
 def make_panels(
-    count: int, most: int, size: tuple[float, float], beside: tuple[float, float], **shared: bool
+    count: int,
+    most: int,
+    size: tuple[float, float],
+    beside: tuple[float, float],
+    *,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels, line by line.
 
@@ -430,13 +437,13 @@ def make_panels(
         most: how many stand in a line, at most.
         size: width and height of a panel in inches.
         beside: width and height of what the figure has beside them.
-        shared: `sharex` and `sharey`, as of matplotlib's `subplots`.
+        sharex: whether all panels have the same limits of the abscissa; likewise `sharey`.
     """
     columns = min(most, count)
     lines = -(-count // columns)
     figsize = beside[0] + size[0] * columns, beside[1] + size[1] * lines
     figure = Figure(figsize=figsize, layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False, **shared).flat)
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, axes[:count]
