@@ -73,7 +73,7 @@ def inference(bench: Bench) -> Group:
 
     def passes(
         batch_size: int = 256,
-        mode: Callable[[], Any] = torch.inference_mode,
+        mode: Callable[[], Any] = torch.no_grad,
         change: Callable[[nn.Module], object] = lambda network: None,
     ) -> Callable[[], Callable[[], object]]:
         model = at_precision(bench.model, bench.precision, bench.device).eval()
@@ -90,7 +90,7 @@ def inference(bench: Bench) -> Group:
         "512 images scored": passes(),
         "batches of 64": passes(64),
         "batches of 512": passes(512),
-        "no_grad instead of inference_mode": passes(mode=torch.no_grad),
+        "inference_mode instead of no_grad": passes(mode=torch.inference_mode),
         "BatchNorm folded where it can be": passes(change=fold),
         "torch.compile": passes(change=lambda network: network.compile()),
     }

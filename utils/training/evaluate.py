@@ -33,7 +33,8 @@ def predict(
     """
     if len(images) == 0:
         return torch.zeros(0, dtype=torch.int64)
-    with evaluating(model), torch.inference_mode():
+    # Not `inference_mode`: what a network then keeps for its next call could not be trained with.
+    with evaluating(model), torch.no_grad():
         predictions, largest = [], []
         for batch in images.split(batch_size or images_at_once(device, _side(model, images))):
             logits = model(as_float(batch, device))

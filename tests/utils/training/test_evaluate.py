@@ -118,6 +118,27 @@ def test_a_network_that_enlarges_images_gets_fewer_at_once(
     assert sides == [5, 5, 7, 7]
 
 
+class Placed(nn.Module):
+    """Keeps the positions of its first images for all later ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.positions: torch.Tensor | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.positions is None:
+            self.positions = torch.ones(images.shape[2:])
+        return self.linear((images * self.positions).mean((2, 3)))
+
+
+def test_what_a_network_keeps_while_it_is_scored_can_be_trained_with() -> None:
+    model, images = Placed(), torch.rand(2, 3, 4, 4, requires_grad=True)
+    predict(model, images.detach(), CPU)
+    model(images).sum().backward()
+    assert images.grad is not None
+
+
 def test_acc_counts_the_clean_test_set(data: Dataset) -> None:
     """Five of six: the last image is taken for a 0."""
     assert evaluate(Reader(), data.test, None, CPU) == Scores(Rate(5, 6))
