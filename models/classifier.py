@@ -86,7 +86,12 @@ class Classifier(nn.Module):
 
 
 def prepare(model: Classifier, device: torch.device, precision: str) -> Classifier:
-    """Moves a model to the device, channels-last in memory, at "fp32" or "bf16"; in place."""
+    """Moves a model to the device, channels-last in memory, at "fp32" or "bf16"; in place.
+
+    Weights of `nn.Conv3d` have no such order, and stay as they are.
+    """
     model.precision = precision
-    model.to(memory_format=torch.channels_last)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
     return model.to(device)

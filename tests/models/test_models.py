@@ -193,6 +193,26 @@ def test_prepare_keeps_the_model_and_its_values(tiny_model: Classifier) -> None:
         assert torch.equal(value, before[key])
 
 
+class Volume(nn.Module):
+    """Takes an image for a volume of one channel; weights and a buffer are 5-D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv3d(1, 4, 3), nn.Linear(4, 3)
+        self.register_buffer("scale", torch.ones(1, 1, 3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.conv(images.unsqueeze(1) * self.scale).mean((2, 3, 4)))
+
+
+def test_prepare_takes_weights_that_are_no_images() -> None:
+    model = Classifier(Volume(), (0.5,) * 3, (0.25,) * 3)
+    images = torch.rand(2, 3, 8, 8)
+    expected = model(images)
+    found = prepare(model, torch.device("cpu"), "fp32")
+    torch.testing.assert_close(found(images), expected)
+
+
 def test_weights_are_set_by_the_seed(tiny_model: Classifier) -> None:
     def first_weight(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
