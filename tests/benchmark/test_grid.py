@@ -517,6 +517,28 @@ def test_flags_that_a_grid_no_longer_has_count_like_those_that_it_has(tmp_path: 
         grid("{epochs: 2, lr: 0.5, precision: bf16}", "{lr: 0.3}")
 
 
+def test_another_order_in_the_grid_is_no_other_analysis(tmp_path: Path) -> None:
+    """docs/grids.md: put the most important attacks, defenses and seeds first."""
+    text = (
+        "datasets: [random]\nmodels: [tiny]\nattacks: {badnet: , prototype: , plain: PLAIN}\n"
+        "defenses: {DEFENSES}\nanalyses: {inspect}\nseeds: [SEEDS]\n"
+    ).replace("PLAIN", "{script: prototype, lr: 0.2}")
+
+    def grid(defenses: str, seeds: str) -> list[Cell]:
+        return grid_of(text.replace("DEFENSES", defenses).replace("SEEDS", seeds), tmp_path)
+
+    cells = grid("ft, fp", "0, 1")
+    cell = next(c for c in cells if c.name == "random-tiny-badnet-s0/analysis/inspect")
+    assert len(cell.flags["clean_records"]) == 4
+    flags = {name: value for name, value in cell.flags.items() if name != "dataset"}
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text(Inspection.load("random", **flags).dump())
+    (cell.folder / "summary.json").write_text('{"models": {}}')
+    assert any(cell.is_done for cell in grid("fp, ft", "1, 0"))
+    with pytest.raises(UserError, match=r"was made with defenses \['?ft'?, '?fp'?\], not"):
+        grid("fp", "0, 1")
+
+
 STUB = """
 import pathlib, signal, sys, time
 flags = dict(word.split("=", 1) for word in sys.argv[1:])

@@ -19,6 +19,8 @@ NOT_OF_RECIPE = (
     *FREE_TO_CHANGE,
     *("random_seed", "result_file", "dataset_path", "device", "eval_every", "deterministic"),
 )
+# Lists of names whose order says nothing of what comes out.
+SETS = ("defenses", "clean_records")
 # Flags that earlier results lack, with the value that they would have there.
 _LATER = {"exact_sar": False}
 
@@ -65,11 +67,13 @@ def require_method(folder: Path, before: object, name: str, what: str = "a resul
 def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
     """Whether a finished run had the value of a flag that is given now.
 
+    The order of `SETS` does not count.
+
     Args:
         before: as the run's config.yaml has it, where a target that was given by the name of its
             class is a label; summary.json has the name.
     """
-    if given == before:
+    if _unordered(name, given) == _unordered(name, before):
         return True
     if name != "attack_target" or not isinstance(given, str):
         return False
@@ -121,7 +125,7 @@ def differing_flags(
     return [
         name
         for name in sorted(recipe_of(before))
-        if before[name] != now.get(name)
+        if _unordered(name, before[name]) != _unordered(name, now.get(name))
         and not _may_be_same(name, now.get(name), before[name], same)
     ]
 
@@ -135,10 +139,15 @@ def _may_be_same(name: str, given: Any, before: Any, same: Collection[str]) -> b
     if name == "clean_record":
         return "the clean model" in same
     if name == "clean_records":  # tables have the names, and steps the content
-        return _last_parts(given) == _last_parts(before)
+        return sorted(_last_parts(given)) == sorted(_last_parts(before))
     if name == "model":  # file and function
         return "--model" in same and _last_parts(given) == _last_parts(before)
     return f"--{name}" in same
+
+
+def _unordered(name: str, value: Any) -> Any:
+    """The value of a flag, by which it is compared."""
+    return sorted(map(str, value)) if name in SETS and isinstance(value, list) else value
 
 
 def _last_parts(value: Any) -> list[str]:

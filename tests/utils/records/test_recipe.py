@@ -1,11 +1,18 @@
 """The sum of a recipe: what is part of it, and what is not."""
 
+import dataclasses
 import hashlib
 import json
+from typing import get_type_hints
 
 import pytest
 
-from utils.records.recipe import recipe_sha256
+import analysis
+import attack
+import defense
+from benchmark.cells import config_class
+from utils.records.recipe import SETS, recipe_sha256
+from utils.values import is_distinct
 
 A, B, C = "1" * 64, "2" * 64, "3" * 64
 
@@ -64,3 +71,14 @@ def test_a_recipe_has_the_content_of_files_and_not_their_places() -> None:
     index = C
     assert recipe() != first
     assert recipe_sha256({"index": None}, {"dataset": C}) == recipe_sha256({"index": None})
+
+
+def test_the_lists_without_an_order_are_those_of_distinct_names() -> None:
+    """Of the flags of all runs; in every other list the place of a value means something."""
+    rooms = {"attack": attack.names(), "defense": defense.names(), "analysis": analysis.names()}
+    distinct = set()
+    for room, names in rooms.items():
+        for config in filter(None, (config_class(room, name) for name in names)):
+            hints = get_type_hints(config, include_extras=True)
+            distinct |= {f.name for f in dataclasses.fields(config) if is_distinct(hints[f.name])}
+    assert distinct == set(SETS)
