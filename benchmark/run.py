@@ -251,11 +251,7 @@ class _Local:
         """Cells that can be started, and either were begun or fit into the time that remains."""
         remaining = self._until - time.monotonic()
         return [
-            cell
-            for cell in self.waiting
-            if all(needed.is_done for needed in cell.needed)
-            and remaining > 0
-            and (cell.is_begun or (self._board.usual(cell) or 0) < remaining)
+            cell for cell in self.waiting if remaining > 0 and _fits(cell, self._board, remaining)
         ]
 
     def _drop(self, cell: Cell, state: str, note: str = "") -> None:
@@ -282,7 +278,7 @@ def run_local(
     grid = _Local(cells, root, jobs, board, until)
     workers = Workers(threads_of_a_cell(jobs))
     try:
-        if grid.waiting:
+        if any(_fits(cell, board, budget) for cell in grid.waiting):
             workers.load()
         while grid.waiting or grid.running:
             grid.collect()
@@ -300,6 +296,11 @@ def run_local(
         _end(workers.started)
         for run in grid.running.values():
             board.set(run.cell, "done" if run.cell.is_done else "interrupted")
+
+
+def _fits(cell: Cell, board: Board, seconds: float) -> bool:
+    """Whether a cell can start now, and is expected to end within some seconds."""
+    return cell.lacks is None and (cell.is_begun or (board.usual(cell) or 0) < seconds)
 
 
 def _end(workers: Sequence[Worker]) -> None:
@@ -400,15 +401,15 @@ def _say_what_is_unfinished(cells: Sequence[Cell], board: Board, budget: float) 
     unfinished = [cell for cell in cells if board.states[cell.name] not in slurm.ENDED]
     if not unfinished:
         return
-    shortest = min(board.usual(cell) or 0 for cell in unfinished)
-    if any(cell.is_begun for cell in unfinished) or shortest < budget:
-        logger.info("the budget is used; the same command goes on")
-    else:
+    ready = [cell for cell in unfinished if cell.lacks is None]
+    if ready and not any(_fits(cell, board, budget) for cell in ready):
         logger.info(
-            "each cell that is left takes longer than the budget: %.0f s or more, as cells of its "
-            "kind took; give a larger one",
-            shortest,
+            "each cell that can start takes longer than the budget: %.0f s or more, as cells of "
+            "its kind took; give a larger one",
+            min(board.usual(cell) or 0 for cell in ready),
         )
+    else:
+        logger.info("the budget is used; the same command goes on")
 
 
 def states_of(cells: Sequence[Cell], root: Path, queue: "slurm.Queue | None") -> dict[str, str]:

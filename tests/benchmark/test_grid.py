@@ -904,18 +904,22 @@ def test_a_cell_of_another_process_is_waited_for_within_a_budget(
 def test_a_budget_that_is_too_short_for_all_that_is_left_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else the same command would do nothing each time."""
+    """Else the same command would do nothing each time. A defense whose attack takes too long
+    cannot start, however short it is. Nothing is loaded for what does not start."""
     path = tmp_path / "grid.yaml"
     path.write_text(
-        "datasets: [digits]\nmodels: [preactresnet18]\nattacks: [badnet]\nseeds: [0, 1]\n"
+        "datasets: [digits]\nmodels: [preactresnet18]\nattacks: [badnet]\ndefenses: [ft]\n"
+        "seeds: [0, 1]\n"
     )
-    done = tmp_path / "records/digits-preactresnet18-badnet-s0"
-    first = cells_of(read_grid(path), tmp_path / "records")[0]
-    done.mkdir(parents=True)
-    (done / "summary.json").write_text('{"seconds": 100}')
-    (done / "config.yaml").write_text(json.dumps(first.flags))
+    for cell, seconds in zip(
+        cells_of(read_grid(path), tmp_path / "records"), (100, 5), strict=False
+    ):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "summary.json").write_text(json.dumps({"seconds": seconds}))
+        (cell.folder / "config.yaml").write_text(json.dumps(cell.flags))
     flags = ["run.py", str(path), "--record_path", str(tmp_path / "records"), "--budget", "9"]
     monkeypatch.setattr(sys, "argv", flags)
+    monkeypatch.delattr(run.Workers, "load")
     with caplog.at_level(logging.INFO, logger="sau"):
         run.main()
     assert "longer than the budget: 100 s or more" in caplog.text
