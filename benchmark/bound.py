@@ -225,6 +225,9 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--result_file", required=True, help="record of an attack")
     parser.add_argument("--record_path", type=Path, help="folder of all records")
+    parser.add_argument(
+        "--dataset_path", help="where the images are now; the record's path if not given"
+    )
     parser.add_argument("--rounds", default="0,1,2,4,8,16", help="rounds after which to measure")
     parser.add_argument("--images", type=int, default=300, help="test images, at most, >= 1")
     parser.add_argument("--random_seed", type=int, default=0, help="seed of SAU, >= 0")
@@ -243,6 +246,7 @@ def main() -> None:
         attack.dataset,
         random_seed=flags.random_seed,
         n_rounds=max(rounds),
+        dataset_path=flags.dataset_path,
         model=flags.model,
         device=flags.device,
     )

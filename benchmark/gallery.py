@@ -27,13 +27,14 @@ COUNT = 6  # images of a row
 
 
 def load_rows(
-    folders: list[Path], count: int = COUNT
+    folders: list[Path], count: int = COUNT, dataset_path: str | None = None
 ) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]]:
     """The same test images of every record, clean and with each record's trigger.
 
     Args:
         folders: of the records.
         count: how many images, evenly spaced among those that all records have triggered.
+        dataset_path: where the images of the dataset are now; None for the records' path.
 
     Returns:
         The dataset's name, the clean images, and by attack the triggered images; float
@@ -52,7 +53,7 @@ def load_rows(
         if name in attacks:
             raise UserError(f"{folder}: is a second record of {name}; give one of each attack")
         if data is None:
-            data = attack.load_dataset()
+            data = attack.load_dataset(dataset_path)
         else:
             attack.check_dataset(data)
         attacks[name] = attack
@@ -79,12 +80,16 @@ def gallery_rows(
     return rows
 
 
-def write(records: list[Path], to: Path) -> None:
-    """Writes the gallery and the strips into a folder, which is made."""
+def write(records: list[Path], to: Path, dataset_path: str | None = None) -> None:
+    """Writes the gallery and the strips into a folder, which is made.
+
+    Args:
+        dataset_path: as for `load_rows`.
+    """
     from benchmark.reporting.stored import file_stem
     from utils import plot
 
-    dataset, clean, triggered = load_rows(records)
+    dataset, clean, triggered = load_rows(records, dataset_path=dataset_path)
     folder, strips = places.made_folder(to), places.made_folder(to / "attacks")
     title = f"Triggers on {dataset}: test images, and the amplified change"
     figure = plot.image_grid(gallery_rows(clean, triggered), {}, title)
@@ -107,10 +112,10 @@ def main() -> None:
     parser.add_argument("records", nargs="+", help="names under record/, or folders")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--record_path", type=Path, help="folder of all records")
+    parser.add_argument("--dataset_path", help="where the images are now; the record's path if not given")
     flags = parser.parse_args()
-    write(
-        [places.find_record(name, flags.record_path, "records") for name in flags.records], flags.to
-    )
+    records = [places.find_record(name, flags.record_path, "records") for name in flags.records]
+    write(records, flags.to, flags.dataset_path)
 
 
 if __name__ == "__main__":

@@ -146,3 +146,18 @@ def test_a_record_of_your_own_network_is_measured(
     assert (tmp_path / "out/mine.csv").read_text().count("\n") == 3
     assert run_script(ROOT / "benchmark/bound.py", *flags, *where[:2]) == 2
     assert "--model" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("cache", "small")
+def test_images_that_were_moved_are_named(
+    workplace: Path, badnet: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--result_file", badnet, "--rounds", "0", "--images", 3, "--to", workplace / "out"]
+    moved = (workplace / "images").rename(workplace / "moved")
+    try:
+        assert run_script(ROOT / "benchmark/bound.py", *flags) == 2
+        assert "give the one that has them with --dataset_path" in caplog.text
+        assert run_script(ROOT / "benchmark/bound.py", *flags, "--dataset_path", moved) == 0
+    finally:
+        moved.rename(workplace / "images")
+    assert (workplace / "out/shared.csv").read_text().count("\n") == 2

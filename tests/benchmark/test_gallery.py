@@ -56,6 +56,19 @@ def test_it_writes_a_gallery_and_a_strip_for_each_attack(workplace: Path, badnet
     assert Image.open(workplace / "pictures/attacks/badnet.png").size == (3 * 96 + 2 * 6, 96)
 
 
+def test_images_that_were_moved_are_named(
+    workplace: Path, badnet: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = (workplace / "images").rename(workplace / "moved")
+    try:
+        assert gallery(workplace, badnet.name, to="of_moved") == 2
+        assert "give the one that has them with --dataset_path" in caplog.text
+        assert gallery(workplace, badnet.name, "--dataset_path", str(moved), to="of_moved") == 0
+    finally:
+        moved.rename(workplace / "images")
+    assert (workplace / "of_moved/attacks/badnet.png").exists()
+
+
 def test_strip_by_hand() -> None:
     """Two 2x2 images at twice their size, with a white gap of two pixels."""
     images = torch.tensor([0.0, 2.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
