@@ -325,12 +325,7 @@ def load_clean(name: str, flag: str, record_path: str | None, data: Dataset) -> 
             f"{flag}: {name} is the record of an attack ({record.attack}); give one of "
             "attack/prototype.py"
         )
-    if record.dataset != data.name:
-        raise UserError(
-            f"{flag}: {name} was trained on {record.dataset}, and the record on {data.name}; give "
-            "one of the same dataset"
-        )
-    record.check_dataset(data)
+    record.check_shared(data, f"{flag}: {name}")
     return record
 
 

@@ -55,7 +55,7 @@ def load_rows(
         if data is None:
             data = attack.load_dataset(dataset_path)
         else:
-            attack.check_dataset(data)
+            attack.check_shared(data, f"records: {folder}", str(folders[0]))
         attacks[name] = attack
         index = set(attack.triggered.index.tolist())
         shared = index if shared is None else shared & index

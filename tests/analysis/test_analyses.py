@@ -18,13 +18,14 @@ from torch import nn
 
 import analysis
 from analysis import base, cleanmodels, inspection
-from analysis.subject import Subject
+from analysis.subject import Subject, load_clean
 from models import Classifier, Resize
 from models.tiny import TinyNet
 from tests import backdoorbench_writer as writer
 from tests.scripts import one_error, run_script
 from tests.utils.records.test_backdoorbench import badnet, data, wanet
 from utils.data.labelled import Dataset
+from utils.errors import UserError
 from utils.files import ROOT, file_sha256
 from utils.metrics import Rate, Scores
 from utils.records.attack import load_attack
@@ -720,6 +721,18 @@ def test_a_copied_clean_model_does_not_count_twice(
         f"--clean_records: {tmp_path}/copied is the same model as clean, and would count twice; "
         "leave one out"
     )
+
+
+def test_a_clean_model_of_other_images_is_refused_by_the_flag_that_named_it(records: Path) -> None:
+    """Another place of the record's images, as for a dataset that was moved, would not help."""
+    images = load_attack(records / "bd").load_dataset()
+    for other, message in (
+        (replace(images, name="digits"), "was trained on random, and the record on digits"),
+        (replace(images, test=images.train), "was trained on other images or classes than the record"),
+    ):
+        message = f"--clean_record: clean {message}; give one of the same dataset"
+        with pytest.raises(UserError, match=f"^{message}$"):
+            load_clean("clean", "--clean_record", str(records), other)
 
 
 def test_all_gives_the_inspection_its_clean_model(records: Path, tmp_path: Path) -> None:

@@ -90,6 +90,11 @@ def test_what_has_no_trigger_or_comes_twice_is_refused(
     assert run_script(ROOT / "attack/prototype.py", *flags[:at], *flags[at + 2 :]) == 0
     assert gallery(workplace, "clean") == 2
     assert "is a clean model" in caplog.text
+    flags = attack_flags(workplace, "other", attack_label_trans="all2all", image_size=8, epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    assert gallery(workplace, badnet.name, "other") == 2
+    said = "was trained on other images or classes than"
+    assert f"records: {workplace}/record/other {said} {badnet}; give one of the sa" in caplog.text
     assert gallery(workplace, "nothing") == 2
     assert "records: nothing is no record" in caplog.text
 

@@ -165,6 +165,28 @@ class AttackRecord(ABC):
             )
         self.check_content(data)
 
+    def check_shared(self, data: Dataset, what: str, other: str = "the record") -> None:
+        """Checks that it is of the dataset that another record was made with.
+
+        Args:
+            data: that of the other record.
+            what, other: what a message calls this record, and that one.
+
+        Raises:
+            UserError: if it is not.
+        """
+        advice = "give one of the same dataset"
+        if self.dataset != data.name:
+            raise UserError(
+                f"{what} was trained on {self.dataset}, and {other} on {data.name}; {advice}"
+            )
+        try:
+            self.check_dataset(data)
+        except UserError:  # its advice is for a dataset that was moved
+            raise UserError(
+                f"{what} was trained on other images or classes than {other}; {advice}"
+            ) from None
+
     @abstractmethod
     def check_content(self, data: Dataset) -> None:
         """Raises UserError unless images and labels are those that the record was made with."""

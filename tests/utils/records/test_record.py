@@ -606,9 +606,17 @@ def test_the_dataset_of_a_record_must_be_the_same(saved: RunFolder, tiny_data: D
         ({"train": smaller}, "of (3, 4, 4)"),
         ({"classes": ("ant", "bee")}, "has 2"),
     ):
+        other = dataclasses.replace(tiny_data, **changes)
         with pytest.raises(UserError, match=re.escape(reason)) as caught:
-            record.check_dataset(dataclasses.replace(tiny_data, **changes))
+            record.check_dataset(other)
         assert "--dataset_path" in str(caught.value)
+        with pytest.raises(UserError) as caught:
+            record.check_shared(other, "--flag: x")
+        assert str(caught.value) == (
+            "--flag: x was trained on other images or classes than the record; give one of the "
+            "same dataset"
+        )
+    record.check_shared(tiny_data, "--flag: x")
 
 
 def test_hashes_are_those_of_the_files_that_exist(run: RunFolder) -> None:
