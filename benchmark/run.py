@@ -367,8 +367,10 @@ def main() -> None:
             else:
                 run_local(cells, root, jobs, board, flags.budget or math.inf)
         except KeyboardInterrupt:
-            rest = "the jobs stay in the queue" if queue else "what ran has a checkpoint"
-            logger.info("%s; the same command goes on", rest)
+            has_run = board.count("interrupted") > 0
+            of_local = "what ran has a checkpoint; " if has_run else ""
+            rest = "the jobs stay in the queue; " if queue else of_local
+            logger.info("%sthe same command goes on", rest)
             raise
     logger.info("%s: %s", many, summary(board.states.values()))
     if flags.budget is not None:

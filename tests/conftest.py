@@ -14,7 +14,7 @@ import models
 import utils.data.images
 from models import Classifier
 from models.tiny import TinyNet
-from tests.scripts import trained
+from tests.scripts import own_signals, trained
 from utils import plot
 from utils.data.labelled import Dataset, Labelled
 
@@ -31,6 +31,13 @@ def _own_log() -> Iterator[None]:
     before = (list(logger.handlers), logger.level, logger.propagate)
     yield
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """What a script makes of signals ends with the test that ran it."""
+    with own_signals():
+        yield
 
 
 class Picture:

@@ -1,7 +1,10 @@
 """Scripts, run as a user runs them, in this process; on the images of the fixture `workplace`."""
 
+import contextlib
 import runpy
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,25 @@ import utils.data.images
 from utils.files import ROOT
 
 
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """At the end, Ctrl-C means to this process what it did before; a script leaves it otherwise."""
+    numbers = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_script(path: Path, *flags: object) -> int:
     """The script as `python path flags`, in this process; its exit code."""
     argv, sys.argv = sys.argv, [str(path), *map(str, flags)]
     search = list(sys.path)
     try:
-        runpy.run_path(str(path), run_name="__main__")
+        with own_signals():
+            runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     finally:

@@ -724,6 +724,24 @@ def test_an_interruption_ends_what_runs_gently(
         assert cell.is_begun
 
 
+@pytest.mark.parametrize("state", ["interrupted", "elsewhere"])
+def test_an_interruption_tells_of_a_checkpoint_only_of_what_ran(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(cells: list[Cell], root: Path, jobs: int, board: run.Board, _: float) -> None:
+        board.set(cells[0], state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_local", interrupted)
+    path = tmp_path / "grid.yaml"
+    path.write_text("datasets: [random]\nmodels: [tiny]\nattacks: [badnet]\nseeds: [0]\n")
+    monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--record_path", str(tmp_path / "r")])
+    with caplog.at_level(logging.INFO, logger="sau"), pytest.raises(KeyboardInterrupt):
+        run.main()
+    rest = "what ran has a checkpoint; " if state == "interrupted" else ""
+    assert caplog.messages[-1] == f"{rest}the same command goes on"
+
+
 def test_a_budget_takes_the_first_cells_that_end_in_time(
     stubs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import logging
+import math
 import os
 import re
 import signal
@@ -158,7 +159,7 @@ class _Stop:
 
     is_deferred = False
     signal: int | None = None
-    since = 0.0
+    since = -math.inf
 
 
 def defer_signals(deferred: bool) -> None:
@@ -175,21 +176,23 @@ def stop_signal() -> int | None:
 def _signals() -> Iterator[None]:
     """The first signal to end waits if the work can be resumed; the next one ends it at once.
 
-    These are SIGINT, SIGTERM and, where the system has them, SIGHUP and SIGBREAK.
+    These are SIGINT, SIGTERM and, where the system has them, SIGHUP and SIGBREAK. Once the work is
+    over, they end the process without a traceback.
 
     All signals within a second count as the first one: schedulers and launchers signal all
     processes of a job, and each of these passes the signal on to its children.
     """
 
     def handle(number: int, _: Any) -> None:
-        if _Stop.signal is not None and time.monotonic() - _Stop.since < SAME_REQUEST:
+        if _is_same_request():
             return
+        _Stop.since = time.monotonic()
         if not _Stop.is_deferred or _Stop.signal is not None:
             raise Stopped(number, "interrupted" if number == signal.SIGINT else "terminated")
-        _Stop.signal, _Stop.since = number, time.monotonic()
+        _Stop.signal = number
         logger.warning("stopping after this step; once more to stop at once")
 
-    _Stop.is_deferred, _Stop.signal = False, None
+    _Stop.is_deferred, _Stop.signal, _Stop.since = False, None, -math.inf
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -204,7 +207,20 @@ def _signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            is_usual = handler in (signal.SIG_DFL, signal.default_int_handler)
+            signal.signal(number, _end_quietly if is_usual else handler)
+
+
+def _is_same_request() -> bool:
+    """Whether a signal that comes now counts as the one before."""
+    return time.monotonic() - _Stop.since < SAME_REQUEST
+
+
+def _end_quietly(number: int, _: Any) -> None:
+    """What a signal does once the work is over, when libraries still clean up."""
+    if not _is_same_request():
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager

@@ -379,6 +379,44 @@ def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
     assert seen == [number, number]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize(
+    ("apart", "is_asked", "code"),
+    [(False, True, 130), (True, True, -signal.SIGINT), (False, False, -signal.SIGINT)],
+    ids=["at once", "later", "after the work"],
+)
+def test_a_signal_after_the_end_is_no_traceback(apart: bool, is_asked: bool, code: int) -> None:
+    """`timeout -s INT` sends two; at the end libraries like tqdm still clean up."""
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
+    text = (
+        "import atexit, os, signal\n"
+        "from utils.process import script\n"
+        f"script.SAME_REQUEST = {0.0 if apart else 60.0}\n"
+        f"atexit.register(lambda: {kill})\n"
+        f"script.run_script(lambda: {kill if is_asked else None})\n"
+    )
+    call = [sys.executable, "-c", text]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == ("interrupted\n" if is_asked else "")
+    assert done.returncode == code
+
+
+def test_two_signals_at_once_do_not_cut_off_what_ends_the_work() -> None:
+    ended = []
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.append("in order")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 130
+    assert ended == ["in order"]
+
+
 def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
     earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     seen = []
