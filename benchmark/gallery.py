@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("records", nargs="+", help="names under record/, or folders")
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     parser.add_argument("--record_path", type=Path, help="folder of all records")
-    parser.add_argument("--dataset_path", help="where the images are now; the record's path if not given")
+    parser.add_argument(
+        "--dataset_path", help="where the images are now; the record's path if not given"
+    )
     flags = parser.parse_args()
     records = [places.find_record(name, flags.record_path, "records") for name in flags.records]
     write(records, flags.to, flags.dataset_path)

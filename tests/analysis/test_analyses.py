@@ -728,7 +728,10 @@ def test_a_clean_model_of_other_images_is_refused_by_the_flag_that_named_it(reco
     images = load_attack(records / "bd").load_dataset()
     for other, message in (
         (replace(images, name="digits"), "was trained on random, and the record on digits"),
-        (replace(images, test=images.train), "was trained on other images or classes than the record"),
+        (
+            replace(images, test=images.train),
+            "was trained on other images or classes than the record",
+        ),
     ):
         message = f"--clean_record: clean {message}; give one of the same dataset"
         with pytest.raises(UserError, match=f"^{message}$"):
