@@ -10,6 +10,7 @@ ones that were not reached.
 """
 
 import dataclasses
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -91,7 +92,9 @@ def look_at_all(config: Config) -> None:
                 check_current(folder, kind.name, subject, of_kind)
                 logger.info("%s", done)
             except UserError as error:
-                problems += error.problems
+                problems += _in_own_flags(error, kind.name)
+        except UserError as error:
+            raise UserError(*_in_own_flags(error, kind.name)) from None
     for number, (kind, of_kind) in enumerate(waiting, start=1):
         begun = places.analysis_folder(subject.attack.folder, kind.name).path / "checkpoint.pt"
         started = time.monotonic()
@@ -100,10 +103,25 @@ def look_at_all(config: Config) -> None:
             of_kind = dataclasses.replace(of_kind, resume=config.resume and begun.exists())
             analyse(of_kind, kind.name, kind.look, subject)
         except UserError as error:
-            problems += [f"{kind.name}: {problem}" for problem in error.problems]
+            problems += [f"{kind.name}: {text}" for text in _in_own_flags(error, kind.name)]
         logger.info("%s: %.1f s in all", kind.name, time.monotonic() - started)
     if problems:
         raise UserError(*problems)
+
+
+def _in_own_flags(error: UserError, kind: str) -> list[str]:
+    """What is wrong with one analysis, with the flags of this script in the place of its own."""
+
+    def told(text: str) -> str:
+        text = text.replace("--clean_records:", "--clean_record:")
+        # Several clean models can be given only to the analysis itself.
+        text = re.sub(
+            r"--clean_records \[([^,\]]*)\]", lambda it: f"--clean_record {it[1] or 'null'}", text
+        )
+        others = f"give the same (or leave {kind} out of --kinds)"
+        return re.sub("give the same(?=$|, or --overwrite)", others, text)
+
+    return [told(text) for text in error.problems]
 
 
 def main() -> None:

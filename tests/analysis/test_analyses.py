@@ -645,6 +645,25 @@ def test_all_does_not_take_an_analysis_with_other_flags_for_its_own(
     assert run(fresh, "all", *flags[:-2]) == 0
 
 
+def test_all_says_in_its_own_flags_how_an_analysis_was_run(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it says to give again is taken; the inspection alone takes several clean models."""
+    for name in ("bd", "clean"):
+        ignored = shutil.ignore_patterns("analysis", "sau", "npd")
+        shutil.copytree(records / name, tmp_path / name, ignore=ignored)
+    flags = ["--kinds", "inspect,path", "--resume"]
+    assert run(tmp_path, "all", *flags) == 0
+    assert run(tmp_path, "all", *flags, "--clean_record", "clean") == 2
+    said = refusal(capsys)
+    assert "inspect is finished, and was run with --clean_record null; give the same (or le" in said
+    assert said.endswith("leave inspect out of --kinds), or --overwrite to replace it")
+    assert run(tmp_path, "all", *flags, "--clean_record", "null") == 0
+    assert run(tmp_path, "all", *flags[:2], "--clean_record", "clean", "--overwrite") == 0
+    assert run(tmp_path, "all", *flags) == 2
+    assert "and was run with --clean_record clean; give the same (or leave " in refusal(capsys)
+
+
 def test_a_result_that_is_not_finished_is_left_out_with_a_word(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

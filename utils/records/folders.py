@@ -22,7 +22,7 @@ from utils.files import (
     replaced,
     writable,
 )
-from utils.plain import parse_yaml, read_yaml
+from utils.plain import in_one_line, parse_yaml, read_yaml
 from utils.process import distributed
 from utils.process.script import defer_signals, logger
 from utils.records.checkpoint import CHECKPOINT, Origin
@@ -170,10 +170,9 @@ class RunFolder:
             and not is_same(self.path, name, now.get(name), before[name])
         ]
         if differing:
-            given = ", ".join(f"--{name} {shown(before[name], 200)}" for name in differing[:20])
             raise UserError(
-                f"--resume: {self.path} is finished, and was run with {given}; give the same, or "
-                "--overwrite to replace it"
+                f"--resume: {self.path} is finished, and was run with {_flags(before, differing)}; "
+                "give the same, or --overwrite to replace it"
             )
         if changed := changed_files(self.path, now):
             raise UserError(
@@ -369,11 +368,7 @@ class RunFolder:
             same.add("--model")
         if differing := differing_flags(now, before, same):
             raise UserError(
-                f"--resume: {self.path} was run with "
-                + ", ".join(
-                    f"--{shown(name, 60)} {shown(before[name], 200)}" for name in differing[:20]
-                )
-                + "; give the same"
+                f"--resume: {self.path} was run with {_flags(before, differing)}; give the same"
             )
         others = [what for what in sources if what not in same]
         if added["model_sha256"] not in (None, self._added["model_sha256"]):
@@ -469,6 +464,12 @@ class RunFolder:
         text = json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
         self.write_text(SUMMARY, text + "\n")
         self._drop_checkpoint()
+
+
+def _flags(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Some flags as they are given: `--lr 0.1, --index null`."""
+    given = [(shown(name, 60), shown(in_one_line(values[name]), 200)) for name in names[:20]]
+    return ", ".join(f"--{name} {value}" for name, value in given)
 
 
 def _finite(value: Any) -> Any:

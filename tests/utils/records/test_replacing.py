@@ -1,6 +1,7 @@
 """A finished run that is overwritten is lost only when the new one is there."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +182,16 @@ def test_a_flag_that_is_left_out_counts_as_well(
     what = NothingToDo if is_same else UserError
     with pytest.raises(what, match=r"is finished; nothing" if is_same else f"--{before[:4]}"):
         folder.claim(overwrite=False, resume=True, config=f"{now}\n")
+
+
+def test_the_flags_of_a_finished_run_are_told_as_they_are_given(tmp_path: Path) -> None:
+    """`['a']` would name a record with quotes in its name, and None one of that name."""
+    folder = RunFolder(tmp_path / "x")
+    folder.start("clean_records: [a, b]\nindex: null\nflip: true\n")
+    folder.write_summary({})
+    said = "with --clean_records [a, b], --flip true, --index null; give the same"
+    with pytest.raises(UserError, match=re.escape(said)):
+        folder.claim(False, resume=True, config="clean_records: []\nindex: i\nflip: false\n")
 
 
 @pytest.mark.parametrize("text", [None, "", "- a\n", "\0"])
