@@ -20,7 +20,7 @@ from typing import Any
 from benchmark.cells import Cell
 from benchmark.grid import Slurm
 from benchmark.workers import Workers, ending_of
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import ROOT, read_object
 from utils.process.script import logger
 from utils.records.folders import RunFolder
@@ -128,7 +128,8 @@ class Queue:
         call = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i %T"]
         answer = subprocess.run(call, capture_output=True, text=True)
         if answer.returncode:
-            raise UserError(f"squeue: {answer.stderr.strip()}; ask again when SLURM answers")
+            said = " ".join(answer.stderr.split())
+            raise UserError(f"squeue: {said}; ask again when SLURM answers")
         queued = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
         running = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
         return {
@@ -285,7 +286,9 @@ class Queue:
             with executor.batch():  # one call is a single job, several are an array
                 jobs = [executor.submit(Job(chunk, wants.cpus_per_task)) for chunk in chunks]
         except (subprocess.CalledProcessError, self._submitit.core.utils.FailedJobError) as error:
-            raise UserError(f"sbatch refuses the job of {chunks[0][0].name}: {error}") from None
+            raise UserError(
+                f"sbatch refuses the job of {chunks[0][0].name}: {one_line(error)}"
+            ) from None
         of_job = zip(chunks, jobs, strict=True)
         ids = self._ids | {cell.name: job.job_id for chunk, job in of_job for cell in chunk}
         self._folder.write_text("jobs.json", json.dumps(ids, indent=1) + "\n")

@@ -89,6 +89,20 @@ def test_lost_cells_are_waited_for_together(
     assert now[0] <= 2 * slurm._POLL
 
 
+def test_a_queue_that_does_not_answer_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    queue = Queue(tmp_path, Slurm())
+    said = "squeue: error: resolve_ctls\nsqueue: error: no config\n"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError) as caught:
+        queue.states()
+    said = "squeue: error: resolve_ctls squeue: error: no config"
+    assert str(caught.value) == f"squeue: {said}; ask again when SLURM answers"
+
+
 @needs_slurm
 def test_a_grid_outlives_its_submitter_and_a_preemption(
     cluster: None, workplace: Path, monkeypatch: pytest.MonkeyPatch
