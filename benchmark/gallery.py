@@ -5,13 +5,16 @@
 Writes `attacks.png`, with a row for each record: triggered test images and what the trigger
 changed. Also writes `attacks/<attack>.png` for each record: one image clean, triggered, and the
 difference. Differences are around mid-grey and amplified; the factor is written beside a row.
+Strips of an earlier gallery that the new one does not show are removed.
 """
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from PIL import Image, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +27,7 @@ from utils.records.attack import AttackRecord, load_attack
 from utils.training import ending
 
 COUNT = 6  # images of a row
+_STRIP = "strip of benchmark/gallery.py"  # a text in each strip, with the name of its file
 
 
 def load_rows(
@@ -94,10 +98,29 @@ def write(records: list[Path], to: Path, dataset_path: str | None = None) -> Non
     title = f"Triggers on {dataset}: test images, and the amplified change"
     figure = plot.image_grid(gallery_rows(clean, triggered), {}, title)
     logger.info("picture: %s", ending.save_figure(folder, "attacks.png", figure))
-    for name, images in triggered.items():
+    files = {f"{file_stem(name)}.png": images for name, images in triggered.items()}
+    for file, images in files.items():
         difference, _ = plot.amplified(images - clean)
         strip = plot.strip(torch.stack([clean[-1], images[-1], difference[-1]]))
-        logger.info("picture: %s", strips.write(f"{file_stem(name)}.png", strip.save))
+        mark = PngImagePlugin.PngInfo()
+        mark.add_text(_STRIP, file)
+        path = strips.write(file, functools.partial(strip.save, pnginfo=mark))
+        logger.info("picture: %s", path)
+    for path in sorted(strips.path.glob("*.png")):
+        if path.name not in files and _is_strip(path):
+            path.unlink()
+            logger.info("removed: %s", path)
+
+
+def _is_strip(path: Path) -> bool:
+    """Whether a file is a strip under the name that it was written with."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return bool(image.info.get(_STRIP) == path.name)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def _triggered(attack: AttackRecord, chosen: list[int]) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """The pictures of triggers show what the records hold."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import put_no_file
 from tests.scripts import attack_flags, run_script
 from utils import plot
 from utils.data.datasets import load_dataset
@@ -54,6 +56,27 @@ def test_it_writes_a_gallery_and_a_strip_for_each_attack(workplace: Path, badnet
     assert gallery(workplace, badnet.name) == 0
     assert Image.open(workplace / "pictures/attacks.png").width > 500
     assert Image.open(workplace / "pictures/attacks/badnet.png").size == (3 * 96 + 2 * 6, 96)
+
+
+@pytest.mark.usefixtures("small")
+def test_strips_of_an_earlier_gallery_are_removed_and_nothing_else(
+    workplace: Path, badnet: Path
+) -> None:
+    """A strip that somebody gave another name is theirs, and so is every other picture."""
+    flags = attack_flags(workplace, "turned", attack_label_trans="all2all", epochs=1)
+    assert run_script(ROOT / "attack/badnet.py", *flags) == 0
+    assert gallery(workplace, "turned", to="again") == 0
+    strips = workplace / "again/attacks"
+    shutil.copyfile(strips / "badnet_all2all.png", strips / "kept.png")
+    for kind in ("pipe", "nowhere", "folder"):
+        put_no_file(strips / f"{kind}.png", kind)
+    (strips / "link.png").symlink_to(strips / "badnet_all2all.png")
+    (strips / "text.png").write_text("no picture")
+    Image.new("RGB", (2, 2)).save(strips / "mine.png")
+    before = {path.name for path in strips.iterdir()}
+    assert gallery(workplace, badnet.name, to="again") == 0
+    after = {path.name for path in strips.iterdir()}
+    assert after == before - {"badnet_all2all.png"} | {"badnet.png"}
 
 
 def test_images_that_were_moved_are_named(
