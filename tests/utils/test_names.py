@@ -367,7 +367,7 @@ def test_a_record_s_attack_names_no_file_elsewhere(
 ) -> None:
     images = torch.rand(2, 3, 8, 8)
     rows = {"../../outside": images, "\0": images}
-    monkeypatch.setattr(gallery, "load_rows", lambda _: ("digits", images, rows))
+    monkeypatch.setattr(gallery, "load_rows", lambda *_, **__: ("digits", images, rows))
     gallery.write([], tmp_path / "a/b")
     written = sorted(path.name for path in tmp_path.rglob("*.png"))
     assert written == ["-.png", "..-..-outside.png", "attacks.png"]
