@@ -1,7 +1,9 @@
 """The user's own networks: what their code may do that ours and torch's does not."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,12 +16,34 @@ _OURS = (f"{__name__.rpartition('.')[0]}.", "torch.", "torchvision.")
 def has_own_code(model: nn.Module) -> bool:
     """Whether a class of the network, or of one of its modules, is from elsewhere.
 
-    Or the forward pass is: it may be replaced in a network of torchvision.
+    Or what a call runs is: the forward pass of a network of torchvision may be replaced, and it may
+    have hooks.
     """
-    return not all(
-        f"{type(module).__module__}.".startswith(_OURS) and "forward" not in vars(module)
-        for module in model.modules()
+    return not all(_is_ours(type(module)) and is_unchanged(module) for module in model.modules())
+
+
+def is_unchanged(module: nn.Module) -> bool:
+    """Whether a call of a module runs its class's forward pass, and no hooks."""
+    return "forward" not in vars(module) and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether a class is what a module of ours or torch's has under its name.
+
+    The name of its module alone tells nothing: a package beside the user's file may be called
+    `models`, too, and torch makes classes from the user's code, as `torch.fx` does.
+    """
+    if not f"{kind.__module__}.".startswith(_OURS):
+        return False
+    try:
+        return attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind
+    except (KeyError, AttributeError):
+        return False
 
 
 class _Views(TorchFunctionMode):

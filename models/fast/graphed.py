@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from models.views import is_unchanged
 from utils.errors import first_line
 
 FIRST = 3  # calls that are not replayed: a shape that is rare is not worth a recording
@@ -220,10 +221,6 @@ def is_plain(model: nn.Module) -> bool:
         (type(module) not in KNOWN and "does_the_same" not in vars(type(module)))
         or isinstance(module, Graphed)
         or getattr(module, "momentum", 0) is None  # BatchNorm asks how many batches there were
-        or "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        or not is_unchanged(module)
         for module in model.modules()
     )

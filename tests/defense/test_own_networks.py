@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 import defense
+from models import Classifier, build_model
 from models.views import has_own_code
 from tests.every_defense import module, shortened
 from utils.errors import UserError
@@ -87,7 +90,35 @@ def test_code_of_the_user_s_is_told_from_ours_and_torch_s() -> None:
     changed[0].forward = lambda images: images.flatten(1)  # type: ignore[method-assign]
     assert has_own_code(changed)
     assert has_own_code(nn.Sequential(nn.Sequential(Own())))
+    assert has_own_code(torch.fx.symbolic_trace(Own()))
     assert not has_own_code(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten()))
+    for name in ("preactresnet18", "resnet18", "vit_b_16", "swin_t"):
+        with torch.device("meta"):
+            assert not has_own_code(build_model(name, 4))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    ],
+)
+def test_hooks_are_code_of_the_user_s(register: Callable[[nn.Module], RemovableHandle]) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Flatten())
+    hook = register(network[0])
+    assert has_own_code(network)
+    hook.remove()
+    assert not has_own_code(network)
+
+
+def test_a_traced_network_takes_images_that_are_channels_last() -> None:
+    model = Classifier(torch.fx.symbolic_trace(made(Own)), (0.5,) * 3, (0.25,) * 3)
+    pixels = images()[0]
+    last = pixels.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(last), model(pixels))
 
 
 @every_defense

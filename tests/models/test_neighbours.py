@@ -12,6 +12,7 @@ import models
 import utils
 from models import build_model, model_identity
 from models.neighbours import files_beside
+from models.views import has_own_code
 from tests.scripts import attack_flags, defense_flags, run_script
 from utils.errors import UserError
 from utils.files import ROOT
@@ -83,6 +84,20 @@ def test_a_file_gets_its_own_models_and_utils(
     changed = {name for name, module in before.items() if sys.modules.get(name) is not module}
     assert {name for name in changed if not name.startswith("user_model_")} == set()
     assert not any(str(tmp_path) in repr(spec) for spec in sys.meta_path)
+
+
+def test_a_network_of_its_own_models_is_the_user_s_code(tmp_path: Path) -> None:
+    """Also one with the name of one of ours; it may take views of images in torch's order."""
+    text = NET.replace("flatten(1)", "view(len(images), -1)").replace("Net", "TinyNet")
+    file = FILE.format(imports="from models.tiny import TinyNet", net="TinyNet")
+    for name in ("net", "tiny"):
+        files = {f"models/{name}.py": text, "models/__init__.py": ""}
+        files["my_net.py"] = file.replace("tiny", name)
+        model = build_model(project(tmp_path / name, PROJECT | files), 3, image_size=4)
+        assert has_own_code(model)
+        images = torch.rand(2, 3, 4, 4)
+        last = images.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(model(last), model(images))
 
 
 def test_without_neighbours_the_project_s_own_are_found(tmp_path: Path) -> None:
