@@ -38,7 +38,6 @@ MODELS = (
     *("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "convnext_tiny"),
 )
 
-
 # Mean and standard deviation that BackdoorBench normalizes with, by its name of a dataset.
 NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "mnist": ((0.5,) * 3, (0.5,) * 3),
@@ -50,7 +49,6 @@ NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-
 # Columns of attack_df.csv, in order.
 METRICS = (
     *("epoch", "batch", "train_epoch_loss_avg_over_batch", "train_acc", "train_acc_clean_only"),
@@ -59,26 +57,16 @@ METRICS = (
 )
 
 TRAIN, TEST, CROSS = "bd_train_dataset", "bd_test_dataset", "cross_test_dataset"
-
-
 POISON_LIST = "train_poison_index_list.pickle"
-
-
 INFO = "info.pickle"
-
 
 _KEYS = (
     *("model_name", "num_classes", "model", "data_path", "img_size", "clean_data"),
     *("bd_train", "bd_test"),
 )
 
-
 _EXPECTED = "an attack result of BackdoorBench"
-
-
 _CHUNK = 1024  # images that wait to be taken at once
-
-
 _SAMPLE = 64  # images of a split that are compared with the clean ones
 
 
