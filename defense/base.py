@@ -37,6 +37,7 @@ from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders, places
 from utils.records.attack import AttackRecord, load_attack
 from utils.records.checkpoint import Origin
+from utils.records.contents import DEFENSE_RESULT, SUMMARY
 from utils.records.defense import checked_result, require_of_record, save_defense
 from utils.records.index import read_index
 from utils.records.named import OfRecord, check_dataset, dataset_of_record, named_record
@@ -554,7 +555,7 @@ def _defend(
             warnings=_result_warnings(before, after, config.advice),
             result=result,
             pictures=pictures,
-            files=["defense_result.pt", *filter(None, [listed])],
+            files=[DEFENSE_RESULT, *filter(None, [listed])],
             run=ending.run_facts(recipe, started - watch.earlier, device, precision, inputs),
         )
     return folder
@@ -696,7 +697,7 @@ def comparison(before: Scores, after: Scores, der: float | None) -> str:
 def _summary(source: Path) -> bytes | None:
     """The summary of a record; another summary means that the record has other content."""
     try:
-        return read_bytes(source / "summary.json")
+        return read_bytes(source / SUMMARY)
     except OSError:
         return None
 
