@@ -12,7 +12,7 @@ from torch import nn
 from models.modes import evaluating, frozen
 from models.outputs import watching
 from models.parts import bare, black_images, layer, top_level
-from utils.errors import UserError
+from utils.errors import UserError, listed
 
 
 class _Pass:
@@ -26,26 +26,26 @@ class _Pass:
         self.layers = dict(bare(model).named_modules())
         self.calls: list[tuple[str, nn.Module, torch.Tensor]] = []
         self._begins: dict[int, int] = {}  # places of the calls by the tensors that were cut
+        self._cut: dict[int, torch.Tensor] = {}  # what the calls gave, with the graph before it
         seen = watching(model, self.layers, self._see)
         with seen, evaluating(model), frozen(model), torch.enable_grad():
-            logits = model(black_images(model, image_shape))
-        self.classes, self._is_of_image = logits.shape[-1], logits.shape[:-1] == (1,)
-        self._of_logits = self._read_by(logits)
+            self._logits = model(black_images(model, image_shape))
+        self.classes = self._logits.shape[-1]
 
     def _see(self, name: str, output: object) -> torch.Tensor | None:
         if not isinstance(output, torch.Tensor):
             return None
-        module = self.layers[name]
+        module, place = self.layers[name], len(self.calls)
         self.calls.append((name, module, output))
         is_cut = isinstance(module, nn.Linear) or not output.requires_grad
         if not (is_cut and output.is_floating_point()):
             return None
         begin = output.detach().requires_grad_()
-        self._begins[id(begin)] = len(self.calls) - 1
-        self.calls[-1] = (name, module, begin)  # kept, because else another one might get its id
+        self._begins[id(begin)], self._cut[place] = place, output
+        self.calls[place] = (name, module, begin)  # kept, because else another might get its id
         return begin.clone()  # which may be changed in place
 
-    def _read_by(self, result: torch.Tensor) -> list[int]:
+    def _read_by(self, result: torch.Tensor) -> set[int]:
         """The places of the calls whose outputs a result is made from with no cut in between."""
         waiting, seen, places = [result.grad_fn], set(), set()
         while waiting:
@@ -55,21 +55,36 @@ class _Pass:
             seen.add(node)
             places.add(self._begins.get(id(getattr(node, "variable", None)), -1))
             waiting += [before for before, _ in node.next_functions]
-        return sorted(places - {-1})
+        return places - {-1}
 
-    def last(self) -> tuple[int, str, nn.Linear] | None:
-        """The last linear layer, if the logits are made from those of such layers alone.
+    def before(self, place: int) -> set[int]:
+        """The places of all cut calls that the call at a place reads, with others in between."""
+        waiting = [place]
+        places: set[int] = set()
+        while waiting:
+            new = self._read_by(self._cut[waiting.pop()]) - places
+            places |= new
+            waiting += new
+        return places
 
-        Squeeze and excitation is none: what it weighs goes on beside it.
+    def last(self) -> list[tuple[int, str, nn.Linear]]:
+        """The last linear layers, if the logits are made from those of such layers alone.
+
+        They are several if the logits are an average of theirs, say; those with one weight count
+        as one. Squeeze and excitation is none: what it weighs goes on beside it. Nor is a layer
+        that only reads the others, as a calibration of the logits does, nor one beside them that
+        has no output per class, as for a temperature.
         """
-        if not self._is_of_image:
-            return None
-        found = [(place, *self.calls[place][:2]) for place in self._of_logits]
-        linear = [(p, name, module) for p, name, module in found if isinstance(module, nn.Linear)]
-        if not linear or len(linear) < len(found):
-            return None
-        per_class = [layer for layer in linear if layer[2].out_features == self.classes]
-        return [*linear, *per_class][-1]  # beside it, another one may give a temperature
+        read = self._read_by(self._logits) if self._logits.shape[:-1] == (1,) else set()
+        found = {place: (place, *self.calls[place][:2]) for place in sorted(read)}
+        linear = {p: (p, name, m) for p, name, m in found.values() if isinstance(m, nn.Linear)}
+        if len(linear) < len(found):
+            return []
+        inputs = {place: self._read_by(self._cut[place]) for place in linear}
+        own = [linear[p] for p, reads in inputs.items() if not reads or reads - linear.keys()]
+        per_class = [layer for layer in own if layer[2].out_features == self.classes]
+        weights = [layer[2]._parameters.get("weight", layer[2]) for layer in per_class or own]
+        return list(dict(zip(map(id, weights), per_class or own, strict=True)).values())
 
     def idle(self) -> dict[str, nn.Linear]:
         """The linear layers with an output per class that are never called, by their names."""
@@ -87,29 +102,25 @@ def head(model: nn.Module, image_shape: Sequence[int]) -> tuple[str, nn.Linear]:
     """The first of the linear layers that end a network, with its name in the bare network.
 
     They are in one top-level part, and no map (N, C, H, W) or tokens (N, L, D) come between them.
-    What makes the logits of the last one's output sees nothing else of the image. The first one
-    takes the features: `linear`, `fc`, VGG's `classifier.0`, a ViT's `heads.head`.
+    What makes the logits of the last one's output sees nothing else of the image, but for a
+    temperature. The first one takes the features: `linear`, `fc`, VGG's `classifier.0`, a ViT's
+    `heads.head`.
 
     Args:
         image_shape: (C, H, W).
 
     Raises:
-        UserError: if no linear layer makes the logits.
+        UserError: if no linear layer makes the logits, or several do, each for itself.
     """
     run = _Pass(model, image_shape)
-    last = run.last()
-    if last is None:
-        raise UserError(
-            "this network has no linear layer that gives its logits, which this method works on; "
-            "give another method or network"
-        )
-    end, name, linear = last
+    end, name, linear = _only(run.last(), "", "give another method or network")
     parts = (part for part in top_level(model) if f"{name}.".startswith(f"{part}."))
-    part = next(parts, name)
-    for before, module, output in reversed(run.calls[:end]):
+    part, read = next(parts, name), run.before(end)
+    for place in reversed(range(end)):
+        before, module, output = run.calls[place]
         if output.ndim > 2 or not f"{before}.".startswith(f"{part}."):
             break
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and place in read:
             name, linear = before, module
     return name, linear
 
@@ -125,19 +136,22 @@ def last_linear(
         advice: what to do, for the message.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or several.
     """
-    last = _Pass(model, image_shape).last()
-    if last is None:
-        raise _none(flag, advice)
-    return last[1:]
+    return _only(_Pass(model, image_shape).last(), flag, advice)[1:]
 
 
-def _none(flag: str, advice: str) -> UserError:
-    return UserError(
-        f"{flag}: this network has no linear layer that gives its logits, which would be taken; "
-        f"{advice}"
-    )
+def _only(
+    layers: Sequence[tuple[int, str, nn.Linear]], flag: str, advice: str
+) -> tuple[int, str, nn.Linear]:
+    """The only one of the last linear layers; raises UserError if there is none, or several."""
+    if len(layers) == 1:
+        return layers[0]
+    what = "this network has no linear layer that gives its logits, and one is needed"
+    if layers:
+        names = listed([name for _, name, _ in layers])
+        what = f"several linear layers of this network give its logits ({names}), and one is needed"
+    raise UserError(f"{flag}{': ' if flag else ''}{what}; {advice}")
 
 
 def layer_or_last(
@@ -156,17 +170,16 @@ def layer_or_last(
         The layer's name, and the layer.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or several linear layers give the logits.
     """
     if name is not None:
         return name, layer(model, name, flag)
     run = _Pass(model, image_shape)
-    if last := run.last():
-        return last[1:]
-    for idle, linear in run.idle().items():
+    last = run.last()
+    for idle, linear in run.idle().items() if not last else ():
         if "weight" in linear._parameters and _are_used(model, [linear.weight], image_shape):
             return idle, linear
-    raise _none(flag, "name a layer")
+    return _only(last, flag, "name a layer")[1:]
 
 
 def require_use(

@@ -126,6 +126,7 @@ class Ends(nn.Module):
         super().__init__()
         self.conv, self.fc, self.one = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(4, 1)
         self.many, self.gate, self.last = nn.Linear(4, 6), nn.Linear(4, 4), nn.Conv2d(4, 4, 1)
+        self.fc2, self.one2, self.on_logits = nn.Linear(4, 2), nn.Linear(4, 1), nn.Linear(2, 2)
         self.end = end
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -146,6 +147,15 @@ def with_temperature(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch
     return of.fc(features) / of.one(features).exp()
 
 
+def calibrated(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    logits = of.fc(features)
+    return logits + of.on_logits(logits.relu())
+
+
+def shown_twice(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    return (of.fc(features) + of.fc(x.amax((2, 3)))) / 2
+
+
 def with_idle_call(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     logits = of.fc(features).relu_()
     of.many(features)
@@ -163,7 +173,14 @@ def excited(of: Ends, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("end", "name"),
-    [(logistic, "one"), (maxout, "many"), (with_temperature, "fc"), (with_idle_call, "fc")],
+    [
+        (logistic, "one"),
+        (maxout, "many"),
+        (with_temperature, "fc"),
+        (with_idle_call, "fc"),
+        (calibrated, "fc"),
+        (shown_twice, "fc"),
+    ],
 )
 @pytest.mark.parametrize("learns", [True, False])
 def test_the_last_linear_layer_may_give_other_numbers_than_one_per_class(
@@ -175,6 +192,46 @@ def test_the_last_linear_layer_may_give_other_numbers_than_one_per_class(
     assert last_linear(network, SHAPE, "--flag", "") == (name, layer)
     assert layer_or_last(network, None, "--flag", SHAPE) == (name, layer)
     assert all(weight.requires_grad == learns for weight in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("end", "names"),
+    [
+        (lambda of, x, f: (of.fc(f) + of.fc2(f)) / 2, "fc, fc2"),  # a distilled DeiT
+        (lambda of, x, f: torch.stack([of.fc(f), of.fc2(f)]).mean(0), "fc, fc2"),
+        (lambda of, x, f: of.fc(f) + of.fc2(x.amax((2, 3))), "fc, fc2"),
+        (lambda of, x, f: of.fc(f) + of.on_logits(of.many(f)[:, :2]), "fc, on_logits"),
+        (lambda of, x, f: torch.cat([of.one(f), of.one2(f)], 1), "one, one2"),
+    ],
+)
+def test_one_of_several_heads_is_never_taken(end: Callable[..., torch.Tensor], names: str) -> None:
+    """The backdoor would stay in the other one."""
+    network = Ends(end)
+    several = rf"several linear layers of this network give its logits \({names}\)[^\n]*; "
+    with pytest.raises(UserError, match=rf"^{several}give another method or network$"):
+        head(network, SHAPE)
+    with pytest.raises(UserError, match=rf"^--flag: {several}do$"):
+        last_linear(network, SHAPE, "--flag", "do")
+    with pytest.raises(UserError, match=rf"^--flag: {several}name a layer$"):
+        layer_or_last(network, None, "--flag", SHAPE)
+    assert layer_or_last(network, "fc", "--flag", SHAPE) == ("fc", network.fc)
+
+
+def test_a_temperature_is_not_the_first_layer_of_a_head() -> None:
+    """Its layer is beside the head, in the same part, and called before it."""
+
+    class End(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.first, self.fc = nn.Linear(192, 1), nn.Linear(192, 4), nn.Linear(4, 3)
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            scale = self.one(features).exp()
+            return self.fc(self.first(features).relu()) / scale
+
+    end = End()
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(), end)
+    assert head(network, SHAPE) == ("2.first", end.first)
 
 
 def test_a_linear_layer_may_lend_its_weight_without_a_call() -> None:
