@@ -15,9 +15,15 @@ from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError
-from utils.files import as_path, file_sha256
+from utils.files import MARK, as_path, file_sha256
 from utils.records import backdoorbench, schema
-from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY, said_of_replaced
+from utils.records.contents import (
+    ATTACK_RESULT,
+    POISON,
+    SUMMARY,
+    incomplete_copy,
+    said_of_replaced,
+)
 from utils.records.folders import RunFolder
 from utils.records.hashes import checked_hashes, unchanged
 from utils.records.network import checked_model, make_model, model_state
@@ -267,7 +273,7 @@ def load_attack(folder: Path) -> AttackRecord:
 
 def is_backdoorbench(folder: Path) -> bool:
     """Whether a folder is read as one of BackdoorBench: it has a result, but none of our files."""
-    ours = ("config.yaml", SUMMARY)
+    ours = ("config.yaml", SUMMARY, POISON, MARK)
     return (folder / ATTACK_RESULT).exists() and not any((folder / f).exists() for f in ours)
 
 
@@ -327,6 +333,8 @@ def _load_ours(folder: Path) -> AttackRecord:
             f"{home.parent}"
         )
     if not (folder / SUMMARY).exists():
+        if result.exists() and not (folder / "config.yaml").exists():  # which is written first
+            raise incomplete_copy(folder)
         raise UserError(
             f"{folder}: has no summary.json, so its attack did not finish, or it is no record"
             f"{said_of_replaced(folder)}; run the attack again, or give another folder"

@@ -26,7 +26,7 @@ from utils.errors import UserError, one_line, shown
 from utils.files import read_bytes
 from utils.process.progress import Progress
 from utils.process.script import logger
-from utils.records.contents import ATTACK_RESULT
+from utils.records.contents import ATTACK_RESULT, incomplete_copy
 from utils.tensors import explained, load_plain, load_tensors
 
 # The networks that both sides have, by their common name.
@@ -305,6 +305,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise
     if any(isinstance(content.get(key), dict) and "x" in content[key] for key in _KEYS[-2:]):
         _refuse(path, is_v1=True)
+    if "dataset_fingerprint" in content:  # that of this program
+        raise incomplete_copy(path.parent)
     missing = [key for key in _KEYS if key not in content]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")

@@ -162,6 +162,14 @@ def said_of_replaced(folder: Path) -> str:
     return f" (the run that it replaces is kept in {kept})" if kept.is_dir() else ""
 
 
+def incomplete_copy(folder: Path) -> UserError:
+    """The error about files of a record without those that say what they are."""
+    return UserError(
+        f"{folder}: has no summary.json, so it is no whole record; if it is a copy of one, copy "
+        "the whole folder, else give another one"
+    )
+
+
 def summary_of(folder: Path) -> dict[str, Any]:
     """A run's summary; empty if it cannot be read."""
     try:

@@ -168,6 +168,21 @@ def test_a_record_of_backdoorbench_is_not_compared_with_itself(
     check_dataset(clp.Config.load("cifar10"), attack)
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [("summary.json", "config.yaml"), ("summary.json", "config.yaml", "poison.pt", "run.json")],
+)
+def test_an_incomplete_copy_is_not_taken_for_a_record_of_backdoorbench(
+    saved: RunFolder, tmp_path: Path, lost: tuple[str, ...]
+) -> None:
+    """Its tensors were copied, with or without the poisoned images and the list of files."""
+    for name in lost:
+        (saved.path / name).unlink()
+    message = f"^{saved.path}: has no summary.json, .* if it is a copy of one, copy the whole fo"
+    with pytest.raises(UserError, match=message):
+        load_attack(saved.path)
+
+
 def test_a_record_reads_back_as_it_was_saved(
     saved: RunFolder, tiny_data: Dataset, tiny_model: Classifier, poisoned: PoisonedSet
 ) -> None:
