@@ -23,7 +23,7 @@ from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger
 from utils.records import places
 from utils.records.attack import AttackRecord, load_attack
-from utils.records.contents import DEFENSE_RESULT, NAME, SUMMARY
+from utils.records.contents import DEFENSE_RESULT, NAME, SUMMARY, said_of_replaced
 from utils.records.defense import checked_result, load_defense
 from utils.records.hashes import unchanged
 from utils.records.named import OfRecord, check_dataset, named_record
@@ -341,8 +341,9 @@ def results_of(
     finished = sorted(path.parent.name for path in home.glob(f"[!.]*/{SUMMARY}"))
     missing = [name for name in config.defenses if name not in finished]
     if missing:
+        kept = "".join(said_of_replaced(home / name) for name in missing if NAME.fullmatch(name))
         raise UserError(
-            f"--defenses: {listed(missing)}: no finished result in {home}; "
+            f"--defenses: {listed(missing)}: no finished result in {home}{kept}; "
             + (f"give some of {listed(finished)}" if finished else "run a defense first")
         )
     begun = {path.parent.name for path in home.glob("[!.]*/config.yaml")} - {*finished}

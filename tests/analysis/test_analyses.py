@@ -406,6 +406,16 @@ def fresh(records: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_result_that_was_about_to_be_replaced_is_named(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = fresh / "bd/defense"
+    (home / "ft").rename(home / ".ft.replaced")
+    assert run(fresh, "path", "--defenses", "ft") == 2
+    kept = f"--defenses: ft: no finished result in {home} (the run that it replaces is kept in "
+    assert f"{kept}{home}/.ft.replaced); give some of npd, sau" in refusal(capsys)
+
+
 def test_what_an_overwriting_run_has_not_replaced_is_kept(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from utils import locks
 from utils.errors import UserError, listed, nearest
 from utils.files import ROOT, TABLE, as_path, read_text, refuse_link
-from utils.records.contents import ATTACK_RESULT, NAME
+from utils.records.contents import ATTACK_RESULT, NAME, said_of_replaced
 from utils.records.folders import LONGEST_NAME, RunFolder
 
 # What Windows takes for a device, or for another name.
@@ -89,12 +89,15 @@ def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
         A path that ends with the folder's own name, by which it is locked.
 
     Raises:
-        UserError: naming the flag, if the record is a link.
+        UserError: naming the flag, if the record is a link, or if only the one is there that it was
+            about to replace when its process was killed.
     """
     name = name.rstrip("/" + os.sep) or name
     folder = (root or ROOT / "record") / name
     if not (NAME.fullmatch(name) and os.path.isdir(folder)):
         if not os.path.isdir(name):  # also for a name that cannot be one
+            _refuse_replaced(folder, flag)
+            _refuse_replaced(Path(name), flag)
             return None
         folder = Path(name)
     if folder.name in ("", ".."):
@@ -102,6 +105,15 @@ def existing_folder(name: str, root: Path | None, flag: str) -> Path | None:
     if folder.is_symlink():
         raise UserError(f"{flag}: {folder} is a link; give the folder that it leads to")
     return folder if folder.name else None
+
+
+def _refuse_replaced(folder: Path, flag: str) -> None:
+    """Raises UserError if a folder is not there, but the finished run that it was to replace is."""
+    if NAME.fullmatch(folder.name) and (kept := said_of_replaced(folder)):
+        raise UserError(
+            f"{flag}: {folder} was about to be replaced, and is not there{kept}; the command of "
+            "its attack with --resume puts it back"
+        )
 
 
 def find_record(name: str, root: Path | None, flag: str = "--result_file") -> Path:
@@ -120,8 +132,10 @@ def find_record(name: str, root: Path | None, flag: str = "--result_file") -> Pa
     found = [path.parent for path in records.glob(f"[!.]*/{ATTACK_RESULT}")]
     # Others are given as folders.
     names = sorted(x.name for x in found if NAME.fullmatch(x.name) and not x.is_symlink())
+    is_name = NAME.fullmatch(name) or os.path.isdir(name)
+    where = "" if is_name else f", and there is no folder {os.path.abspath(name)}"
     raise UserError(
-        f"{flag}: {name} is no record in {records}; "
+        f"{flag}: {name} is no record in {records}{where}; "
         + (
             f"give one of {listed(nearest(name, names), limit=LONGEST_NAME)}"
             if names

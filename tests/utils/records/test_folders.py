@@ -243,6 +243,37 @@ def test_an_unknown_record_is_refused_with_those_that_exist(run: RunFolder) -> N
     assert str(caught.value).endswith("give one of demo")
 
 
+@pytest.mark.parametrize("name", ["demo", "RECORDS/demo", "RECORDS/demo/"])
+def test_of_a_record_that_was_being_replaced_the_finished_one_is_named(
+    run: RunFolder, name: str
+) -> None:
+    """Its process was killed after it had set the finished one aside; --resume puts that back."""
+    run.write_summary({})
+    run.claim(overwrite=True)
+    run._set_aside()
+    run.release()
+    records = run.path.parent
+    assert [path.name for path in records.iterdir() if path.is_dir()] == [".demo.replaced"]
+    message = f"--clean_record: {run.path} was about to be replaced, .* is kept in {records}/.demo.replac"
+    with pytest.raises(UserError, match=f"{message}ed.*; the command .* --resume puts it back$"):
+        find_record(name.replace("RECORDS", str(records)), records, "--clean_record")
+    with pytest.raises(UserError, match="the earlier one is there again"):
+        run.claim(overwrite=False, resume=True)
+    assert find_record("demo", records) == run.path
+
+
+def test_a_folder_that_is_not_there_is_told_with_its_place(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path is not looked for in the folder of all records."""
+    run.write_tensors("attack_result.pt", {})
+    records = run.path.parent
+    monkeypatch.chdir(run.path)
+    message = f"other/demo is no record in {records}, and there is no folder {run.path}/other/demo;"
+    with pytest.raises(UserError, match=f"^--result_file: {message} give one of demo$"):
+        find_record("other/demo", records)
+
+
 def test_of_many_records_the_nearest_are_offered(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"record{number}").mkdir()
