@@ -254,8 +254,9 @@ def test_of_a_record_that_was_being_replaced_the_finished_one_is_named(
     run.release()
     records = run.path.parent
     assert [path.name for path in records.iterdir() if path.is_dir()] == [".demo.replaced"]
-    message = f"--clean_record: {run.path} was about to be replaced, .* is kept in {records}/.demo.replac"
-    with pytest.raises(UserError, match=f"{message}ed.*; the command .* --resume puts it back$"):
+    kept = f"is kept in {records}/.demo.replaced"
+    message = f"--clean_record: {run.path} was about to be replaced, .* {kept}.*; the command "
+    with pytest.raises(UserError, match=f"^{message}of its attack with --resume puts it back$"):
         find_record(name.replace("RECORDS", str(records)), records, "--clean_record")
     with pytest.raises(UserError, match="the earlier one is there again"):
         run.claim(overwrite=False, resume=True)
