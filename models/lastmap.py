@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,28 +20,45 @@ _KEEPING = (
     *("batch_norm", "group_norm", "layer_norm"),
 )
 _WEIGHING = ("mul", "multiply", "div", "divide")
+_MOVING = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims")
 _Result = tuple[torch.Tensor, torch.Tensor | None, int]
 
 
-class _Pooling(TorchFunctionMode):
-    """Inside, keeps the last map (N, C, H, W) that is pooled, or flattened, to (N, D).
-
-    Pooling and flattening may be two calls, with others between, and a map may be pooled in several
-    ways that are joined. Maps that become tokens (N, L, D) do not count, nor those that are pooled
-    to weigh channels, as squeeze and excitation does.
+@dataclass(frozen=True)
+class _Pooled:
+    """What a map was pooled, or flattened, to.
 
     Attributes:
-        found: the map; None so far, or if several maps are pooled and joined.
+        node: of autograd, that gave the result; None without a gradient.
+        origin: the map; None if there is none, or if several maps are pooled and joined.
         place: what `place` gave when it was pooled.
         is_joined: whether several maps are pooled and joined.
     """
 
+    node: object
+    origin: torch.Tensor | None
+    place: int
+    is_joined: bool = False
+
+
+class _Pooling(TorchFunctionMode):
+    """Inside, keeps the maps (N, C, H, W) that are pooled, or flattened, to (N, D).
+
+    Pooling and flattening may be two calls, with others between, and a map may be pooled in several
+    ways that are joined. Maps that become tokens (N, L, D) do not count, nor those that are pooled
+    to weigh channels, as squeeze and excitation does. What is pooled as (N, H, W, C) is of the map
+    that was brought into this order, or else of none.
+
+    Attributes:
+        found: in the order of the calls.
+    """
+
     def __init__(self, place: Callable[[], int]) -> None:
         super().__init__()
-        self.found: torch.Tensor | None = None
-        self.place = 0
-        self.is_joined = False
+        self.found: list[_Pooled] = []
         self._place = place
+        # Maps in another order of dimensions, with the map, and what is of no map (N, C, H, W).
+        self._moved: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         # Results that a map was pooled or flattened to, with the map (None for several maps) and
         # its place. Each result is kept, because else another tensor might get its id.
         self._results: dict[int, _Result] = {}
@@ -62,15 +80,35 @@ class _Pooling(TorchFunctionMode):
         elif isinstance(source, torch.Tensor):
             others = [other for other in given[1:] if isinstance(other, torch.Tensor)]
             if source.ndim > 2:
+                if source.ndim == 4 and name in (*_MOVING, *_MEANS):
+                    self._move(source, result, _order(func, args, kwargs or {}))
                 self._look(name, source, result, any(other.ndim == 4 for other in others))
             elif result.ndim == 2:
                 self._follow(name.strip("_"), [source, *others], result)
         return result
 
+    def _move(self, source: torch.Tensor, result: torch.Tensor, order: list[int]) -> None:
+        """Remembers the map (N, C, H, W) of what is, or is pooled as, (N, H, W, C).
+
+        Args:
+            order: the dimensions of the source that the result has.
+        """
+        known = self._moved.get(id(source))
+        if len(order) == 4 and order != sorted(order) and (known or order != [0, 3, 1, 2]):
+            self._moved[id(result)] = (result, known[1] if known else source)
+        elif order == [0, 3] and not known:
+            self._moved[id(result)] = (result, None)
+
     def _look(
         self, name: str, source: torch.Tensor, result: torch.Tensor, has_others: bool
     ) -> None:
-        own = (source, self._place())
+        own = (self._moved.get(id(source), (source, source))[1], self._place())
+        if id(source) in self._moved and name in (*_KEEPING, *_MEANS) and result.ndim == 4:
+            self._moved.setdefault(id(result), (result, own[0]))
+        if own[0] is None or (id(result) in self._moved and self._moved[id(result)][1] is None):
+            if result.ndim < 4:
+                self.found.append(_Pooled(result.grad_fn, None, own[1]))
+            return
         origin, place = self._results.get(id(source), (None, *own))[1:]
         if origin is not None and origin.ndim != 4:
             return
@@ -83,11 +121,12 @@ class _Pooling(TorchFunctionMode):
             self._keep(result, origin, place)
         elif result.ndim == 4 and is_whole and ("pool" in name or name in _MEANS):
             self._results[id(result)] = (result, *own)
-        elif result.ndim == 4 and is_after and origin is not source:
+        elif result.ndim == 4 and is_after and origin is not own[0]:
             self._results[id(result)] = (result, origin, place)
         elif result.ndim == 3 and source.ndim == 4:
             self._results[id(result)] = (result, origin, place)
-            self.found = None  # tokens, unless the next call pools or flattens them
+            # Tokens, unless the next call pools or flattens them.
+            self.found.append(_Pooled(result.grad_fn, None, place))
 
     def _join(self, sources: Sequence[Any], result: torch.Tensor) -> None:
         known = self._known(sources)
@@ -109,12 +148,39 @@ class _Pooling(TorchFunctionMode):
     def _keep(self, result: torch.Tensor, origin: torch.Tensor | None, place: int) -> None:
         self._results[id(result)] = (result, origin, place)
         if result.ndim == 2:
-            self.found, self.place, self.is_joined = origin, place, origin is None
+            self.found.append(_Pooled(result.grad_fn, origin, place, origin is None))
 
 
 def _of_several(known: Sequence[_Result]) -> bool:
     """Whether results are of different maps."""
     return any(origin is not known[0][1] for _, origin, _ in known)
+
+
+def _order(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+    """The dimensions of a function's first argument (of four) that its result has, in its order."""
+    like = torch.empty(2, 3, 5, 7, device="meta")
+    named = dict(kwargs) if args else {**kwargs, next(iter(kwargs)): like}
+    try:
+        shape = func(*([like, *args[1:]] if args else ()), **named).shape
+    except (RuntimeError, TypeError):  # it has other tensors
+        return []
+    return [like.shape.index(size) for size in shape if size != 1]
+
+
+def _of_logits(found: Sequence[_Pooled], logits: torch.Tensor) -> _Pooled | None:
+    """The last result from which the logits are made; they are not made from auxiliary ones.
+
+    Where no gradient leads from the logits, as in a frozen network, it is the last one of all.
+    """
+    nodes: set[object] = set()
+    waiting = [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    used = [pooled for pooled in found if pooled.node is None or pooled.node in nodes]
+    return next(reversed(used or list(found)), None)
 
 
 def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1) -> str:
@@ -141,22 +207,23 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
     with (
         watching(model, names, lambda *output: seen.append(output)),
         evaluating(model),
-        torch.no_grad(),
+        torch.enable_grad(),
         _Pooling(lambda: len(seen)) as pooling,
     ):
-        model(images)
+        logits = model(images)
+    pooled = _of_logits(pooling.found, logits)
     times = Counter(name for name, _ in seen)
     maps = [
         (name, output)
-        for name, output in seen[: pooling.place]
+        for name, output in seen[: pooled.place if pooled else 0]
         if times[name] == 1 and isinstance(output, torch.Tensor) and output.ndim == 4
     ]
-    if pooling.is_joined:
+    if pooled and pooled.is_joined:
         raise UserError(
             "this network joins features of several maps, and this method masks those of one; give "
             "another method or network"
         )
-    found, names = pooling.found, []
+    found, names = pooled.origin if pooled else None, []
     if found is not None and found.shape[2:].numel() < least_pixels:
         parts = top_level(model)
         names = [n for n, x in maps if n in parts and x.shape[2:].numel() >= least_pixels]

@@ -83,6 +83,14 @@ def early(features: torch.Tensor) -> torch.Tensor:
             [F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)], dim=1
         ).flatten(1),
         lambda x: torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1),
+        lambda x: x.permute(0, 2, 3, 1).mean((1, 2)),
+        lambda x: x.permute(dims=(0, 2, 3, 1)).mean(1).mean(1),
+        lambda x: x.movedim(1, -1).amax((1, 2), keepdim=True).flatten(1),
+        lambda x: torch.transpose(x, 1, 3).relu().contiguous().flatten(1),
+        lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (5,)).mean(dim=(1, 2)),
+        lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2).mean((2, 3)),
+        lambda x: x.mean((1, 2)).mean() * x.mean((2, 3)),
+        lambda x: F.adaptive_avg_pool2d(x, 1).permute(0, 2, 3, 1)[:, 0, 0],
     ],
 )
 def test_any_way_to_pool_or_to_flatten_is_seen(head: Head) -> None:
@@ -93,6 +101,20 @@ def test_any_way_to_pool_or_to_flatten_is_seen(head: Head) -> None:
     assert network.patches.training
     assert not network.map.training
     assert hooks(network) == 0
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_channels_at_the_end_that_are_of_no_map_are_refused(keepdim: bool) -> None:
+    """A linear layer made them, which gives (N, H, W, D)."""
+    network = Net(
+        lambda x: (
+            F.linear(x.permute(0, 2, 3, 1), torch.ones(6, 5))
+            .mean((1, 2), keepdim=keepdim)
+            .flatten(1)
+        )
+    )
+    with pytest.raises(UserError, match=r"^[^\n]*map of features[^\n]*has none[^\n]*$"):
+        last_map(network, (3, 8, 8))
 
 
 class Branches(nn.Module):
@@ -117,6 +139,23 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("is_behind", [False, True])
 def test_a_map_beside_that_is_not_pooled_does_not_count(is_behind: bool) -> None:
     assert last_map(Branches(is_behind), (3, 8, 8)) == "pooled"
+
+
+class Auxiliary(Branches):
+    """Keeps logits of the other map beside those that it gives."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled, other = (x(images).mean((2, 3)) for x in (self.pooled, self.other))
+        self.kept = torch.cat([pooled, other], dim=1) if self.is_behind else other
+        return pooled
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_map_of_which_the_logits_are_not_made_does_not_count(joins: bool) -> None:
+    network = Auxiliary(joins)
+    assert last_map(network, (3, 8, 8)) == "pooled"
+    with torch.no_grad():
+        assert last_map(network, (3, 8, 8)) == "pooled"
 
 
 class Gated(Branches):
