@@ -171,7 +171,11 @@ def _gallery(table: Table, has_one: bool) -> Figure | None:
     try:  # one kind of images fits into a picture
         dataset, clean, triggered = gallery.load_rows(max(by_kind.values(), key=len))
     except UserError as error:
-        logger.warning("warning: no picture of the triggers of %s: %s", table.title, error)
+        logger.warning(
+            "warning: no picture of the triggers of %s, which benchmark/gallery.py also draws: %s",
+            table.title,
+            error,
+        )
         return None
     title = f"Triggers on {dataset}: test images, and the amplified change"
     return plot.image_grid(gallery.gallery_rows(clean, triggered), {}, title)
