@@ -82,7 +82,7 @@ def interpolated(
     state = {}
     for name, first in start.items():
         last = end[name]
-        if not first.is_floating_point():
+        if not (first.is_floating_point() or first.is_complex()):
             state[name] = first if t < 1 else last
             continue
         state[name] = torch.lerp(first, last, t)

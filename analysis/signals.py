@@ -433,4 +433,4 @@ def has_linear_head(model: nn.Module, image: torch.Tensor) -> bool:
     with recording(model, [name]) as outputs, evaluating(model), torch.no_grad():
         logits = model(image)
     last = outputs[name].float()  # where the network computes in bf16, it is bf16
-    return last.shape == logits.shape and bool(torch.allclose(last, logits))
+    return last.shape == logits.shape and bool(torch.allclose(last, logits.float()))

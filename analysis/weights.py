@@ -37,10 +37,14 @@ class Config(AnalysisConfig):
 
 
 def layers_of(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The weights of each layer that has some, by its name, in the order of the network."""
+    """The weights of each layer that has some, by its name, in the order of the network.
+
+    Complex weights are pairs of real ones.
+    """
     layers: dict[str, list[torch.Tensor]] = {}
     for name, weight in bare(model).named_parameters():
-        layers.setdefault(name.rpartition(".")[0], []).append(weight.detach().double().cpu())
+        numbers = torch.view_as_real(weight) if weight.is_complex() else weight
+        layers.setdefault(name.rpartition(".")[0], []).append(numbers.detach().double().cpu())
     return layers
 
 

@@ -6,7 +6,7 @@ Minimization.* ICCV 2023.
 Weights that serve a backdoor are large. Before each step, all weights move to a point where the
 loss is higher, and large weights move the most. The step then uses the gradient at that point:
 
-    e = rho w^2 g / || |w| g ||    elementwise, one norm over all weights;  g: gradient at w
+    e = rho |w|^2 g / || |w| g ||    elementwise, one norm over all weights;  g: gradient at w
     step with the gradient at w + e
 
     python defense/ft_sam.py --result_file badnet_demo
@@ -53,7 +53,7 @@ class Config(FineTuned):
 def adaptive_ascent(
     weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], rho: float
 ) -> list[torch.Tensor]:
-    """The move of each weight, e = rho w^2 g / (|| |w| g ||_2 + 1e-12), one norm over all.
+    """The move of each weight, e = rho |w|^2 g / (|| |w| g ||_2 + 1e-12), one norm over all.
 
     Args:
         weights, gradients: tensors of the same shapes.
@@ -65,7 +65,7 @@ def adaptive_ascent(
     pairs = list(zip(weights, gradients, strict=True))
     scaled = [(w.abs() * g).flatten() for w, g in pairs]
     norm = torch.linalg.vector_norm(torch.cat(scaled)) + 1e-12
-    return [rho * w.square() * g / norm for w, g in pairs]
+    return [rho * w.abs().square() * g / norm for w, g in pairs]
 
 
 def smoothed_cross_entropy(

@@ -90,7 +90,7 @@ def unlearned(
     device = next(model.parameters()).device
     model = copied(model).train()
     for weight in model.parameters():
-        weight.requires_grad_(weight.is_floating_point())
+        weight.requires_grad_(weight.is_floating_point() or weight.is_complex())
     learner = loop.alone(model)
     optimizer = torch.optim.SGD(
         model.parameters(),

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
 from models.classifier import Classifier
 from models.copies import copied
@@ -82,11 +83,10 @@ def convolutions_before(
     """For BatchNorm layers with running statistics, the convolution before each, by their names.
 
     Args:
-        pairs: `order` takes the last convolution that was registered before the layer; a layer of
-            another width than that one is skipped. `direct`
-            takes the one whose output is the layer's input, found in a pass of one black image;
-            other layers are skipped.
-        image_shape: (C, H, W) of that image.
+        pairs: `order` takes the last convolution that was registered before the layer; a layer is
+            skipped if that one has another width, or is no Conv2d. `direct` takes the one whose
+            output is the layer's input; other layers are skipped.
+        image_shape: (C, H, W) of a black image that the network is called with.
 
     Raises:
         UserError: if no layer has one.
@@ -94,11 +94,14 @@ def convolutions_before(
     wanted = running_norms(model)
     before: dict[str, nn.Conv2d] = {}
     if pairs == "order":
-        last: nn.Conv2d | None = None
+        with evaluating(model), torch.no_grad():
+            # A weight that is computed from others (weight_norm) is that of the last pass.
+            model(black_images(model, image_shape))
+        last: nn.Module | None = None
         for name, module in bare(model).named_modules():
-            last = module if isinstance(module, nn.Conv2d) else last
+            last = module if isinstance(module, _ConvNd) else last
             norm = wanted.get(name)  # one of another width has other channels
-            if norm and last and last.out_channels == norm.num_features:
+            if norm and isinstance(last, nn.Conv2d) and last.out_channels == norm.num_features:
                 before[name] = last
     else:
         all_convolutions = convolutions(model)

@@ -23,6 +23,11 @@ def test_the_ends_of_a_path_are_the_two_models_bit_for_bit() -> None:
     ]
 
 
+def test_complex_weights_are_on_the_line_as_well() -> None:
+    start, end = {"w": torch.tensor([1 + 0j])}, {"w": torch.tensor([1 + 4j])}
+    assert path.interpolated(start, end, 0.25)["w"].tolist() == [1 + 1j]
+
+
 def test_beyond_the_end_variances_are_not_negative() -> None:
     """1 + 1.5 (0.2 - 1) = -0.2."""
     start, end = {"bn.running_var": torch.ones(1)}, {"bn.running_var": torch.full((1,), 0.2)}

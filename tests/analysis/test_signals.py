@@ -132,6 +132,12 @@ class Convolved(Forked):
         return self.block["used"](images).mean((2, 3))
 
 
+def test_a_head_of_other_floats_is_one_as_well() -> None:
+    model = Forked().double()
+    model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+    assert signals.has_linear_head(model, torch.rand(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize("network", [Forked, Convolved])
 def test_only_a_network_with_a_linear_head_has_a_signal_of_it(network: type[nn.Module]) -> None:
     images, model, has_head = torch.rand(2, 3, 8, 8), network(), network is Forked

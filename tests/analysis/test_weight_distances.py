@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from analysis import weights
 from analysis.base import Results
@@ -18,6 +19,16 @@ def test_distances_of_weights() -> None:
     assert weights.distance([before, torch.zeros(1)], [before, torch.zeros(1)]) == 0
     assert weights.channel_distances(before, after).tolist() == [0, 1.25]
     assert list(weights.layers_of(build_model("tiny", 3))) == ["conv", "bn", "linear"]
+
+
+def test_complex_weights_move_in_both_directions() -> None:
+    """From 3 to 3 + 3j, of length 3."""
+    moved = []
+    for end in (3 + 0j, 3 + 3j):
+        model = nn.Module()
+        model.w = nn.Parameter(torch.tensor([end]))
+        moved.append(weights.layers_of(model)[""])
+    assert weights.distance(*moved) == 1
 
 
 @pytest.mark.parametrize("name", ["conv", "bn", "linear"])

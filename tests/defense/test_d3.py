@@ -91,9 +91,10 @@ def test_rescaling_by_hand() -> None:
     weight = double(3, 4)
     rescale(weight, torch.tensor(10.0).double())
     assert weight.tolist() == [6, 8]
-    zeros = torch.zeros(2)
-    rescale(zeros, torch.tensor(10.0))
-    assert zeros.tolist() == [0, 0]
+    for kind in (torch.float16, torch.float32):
+        zeros = torch.zeros(2, dtype=kind)
+        rescale(zeros, torch.tensor(10.0, dtype=kind))
+        assert zeros.tolist() == [0, 0]
 
 
 # the whole defense

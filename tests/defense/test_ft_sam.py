@@ -48,6 +48,11 @@ def test_one_norm_is_over_all_weights() -> None:
     assert [float(move) for move in moves] == pytest.approx([3.3282, -1.1094], abs=1e-4)
 
 
+def test_a_complex_weight_moves_along_its_gradient() -> None:
+    (move,) = adaptive_ascent([torch.tensor([2j])], [torch.tensor([3 + 4j])], 5.0)
+    assert move.tolist() == pytest.approx([6 + 8j])
+
+
 def test_without_a_gradient_or_a_length_nothing_moves() -> None:
     w, g = torch.tensor([2.0, 1.0]), torch.tensor([3.0, 4.0])
     assert adaptive_ascent([w], [torch.zeros(2)], 2.0)[0].tolist() == [0, 0]

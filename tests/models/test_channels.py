@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from models import Classifier, build_model
 from models.channels import (
+    Pairs,
     convolutions,
     convolutions_before,
     named_channels,
@@ -83,6 +84,29 @@ def test_the_convolution_before_by_order() -> None:
     network = Odd()
     pairs = convolutions_before(network, "order", (3, 8, 8))
     assert pairs == {"summed": network.conv1, "direct": network.conv2}
+
+
+def test_a_convolution_of_another_kind_is_before_as_well() -> None:
+    """Its layer would else be taken for one behind the convolution before it."""
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 1)),
+        *(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+    )
+    for pairs in ("order", "direct"):
+        before = convolutions_before(network, pairs, (3, 8, 8))
+        assert before == {"1": network[0], "5": network[4]}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("pairs", ["order", "direct"])
+def test_a_weight_that_is_computed_is_that_of_the_state_dict(pairs: Pairs) -> None:
+    """Loading a state dict does not compute it anew; a pass does."""
+    trained, loaded = (
+        nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)) for _ in range(2)
+    )
+    loaded.load_state_dict(trained.state_dict())
+    (convolution,) = convolutions_before(loaded, pairs, (3, 8, 8)).values()
+    assert torch.equal(convolution.weight, trained[0].weight)
 
 
 def test_the_convolution_before_directly() -> None:

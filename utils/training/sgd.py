@@ -323,4 +323,5 @@ def rescale(weight: torch.Tensor, norm: torch.Tensor) -> None:
         weight: any shape.
         norm: scalar, >= 0.
     """
-    weight.mul_(norm / torch.linalg.vector_norm(weight).clamp(min=1e-30))
+    size = torch.linalg.vector_norm(weight)
+    weight.mul_(torch.where(size > 0, norm / size, 1))
