@@ -47,9 +47,11 @@ def _is_unsound(
     sides = weight.dim() - 2
     sizes, kernel = maps.shape[-sides:], weight.shape[2:]
     strides, dilations = _each(stride, sides), _each(dilation, sides)
-    if padding in ("valid", "same"):  # "same" has stride 1
-        halves = [d * (k - 1) // 2 for d, k in zip(dilations, kernel, strict=True)]
-        counts, paddings = list(sizes), halves if padding == "same" else [0] * sides
+    if padding == "valid":
+        return False
+    if padding == "same":  # has stride 1
+        counts = list(sizes)
+        paddings = [d * (k - 1) // 2 for d, k in zip(dilations, kernel, strict=True)]
     else:
         paddings = _each(padding, sides)
         counts = [

@@ -67,6 +67,7 @@ STRIDED = {"stride": 2, "padding": 1}
         (F.conv2d, 2, 3, {"padding": "same"}, False),
         (F.conv2d, 2, 3, {"padding": "valid"}, False),
         (F.conv2d, 2, 4, STRIDED, False),
+        (F.conv2d, 2, 3, STRIDED, False),
         (F.conv2d, 2, 1, {"stride": 2, "padding": 1, "groups": 2}, True),
         (F.conv2d, 2, 1, {"padding": [2], "dilation": 2}, True),
         (F.conv1d, 1, 1, STRIDED, True),
@@ -75,6 +76,8 @@ STRIDED = {"stride": 2, "padding": 1}
         (F.conv_transpose2d, 2, 1, {"stride": 2}, False),
         (F.conv_transpose2d, 2, 1, {"stride": 2, "padding": 1, "output_padding": 1}, True),
         (F.conv_transpose2d, 2, 2, {"padding": 2, "dilation": 2}, True),
+        (F.conv_transpose2d, 2, 2, {"stride": 3, "padding": 2}, True),
+        (F.conv_transpose2d, 2, 2, {"stride": 3, "padding": 2, "output_padding": 1}, False),
         (F.conv_transpose1d, 1, 1, STRIDED, True),
         (F.conv_transpose3d, 3, 1, STRIDED, True),
     ],
@@ -115,6 +118,13 @@ def test_other_numbers_stay_what_they_are(kind: torch.dtype) -> None:
         assert torch.equal(F.conv2d(input=maps, weight=weight, padding=1), expected)
     with sound_gradients(True), torch.autocast("cpu", torch.float16):
         assert F.conv2d(maps.float(), weight.float(), padding=1).dtype == torch.float16
+
+
+def test_arguments_may_be_named() -> None:
+    maps, weight = torch.rand(1, 2, 1, 1).bfloat16(), torch.rand(3, 2, 3, 3)
+    with sound_gradients(True), torch.autocast("cpu", torch.bfloat16):
+        named = F.conv2d(input=maps, weight=weight, padding=1)
+    assert torch.equal(named, F.conv2d(maps.float(), weight, padding=1).bfloat16())
 
 
 class Functional(nn.Module):
