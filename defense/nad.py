@@ -46,14 +46,6 @@ from utils.training.sgd import Schedule, fine_tune
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FineTuned):
-    lr: Annotated[
-        float,
-        Field(
-            gt=0, description="peak learning rate of the teacher, and the student's constant one"
-        ),
-        Group.TRAINING,
-    ]
-    lr_scheduler: Annotated[Schedule, Field(description="how the teacher's learning rate changes")]
     te_epochs: Annotated[int, Field(ge=0, description="passes that tune the teacher, first")]
     beta1: Annotated[float, Field(ge=0, description="weight of the first stage's distance")]
     beta2: Annotated[float, Field(ge=0, description="weight of the second one's")]
@@ -65,6 +57,14 @@ class Config(FineTuned):
         tuple[str, ...],
         Field(max_length=3, description="layers whose maps count; none for the last three stages"),
     ]
+    lr: Annotated[
+        float,
+        Field(
+            gt=0, description="peak learning rate of the teacher, and the student's constant one"
+        ),
+        Group.TRAINING,
+    ]
+    lr_scheduler: Annotated[Schedule, Field(description="how the teacher's learning rate changes")]
 
     advice = "lower --lr or the betas, or give more images (--ratio)"
     rates = "--lr, --p, --beta1, --beta2 or --beta3"

@@ -135,7 +135,7 @@ class Scheduler:
         self._scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "reduce_on_plateau":
             self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, threshold_mode="abs"
+                optimizer, threshold=0, threshold_mode="abs"
             )
         else:
             multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
@@ -155,8 +155,8 @@ class Scheduler:
     def after_epoch(self, loss: float) -> None:
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             best = self._scheduler.best
-            self._scheduler.threshold = 1e-4 * abs(best) if math.isfinite(best) else 0
-            self._scheduler.step(loss)
+            is_better = not math.isfinite(best) or loss < best - 1e-4 * abs(best)
+            self._scheduler.step(loss if is_better else best)
 
 
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:

@@ -391,6 +391,7 @@ def test_a_signal_after_the_end_is_no_traceback(apart: bool, is_asked: bool, cod
     text = (
         "import atexit, os, signal\n"
         "from utils.process import script\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores it
         f"script.SAME_REQUEST = {0.0 if apart else 60.0}\n"
         f"atexit.register(lambda: {kill})\n"
         f"script.run_script(lambda: {kill if is_asked else None})\n"
