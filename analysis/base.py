@@ -315,7 +315,7 @@ def write(
                 "attack": None if attack is None else attack.attack,
                 "attack_target": None if attack is None else attack.attack_target,
                 "attack_label_trans": None if attack is None else attack.attack_label_trans,
-                "attack_sha256": None if attack is None else attack.sha256,
+                **({"attack_sha256": None} if attack is None else attack.identity),
                 "dataset": data.name,
                 "model": subject.model_name,
                 "seed": config.random_seed,
@@ -372,6 +372,8 @@ def check_current(
     require_method(folder.path, summary.get("analysis", name), name)
     if not isinstance(models, dict):
         raise UserError(f"{folder.path}: does not say what it was made with; give --overwrite")
+    if subject.attack is not None:
+        subject.attack.require_triggers(summary, folder.path)
     now = models_of(subject, config)
     for name in getattr(config, "clean_records", ()):
         record = load_clean(name, "--clean_records", config.record_path, subject.data)

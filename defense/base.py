@@ -632,7 +632,7 @@ def _facts(
         "clean_images": len(given.index) if config.sees == "clean" else 0,
         "rounds": watch.metrics[-1]["round"] if hasattr(config, "n_rounds") else None,
         "purify_seconds": round(watch.training_seconds, 2),
-        "attack_sha256": attack.sha256,
+        **attack.identity,
     }
 
 

@@ -114,6 +114,7 @@ class _Defense(_Facts):
     sees: Text | None = None
     purify_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     attack_sha256: Text | None = None
+    triggers_sha256: Text | None = None
 
     @model_validator(mode="after")
     def _has_its_der(self) -> "_Defense":
@@ -172,13 +173,22 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
     all_rows: list[dict[str, Any]] = []
     for record in sorted(records.values(), key=lambda record: Path(record.name)):
         made_of = record.model_sha256
-        results = []
+        results: list[tuple[StoredRun, _Defense]] = []
+        scored_on: tuple[str, str] | None = None  # sha256 of triggered images, and which result
         for run, defense in sorted(record.results.values(), key=lambda result: result[0].key[1:]):
             if None not in (made_of, defense.attack_sha256) and made_of != defense.attack_sha256:
                 problems.append(
                     f"{run.where}: purified another model than this record has now; skipped"
                 )
                 continue
+            if defense.triggers_sha256 is not None:
+                scored_on = scored_on or (defense.triggers_sha256, run.where)
+                if scored_on[0] != defense.triggers_sha256:
+                    problems.append(
+                        f"{run.where}: was scored on other triggered images than {scored_on[1]}; "
+                        "skipped"
+                    )
+                    continue
             results.append((run, defense))
         rows = list(_rows(record, results))
         if not rows:

@@ -142,6 +142,20 @@ def two_attacks_at(root: Path) -> Path:
     return root
 
 
+def test_results_on_other_triggered_images_are_not_put_beside_each_other(
+    two_attacks: Path,
+) -> None:
+    """Both are of one model, whose ASR before would be another one."""
+    for name, sha256 in (("ft", "a"), ("sau", "b")):
+        path = two_attacks / "blended-0/defense" / name / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"triggers_sha256": sha256}))
+    runs, (problem,) = read_runs(two_attacks)
+    assert "sau: was scored on other triggered images than " in problem
+    assert problem.endswith("ft; skipped")
+    of_one = runs[runs["record"].str.endswith("blended-0")]
+    assert set(of_one["label"]) == {UNDEFENDED, "ft"}
+
+
 def the_table(root: Path) -> Table:
     runs, problems = read_runs(root)
     assert problems == []

@@ -17,6 +17,7 @@ from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError
 from utils.files import MARK, as_path, file_sha256
 from utils.records import backdoorbench, schema
+from utils.records.checkpoint import digest
 from utils.records.contents import (
     ATTACK_RESULT,
     POISON,
@@ -88,6 +89,8 @@ class AttackRecord(ABC):
     Attributes:
         folder: where it is.
         sha256: of `attack_result.pt`.
+        triggers_sha256: of the triggered images and their labels, if they are in files that nothing
+            else vouches for (those of BackdoorBench); else None.
         attack: name of the attack; "prototype" for a clean model.
         triggered: the triggered test images; None for a clean model.
         poison_index: which training images are poison; None if the record does not say it.
@@ -110,6 +113,25 @@ class AttackRecord(ABC):
     poison_index: torch.Tensor | None
     model_sha256: str | None = None
     network_size: int | None = None
+    triggers_sha256: str | None = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a summary says of the record that a run read."""
+        triggers = {} if self.triggers_sha256 is None else {"triggers_sha256": self.triggers_sha256}
+        return {"attack_sha256": self.sha256, **triggers}
+
+    def require_triggers(self, summary: Mapping[str, Any], folder: Path) -> None:
+        """Raises UserError if a finished run had other triggered images than the record has now.
+
+        Args:
+            summary, folder: of the run.
+        """
+        if summary.get("triggers_sha256", self.triggers_sha256) != self.triggers_sha256:
+            raise UserError(
+                f"{folder}: was run with other triggered images than {self.folder} has now; put "
+                "those back, or run it again with --overwrite"
+            )
 
     def check_model(self, given: str | None) -> str:
         """The name to build the model by.
@@ -302,6 +324,7 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
     except ValueError as error:
         raise UserError(f"{folder}: its weights do not fit {source.model_name} ({error})") from None
     test = source.test
+    triggered = Triggered(test.images(), test.labels, test.originals, test.index)
     target, label_map = source.label_map()
     return _BackdoorBench(
         folder=folder,
@@ -318,8 +341,9 @@ def _load_backdoorbench(folder: Path) -> AttackRecord:
         dataset_path=None,
         attack_target=target,
         attack_label_trans=label_map,
-        triggered=Triggered(test.images(), test.labels, test.originals, test.index),
+        triggered=triggered,
         poison_index=None if source.train is None else source.train.index[source.is_poison],
+        triggers_sha256=digest([triggered.images, triggered.labels, triggered.index]),
         source=source,
     )
 

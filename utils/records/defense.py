@@ -83,6 +83,7 @@ def checked_result(folder: Path, attack: AttackRecord) -> dict[str, Any]:
         raise UserError(
             f"{folder}: is of another attack than the record that is there; run the defense again"
         )
+    attack.require_triggers(summary, folder)
     return summary
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pickletools
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -690,6 +691,31 @@ def test_help_and_recipes_are_those_of_the_record_s_dataset(
 
     expected = [str(Config.load(name).flip).lower() for name in ("cifar10", "cifar100")]
     assert [found[1] for found in shown if found] == expected == ["true", "false"]
+
+
+@pytest.mark.usefixtures("small")
+def test_triggered_images_that_were_changed_are_noticed(
+    tmp_path: Path, data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file of theirs says what they were, so the results do."""
+    folder = writer.write(tmp_path / "theirs", badnet(data))
+    flags = ["--result_file", folder, "--ratio", 0.5, "--n_rounds", 1, "--batch_size", 15]
+    assert run_script(ROOT / "defense/ft.py", *flags) == 0
+    look = [ROOT / "analysis/confusion.py", "--result_file", folder]
+    assert run_script(*look) == 0
+    assert run_script(*look, "--resume") == 0
+    path = min((folder / "bd_test_dataset").rglob("*.png"))
+    before = path.read_bytes()
+    Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    for call in ([ROOT / "defense/ft.py", *flags, "--resume"], [*look, "--overwrite"]):
+        capsys.readouterr()
+        assert run_script(*call) == 2
+        assert "was run with other triggered images than" in capsys.readouterr().err
+    shutil.rmtree(folder / "defense")
+    assert run_script(*look, "--resume") == 2
+    assert f"{folder}/analysis/confusion: was run with other" in capsys.readouterr().err
+    path.write_bytes(before)
+    assert run_script(*look, "--overwrite") == 0
 
 
 def test_the_result_of_their_own_defense_is_not_replaced(
