@@ -62,6 +62,11 @@ class RunInGrid(StoredRun):
     line: _Line
     curves: "_Curves"
 
+    @property
+    def cells(self) -> tuple[str, str]:
+        """How the `curves.csv` beside its line calls it: without the folder of the grid."""
+        return _cells((self.line.record, self.line.defense))
+
     def read_summary(self) -> Any:
         return self.line.summary
 
@@ -71,7 +76,7 @@ class RunInGrid(StoredRun):
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
-        rows = self.curves.tables.get(_cells(self.key))
+        rows = self.curves.tables.get(self.cells)
         if rows is None:
             return None
         return checked_metrics(rows.loc[:, (rows != "").any()], self.unit, self.where)
@@ -170,7 +175,8 @@ def check_kept(to: Path, runs: Sequence[StoredRun]) -> None:
     """Checks that writing these runs into a grid's files would lose nothing.
 
     Raises:
-        UserError: if they have another run, or something that cannot be read.
+        UserError: if they have another run, or something that cannot be read, or if the curves of a
+            grid that was read cannot be kept.
     """
     read = {run.key: run for run in runs}
     for line in check_readable(to):
@@ -185,15 +191,32 @@ def check_kept(to: Path, runs: Sequence[StoredRun]) -> None:
                 f"{where} has {listed(lacking)}, and {read[line.key].where}, which is of the same "
                 "model, has not; bring it there, or remove the line"
             )
-    path = to / CURVES
-    if os.path.lexists(path):
-        try:
-            lost = set(read_curves(path)) - {_cells(r.key) for r in runs if r.metrics is not None}
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: is no table of curves ({reason(error)}); mend it, or remove it"
-            ) from None
-        for record, defense in sorted(lost):
+    _check_curves(to / CURVES, {_cells(run.key): run for run in runs})
+    for path in sorted({run.curves.path for run in runs if isinstance(run, RunInGrid)}):
+        lines, _ = read_lines(path.parent, path.parent)
+        _check_curves(path, {line.cells: line for line in lines})
+
+
+def _check_curves(path: Path, runs: Mapping[tuple[str, str], StoredRun]) -> None:
+    """Checks that each row of a `curves.csv` is one of these runs' metrics.
+
+    Args:
+        runs: by the cells that name them.
+
+    Raises:
+        UserError: if one is not, or the file cannot be read.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        tables = read_curves(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: is no table of curves ({reason(error)}); mend it, or remove it"
+        ) from None
+    for record, defense in sorted(tables):
+        run = runs.get((record, defense))
+        if run is None or run.metrics is None:
             raise UserError(
                 f"{path}: has rows of {_name((record, defense or None))}, and no run with metrics "
                 "of that name was read; give its folder, too, or remove the rows"

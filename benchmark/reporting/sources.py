@@ -22,6 +22,7 @@ from benchmark.reporting.stored import (
     checked_metrics,
     is_plain,
     read_table,
+    reason,
     without_places,
 )
 from utils.errors import UserError, listed, one_line, shown
@@ -205,11 +206,13 @@ def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
         unit: name of its first column, "epoch" or "round".
     """
     path = folder / "metrics.csv"
-    if not is_plain(path, _LARGEST_METRICS):
+    if not os.path.lexists(path):
         return None
     try:
+        if path.is_symlink():
+            raise OSError(0, "it is a link")
         read = read_table(path, _LARGEST_METRICS)
     except (OSError, ValueError) as error:
-        logger.warning("warning: %s: no table (%s); drawn without", path, one_line(error))
+        logger.warning("warning: %s: no table (%s); drawn without", path, reason(error))
         return None
     return checked_metrics(read, unit, str(path))

@@ -169,7 +169,9 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
         problems += wrong
         for record in _records(runs, problems):
             earlier = records.get(record.name)
-            records[record.name] = record if earlier is None else _together(earlier, record)
+            records[record.name] = (
+                record if earlier is None else _together(earlier, record, problems)
+            )
     all_rows: list[dict[str, Any]] = []
     for record in sorted(records.values(), key=lambda record: Path(record.name)):
         made_of = record.model_sha256
@@ -250,8 +252,8 @@ def _records(runs: Iterable[StoredRun], problems: list[str]) -> Iterable[_Record
         yield _Record(itself, attack, results)
 
 
-def _together(earlier: _Record, later: _Record) -> _Record:
-    """One record of two of the same name.
+def _together(earlier: _Record, later: _Record, problems: list[str]) -> _Record:
+    """One record of two of the same name; a line in `problems` names curves that are left out.
 
     Raises:
         UserError: if their models differ.
@@ -262,7 +264,16 @@ def _together(earlier: _Record, later: _Record) -> _Record:
             f"{later.run.where}; give one of them another name, or remove it"
         )
     first = earlier if later.attack is None else later
-    return _Record(first.run, first.attack, {**earlier.results, **later.results})
+    results = {**earlier.results, **later.results}
+    used = {None: first.run, **{name: run for name, (run, _) in results.items()}}
+    for run in (earlier.run, *(run for run, _ in earlier.results.values())):
+        now = used[run.defense]
+        if now.metrics is None and run.metrics is not None:
+            problems.append(
+                f"{run.where}: has curves, and {now.where}, which is used in its place, has none; "
+                "left out"
+            )
+    return _Record(first.run, first.attack, results)
 
 
 class _Unreadable(Exception):

@@ -1119,6 +1119,63 @@ def test_curves_of_runs_that_are_not_there_are_not_lost(
     assert "lf-0" in (kept / "curves.csv").read_text()
 
 
+def test_a_grid_that_is_kept_in_another_one_brings_its_curves(
+    two_attacks: Path, tmp_path: Path
+) -> None:
+    """Its runs are called after its folder, and the rows of its own `curves.csv` are not."""
+    with_curves(two_attacks / "sig-0")
+    flags = ("--keep", "--formats", "md")
+    assert report("--under", two_attacks, "--to", tmp_path / "kept/g", *flags) == 0
+    assert report("--under", tmp_path / "kept", "--to", tmp_path / "up", *flags) == 0
+    rows = (tmp_path / "kept/g/curves.csv").read_text()
+    assert rows.count("\nsig-0,") == 5
+    assert (tmp_path / "up/curves.csv").read_text() == rows.replace("\nsig-0,", "\ng/sig-0,")
+    runs, _ = read_runs(tmp_path / "kept")
+    drawn = {run.key for run in runs["run"] if run.metrics is not None}
+    assert drawn == {("g/sig-0", name) for name in (None, "ft", "sau")}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("record,defense,round,acc\nlf-0,sau,1,0.5\n", "has rows of lf-0/sau, and no run with"),
+        ("record,defense,round,acc\nsig-0,sau,x,0.5\n", "has rows of sig-0/sau, and no run with"),
+        ("a,b\n1,2\n", "is no table of curves (its first columns are not record and defense)"),
+    ],
+)
+def test_curves_of_a_grid_that_cannot_be_kept_elsewhere_end_it(
+    kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    (kept / "curves.csv").write_text(text)
+    flags = ("--under", kept, "--to", tmp_path / "up", "--formats", "md")
+    assert report(*flags, "--keep") == 2
+    assert f"error: {kept / 'curves.csv'}: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "up").exists()
+    assert report(*flags) == 0
+
+
+def test_curves_that_are_left_out_are_named(
+    two_attacks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of runs for which a later folder has none, and what is too large or a link."""
+    copy = Path(shutil.copytree(two_attacks, tmp_path / "copy"))
+    with_curves(two_attacks / "sig-0")
+    assert [run.metrics is None for run in read_runs(copy, two_attacks)[0]["run"]].count(False) == 3
+    _, problems = read_runs(two_attacks, copy)
+    assert problems == [
+        f"{where}: has curves, and {where}, which is used in its place, has none; left out"
+        for where in ("sig-0", "sig-0/defense/ft", "sig-0/defense/sau")
+    ]
+    metrics = two_attacks / "sig-0/metrics.csv"
+    metrics.write_text(metrics.read_text() + "\n" * (5 << 20))
+    (copy / "sig-0/metrics.csv").symlink_to(metrics)
+    for record, reason in ((two_attacks, "larger than"), (copy, "a link")):
+        caplog.clear()
+        (run,) = [r for r in read_runs(record)[0]["run"] if r.key == ("sig-0", None)]
+        assert run.metrics is None
+        assert f"sig-0/metrics.csv: no table (it is {reason}" in caplog.text
+
+
 def test_grids_under_a_folder_are_read_at_any_depth(two_attacks: Path, tmp_path: Path) -> None:
     """Beside folders of records; each record is called after where it is."""
     flags = ("--keep", "--formats", "md")
