@@ -38,7 +38,7 @@ from defense import sau
 from defense.base import seen_images
 from models import prepare
 from models.modes import evaluating
-from utils.config import Parser
+from utils.config import Parser, check_least
 from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset
 from utils.errors import UserError
@@ -236,10 +236,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder to write into")
     flags = parser.parse_args()
     rounds = rounds_of(flags.rounds)
-    if flags.images < 1:
-        raise UserError(f"--images: {flags.images} is not allowed; give 1 or more")
-    if flags.random_seed < 0:
-        raise UserError(f"--random_seed: {flags.random_seed} is not allowed; give 0 or more")
+    check_least(flags, images=1, random_seed=0)
     attack = load_attack(places.find_record(flags.result_file, flags.record_path))
     attack.check_model(flags.model)
     config = sau.Config.load(

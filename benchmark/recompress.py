@@ -23,7 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import Parser
+from utils.config import Parser, check_least
 from utils.data.datasets import load_dataset
 from utils.errors import UserError
 from utils.process.script import logger, run_script
@@ -128,8 +128,7 @@ def main() -> None:
     flags = parser.parse_args()
     if not 1 <= flags.quality <= 95:
         raise UserError(f"--quality: {flags.quality} is not allowed; give 1 to 95")
-    if flags.images < 1:
-        raise UserError(f"--images: {flags.images} is not allowed; give 1 or more")
+    check_least(flags, images=1)
     added = copy(flags.source, flags.to, flags.quality, flags.images)
     first, both, second = errors_of_patches(flags.quality)
     logger.info("copy to given files: %.1f", added)

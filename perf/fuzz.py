@@ -48,7 +48,7 @@ from interop.backdoorbench import export_record
 from models import build_model
 from perf import hostile
 from utils import plot
-from utils.config import Parser
+from utils.config import Parser, check_least
 from utils.data import poison
 from utils.data.datasets import load_dataset, random_images
 from utils.data.images import data_folder, read_image
@@ -584,10 +584,11 @@ def require_fork() -> None:
 def main() -> None:
     """Parses the flags and prints the table."""
     parser = Parser(__doc__)
-    parser.add_argument("--cases", type=int, default=2000, help="damaged files")
+    parser.add_argument("--cases", type=int, default=2000, help="damaged files, >= 1")
     parser.add_argument("--seed", type=int, default=0, help="of the damage")
-    parser.add_argument("--only", type=int, help="number of the one case to run, here and now")
+    parser.add_argument("--only", type=int, help="number of the one case to run here, >= 0")
     flags = parser.parse_args()
+    check_least(flags, cases=1, only=0)
     require_fork()
     with tempfile.TemporaryDirectory() as name:
         if flags.only is not None:

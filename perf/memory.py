@@ -41,6 +41,7 @@ from models import prepare
 from utils.config import Parser
 from utils.data import poison
 from utils.data.datasets import random_images
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.process.device import peak_memory_mib, pick_device, pick_precision
 from utils.process.script import run_script
@@ -53,6 +54,7 @@ from utils.training.watch import scorer
 
 BATCHES = 20
 SIDE = 224
+LEAST_GIB, MOST_GIB = 0.03, 1024  # less would be no whole batch
 ROUNDS, SETTLED, GROWTH = 300, 30, 0.03
 WATCHED = (SETTLED, 100, 200, ROUNDS - 1)  # the last one ends with pictures
 
@@ -179,7 +181,9 @@ def large(gib: float, device_name: str) -> dict[str, Any]:
         flags += ["--model", "perf/memory.py:colours", "--device", device_name, "--epochs", 1]
         flags += ["--record_path", root, "--save_folder_name", "x"]
         call = [sys.executable, "attack/badnet.py", *map(str, flags)]
-        subprocess.run(call, cwd=ROOT, env=os.environ | {"SAU_DATA": name}, check=True)
+        done = subprocess.run(call, cwd=ROOT, env=os.environ | {"SAU_DATA": name})
+        if done.returncode:
+            raise SystemExit(f"attack/badnet.py: exit code {done.returncode}")
         summary = json.loads((root / "x" / SUMMARY).read_text(encoding="utf-8"))
     names = ("peak_memory_mib", "peak_gpu_memory_mib", "seconds", "train_images", "model")
     return {"kind": "large", **{name: summary[name] for name in names if name in summary}}
@@ -189,9 +193,14 @@ def main() -> None:
     """Measures one kind."""
     parser = Parser(__doc__)
     parser.add_argument("kind", choices=("cifar", "large", "flat"))
-    parser.add_argument("--gib", type=float, default=4.0, help="pixels of `large`")
+    pixels = f"pixels of `large`, {LEAST_GIB} to {MOST_GIB}"
+    parser.add_argument("--gib", type=float, default=4.0, help=pixels)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
+    if not LEAST_GIB <= flags.gib <= MOST_GIB:
+        raise UserError(
+            f"--gib: {flags.gib:g} is not allowed; give a number from {LEAST_GIB} to {MOST_GIB}"
+        )
     if flags.kind == "flat":
         raise SystemExit(0 if is_flat() else 1)
     peak = cifar_sized(flags.device) if flags.kind == "cifar" else large(flags.gib, flags.device)

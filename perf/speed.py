@@ -40,7 +40,7 @@ from defense import sau
 from models import Classifier, build_model, prepare
 from perf import literal
 from utils import plot
-from utils.config import Parser
+from utils.config import Parser, check_least
 from utils.data.batches import as_float, augment
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import PoisonedSet
@@ -451,9 +451,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="images per step")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
-    for name in ("repeats", "images", "epoch_images", "batch_size"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name}: {getattr(flags, name)} is not allowed; give 1 or more")
+    check_least(flags, repeats=1, images=1, epoch_images=1, batch_size=1)
     places.made_folder(flags.to)
     device = pick_device(flags.device)
     folder = places.find_record(flags.result_file, flags.record_path)

@@ -22,8 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark.workers import Workers
-from utils.config import Parser
-from utils.errors import UserError
+from utils.config import Parser, check_least
 from utils.files import ROOT
 from utils.process.script import run_script
 
@@ -77,8 +76,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each, >= 1")
     flags = parser.parse_args()
-    if flags.repeats < 1:
-        raise UserError(f"--repeats: {flags.repeats} is not allowed; give 1 or more")
+    check_least(flags, repeats=1)
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         measured = turns(Path(folder))

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attack import badnet
 from models import build_model
 from perf.fuzz import require_fork
-from utils.config import Parser
+from utils.config import Parser, check_least
 from utils.files import ROOT, replaced
 from utils.process.progress import Progress
 from utils.process.script import run_script
@@ -372,10 +372,11 @@ def fill(path: Path | None, work: Callable[[Table, Path], None]) -> None:
 def main() -> None:
     """Parses the flags and runs."""
     parser = Parser(__doc__)
-    parser.add_argument("--kills", type=int, default=30, help="killed runs of each kind")
+    parser.add_argument("--kills", type=int, default=30, help="killed runs of each kind, >= 0")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--to", type=Path, help="CSV of all rows; what it has is not done again")
     flags = parser.parse_args()
+    check_least(flags, kills=0)
     require_fork()
     fill(flags.to, lambda table, root: stress(table, flags.kills, flags.seed, root))
 

@@ -23,9 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from defense import sau
 from models import preactresnet
 from perf.speed import Bench, at_precision, interleaved, load
-from utils.config import Parser
+from utils.config import Parser, check_least
 from utils.data.batches import as_float
-from utils.errors import UserError
 from utils.process.device import pick_device
 from utils.process.script import logger, run_script
 from utils.records import places
@@ -146,11 +145,10 @@ def main() -> None:
     )
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="what to vary")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that count, >= 1")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     flags = parser.parse_args()
-    if flags.repeats < 1:
-        raise UserError(f"--repeats: {flags.repeats} is not allowed; give 1 or more")
+    check_least(flags, repeats=1)
     folder = places.find_record(flags.result_file, flags.record_path)
     bench = load(folder, 64, 64, pick_device(flags.device), flags.repeats)
     for part in flags.parts:

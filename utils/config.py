@@ -96,6 +96,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def check_least(flags: argparse.Namespace, **least: int) -> None:
+    """Checks the numbers of a script's flags.
+
+    Args:
+        least: the smallest one that is allowed, by the flag's name.
+
+    Raises:
+        UserError: if a number is smaller.
+    """
+    for name, bound in least.items():
+        number = getattr(flags, name)
+        if number is not None and number < bound:
+            raise UserError(f"--{name}: {number} is not allowed; give {bound} or more")
+
+
 def _path(text: str) -> Path | None:
     """The path of a script's flag, which is empty if a shell's variable was."""
     return as_path(_text(text, "path"))

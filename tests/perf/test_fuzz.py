@@ -7,6 +7,18 @@ from pathlib import Path
 import pytest
 
 from perf import fuzz, hostile
+from tests.scripts import one_error, run_script
+from utils.files import ROOT
+
+
+@pytest.mark.parametrize(
+    ("flag", "number", "least"), [("--cases", 0, 1), ("--cases", -1, 1), ("--only", -3, 0)]
+)
+def test_numbers_that_test_nothing_are_refused(
+    capsys: pytest.CaptureFixture[str], flag: str, number: int, least: int
+) -> None:
+    assert run_script(ROOT / "perf/fuzz.py", flag, number) == 2
+    assert f"{flag}: {number} is not allowed; give {least} or more" in one_error(capsys)
 
 
 @pytest.mark.slow

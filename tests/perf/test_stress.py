@@ -51,6 +51,11 @@ def test_wrong_flags(
     assert message in capsys.readouterr().err
 
 
+def test_less_than_no_kill_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script(ROOT / "perf/stress.py", "--kills", -1) == 2
+    assert "error: --kills: -1 is not allowed; give 0 or more" in capsys.readouterr().err
+
+
 def test_the_place_of_the_table_is_made_before_the_first_row(tmp_path: Path) -> None:
     def work(table: stress.Table, root: Path) -> None:
         table.add("attack", "killed", lambda: "identical")
