@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import Parser, check_least
 from utils.data.datasets import load_dataset
+from utils.data.labelled import Dataset
 from utils.errors import UserError
+from utils.files import not_written
 from utils.process.script import logger, run_script
 from utils.records.places import made_folder
 
@@ -84,7 +86,8 @@ def copy(source: Path, to: Path, quality: int, images: int) -> float:
         images: of each class and part, at most.
 
     Raises:
-        UserError: if the source is no dataset of the kind `folder`, or `to` exists or is in it.
+        UserError: if the source is no dataset of the kind `folder`, or `to` exists, is in it or
+            cannot be written.
     """
     if to.exists():
         raise UserError(f"{to}: exists already; give a new folder")
@@ -97,6 +100,18 @@ def copy(source: Path, to: Path, quality: int, images: int) -> float:
         raise UserError(*map(_of_source, refusal.problems)) from None
     for warning in dataset.warnings:
         logger.warning("warning: %s", _of_source(warning))
+    try:
+        return _write(dataset, to, quality, images)
+    except OSError as failure:  # of a full disk, it names no file
+        raise not_written(to, failure) from None
+
+
+def _write(dataset: Dataset, to: Path, quality: int, images: int) -> float:
+    """Writes the copy of a dataset, as `copy` does.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     errors = []
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as begun:
         for part, split in (("train", dataset.train), ("test", dataset.test)):

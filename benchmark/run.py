@@ -43,7 +43,7 @@ from benchmark.grid import read_grid
 from benchmark.workers import Worker, Workers, ending_of
 from utils.config import Parser
 from utils.errors import UserError, counted, shown
-from utils.files import ROOT
+from utils.files import ROOT, not_written
 from utils.process.device import usable_cores
 from utils.process.progress import Progress, clock
 from utils.process.script import logger, run_script
@@ -138,11 +138,18 @@ def mark_of(cell: Cell, root: Path) -> Path:
 
 
 def mark_failed(cell: Cell, root: Path, code: int) -> None:
-    """Says that a cell has failed; its log cannot say so itself if a signal has ended it."""
+    """Says that a cell has failed; its log cannot say so itself if a signal has ended it.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
     what = f"{ending_of(code)}\n" if code < 0 else ""
-    mark_of(cell, root).write_text(what)
-    with log_of(cell, root).open("a") as log:
-        log.write(what)
+    try:
+        mark_of(cell, root).write_text(what)
+        with log_of(cell, root).open("a") as log:
+            log.write(what)
+    except OSError as error:  # of a full disk, it names no file
+        raise not_written(mark_of(cell, root), error) from None
 
 
 def cause_of(cell: Cell, root: Path, queue: "slurm.Queue | None") -> str:

@@ -42,7 +42,7 @@ from utils.config import Parser
 from utils.data import poison
 from utils.data.datasets import random_images
 from utils.errors import UserError
-from utils.files import ROOT
+from utils.files import ROOT, not_written
 from utils.process.device import peak_memory_mib, pick_device, pick_precision
 from utils.process.script import run_script
 from utils.process.seeds import generator, seed_everything
@@ -155,17 +155,24 @@ def cifar_sized(device_name: str) -> dict[str, Any]:
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """Small pictures in ten classes, 300 of them for testing; the loader enlarges them."""
+    """Small pictures in ten classes, 300 of them for testing; the loader enlarges them.
+
+    Raises:
+        UserError: if they cannot be written.
+    """
 
     def write(number: int) -> None:
         split = "test" if number % 100 < 10 and number < 3000 else "train"
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / split / str(number % 10) / f"{number}.bmp")
 
-    for split, label in itertools.product(("train", "test"), range(10)):
-        (folder / split / str(label)).mkdir(parents=True)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(write, range(count)))
+    try:
+        for split, label in itertools.product(("train", "test"), range(10)):
+            (folder / split / str(label)).mkdir(parents=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, range(count)))
+    except OSError as error:  # of a full disk, it names no file
+        raise not_written(folder, error) from None
 
 
 def large(gib: float, device_name: str) -> dict[str, Any]:

@@ -1044,3 +1044,17 @@ def test_the_command_tells_the_state_of_a_grid_and_two_cannot_run_it(tmp_path: P
     assert status.returncode == 0
     assert status.stdout.splitlines()[-1] == "24 cells: 24 waiting"
     assert not (tmp_path / "records").exists()
+
+
+def test_a_mark_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a full disk names no file."""
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    cell = Cell("badnet-s0", "attack/badnet.py", {}, tmp_path / "badnet-s0")
+    with pytest.raises(UserError, match=r"badnet-s0\.failed: could not be written \(No space"):
+        run.mark_failed(cell, tmp_path, -9)

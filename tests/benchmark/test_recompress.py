@@ -116,6 +116,26 @@ def test_what_an_interrupted_copy_left_is_no_copy(
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["copy", "photos"]
 
 
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), OSError("full")])
+def test_a_disk_that_is_full_is_told_with_the_copy(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: OSError
+) -> None:
+    """The system's error names no file, and that of some formats not even a reason of its own."""
+    save = Image.Image.save
+
+    def fails(image: Image.Image, to: object, *more: str, **options: int) -> None:
+        if isinstance(to, Path):
+            raise failure
+        save(image, to, *more, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(UserError) as refused:
+        recompress.copy(photos, tmp_path / "copy", 50, 2)
+    reason = failure.strerror or "full"
+    assert str(refused.value).startswith(f"{tmp_path / 'copy'}: could not be written ({reason});")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
 def test_every_picture_is_copied_whatever_its_name(photos: Path, tmp_path: Path) -> None:
     (photos / "train" / "cat" / "0.png").rename(photos / "train" / "cat" / "1.bmp.png")
     Image.new("L", (5, 3)).save(photos / "train" / "cat" / "1.jpg")

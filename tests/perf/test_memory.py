@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from perf import memory
 from tests.scripts import one_error, run_script
+from utils.errors import UserError
 from utils.files import ROOT
 
 
@@ -17,6 +20,17 @@ def test_a_size_that_measures_nothing_is_refused(
     assert run_script(ROOT / "perf/memory.py", "large", "--gib", number) == 2
     said = f"--gib: {float(number):g} is not allowed; give a number from 0.03 to 1024"
     assert said in one_error(capsys)
+
+
+def test_a_disk_that_is_full_is_told_with_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("encoder error -2 when writing image file")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(UserError, match="pictures: could not be written .encoder error -2"):
+        memory.write_pictures(tmp_path / "pictures", 1)
 
 
 def test_the_end_of_a_run_that_failed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
