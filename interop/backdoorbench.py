@@ -28,7 +28,7 @@ from utils.config import Parser
 from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.files import absolute, remove_strays, temporary_folder
 from utils.plain import as_yaml, read_yaml
 from utils.process.script import logger, run_script
@@ -196,6 +196,14 @@ def import_record(
         "attack_label_trans": attack.attack_label_trans,
     }
     config = {"result_file": str(source.absolute()), "dataset": attack.dataset, **facts}
+    if results := sorted(p.parent.name for p in source.glob(f"defense/*/{DEFENSE_RESULT}")):
+        logger.warning(
+            "warning: %s: results of defenses are left out (%s); run our defenses with "
+            "--result_file %s",
+            source,
+            listed(results),
+            name,
+        )
     with folder.replacing():
         folder.start(as_yaml(config))
         save_attack(

@@ -391,6 +391,27 @@ def test_the_command_line_converts_both_ways(
     assert "warning: BackdoorBench finds its data beside" in capsys.readouterr().err
 
 
+def test_an_import_names_the_results_that_it_leaves_out(
+    tmp_path: Path, data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = writer.write(tmp_path / "theirs", badnet(data))
+    flags = ["import", theirs, "--record_path", tmp_path, "--save_folder_name"]
+    assert run(*flags, "without") == 0
+    assert "left out" not in capsys.readouterr().err
+    for name in ("nad", "ft"):
+        (theirs / "defense" / name).mkdir(parents=True)
+        (theirs / "defense" / name / "defense_result.pt").touch()
+    assert run(*flags, "with") == 0
+    assert (
+        capsys.readouterr().err.count(
+            f"warning: {theirs}: results of defenses are left out (ft, nad); run our defenses with "
+            "--result_file with\n"
+        )
+        == 1
+    )
+    assert not (tmp_path / "with/defense").exists()
+
+
 def test_an_import_that_was_killed_after_its_last_file_is_finished(
     tmp_path: Path,
     data: Dataset,
