@@ -36,6 +36,7 @@ from utils.records.recipe import require_method
 from utils.training import ending
 from utils.training.evaluate import predict
 from utils.training.findings import Findings
+from utils.training.guard import run_soundly
 
 if TYPE_CHECKING:
     from utils.plot import Figure
@@ -296,7 +297,8 @@ def write(
         for warning in subject.warnings:
             results.warn(warning)
         tell_doubts(subject, results)
-        look(subject, config, results)
+        with run_soundly(subject.model):
+            look(subject, config, results)
         if not distributed.is_main():
             return folder
 

@@ -44,7 +44,7 @@ from utils.process.seeds import deterministic, seed_everything
 from utils.records import folders
 from utils.records.attack import save_attack
 from utils.records.checkpoint import Origin
-from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY
+from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY, object_in
 from utils.records.hashes import checked_hashes
 from utils.records.places import attack_folder, free_folder
 from utils.records.recipe import require_method
@@ -97,8 +97,9 @@ def _require_same_images(config: TrainingConfig) -> None:
     """Raises UserError if the images of a finished run are now read elsewhere, and are others."""
     folder = attack_folder(str(config.save_folder_name), as_path(config.record_path)).path
     summary = read_object(folder / SUMMARY)
-    before = summary.get("inputs", {}).get("dataset")
-    if before is None or summary.get("dataset_path") == absolute(config.dataset_path):
+    before = object_in(summary, "inputs").get("dataset")
+    is_elsewhere = summary.get("dataset_path") != absolute(config.dataset_path)
+    if before is None or config.dataset_path is None or not is_elsewhere:
         return
     data = load_dataset(config.dataset, as_path(config.dataset_path), config.image_size)
     if data.fingerprint() != before:

@@ -28,6 +28,7 @@ from utils.process.script import logger
 from utils.process.seeds import generator, seed_everything
 from utils.records.network import model_state
 from utils.training.evaluate import evaluate
+from utils.training.guard import run_soundly
 from utils.training.loop import Loop, Step
 from utils.training.sgd import Schedule, Supervised, train_classifier
 from utils.training.watch import Watch
@@ -236,21 +237,22 @@ def new_model(config: TrainingConfig, data: Dataset) -> Classifier:
 
 def train_by_recipe(config: TrainingConfig, model: Classifier, plan: Plan, loop: Loop) -> None:
     """Trains the model as flags and plan say; in place."""
-    train_classifier(
-        model,
-        plan.training,
-        plan.step,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        momentum=config.sgd_momentum,
-        weight_decay=config.wd,
-        schedule=config.lr_scheduler,
-        order=generator(config.random_seed, "order"),
-        loop=loop,
-        drop_last=plan.drop_last,
-        whole=plan.whole,
-    )
+    with run_soundly(model):
+        train_classifier(
+            model,
+            plan.training,
+            plan.step,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            momentum=config.sgd_momentum,
+            weight_decay=config.wd,
+            schedule=config.lr_scheduler,
+            order=generator(config.random_seed, "order"),
+            loop=loop,
+            drop_last=plan.drop_last,
+            whole=plan.whole,
+        )
 
 
 def supervised(config: TrainingConfig, setting: Setting) -> Supervised:

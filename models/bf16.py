@@ -5,15 +5,20 @@ gradient is 0. torch (2.14 and before, by oneDNN) does not write it for some sha
 that it is whatever was in memory, NaN or 1e30 among it. Such a convolution is computed in float32.
 """
 
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional as F
 
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
-_TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+_NAMES = tuple(f"{kind}{sides}d" for kind in ("conv", "conv_transpose") for sides in (1, 2, 3))
+_LOCK = threading.Lock()
+_USERS: list[int] = []  # one for each `sound_gradients` that is entered, of all threads
+_REPLACED: dict[tuple[ModuleType, str], Any] = {}
 
 
 def has_idle_tap(
@@ -91,21 +96,15 @@ def _each(value: Any, sides: int) -> list[int]:
     return numbers * sides if len(numbers) == 1 else numbers
 
 
-class _InFloat32(TorchFunctionMode):
-    """Computes those convolutions in float32; the result is bfloat16, as it would be."""
+def _sound(func: Callable[..., torch.Tensor], asked: Callable[..., bool]) -> Any:
+    """A convolution that is computed in float32 where it is unsound; the result is bfloat16."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        asked: Callable[..., bool]
-        if func in _CONVOLUTIONS:
-            asked = _is_unsound
-        elif func in _TRANSPOSED:
-            asked = _is_unsound_transposed
-        else:
-            return func(*args, **kwargs)
+    @functools.wraps(func)
+    def convolution(*args: Any, **kwargs: Any) -> torch.Tensor:
         named = {"maps" if key == "input" else key: value for key, value in kwargs.items()}
-        maps = args[0] if args else kwargs["input"]
-        is_cast = torch.is_autocast_enabled("cpu")
+        maps = args[0] if args else named["maps"]
+        # Autocast leaves float64 as it is.
+        is_cast = torch.is_autocast_enabled("cpu") and maps.dtype != torch.float64
         kind = torch.get_autocast_dtype("cpu") if is_cast else maps.dtype
         is_half = kind == torch.bfloat16 and maps.device.type == "cpu"
         if not (is_half and asked(*args, **named)):
@@ -114,6 +113,8 @@ class _InFloat32(TorchFunctionMode):
             result = func(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
         return result.bfloat16()
 
+    return convolution
+
 
 def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) else value
@@ -121,9 +122,29 @@ def _wide(value: Any) -> Any:
 
 @contextmanager
 def sound_gradients(is_needed: bool) -> Iterator[None]:
-    """Inside, convolutions in bfloat16 on a CPU have gradients that are numbers of theirs."""
+    """Inside, convolutions in bfloat16 on a CPU have gradients that are numbers of theirs.
+
+    torch's functions are replaced meanwhile, so code that has imported `conv2d` by its bare name is
+    not reached. A `TorchFunctionMode` would not reach what gradient checkpointing computes again,
+    since it is off within `backward`.
+    """
     if not is_needed:
         yield
         return
-    with _InFloat32():
+    with _LOCK:
+        _USERS.append(1)
+        if len(_USERS) == 1:
+            for name in _NAMES:
+                asked = _is_unsound_transposed if "transpose" in name else _is_unsound
+                for module in (torch, F):
+                    _REPLACED[module, name] = getattr(module, name)
+                    setattr(module, name, _sound(_REPLACED[module, name], asked))
+    try:
         yield
+    finally:
+        with _LOCK:
+            _USERS.pop()
+            if not _USERS:
+                for (module, name), func in _REPLACED.items():
+                    setattr(module, name, func)
+                _REPLACED.clear()

@@ -1,5 +1,6 @@
 """Convolutions in bfloat16 on a CPU, where a tap of the kernel meets nothing but padding."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models import Classifier, prepare
 from models.bf16 import has_idle_tap, sound_gradients
@@ -42,12 +44,12 @@ def spoil_memory(weight: torch.Tensor) -> None:
 
 
 def gradients(
-    func: Any, maps: torch.Tensor, weight: torch.Tensor, kind: torch.dtype, **flags: Any
+    name: str, maps: torch.Tensor, weight: torch.Tensor, kind: torch.dtype, **flags: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, gradient of the weight, and of the maps; the maps are of the type."""
     weight, maps = weight.clone().requires_grad_(), maps.to(kind).clone().requires_grad_()
     spoil_memory(weight)
-    output = func(maps, weight if kind == torch.float32 else weight.to(kind), **flags)
+    output = getattr(F, name)(maps, weight if kind == torch.float32 else weight.to(kind), **flags)
     output.float().square().sum().backward()
     assert weight.grad is not None
     assert maps.grad is not None
@@ -58,32 +60,32 @@ STRIDED = {"stride": 2, "padding": 1}
 
 
 @pytest.mark.parametrize(
-    ("func", "sides", "size", "flags", "is_unsound"),
+    ("name", "sides", "size", "flags", "is_unsound"),
     [
-        (F.conv2d, 2, 1, STRIDED, True),
-        (F.conv2d, 2, 1, {"stride": (1, 2), "padding": (0, 1)}, None),  # no output of a side
-        (F.conv2d, 2, 2, {"stride": 3, "padding": 1}, True),
-        (F.conv2d, 2, 1, {"padding": "same"}, True),
-        (F.conv2d, 2, 3, {"padding": "same"}, False),
-        (F.conv2d, 2, 3, {"padding": "valid"}, False),
-        (F.conv2d, 2, 4, STRIDED, False),
-        (F.conv2d, 2, 3, STRIDED, False),
-        (F.conv2d, 2, 1, {"stride": 2, "padding": 1, "groups": 2}, True),
-        (F.conv2d, 2, 1, {"padding": [2], "dilation": 2}, True),
-        (F.conv1d, 1, 1, STRIDED, True),
-        (F.conv3d, 3, 1, STRIDED, True),
-        (F.conv_transpose2d, 2, 1, STRIDED, True),
-        (F.conv_transpose2d, 2, 1, {"stride": 2}, False),
-        (F.conv_transpose2d, 2, 1, {"stride": 2, "padding": 1, "output_padding": 1}, True),
-        (F.conv_transpose2d, 2, 2, {"padding": 2, "dilation": 2}, True),
-        (F.conv_transpose2d, 2, 2, {"stride": 3, "padding": 2}, True),
-        (F.conv_transpose2d, 2, 2, {"stride": 3, "padding": 2, "output_padding": 1}, False),
-        (F.conv_transpose1d, 1, 1, STRIDED, True),
-        (F.conv_transpose3d, 3, 1, STRIDED, True),
+        ("conv2d", 2, 1, STRIDED, True),
+        ("conv2d", 2, 1, {"stride": (1, 2), "padding": (0, 1)}, None),  # no output of a side
+        ("conv2d", 2, 2, {"stride": 3, "padding": 1}, True),
+        ("conv2d", 2, 1, {"padding": "same"}, True),
+        ("conv2d", 2, 3, {"padding": "same"}, False),
+        ("conv2d", 2, 3, {"padding": "valid"}, False),
+        ("conv2d", 2, 4, STRIDED, False),
+        ("conv2d", 2, 3, STRIDED, False),
+        ("conv2d", 2, 1, {"stride": 2, "padding": 1, "groups": 2}, True),
+        ("conv2d", 2, 1, {"padding": [2], "dilation": 2}, True),
+        ("conv1d", 1, 1, STRIDED, True),
+        ("conv3d", 3, 1, STRIDED, True),
+        ("conv_transpose2d", 2, 1, STRIDED, True),
+        ("conv_transpose2d", 2, 1, {"stride": 2}, False),
+        ("conv_transpose2d", 2, 1, {"stride": 2, "padding": 1, "output_padding": 1}, True),
+        ("conv_transpose2d", 2, 2, {"padding": 2, "dilation": 2}, True),
+        ("conv_transpose2d", 2, 2, {"stride": 3, "padding": 2}, True),
+        ("conv_transpose2d", 2, 2, {"stride": 3, "padding": 2, "output_padding": 1}, False),
+        ("conv_transpose1d", 1, 1, STRIDED, True),
+        ("conv_transpose3d", 3, 1, STRIDED, True),
     ],
 )
 def test_such_a_convolution_is_that_in_float32_and_no_other_is(
-    func: Any, sides: int, size: int, flags: dict[str, Any], is_unsound: bool | None
+    name: str, sides: int, size: int, flags: dict[str, Any], is_unsound: bool | None
 ) -> None:
     """Of its rounded numbers, bit for bit; others are left to torch."""
     torch.manual_seed(0)
@@ -92,18 +94,19 @@ def test_such_a_convolution_is_that_in_float32_and_no_other_is(
     weight = torch.randn(16, 16 // groups, *[3] * sides).bfloat16().float()
     if is_unsound is None:
         with pytest.raises(RuntimeError), sound_gradients(True):
-            func(maps.bfloat16(), weight.bfloat16(), **flags)
+            getattr(F, name)(maps.bfloat16(), weight.bfloat16(), **flags)
         return
-    exact = gradients(func, maps, weight, torch.float32, **flags)
+    exact = gradients(name, maps, weight, torch.float32, **flags)
     with sound_gradients(True):
-        sound = gradients(func, maps, weight, torch.bfloat16, **flags)
+        sound = gradients(name, maps, weight, torch.bfloat16, **flags)
     assert sound[0].dtype == torch.bfloat16
     assert torch.equal(sound[0].float(), exact[0].bfloat16().float())
     for given, wanted in zip(sound[1:], exact[1:], strict=True):
         torch.testing.assert_close(given.float(), wanted, rtol=0.02, atol=0.02 * wanted.abs().max())
     with sound_gradients(True), torch.autocast("cpu", torch.bfloat16):
         fine = torch.randn(weight.shape)
-        cast = func(maps, fine, **flags)
+        cast = getattr(torch, name)(maps, fine, **flags)
+    func = getattr(F, name)
     unrounded = torch.equal(cast, func(maps, fine, **flags).bfloat16())
     rounded = torch.equal(cast, func(maps.bfloat16(), fine.bfloat16(), **flags))
     assert cast.dtype == torch.bfloat16
@@ -116,6 +119,9 @@ def test_other_numbers_stay_what_they_are(kind: torch.dtype) -> None:
     expected = F.conv2d(maps, weight, padding=1)
     with sound_gradients(True):
         assert torch.equal(F.conv2d(input=maps, weight=weight, padding=1), expected)
+    if kind == torch.float64:
+        with sound_gradients(True), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(F.conv2d(maps, weight, padding=1), expected)
     with sound_gradients(True), torch.autocast("cpu", torch.float16):
         assert F.conv2d(maps.float(), weight.float(), padding=1).dtype == torch.float16
 
@@ -125,6 +131,18 @@ def test_arguments_may_be_named() -> None:
     with sound_gradients(True), torch.autocast("cpu", torch.bfloat16):
         named = F.conv2d(input=maps, weight=weight, padding=1)
     assert torch.equal(named, F.conv2d(maps.float(), weight, padding=1).bfloat16())
+
+
+def test_torch_s_functions_are_given_back() -> None:
+    """Once nobody needs the others any more, and after errors, too."""
+    before = {name: (getattr(F, name), getattr(torch, name)) for name in ("conv2d", "conv1d")}
+    with sound_gradients(True):
+        replaced = F.conv2d
+        with pytest.raises(ZeroDivisionError), sound_gradients(True):
+            1 / 0  # noqa: B018
+        assert F.conv2d is replaced is not before["conv2d"][0]
+    after = {name: (getattr(F, name), getattr(torch, name)) for name in before}
+    assert after == before
 
 
 class Functional(nn.Module):
@@ -138,6 +156,33 @@ class Functional(nn.Module):
         with torch.autocast("cpu", torch.bfloat16):
             maps = F.conv2d(images, self.kernel, stride=2, padding=1)
         return maps.float().flatten(1)
+
+
+class Again(nn.Module):
+    """Its convolution is computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.part, self.reentrant = nn.Conv2d(3, 8, 3, stride=2, padding=1), reentrant
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.clone().requires_grad_()  # reentrant checkpoints want one
+        return checkpoint(self.part, images, use_reentrant=self.reentrant).flatten(1)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_is_sound_as_well(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = prepare(Classifier(Again(reentrant), (0.0,) * 3, (1.0,) * 3), CPU, "bf16")
+    exact = copy.deepcopy(model)
+    exact.precision = "fp32"
+    images = torch.rand(16, 3, 1, 1)
+    with run_soundly(model):
+        gradient = kernel_gradient(model, images)
+    expected = kernel_gradient(exact, images)
+    torch.testing.assert_close(gradient, expected, rtol=0.05, atol=0.02 * expected.abs().max())
+    gradient[:, :, 1, 1] = 0
+    assert not gradient.any()
 
 
 def strided() -> nn.Module:

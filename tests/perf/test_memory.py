@@ -29,7 +29,7 @@ def test_a_disk_that_is_full_is_told_with_the_folder(
         raise OSError("encoder error -2 when writing image file")
 
     monkeypatch.setattr(Image.Image, "save", fails)
-    with pytest.raises(UserError, match="pictures: could not be written .encoder error -2"):
+    with pytest.raises(UserError, match=r"pictures: could not be written .encoder error -2"):
         memory.write_pictures(tmp_path / "pictures", 1)
 
 

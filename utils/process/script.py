@@ -1,5 +1,6 @@
 """How a script runs: exit codes, signals, logs."""
 
+import atexit
 import contextlib
 import errno
 import io
@@ -207,8 +208,16 @@ def _signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            is_usual = handler in (signal.SIG_DFL, signal.default_int_handler)
-            signal.signal(number, _end_quietly if is_usual else handler)
+            signal.signal(number, handler)
+        atexit.unregister(_be_quiet)
+        atexit.register(_be_quiet)  # before what is registered already, as by tqdm
+
+
+def _be_quiet() -> None:
+    """At the end of the process, a signal ends it without the traceback of what cleans up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _end_quietly)
 
 
 def _is_same_request() -> bool:
@@ -217,7 +226,7 @@ def _is_same_request() -> bool:
 
 
 def _end_quietly(number: int, _: Any) -> None:
-    """What a signal does once the work is over, when libraries still clean up."""
+    """What a signal does when libraries clean up at the end of the process."""
     if not _is_same_request():
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)

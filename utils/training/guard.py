@@ -73,8 +73,12 @@ def sheltered(seed: int) -> Iterator[None]:
 
 @contextmanager
 def run_soundly(model: nn.Module) -> Iterator[None]:
-    """`any_order` and `sound_gradients`, where needed; a `Classifier` sees to them itself."""
-    is_own = not isinstance(model, Classifier) and has_own_code(model)
+    """`any_order` and `sound_gradients`, where a network needs them, around forward and backward.
+
+    A `Classifier` sees to them in its forward pass. But gradient checkpointing, in code of the
+    user's own, computes parts of it again in the backward pass.
+    """
+    is_own = has_own_code(model)
     is_half = not isinstance(model, Classifier) and half_precision(model) == "bfloat16"
     with any_order(is_own), sound_gradients(is_own or is_half):
         yield

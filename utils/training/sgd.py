@@ -134,9 +134,7 @@ class Scheduler:
     ) -> None:
         self._scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "reduce_on_plateau":
-            self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, threshold=0, threshold_mode="abs"
-            )
+            self._scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
         else:
             multiplier = lr_multiplier(schedule, epochs, steps_per_epoch)
             self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
@@ -155,8 +153,9 @@ class Scheduler:
     def after_epoch(self, loss: float) -> None:
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             best = self._scheduler.best
-            is_better = not math.isfinite(best) or loss < best - 1e-4 * abs(best)
-            self._scheduler.step(loss if is_better else best)
+            if best < 0 and loss >= best + 1e-4 * best:
+                loss = math.inf  # torch would take it for a better one
+            self._scheduler.step(loss)
 
 
 def lr_multiplier(schedule: Schedule, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:

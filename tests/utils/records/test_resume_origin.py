@@ -247,8 +247,10 @@ def test_a_finished_attack_is_not_resumed_with_other_images(
 ) -> None:
     (attacked / "images").rename(attacked / "moved")
     flags = flags_of(attacked, "x")
-    flags[flags.index("--dataset_path") + 1] = attacked / "moved"
+    at = flags.index("--dataset_path")
+    flags[at + 1] = attacked / "moved"
     assert run_script(ROOT / "attack/badnet.py", *flags, "--resume") == 0
+    assert run_script(ROOT / "attack/badnet.py", *flags[:at], *flags[at + 2 :], "--resume") == 0
     for path in (attacked / "moved/train/dark").iterdir():
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     capsys.readouterr()
