@@ -71,13 +71,13 @@ def read_bytes(path: Path, largest: int = TABLE) -> bytes:
 
 
 def read_text(path: Path, largest: int = TEXT) -> str:
-    """The text of a file in UTF-8; see `opened`.
+    """The text of a file in UTF-8, without a byte-order mark; see `opened`.
 
     Raises:
         OSError: as `opened`.
         ValueError: if it is no UTF-8.
     """
-    return read_bytes(path, largest).decode("utf-8")
+    return read_bytes(path, largest).decode("utf-8-sig")  # some editors put the mark before it
 
 
 def read_object(path: Path, largest: int = TEXT) -> dict[str, Any]:

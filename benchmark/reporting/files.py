@@ -11,7 +11,7 @@ from benchmark.reporting.figures import draw
 from benchmark.reporting.means import Table, summarize
 from benchmark.reporting.summaries import read_runs
 from utils.errors import UserError, counted, one_line, shown
-from utils.files import read_text
+from utils.files import TEXT, read_bytes
 from utils.process.script import logger
 from utils.records.folders import RunFolder
 from utils.records.places import made_folder, refuse_foreign
@@ -118,10 +118,11 @@ def rebuild(texts: Sequence[Path]) -> None:
 def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
     """One text; `folders` are those that were read for others, to which its own are added."""
     try:
-        before = read_text(text)
+        whole = read_bytes(text, TEXT).decode("utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"--rebuild: {text} cannot be read ({reason}); give a text file") from None
+    before = whole.removeprefix("\ufeff")  # a byte-order mark, which stays
     parts: dict[str, str] = {}
     drawn: set[Path] = set()
     for name in _marked(text, before):
@@ -145,7 +146,8 @@ def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
             drawn.add(path.parent)
         parts[name] = _MARKED[path.name](folders[path.parent])
     behind = text.resolve()  # of a link, the file that it leads to
-    RunFolder(behind.parent).write_text(behind.name, filled(text, before, parts))
+    mark = whole.removesuffix(before)
+    RunFolder(behind.parent).write_text(behind.name, mark + filled(text, before, parts))
     logger.info("tables of %s: %s", text, ", ".join(parts) or "none")
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from utils.errors import one_line, shown
-from utils.files import read_bytes
+from utils.files import read_text
 from utils.process.script import logger
 
 UNDEFENDED = "no defense"  # label of the record itself
@@ -170,7 +170,7 @@ def read_table(path: Path, largest: int) -> pd.DataFrame:
         OSError: if it cannot be read.
         ValueError: if it is no table, or too wide.
     """
-    text = read_bytes(path, largest).decode("utf-8")
+    text = read_text(path, largest)
     if len(text.partition("\n")[0]) > WIDEST:
         raise ValueError("too many columns")
     return pd.read_csv(io.StringIO(text), dtype=object, na_filter=False)

@@ -1270,6 +1270,25 @@ def test_a_text_that_is_rebuilt_keeps_its_line_ends_and_stays_a_link(
     assert real.read_bytes() == expected.encode()
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text_and_stays(
+    two_attacks: Path, tmp_path: Path
+) -> None:
+    """As editors on Windows write it: before the text that is rebuilt, and before kept files."""
+    grid, text = tmp_path / "results/digits", tmp_path / "RESULTS.md"
+    with_curves(two_attacks / "sig-0")
+    assert report("--under", two_attacks, "--to", grid, "--keep", "--formats", "md") == 0
+    kept = {name: (grid / name).read_bytes() for name in KEPT_FILES}
+    for name, content in kept.items():
+        (grid / name).write_bytes(b"\xef\xbb\xbf" + content)
+    begin, end = (f"<!-- {kind} results/digits/table.md -->" for kind in ("begin", "end"))
+    text.write_bytes(f"\ufeff{begin}\nold\n{end}\n".encode())
+    assert report("--rebuild", text) == 0
+    table = kept["table.md"].decode().rstrip("\n")
+    assert text.read_bytes() == f"\ufeff{begin}\n\n{table}\n\n{end}\n".encode()
+    assert report("--under", grid, "--to", grid, "--keep", "--formats", "md") == 0
+    assert {name: (grid / name).read_bytes() for name in KEPT_FILES} == kept
+
+
 def test_a_file_in_the_place_of_the_figures_is_told_before_anything_is_written(
     two_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

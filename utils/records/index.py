@@ -19,7 +19,7 @@ def read_index(path: Path, count: int) -> torch.Tensor:
         UserError: for text that is no integer, a repeated index, or one outside 0..count-1.
     """
     try:
-        text = read_text(path, TABLE).removeprefix("\ufeff")  # which some editors put before it
+        text = read_text(path, TABLE)
         words = text.split()
         wrong = [word for word in words if not re.fullmatch("-?[0-9]{1,18}", word)]
         if wrong:
