@@ -236,6 +236,13 @@ def test_help_begins_with_what_the_module_says(
 class Record(SimpleNamespace):
     """What `defend` asks of a record; `asked` keeps the flags that it hands over."""
 
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"attack_sha256": self.sha256}
+
+    def require_triggers(self, summary: dict[str, Any], folder: Path) -> None:
+        assert "triggers_sha256" not in summary
+
     def check_model(self, name: str | None) -> None:
         self.asked.append(("check", name))
 

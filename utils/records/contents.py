@@ -159,7 +159,7 @@ def replaced_name(name: str) -> str:
 def said_of_replaced(folder: Path) -> str:
     """For the message that a run is not finished: where the one is that it replaces, if any."""
     kept = folder.with_name(replaced_name(folder.name))
-    return f" (the run that it replaces is kept in {kept})" if kept.is_dir() else ""
+    return f" (the run that it replaces is kept in {kept})" if os.path.isdir(kept) else ""
 
 
 def incomplete_copy(folder: Path) -> UserError:
