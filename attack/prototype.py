@@ -74,29 +74,24 @@ def train(config: TrainingConfig, name: str, make_plan: MakePlan) -> folders.Run
             config.dump(),
         )
     except NothingToDo:
-        checked_record(str(config.save_folder_name), config.record_path, name)
-        _require_same_images(config)
+        _check_finished(config, name)
         raise
     with folder.replacing():
         return _train(config, name, make_plan, folder, started)
 
 
-def checked_record(save_folder_name: str, record_path: str | None, name: str) -> None:
-    """That a finished record has all of its files, and is of this attack.
+def _check_finished(config: TrainingConfig, name: str) -> None:
+    """That a finished record has all of its files, and is of this attack and of these images.
+
+    Images are compared only if they are now read elsewhere.
 
     Raises:
         UserError: if it is not.
     """
-    folder = attack_folder(save_folder_name, as_path(record_path)).path
-    checked_hashes(folder, (ATTACK_RESULT, POISON))
-    attack = read_object(folder / SUMMARY).get("attack")
-    require_method(folder, attack, name, "the record")
-
-
-def _require_same_images(config: TrainingConfig) -> None:
-    """Raises UserError if the images of a finished run are now read elsewhere, and are others."""
     folder = attack_folder(str(config.save_folder_name), as_path(config.record_path)).path
+    checked_hashes(folder, (ATTACK_RESULT, POISON))
     summary = read_object(folder / SUMMARY)
+    require_method(folder, summary.get("attack"), name, "the record")
     before = object_in(summary, "inputs").get("dataset")
     is_elsewhere = summary.get("dataset_path") != absolute(config.dataset_path)
     if before is None or config.dataset_path is None or not is_elsewhere:

@@ -96,6 +96,7 @@ def _each(value: Any, sides: int) -> list[int]:
     return numbers * sides if len(numbers) == 1 else numbers
 
 
+@functools.cache  # a network's every call asks for the same
 def _sound(func: Callable[..., torch.Tensor], asked: Callable[..., bool]) -> Any:
     """A convolution that is computed in float32 where it is unsound; the result is bfloat16."""
 

@@ -178,7 +178,7 @@ def _signals() -> Iterator[None]:
     """The first signal to end waits if the work can be resumed; the next one ends it at once.
 
     These are SIGINT, SIGTERM and, where the system has them, SIGHUP and SIGBREAK. Once the work is
-    over, they end the process without a traceback.
+    over, they do what they did before, and at the end of the process see `_be_quiet`.
 
     All signals within a second count as the first one: schedulers and launchers signal all
     processes of a job, and each of these passes the signal on to its children.
