@@ -74,6 +74,19 @@ def test_learning_rate_factors(schedule: Schedule, factors: list[float]) -> None
     assert [multiplier(step) for step in range(9)] == pytest.approx(factors, abs=1e-6)
 
 
+def rates_after(losses: list[float]) -> list[float]:
+    """The rate after each epoch of `reduce_on_plateau` with such a loss, from 1 on."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = Scheduler(optimizer, "reduce_on_plateau", epochs=30, steps_per_epoch=2)
+    rates = []
+    for loss in losses:
+        optimizer.step()
+        scheduler.after_step()
+        scheduler.after_epoch(loss)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
 @pytest.mark.parametrize("loss", [2.0, -2.0, 0.0])
 def test_a_plateau_of_the_training_loss_lowers_the_rate_to_a_tenth(loss: float) -> None:
     """The first loss is the best; after ten epochs that are no better, the eleventh lowers it.
@@ -81,16 +94,7 @@ def test_a_plateau_of_the_training_loss_lowers_the_rate_to_a_tenth(loss: float) 
     So the twelfth call changes the rate, which steps never do, and eleven more change it again.
     D3's loss is below 0.
     """
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    scheduler = Scheduler(optimizer, "reduce_on_plateau", epochs=30, steps_per_epoch=2)
-    rates = []
-    for _ in range(23):
-        optimizer.step()
-        scheduler.after_step()
-        scheduler.after_epoch(loss)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([1.0] * 11 + [0.1] * 11 + [0.01])
+    assert rates_after([loss] * 23) == pytest.approx([1.0] * 11 + [0.1] * 11 + [0.01])
 
 
 @pytest.mark.parametrize("first", [2.0, -2.0])
@@ -99,13 +103,8 @@ def test_a_loss_that_falls_by_a_ten_thousandth_of_itself_is_on_no_plateau(
     first: float, fall: float, rate: float
 ) -> None:
     """In each epoch; slower than that, it does not in ten."""
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    scheduler = Scheduler(optimizer, "reduce_on_plateau", epochs=12, steps_per_epoch=1)
-    for epoch in range(12):
-        optimizer.step()
-        scheduler.after_epoch(first - fall * epoch)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    losses = [first - fall * epoch for epoch in range(12)]
+    assert rates_after(losses)[-1] == pytest.approx(rate)
 
 
 def test_training_gives_the_plateau_the_mean_loss_of_the_epoch(
