@@ -153,6 +153,12 @@ def purify(
         >>> config = Config.load(u=2.5)
         >>> purified = purify(model, images, labels, config)
     """
+    loop = loop or Loop()
+    if len(images) < 2:
+        loop.findings.warn(
+            "one image gives each channel one value, which has no distribution, so nothing is "
+            "pruned; give more images (--ratio)"
+        )
 
     def outlying(model: nn.Module) -> dict[str, torch.Tensor]:
         return {
@@ -161,7 +167,7 @@ def purify(
         }
 
     return pruned_in_rounds(
-        model, loop or Loop(), outlying, n_rounds=config.n_rounds, prune_bias=config.prune_bias
+        model, loop, outlying, n_rounds=config.n_rounds, prune_bias=config.prune_bias
     )
 
 

@@ -40,8 +40,8 @@ _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p", "h")
 _NAME, LONGEST_TITLE = 32, 240  # characters of a line that fit
 _CELL, _SIDE = 1.15, 1.1  # of an image in a grid, with and without the space around it, in inches
+_LINE = 0.17  # height of a line of a grid's title, in inches
 _WIDEST = 20  # characters under an image
-
 
 # Fonts with letters of other scripts, as systems have them.
 _OTHER_FONTS = (
@@ -124,7 +124,7 @@ def curves(metrics: Sequence[Mapping[str, float]], step: str, title: str) -> Fig
         if axis.lines:
             axis.legend(frameon=False)
         without_frame(axis)
-    figure.suptitle(printable(title, LONGEST_TITLE))
+    figure.suptitle(in_lines(title, 9, points=12), fontsize=12)
     return figure
 
 
@@ -144,15 +144,15 @@ def image_grid(
         name: 1 + max(t.count("\n") for t in texts[name]) if name in texts else 0 for name in rows
     }
     heights = {name: _CELL * (1.02 + 0.15 * count) for name, count in lines.items()}
-    width, height = 0.75 + _CELL * count, 0.5 + sum(heights.values())
+    width = 0.75 + _CELL * count
+    title = in_lines(title, width)
+    top = 0.42 + _LINE * title.count("\n")
+    height = top + 0.08 + sum(heights.values())
     figure = Figure(figsize=(width, height))
     # One axis in inches for all images, because an axis for each takes seconds.
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axis.set_axis_off()
-    axis.text(
-        width / 2, 0.2, printable(title, LONGEST_TITLE), fontsize=10, ha="center", va="center"
-    )
-    top = 0.42
+    axis.text(width / 2, (top - 0.02) / 2, title, fontsize=10, ha="center", va="center")
     for name, images in rows.items():
         axis.text(
             0.4, top + _SIDE / 2, printable(name), fontsize=9, rotation=90, ha="center", va="center"
@@ -197,7 +197,7 @@ def bars(values: Mapping[str, float], label: str, title: str) -> Figure:
     longest = max(values.values(), default=0)
     axis.set(xlabel=printable(label), xlim=(0, 1.12 * longest if longest > 0 else 1))
     axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(printable(title, LONGEST_TITLE), fontsize=8)
+    figure.suptitle(in_lines(title, 7.5, points=8), fontsize=8)
     return figure
 
 
@@ -451,9 +451,19 @@ def make_panels(
 
 def entitle(figure: Figure, title: str) -> Text:
     """A title at the left, in as many lines as it needs."""
-    lines = textwrap.wrap(shown(title, LONGEST_TITLE), int(11 * figure.get_figwidth()))
-    text = "\n".join(printable(line, LONGEST_TITLE) for line in lines)
+    text = in_lines(title, figure.get_figwidth())
     return figure.suptitle(text, fontsize=10, x=0.02, ha="left")
+
+
+def in_lines(title: str, width: float, points: float = 10) -> str:
+    """A title in as many lines as it needs.
+
+    Args:
+        width: of the figure, in inches.
+        points: size of the letters.
+    """
+    lines = textwrap.wrap(shown(title, LONGEST_TITLE), int(110 * width / points))
+    return "\n".join(printable(line, LONGEST_TITLE) for line in lines)
 
 
 def name_beside(figure: Figure, lines: Sequence[Line2D], title: str) -> None:

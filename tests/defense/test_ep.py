@@ -308,6 +308,14 @@ def test_one_value_of_a_channel_has_no_entropy() -> None:
     assert channel_entropy(torch.zeros(3, 1), 0.1).isnan().all()
 
 
+@pytest.mark.parametrize(("count", "is_told"), [(1, True), (2, False)])
+def test_of_one_image_it_says_that_nothing_can_be_pruned(count: int, is_told: bool) -> None:
+    loop = Loop()
+    images, labels = problem(count=count)
+    purify(conv_net(), images, labels, Config.load(n_rounds=1), loop)
+    assert any("one image" in text for text in loop.findings.warnings) == is_told
+
+
 def test_the_largest_of_all_calls_of_a_batchnorm_counts() -> None:
     """The second call has the larger values of channel 0, the first one those of channel 1."""
 

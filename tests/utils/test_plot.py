@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 import pytest
+import torch
 from matplotlib.axes import Axes
 
 from utils import plot
@@ -92,3 +93,34 @@ def test_bars_have_room_whatever_their_lengths(values: dict[str, float]) -> None
         figure.savefig(io.BytesIO(), dpi=30, format="png")
     low, high = figure.axes[0].get_xlim()
     assert (low, high) == (0, pytest.approx(1.12 * max(values.values(), default=0) or 1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_title_is_whole_on_narrow_figures(count: int) -> None:
+    """It stands between the edges of the figure, and above the first image."""
+    title = "a method of a long name on digits, target 3 (three): test images; before | after"
+    figure = plot.image_grid({"clean": torch.rand(count, 3, 4, 4)}, {}, title)
+    (axis,) = figure.axes
+    heading, image = axis.texts[0], axis.images[0]
+    box = heading.get_window_extent()
+    assert heading.get_text().replace("\n", " ") == title
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= figure.bbox.y1
+    assert box.y0 >= image.get_window_extent().y1
+
+
+@pytest.mark.parametrize("draw", ["curves", "bars"])
+def test_a_long_title_is_whole_above_panels(draw: str) -> None:
+    title = "a long title of many words " * 7
+    rows = [{"round": 1, "acc": 0.5}]
+    of_kind = {
+        "curves": lambda: plot.curves(rows, "round", title),
+        "bars": lambda: plot.bars({"a": 1.0}, "times", title),
+    }
+    figure = of_kind[draw]()
+    (heading,) = figure.texts
+    box = heading.get_window_extent()
+    assert heading.get_text().replace("\n", " ") == title.strip()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
