@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from models.neighbours import Neighbours, files_beside, is_of_user
-from utils.errors import UserError, is_lack_of_memory, one_line, shown
+from utils.errors import UserError, is_lack_of_memory, one_line, reason_of, shown
 from utils.files import TEXT, read_bytes
 from utils.tensors import kind_of_numbers
 
@@ -308,8 +308,7 @@ def _source(file: Path) -> bytes:
         if path not in texts:
             texts[path] = read_bytes(file, TEXT)
     except (OSError, ValueError) as error:  # ValueError: a path with NUL
-        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
-            f"--model: {file} cannot be read ({reason}); give file.py:function"
+            f"--model: {file} cannot be read ({reason_of(error)}); give file.py:function"
         ) from None
     return texts[path]

@@ -122,6 +122,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def reason_of(error: BaseException, text: Callable[[BaseException], str] = one_line) -> str:
+    """Why a file cannot be read: the system's reason if it gave one, else the exception's text.
+
+    Args:
+        text: `one_line` or `first_line`.
+    """
+    return getattr(error, "strerror", None) or text(error)
+
+
 def listed(names: Sequence[object], between: str = ", ", limit: int = 60) -> str:
     """At most ten names, and how many more there are.
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pydantic import PlainValidator, ValidationError
 
-from utils.errors import UserError, first_line, shown
+from utils.errors import UserError, first_line, reason_of, shown
 from utils.files import TENSORS, opened
 
 _MOST_PICKLED = 1 << 26  # bytes of all that is not the values of a tensor
@@ -633,6 +633,6 @@ def explained(path: Path, expected: str, advice: str = "") -> Iterator[None]:
             where = ".".join(map(str, first["loc"]))
             reason = f"{where}: {first['msg']}" + (f", and {count - 1} more" if count > 1 else "")
         else:
-            reason = getattr(error, "strerror", None) or first_line(error)
+            reason = reason_of(error, first_line)
         end = f"; {advice}" if advice else ""
         raise UserError(f"{path}: is not {expected} ({reason}){end}") from error

@@ -10,7 +10,7 @@ from benchmark.reporting import kept, leaderboard, page, tables
 from benchmark.reporting.figures import draw
 from benchmark.reporting.means import Table, summarize
 from benchmark.reporting.summaries import read_runs
-from utils.errors import UserError, counted, one_line, shown
+from utils.errors import UserError, counted, reason_of, shown
 from utils.files import TEXT, read_bytes
 from utils.process.script import logger
 from utils.records.folders import RunFolder
@@ -120,8 +120,9 @@ def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
     try:
         whole = read_bytes(text, TEXT).decode("utf-8")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"--rebuild: {text} cannot be read ({reason}); give a text file") from None
+        raise UserError(
+            f"--rebuild: {text} cannot be read ({reason_of(error)}); give a text file"
+        ) from None
     before = whole.removeprefix("\ufeff")  # a byte-order mark, which stays
     parts: dict[str, str] = {}
     drawn: set[Path] = set()

@@ -33,10 +33,9 @@ from benchmark.reporting.stored import (
     checked_metrics,
     first_fault,
     read_table,
-    reason,
     without_places,
 )
-from utils.errors import UserError, listed, one_line, shown
+from utils.errors import UserError, listed, one_line, reason_of, shown
 from utils.files import read_text
 from utils.process.script import logger
 from utils.records.folders import RunFolder
@@ -100,7 +99,7 @@ class _Curves:
         try:
             return read_curves(self.path)
         except (OSError, ValueError) as error:
-            logger.warning("warning: %s: no table (%s); drawn without", self.path, reason(error))
+            logger.warning("warning: %s: no table (%s); drawn without", self.path, reason_of(error))
             return {}
 
 
@@ -120,7 +119,7 @@ def read_lines(grid: Path, under: Path) -> tuple[list[RunInGrid], list[str]]:
     try:
         text = read_text(path, _LARGEST_GRID)
     except (OSError, ValueError) as error:
-        return [], [f"{name}: cannot be read ({reason(error)}); skipped"]
+        return [], [f"{name}: cannot be read ({reason_of(error)}); skipped"]
     runs: dict[Key, RunInGrid] = {}
     problems: list[str] = []
     curves = _Curves(grid / CURVES)
@@ -212,7 +211,7 @@ def _check_curves(path: Path, runs: Mapping[tuple[str, str], StoredRun]) -> None
         tables = read_curves(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: is no table of curves ({reason(error)}); mend it, or remove it"
+            f"{path}: is no table of curves ({reason_of(error)}); mend it, or remove it"
         ) from None
     for record, defense in sorted(tables):
         run = runs.get((record, defense))

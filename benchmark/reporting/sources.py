@@ -22,10 +22,9 @@ from benchmark.reporting.stored import (
     checked_metrics,
     is_plain,
     read_table,
-    reason,
     without_places,
 )
-from utils.errors import UserError, listed, one_line, shown
+from utils.errors import UserError, listed, one_line, reason_of, shown
 from utils.files import read_object, read_text
 from utils.plain import read_yaml
 from utils.process.script import logger
@@ -213,6 +212,6 @@ def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
             raise OSError(0, "it is a link")
         read = read_table(path, _LARGEST_METRICS)
     except (OSError, ValueError) as error:
-        logger.warning("warning: %s: no table (%s); drawn without", path, reason(error))
+        logger.warning("warning: %s: no table (%s); drawn without", path, reason_of(error))
         return None
     return checked_metrics(read, unit, str(path))

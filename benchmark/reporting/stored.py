@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from utils.errors import one_line, shown
+from utils.errors import shown
 from utils.files import read_text
 from utils.process.script import logger
 
@@ -123,11 +123,6 @@ def first_fault(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     what = first["msg"].removeprefix("Value error, ")
     return shown(": ".join(filter(None, (where, what))), 200)
-
-
-def reason(error: Exception) -> str:
-    """Why a file cannot be read, as one line."""
-    return getattr(error, "strerror", None) or one_line(error)
 
 
 def without_places(value: Any) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from utils.data.batches import mapped
-from utils.errors import UserError, one_line
+from utils.errors import UserError, reason_of
 from utils.files import (
     ROOT,
     at_home,
@@ -86,8 +86,9 @@ def read_image(file: Path, image_size: int) -> np.ndarray:
                 Image.core.set_block_size(_BLOCK)
                 return _resized(image, image_size)
     except Exception as error:  # what Pillow's readers stumble over in damaged files is anything
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{file}: not a readable image ({reason}); repair or remove it") from None
+        raise UserError(
+            f"{file}: not a readable image ({reason_of(error)}); repair or remove it"
+        ) from None
 
 
 class _Room:

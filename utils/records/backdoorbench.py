@@ -22,7 +22,7 @@ from PIL import Image
 
 from utils.data.batches import spread
 from utils.data.labelled import LARGEST_SIDE, MOST_CLASSES, Dataset
-from utils.errors import UserError, one_line, shown
+from utils.errors import UserError, reason_of, shown
 from utils.files import read_bytes
 from utils.process.progress import Progress
 from utils.process.script import logger
@@ -575,8 +575,9 @@ def _read_png(path: Path, inside: Path, image_shape: tuple[int, int, int]) -> to
     except UserError:
         raise
     except Exception as error:  # what a damaged picture makes Pillow raise is anything
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{path}: cannot be read ({reason}); restore the record's images") from None
+        raise UserError(
+            f"{path}: cannot be read ({reason_of(error)}); restore the record's images"
+        ) from None
 
 
 def _check_split(

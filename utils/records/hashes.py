@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from utils.errors import UserError, one_line
+from utils.errors import UserError, reason_of
 from utils.files import file_sha256, read_text
 from utils.records import schema
 from utils.records.contents import SUMMARY
@@ -59,10 +59,9 @@ def checked_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
         }
         files = schema.check_files(summary)
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
-            f"{folder}: has no readable summary.json or files ({reason}), so it is no finished "
-            "run; run it again, or give another folder"
+            f"{folder}: has no readable summary.json or files ({reason_of(error)}), so it is no "
+            "finished run; run it again, or give another folder"
         ) from None
     for name in names:
         if name in files and name not in hashes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from models import Classifier
-from utils.errors import UserError, first_line, listed, shown
+from utils.errors import UserError, first_line, listed, reason_of, shown
 from utils.files import TENSORS, read_bytes
 from utils.process.script import logger
 from utils.tensors import load_tensors, not_finite
@@ -40,7 +40,7 @@ def read_state_dict(path: Path) -> Mapping[str, torch.Tensor]:
         else:
             content = load_tensors(path, arrays=True)  # NumPy's numbers beside weights
     except Exception as error:  # a file of another kind raises anything
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = reason_of(error, first_line)
         raise UserError(
             f"--state_dict: {path} cannot be read as plain tensors ({reason}); give a file of "
             f"torch.save(model.state_dict(), path), or .safetensors{_way_out(path, reason)}"
