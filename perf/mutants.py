@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import Parser
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.process.script import run_script
 
@@ -61,7 +62,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="mutants, or patterns of them; all")
     parser.add_argument("--show", help="a mutant whose change is shown; nothing is run")
     flags = parser.parse_args()
-    mutmut = str(Path(sys.executable).parent / "mutmut")
+    mutmut = Path(sys.executable).parent / "mutmut"
+    if not mutmut.exists():
+        raise UserError(f"{mutmut}: is not there; run pip install -r requirements-dev.txt")
     copied(ROOT, COPY)
     calls = [["show", flags.show]] if flags.show else [["run", *flags.names], ["results"]]
     for call in calls:  # one thread, since each mutant is a fork of the program

@@ -8,6 +8,7 @@ import pytest
 
 from defense import names
 from perf import mutants
+from utils.errors import UserError
 from utils.files import ROOT
 
 
@@ -56,6 +57,17 @@ def test_the_copy_follows_the_checkout(tmp_path: Path) -> None:
     assert not (to / "defense/a.py").exists()
     assert (to / "mutants/kept.py").exists()
     assert (to / "b.py").stat().st_mtime_ns == time
+
+
+def test_without_mutmut_a_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setattr("sys.argv", ["mutants.py"])
+    monkeypatch.setattr(mutants, "COPY", tmp_path / "copy")
+    with pytest.raises(UserError, match=r"mutmut: is not there; run pip install"):
+        mutants.main()
+    assert not (tmp_path / "copy").exists()
 
 
 def test_the_files_and_tests_that_are_named_exist() -> None:
