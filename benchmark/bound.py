@@ -23,6 +23,7 @@ record's dataset, on the clean images that `defense/sau.py` would be given.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from models.modes import evaluating
 from utils.config import Parser, check_least
 from utils.data.batches import as_float, spread
 from utils.data.labelled import Dataset
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 from utils.perturb import Start
 from utils.process.device import pick_device, pick_precision
 from utils.process.script import logger, run_script
@@ -212,11 +213,14 @@ def rounds_of(text: str) -> list[int]:
     """The numbers of `--rounds`, ascending.
 
     Raises:
-        UserError: if one is no number of a round.
+        UserError: if one is no number of a round, or has more than six digits.
     """
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise UserError(f"--rounds: {text} is not allowed; give numbers of rounds, like 0,1,2,4")
+    if not all(re.fullmatch(r"\s*\d{1,6}\s*", part) for part in parts):
+        raise UserError(
+            f"--rounds: {quoted(text)} is not allowed; give numbers of rounds up to 999999, like "
+            "0,1,2,4"
+        )
     return sorted({int(part) for part in parts})
 
 

@@ -98,7 +98,7 @@ def test_balls(norm: str, radius: float, inside: list[bool]) -> None:
 
 def test_rounds() -> None:
     assert rounds_of("4,0, 1,4") == [0, 1, 4]
-    for text in ("", "1,x", "-1", "1.5"):
+    for text in ("", "1,x", "-1", "1.5", "0,1000000", "9" * 5000):
         with pytest.raises(UserError, match=r"--rounds: .* is not allowed"):
             rounds_of(text)
 
