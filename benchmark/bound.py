@@ -49,6 +49,7 @@ from utils.process.script import logger, run_script
 from utils.process.seeds import generator
 from utils.records import places
 from utils.records.attack import AttackRecord, load_attack
+from utils.training import ending
 from utils.training.loop import Loop
 
 STARTS: tuple[Start, ...] = ("max", "zero", "min", "random")
@@ -266,7 +267,7 @@ def main() -> None:
     inside = f"{rows[0]['inside']} of {rows[0]['total']} triggers are in S"
     title = f"{attack.attack} on {attack.dataset}, SAU round by round; {inside}"
     figure = charts.curves_of({"risk": pd.DataFrame(shares)}, "round", title, spaced=True)
-    folder.write(f"{name}.png", lambda path: figure.savefig(path, dpi=160))
+    ending.save_figure(folder, f"{name}.png", figure)
     logger.info("table and figure: %s", flags.to / name)
 
 

@@ -26,6 +26,7 @@ from utils.files import read_object
 from utils.process.script import logger, run_script
 from utils.records.contents import SUMMARY
 from utils.records.places import made_folder, no_records, refuse_foreign
+from utils.training import ending
 
 AUTO, ALL = "sau_auto", "sau"
 SIGNAL, ASR, ASR_ALL = "held-out error + share", "ASR (auto)", "ASR (all rounds)"
@@ -171,7 +172,7 @@ def main() -> None:
         "What SAU measures on held-out images, and the true ASR",
         ylim=(-3, highest + 3),
     )
-    folder.write("stops.png", lambda path: figure.savefig(path, dpi=160))
+    ending.save_figure(folder, "stops.png", figure)
     logger.info("tables and figure: %s", flags.to)
 
 

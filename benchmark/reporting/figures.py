@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
 
 from benchmark import gallery
 from benchmark.reporting.means import Grid, Table, seeds_of
@@ -14,10 +13,12 @@ from benchmark.reporting.stored import UNDEFENDED, StoredRun, file_stem
 from benchmark.reporting.summaries import METRICS, is_clean
 from utils import plot
 from utils.errors import UserError
+from utils.plot import Figure
 from utils.process.script import logger
 from utils.records.attack import load_attack
 from utils.records.contents import ATTACK_RESULT, POISON, SUMMARY
 from utils.records.folders import RunFolder
+from utils.training import ending
 
 _TRIGGERS = "Triggers, and the amplified change"
 
@@ -47,7 +48,7 @@ def draw(
             with matplotlib.rc_context({"svg.hashsalt": "report"}):  # the same bytes each time
                 folder.write(f"{stem}.svg", partial(figure.savefig, metadata={"Date": None}))
         if "png" in formats:
-            written[caption] = folder.write(f"{stem}.png", partial(figure.savefig, dpi=160))
+            written[caption] = ending.save_figure(folder, f"{stem}.png", figure)
     if _TRIGGERS not in written and earlier.exists():  # drawn when the records were there
         written[_TRIGGERS] = earlier
     return written
