@@ -96,7 +96,7 @@ def look_at_all(config: Config) -> None:
         except UserError as error:
             raise UserError(*_in_own_flags(error, kind.name)) from None
     for number, (kind, of_kind) in enumerate(waiting, start=1):
-        begun = places.analysis_folder(subject.attack.folder, kind.name).path / "checkpoint.pt"
+        begun = places.analysis_folder(subject.attack.folder, kind.name).checkpoint
         started = time.monotonic()
         logger.info("%d of %d: %s", number, len(waiting), kind.name)
         try:

@@ -12,7 +12,7 @@ from attack.recipe import TrainingConfig, clean_plan
 from models import prepare
 from utils.config import OF_ONE_RUN
 from utils.errors import UserError
-from utils.files import as_path
+from utils.files import CONFIG_FILE, as_path
 from utils.plain import read_yaml
 from utils.process import distributed
 from utils.records import places
@@ -86,7 +86,7 @@ def train_clean(subject: Subject, config: RecordConfig, count: int) -> list[str]
                 Lock(folder.path).wait(name)
         try:
             if not distributed.from_main(folder.is_done):
-                begun = (folder.path / "checkpoint.pt").exists()
+                begun = folder.checkpoint.exists()
                 train(replace(recipe, save_folder_name=name, resume=begun), "prototype", clean_plan)
         finally:
             folder.release()
@@ -97,8 +97,8 @@ def train_clean(subject: Subject, config: RecordConfig, count: int) -> list[str]
 def clean_recipe(subject: Subject, config: RecordConfig, number: int) -> TrainingConfig:
     """How a clean model is trained: as the record's model, with another seed."""
     recorded = {}
-    if subject.attack is not None and (subject.attack.folder / "config.yaml").exists():
-        recorded = read_yaml(subject.attack.folder / "config.yaml")
+    if subject.attack is not None and (subject.attack.folder / CONFIG_FILE).exists():
+        recorded = read_yaml(subject.attack.folder / CONFIG_FILE)
     not_of_recipe = {"save_folder_name", "dataset", *OF_ONE_RUN}
     names = {field.name for field in fields(TrainingConfig)} - not_of_recipe
     values = {name: value for name, value in recorded.items() if name in names}

@@ -16,7 +16,7 @@ from utils.config import Group
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError, listed, quoted, shown
-from utils.files import as_path
+from utils.files import CONFIG_FILE, as_path
 from utils.metrics import Scores
 from utils.plain import read_yaml
 from utils.process.device import pick_device, pick_precision
@@ -298,7 +298,7 @@ def trained_otherwise(what: str, clean: AttackRecord, attack: AttackRecord) -> s
 def _flags_of(record: AttackRecord) -> dict[str, Any]:
     """The configuration of a record; empty without one that can be read."""
     try:
-        return read_yaml(record.folder / "config.yaml")
+        return read_yaml(record.folder / CONFIG_FILE)
     except UserError:
         return {}
 

@@ -16,6 +16,7 @@ from benchmark.grid import OF_GRID, Grid
 from defense import names as defenses
 from utils.config import Config
 from utils.errors import UserError
+from utils.files import CONFIG_FILE
 from utils.records.contents import SUMMARY, summary_of
 
 
@@ -83,7 +84,7 @@ class Cell:
 
     @property
     def is_begun(self) -> bool:
-        return (self.folder / "config.yaml").exists() and not self.is_done
+        return (self.folder / CONFIG_FILE).exists() and not self.is_done
 
 
 def cells_in(grid: Grid, root: Path) -> list[Cell]:

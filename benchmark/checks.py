@@ -13,6 +13,7 @@ from benchmark.grid import OF_GRID, Grid
 from models import check_name
 from utils.config import FILES
 from utils.errors import UserError, listed, quoted, suggestion
+from utils.files import CONFIG_FILE
 from utils.plain import parse_yaml, read_yaml
 from utils.records import places
 from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY, object_in, summary_of
@@ -248,7 +249,7 @@ def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
     """How a finished record differs from what the grid asks for."""
     if not cell.is_done:
         return []
-    path = cell.folder / "config.yaml"
+    path = cell.folder / CONFIG_FILE
     try:
         before = read_yaml(path)
     except UserError:

@@ -163,7 +163,7 @@ def cause_of(cell: Cell, root: Path, queue: "slurm.Queue | None") -> str:
 
 def has_failed(cell: Cell, root: Path) -> bool:
     """Whether the cell's last run has failed; a later run by hand is not counted."""
-    mark, checkpoint = mark_of(cell, root), cell.folder / "checkpoint.pt"
+    mark, checkpoint = mark_of(cell, root), RunFolder(cell.folder).checkpoint
     if not mark.exists():
         return False
     return not checkpoint.exists() or checkpoint.stat().st_mtime <= mark.stat().st_mtime

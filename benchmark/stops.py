@@ -24,7 +24,7 @@ from utils.config import Parser
 from utils.errors import UserError, first_line
 from utils.files import read_object
 from utils.process.script import logger, run_script
-from utils.records.contents import SUMMARY
+from utils.records.contents import METRICS_FILE, SUMMARY
 from utils.records.places import made_folder, no_records, refuse_foreign
 from utils.training import ending
 
@@ -73,7 +73,7 @@ def read_pair(record: Path) -> Pair | None:
         auto, all_rounds = (read_object(home / SUMMARY) for home in homes)
         if auto.get("attack_sha256") != all_rounds.get("attack_sha256"):
             raise ValueError("they purified two models")
-        watched, full = (_by_round(home / "metrics.csv")["asr"] for home in homes)
+        watched, full = (_by_round(home / METRICS_FILE)["asr"] for home in homes)
         held_out = _by_round(homes[0] / "held_out.csv")
         if not held_out[["acc", "share"]].apply(lambda rates: rates.between(0, 1)).all(axis=None):
             raise ValueError("held_out.csv has other values than rates")

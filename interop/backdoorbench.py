@@ -29,7 +29,7 @@ from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet
 from utils.errors import UserError, listed
-from utils.files import absolute, remove_strays, temporary_folder
+from utils.files import CONFIG_FILE, absolute, remove_strays, temporary_folder
 from utils.plain import as_yaml, read_yaml
 from utils.process.script import logger, run_script
 from utils.records import folders, places
@@ -44,7 +44,14 @@ from utils.records.backdoorbench import (
     TEST,
     TRAIN,
 )
-from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, POISON, SUMMARY, summary_of
+from utils.records.contents import (
+    ATTACK_RESULT,
+    DEFENSE_RESULT,
+    METRICS_FILE,
+    POISON,
+    SUMMARY,
+    summary_of,
+)
 from utils.records.defense import checked_result, load_defense
 from utils.records.hashes import file_hashes
 from utils.records.network import model_state
@@ -299,7 +306,7 @@ def _write_notes(
     name: str,
 ) -> None:
     """The files that BackdoorBench's loader does not need: arguments, poison list, metrics."""
-    config = attack.folder / "config.yaml"
+    config = attack.folder / CONFIG_FILE
     arguments = {
         **(read_yaml(config) if config.exists() else {}),
         "attack": attack.attack,
@@ -316,7 +323,7 @@ def _write_notes(
         listed = np.zeros(len(poisoned), dtype=np.float64)
         listed[poisoned.index[poisoned.kinds == KINDS.index("poison")].numpy()] = 1
         folder.write(POISON_LIST, lambda path: folders.save_plain(path, listed))
-    metrics = attack.folder / "metrics.csv"
+    metrics = attack.folder / METRICS_FILE
     if metrics.exists():
         import pandas as pd  # here, because `--help` must not wait for it
 

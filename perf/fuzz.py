@@ -53,13 +53,20 @@ from utils.data import poison
 from utils.data.datasets import load_dataset, random_images
 from utils.data.images import data_folder, read_image
 from utils.errors import UserError
-from utils.files import ROOT
+from utils.files import CONFIG_FILE, ROOT
 from utils.metrics import Rate, Scores
 from utils.process.device import peak_memory
 from utils.process.script import logger, run_script
 from utils.records import folders, places, weights
 from utils.records.attack import load_attack, save_attack
-from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, POISON, SUMMARY
+from utils.records.contents import (
+    ATTACK_RESULT,
+    CHECKPOINT_FILE,
+    DEFENSE_RESULT,
+    METRICS_FILE,
+    POISON,
+    SUMMARY,
+)
 from utils.records.defense import load_defense, save_defense
 from utils.records.hashes import file_hashes
 from utils.records.named import recorded_dataset
@@ -167,7 +174,7 @@ def write_checkpoint(path: Path) -> None:
         if not path.exists():
             rows = [{"round": 0, "acc": 0.5, "seconds": 0.0}]
             run.write_checkpoint({"loop": loop.snapshot(), "rows": rows, "seconds": 1.5})
-            shutil.copy(run.path / "checkpoint.pt", path)
+            shutil.copy(run.checkpoint, path)
 
     loop = Loop(after_batch=after_batch)
     unlearn(loop)
@@ -231,7 +238,7 @@ def read_record(good: Path, folder: Path, rng: random.Random) -> None:
     """Reads a record, with its network and its images."""
     shutil.copytree(good / "record", folder / "x")
     names = (ATTACK_RESULT, ATTACK_RESULT, POISON, POISON)
-    spoil_run(folder / "x", (*names, SUMMARY, "config.yaml"), rng)
+    spoil_run(folder / "x", (*names, SUMMARY, CONFIG_FILE), rng)
     recorded_dataset(folder / "x")
     attack = load_attack(folder / "x")
     attack.build()
@@ -331,8 +338,8 @@ def resume(good: Path, folder: Path, rng: random.Random) -> None:
     """Resumes a run from its checkpoint."""
     run = folders.RunFolder(folder / "x")
     run.start("lr: 0.1\n")
-    run.write("checkpoint.pt", lambda path: _copy(good / "checkpoint.pt", path))
-    spoil_tensors(folder / "x/checkpoint.pt", rng)
+    run.write(CHECKPOINT_FILE, lambda path: _copy(good / CHECKPOINT_FILE, path))
+    spoil_tensors(run.checkpoint, rng)
     run = folders.RunFolder(folder / "x")
     run.claim(False, resume=True)
     watch = Watch(run, "round", half, 1, checkpoint=run.start("lr: 0.1\n", resume=True))
@@ -358,7 +365,7 @@ def report(good: Path, folder: Path, rng: random.Random) -> None:
     shutil.copytree(good / "record", folder / "records/x")
     runs = [folder / "records/x", folder / "records/x/defense/ft"]
     for run in rng.sample(runs, rng.randint(1, 2)):
-        spoil_run(run, (SUMMARY, "config.yaml", "metrics.csv"), rng)
+        spoil_run(run, (SUMMARY, CONFIG_FILE, METRICS_FILE), rng)
     write_report([folder / "records"], folder / "to", rng.random() < 0.5, FORMATS)
 
 
@@ -419,7 +426,7 @@ def write_good(good: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     for suffix in ("png", "jpg", "bmp", "gif", "tif", "webp", "ppm", "tga", "jp2"):
         Image.fromarray(pixels).save(good / "pictures" / f"x.{suffix}")
-    write_checkpoint(good / "checkpoint.pt")
+    write_checkpoint(good / CHECKPOINT_FILE)
     (good / "checkpoints").mkdir()
     state = build_model("tiny", 10).network.state_dict()
     torch.save(state, good / "checkpoints/bare.pt")

@@ -43,6 +43,7 @@ from utils.config import Parser, check_least
 from utils.files import ROOT, replaced
 from utils.process.progress import Progress
 from utils.process.script import run_script
+from utils.records.contents import METRICS_FILE
 from utils.records.folders import RunFolder
 from utils.records.places import made_folder
 from utils.tensors import load_tensors
@@ -93,7 +94,7 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for name, value in load_tensors(next(folder.glob("*_result.pt")))["model"].items():
         digest.update(name.encode() + value.numpy().tobytes())
-    digest.update(pd.read_csv(folder / "metrics.csv").drop(columns="seconds").to_csv().encode())
+    digest.update(pd.read_csv(folder / METRICS_FILE).drop(columns="seconds").to_csv().encode())
     return digest.hexdigest()
 
 
@@ -241,7 +242,7 @@ def removed(kind: str, whole: Path, root: Path) -> str:
     before = contents(prepared(kind, whole, root))
     process = start(kind, root)
     folder = folder_of(kind, root)
-    while process.poll() is None and not (folder / "checkpoint.pt").exists():
+    while process.poll() is None and not RunFolder(folder).checkpoint.exists():
         time.sleep(0.05)
     shutil.rmtree(folder, ignore_errors=True)
     return refusal_of(root, before, process)
@@ -270,7 +271,7 @@ def checkpoint_cost(kind: str, _: Path, root: Path) -> str:
             started = time.monotonic()
             folder.write_checkpoint({"loop": loop.snapshot(), "rows": [], "seconds": 0.0})
             seconds.append(time.monotonic() - started)
-    mib = (root / "checkpoint.pt").stat().st_size / 2**20
+    mib = folder.checkpoint.stat().st_size / 2**20
     usual = statistics.median(seconds)
     return (
         f"{'' if usual < SHARE * every else 'FAILED: '}{100 * usual / every:.2f} %: {mib:.0f} MiB "

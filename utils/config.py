@@ -26,7 +26,7 @@ from typing import (
 from typing_extensions import Self
 
 from utils.errors import UserError, quoted, shown, suggestion
-from utils.files import MARK, as_path, at_home
+from utils.files import CONFIG_FILE, MARK, as_path, at_home
 from utils.plain import as_yaml, in_one_line, in_yaml, read_yaml
 from utils.values import advice, allowed_values, base_of, check, choices, field_info, is_text
 
@@ -269,7 +269,7 @@ def _read_users_file(path: Path) -> dict[str, Any]:
         UserError: as `read_yaml`.
     """
     values = read_yaml(path)
-    is_of_record = path.name == "config.yaml" and path.with_name(MARK).exists()
+    is_of_record = path.name == CONFIG_FILE and path.with_name(MARK).exists()
     return {k: v for k, v in values.items() if not (is_of_record and k in OF_ONE_RUN)}
 
 

@@ -18,7 +18,8 @@ from utils import locks
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
-MARK = "run.json"  # the file that makes a folder one of a run; see utils/records/contents.py
+# In the folder of a run; its other files are named in utils/records/contents.py.
+MARK, CONFIG_FILE = "run.json", "config.yaml"
 
 # Errors of the system whose reasons the user can remove; they are never a defect of the program.
 REFUSALS = frozenset(

@@ -25,10 +25,10 @@ from benchmark.reporting.stored import (
     without_places,
 )
 from utils.errors import UserError, listed, one_line, reason_of, shown
-from utils.files import read_object, read_text
+from utils.files import CONFIG_FILE, MARK, read_object, read_text
 from utils.plain import read_yaml
 from utils.process.script import logger
-from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY, object_in
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, METRICS_FILE, SUMMARY, object_in
 from utils.records.places import CLEAN, EXACT, is_usual
 
 LARGEST = 1 << 20  # bytes of a summary.json
@@ -65,7 +65,7 @@ class RunInFolder(StoredRun):
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        path = self.path / "config.yaml"
+        path = self.path / CONFIG_FILE
         if not is_plain(path, 1 << 16):
             return None
         try:
@@ -101,7 +101,7 @@ def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], lis
         if _is_in_record(here, "analysis"):
             continue
         if SUMMARY not in files:
-            if "config.yaml" in files and "run.json" in files:
+            if CONFIG_FILE in files and MARK in files:
                 unfinished[here] = []
             continue
         if _is_in_record(here, "defense") and here.parent.parent in unfinished:
@@ -142,7 +142,7 @@ def _is_in_record(folder: Path, kind: str) -> bool:
     if folder.parent.name != kind:
         return False
     record = folder.parent.parent
-    is_record = any((record / name).exists() for name in ("run.json", ATTACK_RESULT))
+    is_record = any((record / name).exists() for name in (MARK, ATTACK_RESULT))
     return is_record or kind in _read_plain(folder)
 
 
@@ -204,7 +204,7 @@ def read_metrics(folder: Path, unit: str) -> pd.DataFrame | None:
     Args:
         unit: name of its first column, "epoch" or "round".
     """
-    path = folder / "metrics.csv"
+    path = folder / METRICS_FILE
     if not os.path.lexists(path):
         return None
     try:

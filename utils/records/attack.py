@@ -15,7 +15,7 @@ from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.data.poison import KINDS, PoisonedSet, unpoisoned
 from utils.errors import UserError
-from utils.files import MARK, as_path, file_sha256
+from utils.files import CONFIG_FILE, MARK, as_path, file_sha256
 from utils.records import backdoorbench, schema
 from utils.records.checkpoint import digest
 from utils.records.contents import (
@@ -295,7 +295,7 @@ def load_attack(folder: Path) -> AttackRecord:
 
 def is_backdoorbench(folder: Path) -> bool:
     """Whether a folder is read as one of BackdoorBench: it has a result, but none of our files."""
-    ours = ("config.yaml", SUMMARY, POISON, MARK)
+    ours = (CONFIG_FILE, SUMMARY, POISON, MARK)
     return (folder / ATTACK_RESULT).exists() and not any((folder / f).exists() for f in ours)
 
 
@@ -357,7 +357,7 @@ def _load_ours(folder: Path) -> AttackRecord:
             f"{home.parent}"
         )
     if not (folder / SUMMARY).exists():
-        if result.exists() and not (folder / "config.yaml").exists():  # which is written first
+        if result.exists() and not (folder / CONFIG_FILE).exists():  # which is written first
             raise incomplete_copy(folder)
         raise UserError(
             f"{folder}: has no summary.json, so its attack did not finish, or it is no record"

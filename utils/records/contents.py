@@ -16,14 +16,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from utils.errors import UserError
-from utils.files import MARK, is_stray, read_object, read_text, replaced
+from utils.files import CONFIG_FILE, MARK, is_stray, read_object, read_text, replaced
 from utils.plain import read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # of a run
 _REPLACED = re.compile(rf"\.{NAME.pattern}\.replaced")
 # The files of a run that others read; the summary is of every kind of run.
 ATTACK_RESULT, POISON, DEFENSE_RESULT = "attack_result.pt", "poison.pt", "defense_result.pt"
-SUMMARY = "summary.json"
+SUMMARY, METRICS_FILE, CHECKPOINT_FILE = "summary.json", "metrics.csv", "checkpoint.pt"
 RESULTS = ("defense", "analysis")  # folders in an attack's record that hold results
 _LARGEST = 1 << 16  # bytes of a mark
 _FILE = r"^[\w][\w .,=()+-]{0,199}$"
@@ -220,9 +220,9 @@ def _of_earlier(folder: Path, files: Collection[str]) -> list[str]:
     is_run = False
     if SUMMARY in files:
         is_run = _has_hashes(folder)
-    elif {"config.yaml", "checkpoint.pt"} <= set(files):
+    elif {CONFIG_FILE, CHECKPOINT_FILE} <= set(files):
         try:
-            values = read_yaml(folder / "config.yaml")
+            values = read_yaml(folder / CONFIG_FILE)
         except UserError:
             values = {}
         is_run = {"checkpoint_every", "save_folder_name", "record_path"} <= set(values)

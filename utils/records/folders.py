@@ -15,6 +15,7 @@ import torch
 from utils import locks
 from utils.errors import Diverged, NothingToDo, UserError, listed, shown
 from utils.files import (
+    CONFIG_FILE,
     MARK,
     not_written,
     refuse_link,
@@ -27,6 +28,8 @@ from utils.process import distributed
 from utils.process.script import defer_signals, logger
 from utils.records.checkpoint import CHECKPOINT, Origin
 from utils.records.contents import (
+    CHECKPOINT_FILE,
+    METRICS_FILE,
     SUMMARY,
     Contents,
     is_file_name,
@@ -120,7 +123,7 @@ class RunFolder:
         """Whether the run to resume is finished; raises UserError if the folder is not free."""
         if self.is_done:
             self._drop_replaced()
-        elif not (overwrite or self._checkpoint.exists()) and self._put_back() and resume:
+        elif not (overwrite or self.checkpoint.exists()) and self._put_back() and resume:
             raise UserError(
                 f"--resume: {self.path}: the run that was to replace it ended before its first "
                 "checkpoint, and the earlier one is there again; give --overwrite to replace it"
@@ -132,7 +135,7 @@ class RunFolder:
             return True
         if (self.is_done or contents.has_finished_results) and not overwrite:
             raise UserError(f"{self.path} exists; give --overwrite to replace it, or another name")
-        if self._checkpoint.exists() and not (overwrite or resume):
+        if self.checkpoint.exists() and not (overwrite or resume):
             raise UserError(
                 f"{self.path} is an interrupted run; give --resume to go on, or --overwrite to "
                 "start anew"
@@ -153,7 +156,7 @@ class RunFolder:
             config: as YAML.
         """
         try:
-            before = read_yaml(self.path / "config.yaml")
+            before = read_yaml(self.path / CONFIG_FILE)
         except UserError:
             before = {}
         if not before:
@@ -207,8 +210,8 @@ class RunFolder:
         return Lock(self.path)
 
     @property
-    def _checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
+    def checkpoint(self) -> Path:
+        return self.path / CHECKPOINT_FILE
 
     @property
     def _replaced(self) -> "RunFolder":
@@ -228,8 +231,8 @@ class RunFolder:
             if distributed.is_main():
                 if isinstance(error, Diverged) and self._names is not None:  # it has begun
                     with contextlib.suppress(OSError):
-                        self._checkpoint.unlink(missing_ok=True)
-                if not self.is_done and not self._checkpoint.exists():
+                        self.checkpoint.unlink(missing_ok=True)
+                if not self.is_done and not self.checkpoint.exists():
                     with contextlib.suppress(UserError, OSError):  # the error itself is told
                         if self._put_back():
                             logger.warning("warning: %s: the earlier run is there again", self.path)
@@ -280,9 +283,9 @@ class RunFolder:
     def _drop_checkpoint(self) -> None:
         """Removes the checkpoint of a finished run; if it cannot, a warning says so."""
         try:
-            self._checkpoint.unlink(missing_ok=True)
+            self.checkpoint.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning("warning: %s was not removed: %s", self._checkpoint, error.strerror)
+            logger.warning("warning: %s was not removed: %s", self.checkpoint, error.strerror)
 
     def _refuse_links(self) -> None:
         """Raises UserError if a write would go elsewhere; a stranger may have made the folder."""
@@ -331,7 +334,7 @@ class RunFolder:
             "conditions": {"threads": torch.get_num_threads(), **self._origin.conditions},
             "model_sha256": model_sha256,
         }
-        if resume and distributed.from_main(self._checkpoint.exists()):
+        if resume and distributed.from_main(self.checkpoint.exists()):
             checkpoint = self._resumed(config)
             self._begin([*dict.fromkeys([*Contents(self.path).names, self.log.name])])
             return checkpoint
@@ -340,8 +343,8 @@ class RunFolder:
                 self._set_aside()
                 with writable(self.path):
                     self.path.mkdir(parents=True, exist_ok=True)
-                self._begin(["config.yaml", self.log.name])
-                self.write_text("config.yaml", config)
+                self._begin([CONFIG_FILE, self.log.name])
+                self.write_text(CONFIG_FILE, config)
         return None
 
     def _begin(self, names: Sequence[str]) -> None:
@@ -356,12 +359,12 @@ class RunFolder:
     def _resumed(self, config: str) -> dict[str, Any]:
         remove_strays(self.path)
         with explained(
-            self._checkpoint, "a checkpoint of this program", "give --overwrite to start anew"
+            self.checkpoint, "a checkpoint of this program", "give --overwrite to start anew"
         ):
-            content: dict[str, Any] = {**CHECKPOINT.validate_python(load_tensors(self._checkpoint))}
+            content: dict[str, Any] = {**CHECKPOINT.validate_python(load_tensors(self.checkpoint))}
         added = {name: content.pop(name, None) for name in (*self._added, "sources")}
         now = self._added["flags"]
-        before = added["flags"] or read_yaml(self.path / "config.yaml")  # earlier ones had none
+        before = added["flags"] or read_yaml(self.path / CONFIG_FILE)  # earlier ones had none
         sources = added["sources"] or {}
         same = {what for what in sources if self._origin.sources.get(what) == sources[what]}
         if added["model_sha256"] and added["model_sha256"] == self._added["model_sha256"]:
@@ -391,15 +394,15 @@ class RunFolder:
             )
         with contextlib.suppress(UserError):
             expected = {name: now.get(name) for name in recipe_of(before)}
-            if recipe_of(read_yaml(self.path / "config.yaml")) == expected:
+            if recipe_of(read_yaml(self.path / CONFIG_FILE)) == expected:
                 return content
-        self.write_text("config.yaml", config)  # it was changed or emptied, or names other places
+        self.write_text(CONFIG_FILE, config)  # it was changed or emptied, or names other places
         return content
 
     def write_checkpoint(self, content: Mapping[str, Any]) -> None:
         """Keeps plain data and tensors from which the run can go on, in place of earlier ones."""
         sources = {"sources": self._origin.sources} if self._added else {}
-        self.write_tensors(self._checkpoint.name, {**content, **self._added, **sources})
+        self.write_tensors(self.checkpoint.name, {**content, **self._added, **sources})
 
     @property
     def log(self) -> Path:
@@ -446,7 +449,7 @@ class RunFolder:
         """Plain data and CPU tensors, which `torch.load(..., weights_only=True)` reads."""
         self.write(name, lambda path: save_plain(path, dict(content)))
 
-    def write_metrics(self, rows: Sequence[Mapping[str, Any]], name: str = "metrics.csv") -> None:
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]], name: str = METRICS_FILE) -> None:
         """A table as CSV, one line per row; a cell without a value, or NaN, is empty."""
         columns = list(dict.fromkeys(name for row in rows for name in row))
 

@@ -11,7 +11,7 @@ from utils import config as configuration
 from utils.config import Group
 from utils.data.datasets import DatasetName
 from utils.errors import UserError, shown
-from utils.files import as_path, read_object
+from utils.files import CONFIG_FILE, as_path, read_object
 from utils.plain import read_yaml
 from utils.process.device import Precision
 from utils.records import backdoorbench
@@ -60,7 +60,7 @@ def recorded_dataset(folder: Path) -> str | None:
     """The dataset that a record names, read before everything else; None if it names none."""
     if is_backdoorbench(folder):
         return backdoorbench.read_dataset_name(folder)
-    for file, read in (("config.yaml", read_yaml), (SUMMARY, read_object)):
+    for file, read in ((CONFIG_FILE, read_yaml), (SUMMARY, read_object)):
         path = folder / file
         with explained(path, "the summary of a run", "restore the file, or run the attack again"):
             name = read(path).get("dataset") if path.exists() else None

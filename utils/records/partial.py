@@ -6,6 +6,7 @@ from typing import Any
 
 from utils.process.script import logger
 from utils.records.checkpoint import CHECKPOINT
+from utils.records.contents import METRICS_FILE
 from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
 
@@ -39,7 +40,7 @@ class Partial:
     def write_checkpoint(self, content: Mapping[str, Any]) -> None:
         self._folder.write_tensors(self.path.name, content)
 
-    def write_metrics(self, rows: Sequence[Mapping[str, Any]], name: str = "metrics.csv") -> None:
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]], name: str = METRICS_FILE) -> None:
         """Nothing: the rows of what is prepared are in the log alone."""
 
     def remove(self) -> None:
