@@ -84,35 +84,11 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone, e.g. `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except OSError as error:
-        if error.errno == errno.ENOENT and not has_working_folder():
-            logger.error(
-                "error: the folder that this command was given in is gone; change to one that is "
-                "there, and give it again"
-            )
-            raise SystemExit(2) from None
-        if is_lack_of_memory(error):
-            logger.error("error: %s", _lack_of_memory(error))
-            raise SystemExit(2) from None
-        if error.errno not in REFUSALS:
+    except (OSError, MemoryError, RuntimeError, TypeError) as error:
+        refusal = _refusal(error)
+        if refusal is None:
             raise
-        what = "a file" if error.filename is None else error.filename
-        advice = "make space, make it accessible, or give another path"
-        logger.error("error: %s: %s; %s", what, error.strerror, advice)
-        raise SystemExit(2) from None
-    except (MemoryError, RuntimeError, TypeError) as error:
-        if is_lack_of_memory(error):
-            logger.error("error: %s", _lack_of_memory(error))
-        elif str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
-            logger.error("error: %s; give another path", error)
-        elif re.search(r"\bMPS\b", str(error)):
-            logger.error(
-                "error: --device: mps lacks what this run needs (%s); give cpu, or set "
-                "PYTORCH_ENABLE_MPS_FALLBACK=1 for what it can leave to the CPU",
-                shown(one_line(error), 200),
-            )
-        else:
-            raise
+        logger.error("error: %s", refusal)
         raise SystemExit(2) from None
     except NothingToDo as done:
         logger.info("%s", done)
@@ -126,11 +102,31 @@ def run_script(main: Callable[[], None]) -> None:
         logger.removeHandler(console)
 
 
-def _lack_of_memory(error: BaseException) -> str:
-    return (
-        f"there is not enough memory ({shown(one_line(error), 200) or 'no more was said'}); give "
-        "smaller batches, images or networks, or another --device"
-    )
+def _refusal(error: Exception) -> str | None:
+    """What is wrong, and what to do, if the system or torch refuses; None if it is a defect."""
+    if isinstance(error, OSError) and error.errno == errno.ENOENT and not has_working_folder():
+        return (
+            "the folder that this command was given in is gone; change to one that is there, and "
+            "give it again"
+        )
+    if is_lack_of_memory(error):
+        return (
+            f"there is not enough memory ({shown(one_line(error), 200) or 'no more was said'}); "
+            "give smaller batches, images or networks, or another --device"
+        )
+    if isinstance(error, OSError):
+        if error.errno not in REFUSALS:
+            return None
+        what = "a file" if error.filename is None else error.filename
+        return f"{what}: {error.strerror}; make space, make it accessible, or give another path"
+    if str(error).startswith("Symlink loop"):  # of pathlib before Python 3.13
+        return f"{error}; give another path"
+    if re.search(r"\bMPS\b", str(error)):
+        return (
+            f"--device: mps lacks what this run needs ({shown(one_line(error), 200)}); give cpu, "
+            "or set PYTORCH_ENABLE_MPS_FALLBACK=1 for what it can leave to the CPU"
+        )
+    return None
 
 
 def _require_temporary_folder() -> None:
