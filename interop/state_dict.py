@@ -189,6 +189,34 @@ def _pictures_below(folder: Path) -> Content:
     return Content(pictures, skipped)
 
 
+def _checkpoint_of(config: Config) -> Path:
+    """The checkpoint to read.
+
+    Raises:
+        UserError: if it is not given, or if flags do not fit together.
+    """
+    if config.state_dict is None:
+        raise UserError("--state_dict: a value is needed; give the model's checkpoint")
+    maps_all = config.attack_label_trans == "all2all"
+    if config.bd_test_dir is not None and config.attack_target is None and not maps_all:
+        raise UserError("--attack_target: a value is needed with --bd_test_dir; give the label")
+    for flag, values in (("mean", config.mean), ("std", config.std)):
+        if len(values) not in (0, 3):
+            raise UserError(f"--{flag}: has {len(values)} numbers; give three, e.g. 0.5,0.5,0.5")
+    return Path(config.state_dict)
+
+
+def _inputs(
+    config: Config, data: Dataset, model_sha256: str | None, triggered: Triggered | None
+) -> dict[str, str]:
+    """What is read, see `ending.inputs_of`; the triggered images count by their pixels."""
+    contents = {}
+    if triggered is not None:
+        parts = (triggered.index, triggered.images, triggered.targets)
+        contents = {"bd_test_dir": digest(parts)}
+    return ending.inputs_of(config, data, model_sha256, **contents)
+
+
 def import_model(config: Config) -> folders.RunFolder:
     """Writes the record of a model that was trained elsewhere.
 
@@ -200,26 +228,14 @@ def import_model(config: Config) -> folders.RunFolder:
     """
     started = time.monotonic()
     folder = free_folder(config.save_folder_name, config.record_path, config.overwrite)
-    if config.state_dict is None:
-        raise UserError("--state_dict: a value is needed; give the model's checkpoint")
-    checkpoint = Path(config.state_dict)
-    maps_all = config.attack_label_trans == "all2all"
-    if config.bd_test_dir is not None and config.attack_target is None and not maps_all:
-        raise UserError("--attack_target: a value is needed with --bd_test_dir; give the label")
-    for flag, values in (("mean", config.mean), ("std", config.std)):
-        if len(values) not in (0, 3):
-            raise UserError(f"--{flag}: has {len(values)} numbers; give three, e.g. 0.5,0.5,0.5")
+    checkpoint = _checkpoint_of(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     # The size has its home in the recipe of the dataset.
     size = config.image_size or TrainingConfig.load(config.dataset).image_size
     with folder.replacing(), file_log() as open_log:
         data = load_dataset(config.dataset, as_path(config.dataset_path), size)
-        data = replace(
-            data,
-            mean=config.mean or data.mean,
-            std=config.std or data.std,
-        )
+        data = replace(data, mean=config.mean or data.mean, std=config.std or data.std)
         config = with_target(config, data)
         findings = Findings()
         if config.attack_target is not None:
@@ -235,11 +251,7 @@ def import_model(config: Config) -> folders.RunFolder:
 
         # Before the folder is emptied, because the checkpoint may be that of the replaced record.
         model_name, model_sha256 = model_identity(config.model)
-        contents = {}
-        if triggered is not None:
-            parts = (triggered.index, triggered.images, triggered.targets)
-            contents = {"bd_test_dir": digest(parts)}
-        inputs = ending.inputs_of(config, data, model_sha256, **contents)
+        inputs = _inputs(config, data, model_sha256, triggered)
         folder.start(config.dump())
         open_log(folder.log)
         logger.info("external model on %s: %s, %s, %s", data.name, model_name, device, precision)
