@@ -203,14 +203,7 @@ def import_record(
         "attack_label_trans": attack.attack_label_trans,
     }
     config = {"result_file": str(source.absolute()), "dataset": attack.dataset, **facts}
-    if results := sorted(p.parent.name for p in source.glob(f"defense/*/{DEFENSE_RESULT}")):
-        logger.warning(
-            "warning: %s: results of defenses are left out (%s); run our defenses with "
-            "--result_file %s",
-            source,
-            listed(results),
-            name,
-        )
+    _warn_of_results(source, name)
     with folder.replacing():
         folder.start(as_yaml(config))
         save_attack(
@@ -243,6 +236,22 @@ def import_record(
             run={},
         )
     return folder
+
+
+def _warn_of_results(source: Path, name: str) -> None:
+    """Says which results of defenses an import leaves out.
+
+    Args:
+        name: of the record that is made.
+    """
+    if results := sorted(p.parent.name for p in source.glob(f"defense/*/{DEFENSE_RESULT}")):
+        logger.warning(
+            "warning: %s: results of defenses are left out (%s); run our defenses with "
+            "--result_file %s",
+            source,
+            listed(results),
+            name,
+        )
 
 
 def _is_import(folder: folders.RunFolder, source: Path, dataset_path: str | None) -> bool:
@@ -320,9 +329,9 @@ def _write_notes(
     folder.write_tensors(INFO, arguments)
     # Attacks that control training have cross samples, and no such list.
     if len(poisoned.index) and not (poisoned.kinds == KINDS.index("cross")).any():
-        listed = np.zeros(len(poisoned), dtype=np.float64)
-        listed[poisoned.index[poisoned.kinds == KINDS.index("poison")].numpy()] = 1
-        folder.write(POISON_LIST, lambda path: folders.save_plain(path, listed))
+        is_poison = np.zeros(len(poisoned), dtype=np.float64)
+        is_poison[poisoned.index[poisoned.kinds == KINDS.index("poison")].numpy()] = 1
+        folder.write(POISON_LIST, lambda path: folders.save_plain(path, is_poison))
     metrics = attack.folder / METRICS_FILE
     if metrics.exists():
         import pandas as pd  # here, because `--help` must not wait for it
