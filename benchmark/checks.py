@@ -201,23 +201,23 @@ def _script(cell: Cell) -> tuple[str, str]:
     return folder, name
 
 
-def _resolved(cell: Cell, flags: Mapping[str, Any], known: dict[str, dict[str, Any]]) -> Any:
+def _resolved(cell: Cell, flags: Mapping[str, Any], resolved: dict[str, dict[str, Any]]) -> Any:
     """The whole configuration that the cell's script makes of some flags; empty if it refuses them.
 
     Args:
-        known: what was resolved before, to which this is added.
+        resolved: what was resolved before, to which this is added.
     """
     dataset = (cell.attack or cell).flags["dataset"]
     given = {n: v for n, v in flags.items() if n not in (*OF_GRID, "dataset")}
     key = f"{cell.script} {dataset} {given}"
-    if key not in known:
+    if key not in resolved:
         config = config_class(*_script(cell))
         try:
             text = "" if config is None else config.load(dataset, **given).dump()
         except UserError:
             text = ""  # said elsewhere
-        known[key] = parse_yaml(text, cell.script)
-    return {**known[key], **{n: v for n, v in flags.items() if n in OF_GRID and known[key]}}
+        resolved[key] = parse_yaml(text, cell.script)
+    return {**resolved[key], **{n: v for n, v in flags.items() if n in OF_GRID and resolved[key]}}
 
 
 def _other_values(

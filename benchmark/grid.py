@@ -242,8 +242,8 @@ def _said(problem: Any, place: Place) -> str:
     if problem["type"] == "missing":
         return f"{where}: is missing; give {_ALLOWED[str(place[0])]}"
     if problem["type"] == "extra_forbidden":
-        known = list((Slurm if place[0] == "slurm" else Grid).model_fields)
-        return f"{where}: unknown name{suggestion(str(place[-1]), known)}; give {', '.join(known)}"
+        names = list((Slurm if place[0] == "slurm" else Grid).model_fields)
+        return f"{where}: unknown name{suggestion(str(place[-1]), names)}; give {', '.join(names)}"
     value = _told(problem["input"])
     if problem["loc"][-1] == "[key]":
         return f"{'.'.join(map(quoted, place[:1]))}: {value} is no name; give {_NAME}"

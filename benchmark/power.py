@@ -83,8 +83,8 @@ class Inspection(BaseModel):
 
     def names_target(self, signal: str) -> bool:
         """Whether the class that stands out is the target; none does where the statistic is 0."""
-        found = self.signals[signal]
-        return found.statistic > 0 and found.top == self.attack_target
+        seen = self.signals[signal]
+        return seen.statistic > 0 and seen.top == self.attack_target
 
     @property
     def is_unknown(self) -> bool:
@@ -174,17 +174,17 @@ def read(folders: Sequence[Path]) -> list[Inspection]:
     Raises:
         UserError: if there is none.
     """
-    found: list[tuple[Path, Inspection]] = []
+    candidates: list[tuple[Path, Inspection]] = []
     for folder in folders:
         if not folder.is_dir():
             raise no_records(folder)
         for path in sorted(folder.glob(f"**/analysis/[!.]*/{SUMMARY}")):
             one = _read_one(path)
             if one is not None:
-                found.append((path, one))
+                candidates.append((path, one))
     inspections: list[Inspection] = []
     seen: set[str] = set()
-    for path, one in sorted(found, key=lambda pair: pair[1].attack == EXTERNAL):
+    for path, one in sorted(candidates, key=lambda pair: pair[1].attack == EXTERNAL):
         if seen.isdisjoint(of_model := _identities(path, one)):
             seen |= of_model
             inspections.append(one)
@@ -227,15 +227,15 @@ def _identities(path: Path, one: Inspection) -> set[str]:
     """What tells a model from others: its file, and its weights if the file is still there."""
     if one.attack_sha256 is None:
         return {str(path.resolve())}
-    known = {one.attack_sha256}
+    identities = {one.attack_sha256}
     file = path.parents[2] / ATTACK_RESULT
     try:
         if file_sha256(file) == one.attack_sha256:
             weights = load_tensors(file)["model"]
-            known.add(digest(weights[name] for name in sorted(weights)))
+            identities.add(digest(weights[name] for name in sorted(weights)))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # a record of another kind has no weights that can be compared
-    return known
+    return identities
 
 
 def markdown(rows: Sequence[Power]) -> str:

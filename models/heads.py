@@ -76,15 +76,15 @@ class _Pass:
         has no output per class, as for a temperature.
         """
         read = self._read_by(self._logits) if self._logits.shape[:-1] == (1,) else set()
-        found = {place: (place, *self.calls[place][:2]) for place in sorted(read)}
-        linear = {p: (p, name, m) for p, name, m in found.values() if isinstance(m, nn.Linear)}
-        if len(linear) < len(found):
+        layers = {place: (place, *self.calls[place][:2]) for place in sorted(read)}
+        linear = {p: (p, name, m) for p, name, m in layers.values() if isinstance(m, nn.Linear)}
+        if len(linear) < len(layers):
             return []
         inputs = {place: self._read_by(self._cut[place]) for place in linear}
-        own = [linear[p] for p, reads in inputs.items() if not reads or reads - linear.keys()]
-        per_class = [layer for layer in own if layer[2].out_features == self.classes]
-        weights = [layer[2]._parameters.get("weight", layer[2]) for layer in per_class or own]
-        return list(dict(zip(map(id, weights), per_class or own, strict=True)).values())
+        apart = [linear[p] for p, reads in inputs.items() if not reads or reads - linear.keys()]
+        per_class = [layer for layer in apart if layer[2].out_features == self.classes]
+        weights = [layer[2]._parameters.get("weight", layer[2]) for layer in per_class or apart]
+        return list(dict(zip(map(id, weights), per_class or apart, strict=True)).values())
 
     def idle(self) -> dict[str, nn.Linear]:
         """The linear layers with an output per class that are never called, by their names."""

@@ -50,12 +50,12 @@ class _Pooling(TorchFunctionMode):
     that was brought into this order, or else of none.
 
     Attributes:
-        found: in the order of the calls.
+        pooled: in the order of the calls.
     """
 
     def __init__(self, place: Callable[[], int]) -> None:
         super().__init__()
-        self.found: list[_Pooled] = []
+        self.pooled: list[_Pooled] = []
         self._place = place
         # Maps in another order of dimensions, with the map, and what is of no map (N, C, H, W).
         self._moved: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -93,23 +93,23 @@ class _Pooling(TorchFunctionMode):
         Args:
             order: the dimensions of the source that the result has.
         """
-        known = self._moved.get(id(source))
-        if len(order) == 4 and order != sorted(order) and (known or order != [0, 3, 1, 2]):
-            self._moved[id(result)] = (result, known[1] if known else source)
-        elif order == [0, 3] and not known:
+        moved = self._moved.get(id(source))
+        if len(order) == 4 and order != sorted(order) and (moved or order != [0, 3, 1, 2]):
+            self._moved[id(result)] = (result, moved[1] if moved else source)
+        elif order == [0, 3] and not moved:
             self._moved[id(result)] = (result, None)
 
     def _look(
         self, name: str, source: torch.Tensor, result: torch.Tensor, has_others: bool
     ) -> None:
-        own = (self._moved.get(id(source), (source, source))[1], self._place())
+        this_map, this_place = self._moved.get(id(source), (source, source))[1], self._place()
         if id(source) in self._moved and name in (*_KEEPING, *_MEANS) and result.ndim == 4:
-            self._moved.setdefault(id(result), (result, own[0]))
-        if own[0] is None or (id(result) in self._moved and self._moved[id(result)][1] is None):
+            self._moved.setdefault(id(result), (result, this_map))
+        if this_map is None or (id(result) in self._moved and self._moved[id(result)][1] is None):
             if result.ndim < 4:
-                self.found.append(_Pooled(result.grad_fn, None, own[1]))
+                self.pooled.append(_Pooled(result.grad_fn, None, this_place))
             return
-        origin, place = self._results.get(id(source), (None, *own))[1:]
+        origin, place = self._results.get(id(source), (None, this_map, this_place))[1:]
         if origin is not None and origin.ndim != 4:
             return
         pixels = result.shape[2:].numel()
@@ -120,40 +120,40 @@ class _Pooling(TorchFunctionMode):
         if result.ndim == 2:
             self._keep(result, origin, place)
         elif result.ndim == 4 and is_whole and ("pool" in name or name in _MEANS):
-            self._results[id(result)] = (result, *own)
-        elif result.ndim == 4 and is_after and origin is not own[0]:
+            self._results[id(result)] = (result, this_map, this_place)
+        elif result.ndim == 4 and is_after and origin is not this_map:
             self._results[id(result)] = (result, origin, place)
         elif result.ndim == 3 and source.ndim == 4:
             self._results[id(result)] = (result, origin, place)
             # Tokens, unless the next call pools or flattens them.
-            self.found.append(_Pooled(result.grad_fn, None, place))
+            self.pooled.append(_Pooled(result.grad_fn, None, place))
 
     def _join(self, sources: Sequence[Any], result: torch.Tensor) -> None:
-        known = self._known(sources)
-        if _of_several(known) or (known and (result.ndim == 2 or len(known) == len(sources))):
-            _, origin, place = known[0]
-            self._keep(result, None if _of_several(known) else origin, place)
+        results = self._results_among(sources)
+        if _of_several(results) or (results and (result.ndim == 2 or len(results) == len(sources))):
+            _, origin, place = results[0]
+            self._keep(result, None if _of_several(results) else origin, place)
 
     def _follow(self, name: str, sources: Sequence[torch.Tensor], result: torch.Tensor) -> None:
         """What is made from pooled features is of their map; what only weighs them has none."""
-        known = self._known(sources)
-        if known and (name in _WEIGHING or not _of_several(known)):
-            self._results[id(result)] = (result, *known[0][1:])
-        elif known:
-            self._keep(result, None, known[0][2])
+        results = self._results_among(sources)
+        if results and (name in _WEIGHING or not _of_several(results)):
+            self._results[id(result)] = (result, *results[0][1:])
+        elif results:
+            self._keep(result, None, results[0][2])
 
-    def _known(self, sources: Sequence[Any]) -> list[_Result]:
+    def _results_among(self, sources: Sequence[Any]) -> list[_Result]:
         return [self._results[id(source)] for source in sources if id(source) in self._results]
 
     def _keep(self, result: torch.Tensor, origin: torch.Tensor | None, place: int) -> None:
         self._results[id(result)] = (result, origin, place)
         if result.ndim == 2:
-            self.found.append(_Pooled(result.grad_fn, origin, place, origin is None))
+            self.pooled.append(_Pooled(result.grad_fn, origin, place, origin is None))
 
 
-def _of_several(known: Sequence[_Result]) -> bool:
+def _of_several(results: Sequence[_Result]) -> bool:
     """Whether results are of different maps."""
-    return any(origin is not known[0][1] for _, origin, _ in known)
+    return any(origin is not results[0][1] for _, origin, _ in results)
 
 
 def _order(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
@@ -167,7 +167,7 @@ def _order(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
     return [like.shape.index(size) for size in shape if size != 1]
 
 
-def _of_logits(found: Sequence[_Pooled], logits: torch.Tensor) -> _Pooled | None:
+def _of_logits(candidates: Sequence[_Pooled], logits: torch.Tensor) -> _Pooled | None:
     """The last result from which the logits are made; they are not made from auxiliary ones.
 
     Where no gradient leads from the logits, as in a frozen network, it is the last one of all.
@@ -179,8 +179,8 @@ def _of_logits(found: Sequence[_Pooled], logits: torch.Tensor) -> _Pooled | None
         if node is not None and node not in nodes:
             nodes.add(node)
             waiting += [before for before, _ in node.next_functions]
-    used = [pooled for pooled in found if pooled.node is None or pooled.node in nodes]
-    return next(reversed(used or list(found)), None)
+    used = [pooled for pooled in candidates if pooled.node is None or pooled.node in nodes]
+    return next(reversed(used or list(candidates)), None)
 
 
 def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1) -> str:
@@ -211,7 +211,7 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
         _Pooling(lambda: len(seen)) as pooling,
     ):
         logits = model(images)
-    pooled = _of_logits(pooling.found, logits)
+    pooled = _of_logits(pooling.pooled, logits)
     times = Counter(name for name, _ in seen)
     maps = [
         (name, output)
@@ -223,13 +223,13 @@ def last_map(model: nn.Module, image_shape: Sequence[int], least_pixels: int = 1
             "this network joins features of several maps, and this method masks those of one; give "
             "another method or network"
         )
-    found, names = pooled.origin if pooled else None, []
-    if found is not None and found.shape[2:].numel() < least_pixels:
+    last, names = pooled.origin if pooled else None, []
+    if last is not None and last.shape[2:].numel() < least_pixels:
         parts = top_level(model)
         names = [n for n, x in maps if n in parts and x.shape[2:].numel() >= least_pixels]
-    elif found is not None:
-        same = [n for n, x in maps if x is found] or [n for n, x in maps if x.shape == found.shape]
-        names = same or [n for n, x in maps if x.shape[2:].numel() >= found.shape[2:].numel()]
+    elif last is not None:
+        same = [n for n, x in maps if x is last] or [n for n, x in maps if x.shape == last.shape]
+        names = same or [n for n, x in maps if x.shape[2:].numel() >= last.shape[2:].numel()]
     if not names:
         raise UserError(
             "this method works on the map of features (N, C, H, W) before global pooling, and this "

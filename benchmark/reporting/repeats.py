@@ -89,8 +89,8 @@ def _by_result(runs: pd.DataFrame) -> pd.Series:
     alike = {recipe for recipe, run in first.items() if _is_same_recipe(run, first[usual])}
 
     def suffixes(of_attack: pd.Series) -> pd.Series:
-        known = [recipe for recipe in of_attack if recipe in alike]
-        kept = usual if usual in known else next(iter(known), usual)
+        as_usual = [recipe for recipe in of_attack if recipe in alike]
+        kept = usual if usual in as_usual else next(iter(as_usual), usual)
         return of_attack.map(names | {kept: ""})
 
     by_attack = recipes.groupby([runs["attack"], runs["pratio"]], dropna=False)

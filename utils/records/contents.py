@@ -180,8 +180,8 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 def object_in(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
     """An object in a run's summary; empty if it is none."""
-    found = summary.get(name)
-    return found if isinstance(found, dict) else {}
+    content = summary.get(name)
+    return content if isinstance(content, dict) else {}
 
 
 def is_file_name(name: str) -> bool:

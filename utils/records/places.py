@@ -129,9 +129,9 @@ def find_record(name: str, root: Path | None, flag: str = "--result_file") -> Pa
     if folder is not None:
         return folder
     records = root or ROOT / "record"
-    found = [path.parent for path in records.glob(f"[!.]*/{ATTACK_RESULT}")]
+    folders = [path.parent for path in records.glob(f"[!.]*/{ATTACK_RESULT}")]
     # Others are given as folders.
-    names = sorted(x.name for x in found if NAME.fullmatch(x.name) and not x.is_symlink())
+    names = sorted(x.name for x in folders if NAME.fullmatch(x.name) and not x.is_symlink())
     is_name = NAME.fullmatch(name) or os.path.isdir(name)
     where = "" if is_name else f", and there is no folder {os.path.abspath(name)}"
     raise UserError(
