@@ -302,7 +302,7 @@ def measure_share(bench: Bench, batch_size: int) -> list[Row]:
     ]
 
 
-def share_of_steps(bench: Bench, batch_size: int, unit: float, steps: int = 6) -> list[Row]:
+def share_of_steps(bench: Bench, batch_size: int, unit: float) -> list[Row]:
     """Seconds of each part of some training steps, and of the floor.
 
     Args:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-import yaml
 from markupsafe import Markup
 from PIL import Image
 
@@ -18,6 +17,7 @@ from benchmark.reporting import leaderboard, sources, tables
 from benchmark.reporting.means import FLAGS, Grid, Row, Table
 from benchmark.reporting.stored import StoredRun, is_plain
 from utils import plot
+from utils.plain import as_yaml
 
 LARGEST_FILE = 8 << 20  # bytes of a picture that is looked at
 LARGEST_PIXELS = 30_000_000
@@ -258,9 +258,5 @@ def _run(run: pd.Series, pictures: Pictures) -> dict[str, Any]:
         "about": "; ".join(filter(None, facts)),
         "warnings": run["warnings"],
         "pictures": [picture for picture in shown if picture is not None],
-        "config": None if stored.config is None else _yaml(stored.config),
+        "config": None if stored.config is None else as_yaml(stored.config),
     }
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))

@@ -49,18 +49,15 @@ def legend(grids: Sequence[Grid]) -> list[str]:
     used = {flag for grid in grids for flag in grid.flags()}
     rows = [row for grid in grids for row in (*grid.body, *grid.foot)]
     numbers = [number for row in rows for number in row.numbers.values()]
+    has_deviations = any(number.sd is not None for number in numbers)
     lines = [
-        "Percent; mean ± sample standard deviation over seeds" if _any_sd(numbers) else "Percent"
+        "Percent; mean ± sample standard deviation over seeds" if has_deviations else "Percent"
     ]
     if any(" (" in value_text(n, row) for row in rows for n in row.numbers.values()):
         lines[0] += "; (k): k seeds, or attacks, where that is not the row's number"
     if any(number.is_best for number in numbers):
         lines[0] += "; bold: the best"
     return [f"{lines[0]}.", *(f"{flag}: {FLAGS[flag]}." for flag in sorted(used))]
-
-
-def _any_sd(numbers: Sequence[Number]) -> bool:
-    return any(number.sd is not None for number in numbers)
 
 
 def made_by(table: Table) -> tuple[pd.DataFrame, str]:

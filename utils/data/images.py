@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,7 @@ IMAGE_SUFFIXES = frozenset(
 # What Pillow calls these formats. It would open others, too, whatever the ending: PostScript, which
 # starts Ghostscript, among them.
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF", "TGA", "JPEG2000")
+_WAITING = 512  # pictures that are read ahead
 # What brings a picture upright, by the orientation in its EXIF data.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -203,18 +205,14 @@ def _cache_of(root: Path, files: list[Path], image_size: int, shape: tuple[int, 
     return cache
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable, items: list, window: int = 512
-) -> Iterator:
-    """pool.map in order, with at most `window` results waiting."""
-    pending = [pool.submit(function, item) for item in items[:window]]
-    pending.reverse()
-    rest = iter(items[window:])
-    while pending:
-        yield pending.pop().result()
-        for item in rest:
-            pending.insert(0, pool.submit(function, item))
-            break
+def _ahead(pool: ThreadPoolExecutor, function: Callable, items: list) -> Iterator:
+    """pool.map in order, with at most `_WAITING` results that nobody has taken yet."""
+    waiting = deque(pool.submit(function, item) for item in items[:_WAITING])
+    for item in items[_WAITING:]:
+        yield waiting.popleft().result()
+        waiting.append(pool.submit(function, item))
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _file_digest(file: Path) -> bytes:
