@@ -36,16 +36,10 @@ from models import build_model, check_model, model_identity, prepare
 from utils import config as configuration
 from utils.config import Group
 from utils.data import poison
-from utils.data.datasets import (
-    Content,
-    DatasetName,
-    class_name,
-    content_of,
-    load_dataset,
-    skipped_warning,
-)
+from utils.data.datasets import DatasetName, load_dataset
 from utils.data.images import decoded
 from utils.data.labelled import Dataset, Triggered
+from utils.data.picturefolders import Content, class_name, content_of, skipped_warning
 from utils.data.targets import check_target, tell_target, with_target
 from utils.errors import UserError
 from utils.files import absolute, as_path

@@ -1,7 +1,6 @@
 """The table of datasets, and how each is found, downloaded and read."""
 
 import csv
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from torch.nn import functional as F
 
 from utils.data.archives import Archive, check_place, extract_all
 from utils.data.batches import release
-from utils.data.images import IMAGE_SUFFIXES, data_folder, decoded
+from utils.data.images import data_folder, decoded
 from utils.data.labelled import Dataset, Labelled
+from utils.data.picturefolders import class_folders, content_of, skipped_warning
 from utils.errors import UserError, listed, suggestion
 from utils.files import TABLE, read_text
 from utils.process.script import logger
@@ -329,7 +329,7 @@ def _folder(path: Path | None, image_size: int) -> Dataset:
                     f"--dataset_path: {path} has no folder {name}, but one called {alias}; rename "
                     f"it to {name}"
                 )
-        homes, others = _class_folders(path / name)
+        homes, others = class_folders(path / name)
         folders.append(homes)
         skipped += others
     classes, test_classes = (tuple(split) for split in folders)
@@ -382,71 +382,6 @@ def _folder_warnings(path: Path, dataset: Dataset, skipped: list[Path]) -> Itera
             f"--dataset_path: the brightest pixel of {path / 'train'} is {brightest} of 255; where "
             "16-bit files hold 12 or fewer bits, scale them to all 16 first"
         )
-
-
-def skipped_warning(flag: str, path: Path, skipped: list[Path]) -> str:
-    """The warning about what is in a flag's folder of images, but in no place for one."""
-    return (
-        f"--{flag}: {len(skipped)} files or folders are skipped, such as "
-        f"{skipped[0].relative_to(path)}; pictures are in the folder of a class and have one "
-        f"of the endings {' '.join(sorted(IMAGE_SUFFIXES))}"
-    )
-
-
-def class_name(folder: Path) -> str:
-    """The name of a class by its folder; a letter with an accent becomes one character."""
-    return unicodedata.normalize("NFC", folder.name)
-
-
-def _class_folders(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """Class -> its folder, by name; and the files beside these folders, without hidden files."""
-    if not folder.is_dir():
-        raise UserError(
-            f"--dataset_path: {folder} is not a folder; put one folder per class into it"
-        )
-    folders: dict[str, Path] = {}
-    visible = [inside for inside in sorted(folder.iterdir()) if not inside.name.startswith(".")]
-    for inside in visible:
-        if inside.is_dir():
-            other = folders.setdefault(class_name(inside), inside)
-            if other != inside:
-                raise UserError(
-                    f"--dataset_path: {other} and {inside} have the same name, spelled in two "
-                    "ways; move the images of one into the other"
-                )
-    if not folders:
-        raise UserError(
-            f"--dataset_path: {folder} has no class folders; put one folder per class into it"
-        )
-    return dict(sorted(folders.items(), key=_by_name(folders))), [
-        inside for inside in visible if not inside.is_dir()
-    ]
-
-
-def _by_name(names: Iterable[str]) -> Callable[[tuple[str, Path]], tuple[int, str]]:
-    """Orders classes by their names; as numbers, if all of them are."""
-    are_numbers = all(name.isascii() and name.isdigit() and len(name) < 19 for name in names)
-    return lambda item: (int(item[0]) if are_numbers else 0, item[0])
-
-
-class Content(NamedTuple):
-    """What is in a folder of pictures."""
-
-    pictures: list[Path]
-    others: list[Path]
-
-
-def content_of(folder: Path) -> Content:
-    """The picture files of a folder by name, and the other things in it.
-
-    Hidden files are in neither list: they are notes of other programs.
-    """
-    pictures: list[Path] = []
-    others: list[Path] = []
-    for file in sorted(folder.iterdir()):
-        if not file.name.startswith("."):
-            (pictures if file.suffix.lower() in IMAGE_SUFFIXES else others).append(file)
-    return Content(pictures, others)
 
 
 def _lines(file: Path) -> Iterable[str]:
