@@ -284,9 +284,7 @@ def write(
         folder.write_checkpoint({"loop": {"done": done}, "rows": [], "seconds": seconds})
 
     results = Results(keep=keep, done=_done_before(checkpoint), models=models)
-    what = "a model" if attack is None else attack.attack
-    target = "" if attack is None else ending.target_title(vars(attack), data)
-    title = f"{what} on {data.name}{target}"
+    title = _title(subject)
     with file_log() as open_log, deterministic(config.deterministic):
         open_log(folder.log, append=checkpoint is not None)
         others = listed([p.name for p in subject.purified]) or "none"
@@ -312,20 +310,7 @@ def write(
         ending.finish_run(
             folder,
             results,
-            facts={
-                "analysis": name,
-                "attack": None if attack is None else attack.attack,
-                "attack_target": None if attack is None else attack.attack_target,
-                "attack_label_trans": None if attack is None else attack.attack_label_trans,
-                **({"attack_sha256": None} if attack is None else attack.identity),
-                "dataset": data.name,
-                "model": subject.model_name,
-                "seed": config.random_seed,
-                "defenses": [p.name for p in subject.purified],
-                "models": results.models,
-                "headline": results.headline,
-                "conclusion": results.conclusion,
-            },
+            facts={"analysis": name, **_facts(subject, config, results)},
             said=data.warnings,
             warnings=[],
             result="\n".join(_said(results)),
@@ -336,6 +321,32 @@ def write(
             ),
         )
     return folder
+
+
+def _title(subject: Subject) -> str:
+    """What is looked at, as logs and figures name it."""
+    data, attack = subject.data, subject.attack
+    if attack is None:
+        return f"a model on {data.name}"
+    return f"{attack.attack} on {data.name}{ending.target_title(vars(attack), data)}"
+
+
+def _facts(subject: Subject, config: AnalysisConfig, results: Results) -> dict[str, Any]:
+    """The first entries of an analysis' summary."""
+    attack = subject.attack
+    return {
+        "attack": None if attack is None else attack.attack,
+        "attack_target": None if attack is None else attack.attack_target,
+        "attack_label_trans": None if attack is None else attack.attack_label_trans,
+        **({"attack_sha256": None} if attack is None else attack.identity),
+        "dataset": subject.data.name,
+        "model": subject.model_name,
+        "seed": config.random_seed,
+        "defenses": [p.name for p in subject.purified],
+        "models": results.models,
+        "headline": results.headline,
+        "conclusion": results.conclusion,
+    }
 
 
 def tell_doubts(subject: Subject, results: Results) -> None:

@@ -373,7 +373,7 @@ def subject_of_weights(config: Config) -> Subject:
     Raises:
         UserError: if checkpoint, network, data and flags do not fit together.
     """
-    for flag in ("dataset", "model", "save_folder_name"):
+    for flag in ("dataset", "model"):
         if getattr(config, flag) is None:
             raise UserError(f"--{flag}: a value is needed with --state_dict")
     dataset, model_name = str(config.dataset), str(config.model)

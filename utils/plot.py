@@ -1,4 +1,6 @@
-"""Every figure. Functions return matplotlib figures or images; nothing here touches the disk.
+"""Figures of runs and reports, and what all figures share; `utils/charts.py` has the analyses'.
+
+Functions return matplotlib figures or images; nothing here touches the disk.
 
 Names of classes, attacks, and the like may come from a stranger: each text passes `printable`.
 """
