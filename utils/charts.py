@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
+from numpy.typing import NDArray
 
 from utils.plot import (
     LONGEST_TITLE,
@@ -68,11 +69,8 @@ def curves_of(
         spaced_marks = range(0, len(table), max(1, len(table) // 8))
         for name in table:
             if name in controls:
-                hue, marker, style = (
-                    _CONTROL,
-                    "x",
-                    _STYLES[1 + list(map(str, controls)).index(str(name)) % 3],
-                )
+                hue, marker = _CONTROL, "x"
+                style = _STYLES[1 + list(map(str, controls)).index(str(name)) % 3]
             else:
                 place = rivals.index(str(name))
                 hue, marker = look_of(place)
@@ -286,27 +284,47 @@ def inspection(
         panel.set_visible(False)
     names = [printable(name, 12) for name in classes]
     for panel, ((heading, unit), values) in zip(panels, bars.items(), strict=False):
-        numbers = np.asarray(values, dtype=float)
-        drawn = panel.bar(range(len(numbers)), numbers, color="#0072B2", width=0.75)
-        finite = numbers[np.isfinite(numbers)]
-        if finite.any():  # else none is the largest
-            drawn[int(np.nanargmax(numbers))].set(
-                facecolor="#D55E00", hatch="///", edgecolor="white"
-            )
+        _draw_bars(panel, np.asarray(values, dtype=float), names)
         panel.set_title(printable(heading, 60), fontsize=9)
         panel.set_ylabel(printable(unit), fontsize=8)
-        low, high = min([0.0, *finite]), max([0.0, *finite])
-        high = high if high > low else 1.0  # all are 0
-        panel.set(xlim=(-0.6, len(numbers) - 0.4), ylim=(1.05 * low, 1.05 * high))
-        if len(names) <= _FEW:
-            are_long = max(map(len, names)) > 3
-            panel.set_xticks(range(len(names)), names, rotation=90 if are_long else 0)
-        else:
-            panel.xaxis.set_major_locator(whole_numbers())
-        panel.tick_params(labelsize=7)
-        without_frame(panel)
+    _draw_examples(parts[1], examples, captions)
+    parts[1].supxlabel(printable(note, LONGEST_TITLE), fontsize=9, x=0.02, ha="left")
+    entitle(figure, title)
+    return figure
+
+
+def _draw_bars(axis: Axes, values: NDArray[np.float64], names: Sequence[str]) -> None:
+    """Draws a bar for each class, the largest one hatched; with few classes also their names.
+
+    Args:
+        values: (K,), NaN where there is none.
+    """
+    drawn = axis.bar(range(len(values)), values, color="#0072B2", width=0.75)
+    finite = values[np.isfinite(values)]
+    if finite.any():  # else none is the largest
+        drawn[int(np.nanargmax(values))].set(facecolor="#D55E00", hatch="///", edgecolor="white")
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    high = high if high > low else 1.0  # all are 0
+    axis.set(xlim=(-0.6, len(values) - 0.4), ylim=(1.05 * low, 1.05 * high))
+    if len(names) <= _FEW:
+        are_long = max(map(len, names)) > 3
+        axis.set_xticks(range(len(names)), names, rotation=90 if are_long else 0)
+    else:
+        axis.xaxis.set_major_locator(whole_numbers())
+    axis.tick_params(labelsize=7)
+    without_frame(axis)
+
+
+def _draw_examples(
+    place: Any, examples: Mapping[str, torch.Tensor], captions: Sequence[str]
+) -> None:
+    """Draws rows of images into a part of a figure, with captions under the last row.
+
+    Args:
+        examples, captions: as for `inspection`.
+    """
     count = min(len(images) for images in examples.values())
-    cells = parts[1].subplots(len(examples), count, squeeze=False)
+    cells = place.subplots(len(examples), count, squeeze=False)
     texts, size = captions_below(captions)
     for number, (name, images) in enumerate(examples.items()):
         for column in range(count):
@@ -319,6 +337,3 @@ def inspection(
             if number == len(examples) - 1:
                 cell.set_xlabel(texts[column], fontsize=size, labelpad=2)
         cells[number, 0].set_ylabel(printable(name), fontsize=9)
-    parts[1].supxlabel(printable(note, LONGEST_TITLE), fontsize=9, x=0.02, ha="left")
-    entitle(figure, title)
-    return figure
