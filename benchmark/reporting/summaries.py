@@ -174,25 +174,7 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
             )
     all_rows: list[dict[str, Any]] = []
     for record in sorted(records.values(), key=lambda record: Path(record.name)):
-        made_of = record.model_sha256
-        results: list[tuple[StoredRun, _Defense]] = []
-        scored_on: tuple[str, str] | None = None  # sha256 of triggered images, and which result
-        for run, defense in sorted(record.results.values(), key=lambda result: result[0].key[1:]):
-            if None not in (made_of, defense.attack_sha256) and made_of != defense.attack_sha256:
-                problems.append(
-                    f"{run.where}: purified another model than this record has now; skipped"
-                )
-                continue
-            if defense.triggers_sha256 is not None:
-                scored_on = scored_on or (defense.triggers_sha256, run.where)
-                if scored_on[0] != defense.triggers_sha256:
-                    problems.append(
-                        f"{run.where}: was scored on other triggered images than {scored_on[1]}; "
-                        "skipped"
-                    )
-                    continue
-            results.append((run, defense))
-        rows = list(_rows(record, results))
+        rows = list(_rows(record, _comparable(record, problems)))
         if not rows:
             problems.append(f"{record.run.where}: has no scores; skipped")
         all_rows += rows
@@ -214,8 +196,8 @@ class _Record:
     """
 
     run: StoredRun
-    attack: "_Attack | None"
-    results: "Mapping[str | None, tuple[StoredRun, _Defense]]"
+    attack: _Attack | None
+    results: Mapping[str | None, tuple[StoredRun, _Defense]]
 
     @property
     def name(self) -> str:
@@ -302,6 +284,31 @@ def _read(run: StoredRun, kind: type[S], problems: list[str]) -> S | None:
         reason = f"Invalid JSON: {one_line(error)}"
         problems.append(f"{where}: is no summary of a run ({reason}); skipped")
     raise _Unreadable
+
+
+def _comparable(record: _Record, problems: list[str]) -> list[tuple[StoredRun, _Defense]]:
+    """A record's results, by name; a line in `problems` names each that is skipped.
+
+    They purified the model that the record has now, and were scored on the same triggered images.
+    """
+    model = record.model_sha256
+    results = []
+    images, first = None, ""  # sha256 of the triggered images, and the result that says it
+    for run, defense in sorted(record.results.values(), key=lambda result: result[0].key[1:]):
+        if None not in (model, defense.attack_sha256) and model != defense.attack_sha256:
+            problems.append(
+                f"{run.where}: purified another model than this record has now; skipped"
+            )
+            continue
+        if images is None and defense.triggers_sha256 is not None:
+            images, first = defense.triggers_sha256, run.where
+        if defense.triggers_sha256 not in (None, images):
+            problems.append(
+                f"{run.where}: was scored on other triggered images than {first}; skipped"
+            )
+            continue
+        results.append((run, defense))
+    return results
 
 
 def _rows(
