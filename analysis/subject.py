@@ -14,7 +14,7 @@ from models import Classifier, Resize, prepare
 from models.changes import changes_of
 from utils.config import Group
 from utils.data.labelled import Dataset, Labelled, Triggered
-from utils.data.poison import KINDS, PoisonedSet
+from utils.data.poison import PoisonedSet, is_kind
 from utils.errors import UserError, listed, quoted, shown
 from utils.files import CONFIG_FILE, as_path
 from utils.metrics import Scores
@@ -197,7 +197,7 @@ class Subject:
         assert attack is not None
         assert attack.poison_index is not None
         stored = attack.poisoned_set(self.data)
-        has_cross = bool((stored.kinds == KINDS.index("cross")).any())
+        has_cross = bool(is_kind(stored.kinds, "cross").any())
         if has_cross or attack.cross_images(self.data) is not None:
             results.warn(
                 "the attack controls training: the stored poisoned images are made by its rule; "

@@ -79,7 +79,7 @@ def run(
         choice = choose(config, data.train.labels, len(data.classes), rng)
         choice.check(len(data.train), len(data.classes))
         wanted = poison.poison_count(len(data.train), config.pratio)
-        poisoned_images = int((choice.kinds == poison.KINDS.index("poison")).sum())
+        poisoned_images = int(poison.is_kind(choice.kinds, "poison").sum())
         if poisoned_images < wanted:
             ratio = f"ratio {poisoned_images / len(data.train):.4f} of the training set"
             setting.warn(

@@ -191,7 +191,7 @@ def _train(
                 "pratio": config.pratio if isinstance(config, AttackConfig) else None,
                 "train_images": len(data.train),
                 "image_size": data.image_shape[1],
-                "poisoned_images": int((exported.kinds == poison.KINDS.index("poison")).sum()),
+                "poisoned_images": int(poison.is_kind(exported.kinds, "poison").sum()),
                 **({"preparation": setting.facts} if setting.facts else {}),
             },
             said=[*data.warnings, *setting.warnings],

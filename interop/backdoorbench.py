@@ -27,7 +27,7 @@ from models.changes import changes_of
 from utils.config import Parser
 from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
-from utils.data.poison import KINDS, PoisonedSet
+from utils.data.poison import PoisonedSet, is_kind
 from utils.errors import UserError, listed
 from utils.files import CONFIG_FILE, absolute, remove_strays, temporary_folder
 from utils.plain import as_yaml, read_yaml
@@ -215,7 +215,7 @@ def import_record(
             None if cross is None else Labelled(cross, data.test.labels),
             facts,
         )
-        poison = int((poisoned.kinds == KINDS.index("poison")).sum())
+        poison = int(is_kind(poisoned.kinds, "poison").sum())
         ending.finish_run(
             folder,
             Findings(),
@@ -328,9 +328,9 @@ def _write_notes(
     }
     folder.write_tensors(INFO, arguments)
     # Attacks that control training have cross samples, and no such list.
-    if len(poisoned.index) and not (poisoned.kinds == KINDS.index("cross")).any():
+    if len(poisoned.index) and not is_kind(poisoned.kinds, "cross").any():
         is_poison = np.zeros(len(poisoned), dtype=np.float64)
-        is_poison[poisoned.index[poisoned.kinds == KINDS.index("poison")].numpy()] = 1
+        is_poison[poisoned.index[is_kind(poisoned.kinds, "poison")].numpy()] = 1
         folder.write(POISON_LIST, lambda path: folders.save_plain(path, is_poison))
     metrics = attack.folder / METRICS_FILE
     if metrics.exists():

@@ -24,11 +24,20 @@ class Triggers(NamedTuple):
     test: Trigger
 
 
+_CHUNK = 1024  # images that a trigger is given at once
+
 # What was done to a training image: "poison" shall teach the backdoor; "cover" and "cross" carry
 # (part of) the trigger or another one with their true label, and shall hide or sharpen it.
 KINDS = ("poison", "cover", "cross")
 
-_CHUNK = 1024  # images that a trigger is given at once
+
+def is_kind(kinds: torch.Tensor, kind: str) -> torch.Tensor:
+    """Which training images are of a kind.
+
+    Shape:
+        (P,) uint8, positions in `KINDS` -> (P,) bool.
+    """
+    return kinds == KINDS.index(kind)
 
 
 @dataclass(frozen=True)
@@ -343,7 +352,7 @@ def first_of_batches(
         batch[poisoned : poisoned + crossed] = KINDS.index("cross")
     index = torch.nonzero(kinds != unchanged).flatten()
     kinds = kinds[index]
-    is_poison = kinds == KINDS.index("poison")
+    is_poison = is_kind(kinds, "poison")
     chosen = data.train.at(index)
     images, labels = chosen.images.clone(), chosen.labels.clone()
     for mask, apply in ((is_poison, trigger), (~is_poison, cross)):

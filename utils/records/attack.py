@@ -13,7 +13,7 @@ from models import Classifier, build_model, check_model, is_user_file
 from utils.data.archives import nothing_written
 from utils.data.datasets import BUILT_IN, DatasetName, load_dataset
 from utils.data.labelled import Dataset, Labelled, Triggered
-from utils.data.poison import KINDS, PoisonedSet, unpoisoned
+from utils.data.poison import KINDS, PoisonedSet, is_kind, unpoisoned
 from utils.errors import UserError
 from utils.files import CONFIG_FILE, MARK, as_path, file_sha256
 from utils.records import backdoorbench, schema
@@ -386,9 +386,7 @@ def _load_ours(folder: Path) -> AttackRecord:
         attack_target=plain["attack_target"],
         attack_label_trans=plain["attack_label_trans"],
         triggered=None if stored is None else stored.triggered,
-        poison_index=None
-        if stored is None
-        else stored.index[stored.kinds == KINDS.index("poison")],
+        poison_index=None if stored is None else stored.index[is_kind(stored.kinds, "poison")],
         plain=plain,
         poison=None if stored is None else stored.without_images(),
         poison_sha256=hashes.get(POISON),

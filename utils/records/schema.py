@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from utils.data.labelled import LARGEST_SIDE, MOST_CLASSES, Dataset, Triggered
-from utils.data.poison import KINDS, LabelMap
+from utils.data.poison import KINDS, LabelMap, is_kind
 from utils.tensors import kind_of_numbers, not_finite, text_up_to
 
 Name = Annotated[str, text_up_to(200)]
@@ -144,7 +144,7 @@ class Poison:
         ):
             if len(index) and int(index[-1]) >= len(split):
                 raise ValueError(f"{what}: names image {int(index[-1])} of {len(split)}")
-        kept = self.kinds != KINDS.index("poison")
+        kept = ~is_kind(self.kinds, "poison")
         for what, stored, true in (
             ("test_labels", self.triggered.labels, data.test.labels[self.triggered.index]),
             ("train_labels", self.labels[kept], data.train.labels[self.index[kept]]),
