@@ -18,12 +18,12 @@ CPU = torch.device("cpu")
 
 
 def test_a_tap_is_idle_if_no_place_of_the_kernel_puts_it_on_the_map() -> None:
-    """Against all places and taps, written out."""
+    """Against all places and taps, written out; `same` may pad one pixel more at the end."""
     seen = set()
-    for size, taps, stride, padding, dilation in itertools.product(
-        range(1, 6), range(1, 6), range(1, 4), range(4), range(1, 3)
+    for size, taps, stride, padding, dilation, more in itertools.product(
+        range(1, 6), range(1, 6), range(1, 4), range(4), range(1, 3), range(2)
     ):
-        count = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        count = (size + 2 * padding + more - dilation * (taps - 1) - 1) // stride + 1
         if count < 1:
             continue
         places = [
@@ -66,8 +66,11 @@ STRIDED = {"stride": 2, "padding": 1}
         ("conv2d", 2, 1, {"stride": (1, 2), "padding": (0, 1)}, None),  # no output of a side
         ("conv2d", 2, 2, {"stride": 3, "padding": 1}, True),
         ("conv2d", 2, 1, {"padding": "same"}, True),
+        ("conv2d", 2, 2, {"padding": "same"}, False),
         ("conv2d", 2, 3, {"padding": "same"}, False),
+        ("conv2d", 2, 3, {"padding": "same", "dilation": 2}, False),
         ("conv2d", 2, 3, {"padding": "valid"}, False),
+        ("conv2d", 2, 3, {"stride": (3, 1), "padding": 1}, True),  # along one side alone
         ("conv2d", 2, 4, STRIDED, False),
         ("conv2d", 2, 3, STRIDED, False),
         ("conv2d", 2, 1, {"stride": 2, "padding": 1, "groups": 2}, True),
@@ -79,6 +82,7 @@ STRIDED = {"stride": 2, "padding": 1}
         ("conv_transpose2d", 2, 1, {"stride": 2, "padding": 1, "output_padding": 1}, True),
         ("conv_transpose2d", 2, 2, {"padding": 2, "dilation": 2}, True),
         ("conv_transpose2d", 2, 2, {"stride": 3, "padding": 2}, True),
+        ("conv_transpose2d", 2, 2, {"stride": 3, "padding": (2, 0)}, True),  # along one side alone
         ("conv_transpose2d", 2, 2, {"stride": 3, "padding": 2, "output_padding": 1}, False),
         ("conv_transpose1d", 1, 1, STRIDED, True),
         ("conv_transpose3d", 3, 1, STRIDED, True),
