@@ -75,7 +75,7 @@ def is_same(folder: Path, name: str, given: Any, before: Any) -> bool:
     """
     if _unordered(name, given) == _unordered(name, before):
         return True
-    if name != "attack_target" or not isinstance(given, str):
+    if name != "attack_target":
         return False
     try:
         return given == read_object(folder / SUMMARY).get("attack_target_name", str(before))
