@@ -27,6 +27,8 @@ def test_indices_are_read_in_ascending_order(
     [
         (b"1\n2.5\n", "2.5"),
         (b"1\ntwo\n", "two"),
+        (b"1_0\n", "1_0"),  # which Python takes for 10
+        (b"+1\n", "+1"),
         (b"1\n10\n", "names image 10; the training set has 0 to 9"),
         (b"-1\n", "names image -1; the training set has 0 to 9"),
         (b"4\n1\n4\n", "twice"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from defense import clp
-from models import Classifier, build_model
+from models import Classifier, build_model, model_identity
 from tests.conftest import NO_FILES, put_no_file
 from utils.data import archives
 from utils.data.labelled import Dataset, Labelled
@@ -26,11 +26,12 @@ from utils.data.poison import (
     unpoisoned,
 )
 from utils.errors import Diverged, UserError
+from utils.files import file_sha256
 from utils.records.attack import load_attack, save_attack
 from utils.records.folders import RunFolder
-from utils.records.hashes import file_hashes
+from utils.records.hashes import file_hashes, unchanged
 from utils.records.named import check_dataset, recorded_dataset
-from utils.records.network import model_state
+from utils.records.network import checked_model, model_state
 
 FACTS = {
     "attack": "white",
@@ -554,6 +555,30 @@ def test_what_is_drawn_later_does_not_depend_on_the_network_that_is_made(saved: 
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), UserError("--model: net.py:build fails")]
+)
+def test_what_says_nothing_of_the_weights_is_told_as_it_is(
+    saved: RunFolder, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> Classifier:
+        raise error
+
+    monkeypatch.setattr("utils.records.network.build_model", fail)
+    with pytest.raises(type(error)) as caught:
+        load_attack(saved.path).build()
+    assert caught.value is error
+
+
+def test_another_function_of_the_user_s_file_is_another_network(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text("")
+    sha256 = model_identity(f"{path}:build")[1]
+    assert checked_model("net.py:build", sha256, f"{path}:build") == f"{path}:build"
+    with pytest.raises(UserError, match=r"but the record says net\.py:build; give that file"):
+        checked_model("net.py:build", sha256, f"{path}:other")
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
 def test_weights_of_another_kind_are_refused(saved: RunFolder, dtype: torch.dtype) -> None:
     def change(content: dict[str, Any]) -> None:
@@ -576,6 +601,19 @@ def test_poison_that_is_changed_meanwhile_is_refused(saved: RunFolder, tiny_data
     (saved.path / "poison.pt").unlink()
     with pytest.raises(UserError, match="was changed since the run began"):
         record.poisoned_set(tiny_data)
+
+
+@pytest.mark.parametrize("raised", [OSError("no room"), UserError("not this"), KeyError("defect")])
+def test_an_error_while_a_file_is_read_again_is_told(tmp_path: Path, raised: Exception) -> None:
+    """Of a file that was changed, only this is told, but a defect is not hidden."""
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    with pytest.raises(type(raised)) as caught, unchanged(path, file_sha256(path)):
+        raise raised
+    assert caught.value is raised
+    with pytest.raises((UserError, KeyError)) as caught, unchanged(path, "0" * 64):
+        raise raised
+    assert (caught.value is raised) == isinstance(raised, KeyError)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "attack_result.pt", "poison.pt"])
