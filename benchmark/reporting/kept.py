@@ -239,7 +239,7 @@ def check_readable(grid: Path) -> list[RunInGrid]:
 
 def _lacking(run: StoredRun, kept: RunInGrid) -> list[str]:
     """What a kept run has and a run that replaces it lacks, if both are of one model."""
-    if run is kept or _files(run) != _files(kept):
+    if _files(run) != _files(kept):
         return []
     lost = [f"{name} of its analyses" for name in kept.analyses if name not in run.analyses]
     return [*lost, *(["a configuration"] if kept.config and not run.config else [])]
@@ -279,7 +279,8 @@ def keep(runs: Iterable[StoredRun], folder: RunFolder) -> None:
             tables.append(run.metrics.assign(record=record, defense=defense))
     texts = {RUNS: "".join(lines), CURVES: _curves_text(tables)}
     head = texts[CURVES].partition("\n")[0]
-    if max(map(len, texts.values())) > _LARGEST_GRID or len(head) > WIDEST:
+    largest = max(len(text.encode(errors="backslashreplace")) for text in texts.values())
+    if largest > _LARGEST_GRID or len(head) > WIDEST:
         raise UserError(
             f"--keep: {len(lines):,} runs are too many for {folder.path}; keep them in several"
         )

@@ -34,6 +34,7 @@ from tests.benchmark.test_report import (
     two_attacks,
 )
 from utils import plot
+from utils.errors import UserError
 from utils.records.folders import RunFolder
 
 __all__ = ["two_attacks"]  # fixtures
@@ -224,6 +225,27 @@ def test_headlines_are_kept_with_the_runs(two_attacks: Path, tmp_path: Path) -> 
     assert line["analyses"] == {"asr_retuned": 0.2}
     again, _ = read_runs(kept.path)
     assert again["asr_retuned"].max() == 0.2
+
+
+def test_runs_that_could_not_be_read_again_are_not_kept(
+    two_attacks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte more than is read, of letters with two bytes, or a wider table."""
+    path = two_attacks / "sig-0/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "\u00e9" * 100}))
+    runs, _ = read_runs(two_attacks)
+    kept = RunFolder(tmp_path / "kept")
+    kept.path.mkdir()
+    keep(runs["run"], kept)
+    texts = [(kept.path / name).read_bytes() for name in ("runs.jsonl", "curves.csv")]
+    limits = {"_LARGEST_GRID": max(map(len, texts)), "WIDEST": len(texts[1].partition(b"\n")[0])}
+    for name, limit in limits.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(f"benchmark.reporting.kept.{name}", limit)
+            keep(runs["run"], kept)
+            patch.setattr(f"benchmark.reporting.kept.{name}", limit - 1)
+            with pytest.raises(UserError, match=r"--keep: .* runs are too many for"):
+                keep(runs["run"], kept)
 
 
 def test_means_and_deviations_by_hand(two_attacks: Path) -> None:

@@ -239,6 +239,15 @@ def test_one_name_of_two_methods_on_two_attacks_is_no_column(tmp_path: Path) -> 
     assert set(table.labels()) == {"mine", "mine (ft)"}
 
 
+def test_results_of_clean_models_are_told_apart_as_well(tmp_path: Path) -> None:
+    """These have no poisoning ratio."""
+    for seed, digest in ((0, A), (1, B)):
+        record = attack(tmp_path, f"prototype-{seed}", 0.9, 0.0, pratio=None)
+        defense(record, "ft", 0.9, 0.0, 0.8, config_sha256=digest)
+    runs, _ = read_runs(tmp_path)
+    assert set(runs["label"]) == {UNDEFENDED, "ft", "ft (222222)"}
+
+
 def test_results_of_two_methods_with_one_name_are_no_repeats(tmp_path: Path) -> None:
     for seed, method in ((0, "ft"), (1, "sau")):
         record = attack(tmp_path, f"sig-{seed}", 0.9, 1.0)
