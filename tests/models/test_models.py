@@ -299,6 +299,9 @@ def test_a_network_may_resize_first_and_holds_nothing_for_it() -> None:
     images = torch.rand(2, 3, 8, 8)
     assert Resize(16)(images).shape == (2, 3, 16, 16)
     assert torch.equal(Resize(8)(images), images)
+    corner = torch.zeros(1, 1, 8, 8)
+    corner[..., 0, 0] = 1
+    assert Resize(1)(corner) > 0  # each pixel counts, also where a side gets shorter
 
 
 # --- torchvision's weights ----------------------------------------------------------------------

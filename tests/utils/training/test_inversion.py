@@ -101,19 +101,25 @@ def test_the_loss_of_a_mask_by_hand() -> None:
 
 
 def loss_of(generated: float, **flags: Any) -> torch.Tensor:
-    """x = 0 and G(x) = `generated`; features 0 and (3, 4), mask (1, 0.5)."""
+    """x = 0 and G(x) = `generated`; features (1, 1) and (4, 5), mask (1, 0.5)."""
     images = torch.zeros(2, 3, 2, 2)
-    features, other = torch.zeros(2, 2, 1, 1), torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+    features, other = (torch.tensor(f).view(1, 2, 1, 1) for f in ([1.0, 1.0], [4.0, 5.0]))
     mask = torch.tensor([1.0, 0.5]).view(2, 1, 1)
     changed = torch.full_like(images, generated)
     target_loss = flags.pop("target_loss", None)
     return generator_loss(
-        images, changed, features, other.expand(2, -1, -1, -1), mask, Flags(**flags), target_loss
+        images,
+        changed,
+        features.expand(2, -1, -1, -1),
+        other.expand(2, -1, -1, -1),
+        mask,
+        Flags(**flags),
+        target_loss,
     )
 
 
 def test_the_loss_of_the_generator_by_hand() -> None:
-    """m f = (3, 2): (9 + 4) / 2 = 6.5. (1 - m) f = (0, 2): 4 / 2 = 2. 0.065 - 2 = -1.935."""
+    """m f changes by (3, 2): 13 / 2 = 6.5. (1 - m) f by (0, 2): 4 / 2 = 2. 0.065 - 2 = -1.935."""
     assert float(loss_of(0.1)) == pytest.approx(-1.935, abs=1e-6)
     assert float(loss_of(0.1, target_loss=torch.tensor(0.7))) == pytest.approx(-1.235, abs=1e-6)
 

@@ -230,7 +230,7 @@ def test_the_best_model_is_kept_until_it_is_over() -> None:
 @pytest.mark.parametrize(("least", "last"), [(0, 3), (3, 3), (4, 4), (6, 6)])
 def test_it_is_not_over_before_the_least_round(least: int, last: int) -> None:
     best, model = Best(nn.Linear(1, 1), patience=2, least=least), nn.Linear(1, 1)
-    ends = [best.keep(model, 0.5, 0.0, number) for number in range(1, 7)]
+    ends = [best.keep(model, 0.7, 0.0, number) for number in range(1, 7)]
     assert ends.index(True) + 1 == last
     assert best.round == 6  # of equal ones the last
 
