@@ -125,3 +125,12 @@ def test_convolutions_that_are_never_called_are_not_compared() -> None:
     assert layers == ["block.idle", "block.used"]
     change = similarity.changes(model, layers, images, 255 - images, size=2)
     assert list(change) == ["block.used"]
+
+
+def test_the_similarity_of_a_model_is_its_mean_over_layers_of_one_share() -> None:
+    """(0.25 + 0.75) / 2; neither the other share nor the layer without a number counts."""
+    rows = [("a", 0.01, 0.25), ("a", 0.01, 0.75), ("a", 0.01, math.nan), ("a", 0.05, 1.0)]
+    rows += [("b", 0.05, 0.5)]
+    table = [{"model": name, "share": share, "cka": value} for name, share, value in rows]
+    assert similarity.mean_by_model(table, 0.01) == {"a": 0.5}
+    assert similarity.mean_by_model(table, 0.05) == {"a": 1.0, "b": 0.5}
