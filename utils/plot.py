@@ -358,7 +358,8 @@ def variants(values: pd.DataFrame, deviations: pd.DataFrame, method: str, title:
 
     Args:
         values: means in [0, 1], one row per variant, from the top down; one column per metric.
-        deviations: standard deviations, of the same shape; NaN draws none.
+        deviations: standard deviations, of the same shape; NaN draws none. If all are NaN, the
+            title says that there is one seed.
         method: the row that is not a variant; hatched, if there is such a row.
     """
     figure = Figure(figsize=(10, 1.0 + 0.34 * len(values)), layout="constrained")
@@ -380,7 +381,8 @@ def variants(values: pd.DataFrame, deviations: pd.DataFrame, method: str, title:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    entitle(figure, f"{title}: percent, bars of one standard deviation")
+    bars = "bars of one standard deviation" if deviations.notna().any(axis=None) else "one seed"
+    entitle(figure, f"{title}: percent, {bars}")
     return figure
 
 

@@ -1470,3 +1470,19 @@ def test_a_method_s_own_bar_is_told_from_its_variants() -> None:
     axis = plot.variants(means, means * float("nan"), "sau", "bars").axes[0]
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([90, 50])
     assert [bar.get_hatch() for bar in axis.patches] == ["//", None]
+
+
+@pytest.mark.parametrize(
+    ("deviations", "told"),
+    [
+        ([None, None], "bars: percent, one seed"),
+        ([None, 0.1], "bars: percent, bars of one standard deviation"),
+    ],
+)
+def test_a_title_names_bars_of_deviations_only_where_there_are_some(
+    deviations: list[float | None], told: str
+) -> None:
+    names = ["sau", "sau-beta_2_0"]
+    means = pd.DataFrame({"acc": [0.9, 0.5]}, index=names)
+    spread = pd.DataFrame({"acc": deviations}, index=names, dtype=float)
+    assert " ".join(plot.variants(means, spread, "sau", "bars").get_suptitle().split()) == told
