@@ -1,4 +1,4 @@
-"""SIG: faint vertical stripes on images of the target class, labels untouched.
+"""SIG: vertical stripes on images of the target class, labels untouched.
 
 Barni, Kallas, Tondi. *A New Backdoor Attack in CNNs by Training Set Corruption Without Label
 Poisoning.* ICIP 2019, arXiv 1902.11237. The attacker adds a horizontal sine to images of one class;

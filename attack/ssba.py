@@ -1,4 +1,4 @@
-"""SSBA: a hidden bit string, which changes different pixels in every image. Also called ISSBA.
+"""SSBA: a hidden bit string, which a network writes into every image. Also called ISSBA.
 
 Li, Li, Wu, Li, He, Lyu. *Invisible Backdoor Attack with Sample-Specific Triggers.* ICCV 2021,
 arXiv 2012.03816. A steganographic encoder hides one fixed bit string in a share of the training
@@ -16,12 +16,13 @@ without error correction, a bit loss and a pixel loss. The paper has 100 bits, a
 a critic, at 224 x 224 pixels. Limits: it cannot make the images that BackdoorBench loads from its
 own files. Training the encoder takes some minutes on a CPU.
 
-Expected on the embedded digits: ACC >= 97 %, ASR >= 97 % (half of the channels >= 95 %). The string
-is learned late; a run whose epochs end too early has no backdoor. How strongly an encoder changes
-images, `mean_change` in the summary, differs from training to training: with 1.9 grey levels, a
-small network learned nothing of it from 10,000 photographs. `--min_change 0.03` keeps it from
-becoming so weak. CIFAR-10, PreAct-ResNet18, 10 %
-poisoned, as published by BackdoorBench: ACC 92.88 %, ASR 97.86 %.
+Expected on the embedded digits, if the string is learned: ACC >= 97 %, ASR >= 97 % (half of the
+channels >= 95 %). It is learned late, and a run whose epochs end too early has no backdoor: one
+with half of the channels ended at 6.79 %, by a recipe and a seed that gave 100 % elsewhere. The
+change is nearly the same in all digits. How strongly an encoder changes images, `mean_change` in
+the summary, differs from training to training: with 1.9 grey levels, a small network learned
+nothing of it from 10,000 photographs. `--min_change 0.03` keeps it from becoming so weak. CIFAR-10,
+PreAct-ResNet18, 10 % poisoned, as published by BackdoorBench: ACC 92.88 %, ASR 97.86 %.
 """
 
 import math

@@ -13,10 +13,10 @@ its neighbours is pruned.
     python defense/bnp.py --result_file badnet_demo
 
 It sees clean images and reads no labels. It prunes nothing if the statistics were updated on clean
-images, as in fine-tuning, and it often misses Blended, LF, SIG and SSBA. In a layer of ten channels
-or fewer, u = 3 can prune nothing. Published code has the logarithm without the 1/2, and compares
-with the statistics of poisoned images, so its numbers are those of another method. The authors use
-one batch of 500 images; here all images are used, without augmentation.
+images, as in fine-tuning, and it often misses Blended and LF. In a layer of ten channels or fewer,
+u = 3 can prune nothing. Published code has the logarithm without the 1/2, and compares with the
+statistics of poisoned images, so its numbers are those of another method. The authors use one batch
+of 500 images; here all images are used, without augmentation.
 """
 
 import sys

@@ -14,8 +14,8 @@ convolution and BatchNorm stands out in its layer, and the channel is pruned.
 convolution that was registered before the BatchNorm. In networks that normalize before they
 convolve (PreAct-ResNet18), this is not always the convolution whose output the BatchNorm
 normalizes. `direct` takes only BatchNorm layers whose input is a convolution's output. In a layer
-of ten channels or fewer, u = 3 can prune nothing. CLP often misses Blended, LF, SIG and SSBA, and
-may cost much accuracy.
+of ten channels or fewer, u = 3 can prune nothing. CLP misses most attacks in RESULTS.md, Blended,
+LF and SIG among them, and may cost much accuracy.
 """
 
 import sys

@@ -13,9 +13,10 @@ have two modes, and after standardization a lower entropy than those of its neig
 
 Unlike other defenses, it sees a part of the poisoned training set, in which some images carry the
 trigger. It is not told which ones, and reads no labels. `--data clean` is its control: the same on
-clean images, where there is no second mode and little should be pruned. It fails at low poisoning
-ratios, and against all-to-all, WaNet and LF. For attacks that control training, the stored poisoned
-images were made after the training. In a layer of ten channels or fewer, u = 3 can prune nothing.
+clean images, where there is no second mode and little should be pruned. It often fails at low
+poisoning ratios, and against all-to-all, Blended, LF and WaNet. For attacks that control training,
+the stored poisoned images were made after the training. In a layer of ten channels or fewer, u = 3
+can prune nothing.
 """
 
 import sys

@@ -15,8 +15,8 @@ quietest first, and the rest of the network is fine-tuned.
 `selection val` prunes up to the last n at which accuracy on held-out images still holds; `fixed`
 prunes the share `prune_ratio` (0.8, as 48 of 60 channels in the authors' face network, a number
 that they picked by hand). Published tables chose n by accuracy on test images. It sees the clean
-subset, and works on every network whose logits a linear layer gives. It fails where the trigger
-uses features that clean images use, too (Blended, LF, SSBA).
+subset, and works on every network whose logits a linear layer gives. It often fails, most of
+all where the trigger uses features that clean images use, too (Blended, LF).
 """
 
 import math

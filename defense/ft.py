@@ -1,14 +1,15 @@
 """FT: fine-tunes on the clean images, and does nothing else.
 
 The smallest defense and the first baseline: train the backdoored model on with ordinary
-cross-entropy and hope that it forgets the trigger. It rarely does.
+cross-entropy and hope that it forgets the trigger. Whether it does depends on the attack, and on
+the number of images and steps.
 
     min over weights   cross-entropy of h on clean images, cropped and mirrored at random
 
     python defense/ft.py --result_file badnet_demo
 
-ACC hardly changes; ASR often stays high (mean over ten attacks on CIFAR-10, PreAct-ResNet18, in the
-paper of FT-SAM: ACC 91.83 %, ASR 38.81 %).
+ACC falls by at most three points in all runs of RESULTS.md; ASR often stays high (mean over ten
+attacks on CIFAR-10, PreAct-ResNet18, in the paper of FT-SAM: ACC 91.83 %, ASR 38.81 %).
 """
 
 import sys

@@ -15,7 +15,8 @@ The teacher is FT with `te_epochs` and `lr_scheduler`; the student runs `n_round
 rate, as published. The stages are the last three parts of the network that give a map, or those
 named in `attention_layers`. A published program also compares the pooled features, whose distance
 is always 0, and skips an earlier stage: `--attention_layers layer3,layer4` gives its loss. It sees
-the clean subset. A teacher that keeps the backdoor teaches it, so NAD fails where FT does.
+the clean subset. A teacher that keeps the backdoor may teach it, but need not: RESULTS.md has cases
+where NAD leaves much less than FT.
 """
 
 import sys

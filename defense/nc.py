@@ -13,9 +13,9 @@ that carry it and keep their true labels.
     python defense/nc.py --result_file badnet_demo
 
 c rises while the trigger works and falls while it does not. If no class is flagged, the model is
-given back as it is. This is usual for triggers that cover the image (SIG), that differ from image
-to image, or that have several targets. Clean models can be flagged, too, so the verdict
-is not a proof. The search costs `nc_epoch` passes per class.
+given back as it is. This happens for triggers that cover the image, that differ from image to
+image, or that have several targets, and differs from seed to seed. A wrong class can be flagged,
+also of a clean model, so the verdict is not a proof. The search costs `nc_epoch` passes per class.
 """
 
 import sys

@@ -5,9 +5,9 @@ Adversarial Examples.* NeurIPS 2023, arXiv 2307.10562.
 
 Given a backdoored classifier h_bd and a few clean labelled images, find a classifier h, started at
 h_bd, that the unknown trigger no longer controls. An adversarial example x + d of h is *shared* if
-both h and h_bd are fooled and give the same wrong label. A trigger that still works is such an
-example, so driving shared examples out bounds the backdoor risk, without making h robust to every
-perturbation:
+both h and h_bd are fooled and give the same wrong label. A trigger within the bound that still
+works is such an example, so driving shared examples out bounds the backdoor risk, without making h
+robust to every perturbation:
 
     outer   min over weights   lambda1 L_cl + lambda2 L_sar   at d*
     inner   d* = argmax over ||d|| <= bound   lambda3 L_adv + lambda4 L_share   image by image

@@ -267,6 +267,15 @@ def test_what_attacks_promise_on_the_digits_holds_in_all_published_runs() -> Non
         for score, (least, most) in expected(text, kind).items():
             if not least - 1e-9 <= summary[score] <= most + 1e-9:
                 broken.append((run["record"], score, summary[score], least, most))
+    with (ROOT / "docs/far/seeds.csv").open(encoding="utf-8") as file:  # seeds 3 and 4 of these
+        for row in csv.DictReader(file):
+            name, all2all, _ = row["attack"].partition("_all2all")
+            text = importlib.import_module(f"attack.{name}").__doc__ or ""
+            promised = expected(text, "all2all" if all2all else "half of the channels")
+            for score in ("acc", "asr"):
+                (least, most), number = promised[score], float(row[f"{score}_before"]) / 100
+                if not least - 1e-4 <= number <= most + 1e-4:  # two decimals of percent
+                    broken.append((row["attack"], score, number, least, most))
     assert broken == []
     for model in (USUAL, HALF):
         found = {r["summary"]["attack"] for r in runs if r["summary"]["model"] == model}
