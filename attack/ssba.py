@@ -17,8 +17,8 @@ a critic, at 224 x 224 pixels. Limits: it cannot make the images that BackdoorBe
 own files. Training the encoder takes some minutes on a CPU.
 
 Expected on the embedded digits, if the string is learned: ACC >= 97 %, ASR >= 97 % (half of the
-channels >= 95 %). It is learned late, and a run whose epochs end too early has no backdoor: one
-with half of the channels ended at 6.79 %, by a recipe and a seed that gave 100 % elsewhere. The
+channels >= 95 %). It is learned late, and a run whose epochs end too early has no backdoor: with
+half of the channels, one ended at 6.79 %, by a recipe and a seed that gave 100 % elsewhere. The
 change is nearly the same in all digits. How strongly an encoder changes images, `mean_change` in
 the summary, differs from training to training: with 1.9 grey levels, a small network learned
 nothing of it from 10,000 photographs. `--min_change 0.03` keeps it from becoming so weak. CIFAR-10,
