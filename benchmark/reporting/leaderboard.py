@@ -6,7 +6,7 @@ on every one of them, from the same backdoored models.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ FEW_ATTACKS = 6  # with fewer, resamples vary less than attacks do: by a factor 
 COLUMNS = {  # heading -> whether it is sorted as a text
     "defense": True,
     "rank": False,
+    "differs from": False,  # sorted by how many they are
     "DER": False,
     "ASR": False,
     "worst ASR": False,
@@ -51,8 +52,12 @@ _ANALYSES_MEAN = (
 )
 _RANK_MEANS = (
     f"Rank: by mean DER. In brackets: its {100 * CONFIDENCE:.0f} % interval over {RESAMPLES:,} "
-    "resamples of the attacks, and of the seeds of each attack. Two defenses whose intervals "
-    "overlap are not told apart by these runs. Bold: may be the first."
+    "resamples of the attacks and of the seeds, which are the same for all attacks. Differs from: "
+    f"ranks of the defenses with another mean DER. For these, the {100 * CONFIDENCE:.0f} % "
+    "interval of the difference, over the same resamples, is without 0. It is the interval of one "
+    "pair: it is not corrected for many pairs, of which some differ by chance. Brackets that "
+    "overlap do not say that two defenses are alike. Bold: differs from none of a better rank, so "
+    "it may be the first, whatever its bracket begins with."
 )
 _NOTHING = "No two defenses were run on the same backdoored models: there is nothing to compare."
 
@@ -61,12 +66,14 @@ _NOTHING = "No two defenses were run on the same backdoored models: there is not
 class Rank:
     """A place among some defenses, 1 for the best, with its interval.
 
-    `low` and `high` are None where there is one attack, which says nothing about others.
+    `low` and `high` are None where there is one attack, which says nothing about others. `differs`
+    has the names of those defenses whose mean is another one; then it is empty, too.
     """
 
     place: int
     low: int | None
     high: int | None
+    differs: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return str(self.place) if self.low is None else f"{self.place} ({self.low} to {self.high})"
@@ -78,6 +85,8 @@ class Entry:
 
     Attributes:
         rank: None for a defense that sees poisoned images, or is the only one.
+        differs_from: the ranks of the defenses that it differs from, as text; empty without an
+            interval.
         is_first: whether it may be the best one.
         ra: None where there is none.
         clean_acc_lost: of models without a backdoor; None where there is none.
@@ -90,6 +99,7 @@ class Entry:
 
     defense: str
     rank: Rank | None
+    differs_from: str
     is_first: bool
     der: Number
     asr: Number
@@ -163,56 +173,113 @@ def leaderboards(table: Table) -> list[Leaderboard]:
 
 
 def rank(der: pd.DataFrame, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Rank]:
-    """Ranks of some defenses by their mean DER, with intervals.
+    """Ranks of some defenses by their mean DER, with intervals, and which of them differ.
 
-    A resample draws as many attacks as there are, with replacement, and for each drawn attack as
-    many of its models as there are. All defenses share the draws, since they purified the same
-    models. Defenses that print the same DER, percent with two decimals, share a place; in a
-    resample each of them may have any of the places that they share.
+    A resample draws as many attacks as there are, with replacement, and once, for all attacks, as
+    many seeds as there are: a seed draws the same clean images and first weights for each attack
+    (Owen. *The pigeonhole bootstrap.* 2007). An attack's mean is that over the drawn seeds that it
+    has. If it has none of them, all of its own count: to drop it would draw fewer attacks than
+    there are. So a single seed, of the grid or of an attack, stays as it is, and what its own seed
+    does to an attack varies with the attacks.
+
+    All defenses share the draws, since they purified the same models. Defenses that print the same
+    DER, percent with two decimals, share a place; in a resample each of them may have any of the
+    places that they share. Two defenses differ if one prints more than the other in more than
+    97.5 % of the resamples. So a defense whose interval begins with 1 differs from none above it.
 
     Args:
-        der: DER in [0, 1] without gaps: a row for each model, with the attack as the index; a
-            column for each defense.
+        der: DER in [0, 1] without gaps: a row for each model, with the attack and the seed as the
+            index; a column for each defense.
         resamples: how many, at least 1.
         seed: of the draws.
 
     Returns:
         Defense -> its rank.
     """
-    groups = [group.to_numpy(dtype=float) for _, group in der.groupby(level=0)]
+    seeds, distinct = pd.factorize(der.index.get_level_values(1))
+    groups = [
+        (seeds[rows], der.to_numpy(dtype=float)[rows])
+        for rows in der.groupby(level=0).indices.values()
+    ]
     count = len(groups)
     names = [str(name) for name in der.columns]
     means = der.groupby(level=0).mean().mean().to_numpy(dtype=float)  # as they are printed
-    best, _ = _places(np.vectorize(percent)(means[None]))
-    places = dict(zip(names, best[0].tolist(), strict=True))
+    best, _, _ = _compared(np.vectorize(percent)(means)[:, None])
+    places = dict(zip(names, best[:, 0].tolist(), strict=True))
     if count == 1:
         return {name: Rank(place, None, None) for name, place in places.items()}
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn, drawn_seeds = (
+        generator.multinomial(n, np.full(n, 1 / n), size=resamples) for n in (count, len(distinct))
+    )
     resampled = np.zeros((resamples, der.shape[1]))
-    for times, values in zip(drawn.T, groups, strict=True):
-        models = len(values)
-        weights = generator.multinomial(times * models, np.full(models, 1 / models))
-        resampled += weights @ values / models / count
-    best, worst = _places((100 * resampled).round(2))
+    for times, (its_seeds, values) in zip(drawn.T, groups, strict=True):
+        weights = drawn_seeds[:, its_seeds]
+        weights[~weights.any(axis=1)] = 1
+        shares = times[:, None] * weights / weights.sum(axis=1, keepdims=True) / count
+        resampled += shares @ values
+    best, worst, above = _compared(np.ascontiguousarray((100 * resampled).round(2).T))
     outside = (1 - CONFIDENCE) / 2
-    low = np.quantile(best, outside, axis=0, method="inverted_cdf")
-    high = np.quantile(worst, 1 - outside, axis=0, method="inverted_cdf")
+    low = np.quantile(best, outside, axis=1, method="inverted_cdf")
+    high = np.quantile(worst, 1 - outside, axis=1, method="inverted_cdf")
+    is_other = np.maximum(above, above.T) > 1 - outside
+    differs = [
+        frozenset(name for name, differs in zip(names, row, strict=True) if differs)
+        for row in is_other
+    ]
     return {
-        name: Rank(places[name], int(lowest), int(highest))
-        for name, lowest, highest in zip(names, low, high, strict=True)
+        name: Rank(places[name], int(lowest), int(highest), others)
+        for name, lowest, highest, others in zip(names, low, high, differs, strict=True)
     }
 
 
-def _places(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best and the worst place of each column, by row: they differ where columns are equal.
+def differing(name: str, ranks: Mapping[str, Rank]) -> str:
+    """The ranks of those defenses that one differs from, such as `1, 7 to 21`, or `none`.
+
+    Of defenses that share a rank, those that it differs from are named, unless these are all.
+    """
+    others: dict[int, list[str]] = {}
+    for other, its in sorted(ranks.items()):
+        if other != name:
+            others.setdefault(its.place, []).append(other)
+    mine, parts, following = ranks[name], list[str](), list[int]()
+    for place in sorted({its.place for its in ranks.values()}):
+        names = [other for other in others.get(place, []) if other in mine.differs]
+        if names and names == others[place] and place != mine.place:
+            following.append(place)
+            continue
+        parts += _spans(following)
+        following = []
+        if names:
+            parts.append(f"{place} ({', '.join(names)})")
+    return ", ".join([*parts, *_spans(following)]) or "none"
+
+
+def _spans(places: Sequence[int]) -> list[str]:
+    """Places without another one between them, as text: three or more are `first to last`."""
+    return [f"{places[0]} to {places[-1]}"] if len(places) > 2 else [str(place) for place in places]
+
+
+def _compared(means: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Some defenses in each of some resamples.
 
     Args:
-        means: (rows, columns), as they are printed.
+        means: (defenses, resamples), as they are printed.
+
+    Returns:
+        The best and the worst place of each, both (defenses, resamples): they differ where
+        defenses are equal. And the share of resamples in which each (row) is above each (column).
     """
-    better = [(means > column[:, None]).sum(axis=1) for column in means.T]
-    not_worse = [(means >= column[:, None]).sum(axis=1) for column in means.T]
-    return 1 + np.stack(better, axis=1), np.stack(not_worse, axis=1)
+    count = len(means)
+    best = np.ones(means.shape, dtype=np.int32)
+    worst = np.full(means.shape, count, dtype=np.int32)
+    above = np.empty((count, count))
+    for index, mean in enumerate(means):
+        is_above = means > mean
+        best[index] += is_above.sum(axis=0, dtype=np.int32)
+        worst -= is_above
+        above[:, index] = is_above.mean(axis=1)
+    return best, worst, above
 
 
 def _leaderboard(
@@ -230,9 +297,11 @@ def _leaderboard(
     rivals = [label for label in groups if "p" not in flags[label]]
     ranks: dict[str, Rank] = {}
     if len(rivals) > 1:
-        der = runs.pivot_table("der", ["row", "record"], "label")
+        # A model without a seed, which was trained elsewhere, shares its draws with no other.
+        seeds = runs["model_seed"].astype(object).where(runs["model_seed"].notna(), runs["record"])
+        der = runs.assign(seed=seeds).pivot_table("der", ["row", "record", "seed"], "label")
         ranks = rank(der.droplevel("record")[rivals])
-    entries = [_entry(table, g, ranks.get(label), flags[label]) for label, g in groups.items()]
+    entries = [_entry(table, g, ranks, flags[label]) for label, g in groups.items()]
     entries.sort(key=lambda entry: (-entry.der.rounded(), entry.defense))
     measured = [name for name in HEADLINES if name in runs]
     analysed = {name: runs.dropna(subset=[name])["record"].nunique() for name in measured}
@@ -246,8 +315,10 @@ def _leaderboard(
     return Leaderboard(tuple(entries), tuple(notes), analysed, len(clean_models))
 
 
-def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> Entry:
+def _entry(table: Table, runs: pd.DataFrame, ranks: Mapping[str, Rank], flags: str) -> Entry:
     label = str(runs["label"].iloc[0])
+    place = ranks.get(label)
+    is_resampled = place is not None and place.low is not None
     clean = table.runs[(table.runs["label"] == label) & table.runs["row"].map(is_clean)]
     runs, clean = (part.assign(acc_lost=part["acc_before"] - part["acc"]) for part in (runs, clean))
     by_attack = runs.groupby("row")["asr"].mean()
@@ -257,7 +328,8 @@ def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> 
     return Entry(
         defense=label,
         rank=place,
-        is_first=place is not None and place.low == 1 and not set("ac") & set(flags),
+        differs_from=differing(label, ranks) if is_resampled else "",
+        is_first=is_resampled and not set("ac") & set(flags) and not _is_below(label, ranks),
         der=der,
         asr=asr,
         worst_asr=float(by_attack.max()),
@@ -270,6 +342,11 @@ def _entry(table: Table, runs: pd.DataFrame, place: Rank | None, flags: str) -> 
         flags=flags,
         analyses=_analyses(runs),
     )
+
+
+def _is_below(name: str, ranks: Mapping[str, Rank]) -> bool:
+    """Whether a defense differs from one of a better rank."""
+    return any(ranks[other].place < ranks[name].place for other in ranks[name].differs)
 
 
 def _analyses(runs: pd.DataFrame) -> dict[str, tuple[float, int]]:
@@ -364,10 +441,12 @@ def cells(entry: Entry, board: Leaderboard) -> list[Cell]:
     """What stands in the columns after the defense's name."""
     place = "" if entry.rank is None else str(entry.rank.place)
     interval = "" if entry.rank is None else str(entry.rank).removeprefix(place).strip()
+    differs = str(len(entry.rank.differs)) if entry.rank and entry.differs_from else ""
     seconds, clean = entry.purify_seconds, _number_cell(entry.clean_acc_lost)
     worst = Number(entry.worst_asr, None, 1)
     return [
         Cell(place, interval, place),
+        Cell(entry.differs_from, "", differs),
         _number_cell(entry.der),
         _number_cell(entry.asr),
         Cell(_percent(worst), entry.worst_attack, repr(entry.worst_asr)),

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,14 @@ def the_board(root: Path) -> Leaderboard:
 
 def ranks_of(board: Leaderboard) -> dict[str, str]:
     return {entry.defense: str(entry.rank or "") for entry in board.entries}
+
+
+def of_models(
+    attacks: Sequence[str], seeds: Sequence[int] | None = None, **der: Sequence[float]
+) -> pd.DataFrame:
+    """DER of some models, for `rank`; without seeds, all have the same one."""
+    index = pd.MultiIndex.from_arrays([list(attacks), list(seeds or [0] * len(attacks))])
+    return pd.DataFrame(der, index=index)
 
 
 def analysed(record: Path, kind: str, **headline: Any) -> None:
@@ -93,7 +101,7 @@ def test_a_mean_over_some_of_the_analysed_models_says_how_many(two_attacks: Path
 
 def test_resamples_that_print_the_same_are_ties() -> None:
     """Both print 90.00 and 80.00, though one is always a little better."""
-    der = pd.DataFrame({"a": [0.9, 0.8], "b": [0.90001, 0.80001]}, index=["sig", "lf"])
+    der = of_models(["sig", "lf"], a=[0.9, 0.8], b=[0.90001, 0.80001])
     assert rank(der, 100) == {"a": Rank(1, 1, 2), "b": Rank(1, 1, 2)}
 
 
@@ -294,73 +302,169 @@ def test_means_and_deviations_by_hand(two_attacks: Path) -> None:
     assert ft.clean_acc_lost is not None
     assert ft.clean_acc_lost.mean == pytest.approx(-0.01)
     assert ft.purify_seconds is None
-    line = "| **sau** | 1 (1 to 1) | 91.50 ± 0.00 | 10.00 ± 3.54 | 15.00 sig | 70.00 ± 0.00 | "
+    line = "| **sau** | 1 (1 to 1) | 2 | 91.50 ± 0.00 | 10.00 ± 3.54 | 15.00 sig | 70.00 ± 0.00 | "
     line += "2.00 ± 0.00 | 2.00 | 14 (3 of 4) | clean |"
     text = leaderboard.markdown([the_table(two_attacks)])
     assert line in text
-    assert "| ft | 2 (2 to 2) |" in text
+    assert "| ft | 2 (2 to 2) | 1 |" in text
     assert " 0.00 ± 0.00 | -1.00 |  | clean |" in text  # no -0.00, and no seconds
     assert "Attacks: blended, sig. Backdoored models: 4." in text
     assert "The attacks are few" in text
     gained = replace(ft, acc_lost=replace(ft.acc_lost, mean=-1e-7))
-    assert leaderboard.cells(gained, board)[5].text == "0.00"
+    assert leaderboard.cells(gained, board)[6].text == "0.00"
     assert "Rank: by mean DER. In brackets: its 95 % interval" in text
 
 
 def test_equal_defenses_share_a_place_and_every_place_that_they_may_have() -> None:
     """A and B are the same, C is worse: A and B are 1, each from 1 to 2; C is 3."""
     values = [0.9, 0.8, 0.7, 0.95]
-    der = pd.DataFrame({"a": values, "b": values, "c": [0.5] * 4}, index=list("wxyz"))
-    assert rank(der) == {"a": Rank(1, 1, 2), "b": Rank(1, 1, 2), "c": Rank(3, 3, 3)}
+    der = of_models("wxyz", a=values, b=values, c=[0.5] * 4)
+    c, both = frozenset("c"), frozenset("ab")
+    assert rank(der) == {"a": Rank(1, 1, 2, c), "b": Rank(1, 1, 2, c), "c": Rank(3, 3, 3, both)}
 
 
 def test_a_difference_in_one_attack_is_no_win() -> None:
     """A is better by far in one attack of six, and equal in all others. A resample lacks that
-    attack in (5/6)^6 = 33 % of all cases, and then they are equal: B may be first.
+    attack in (5/6)^6 = 33 % of all cases, and then they are equal: B may be first, and does not
+    differ from A.
 
     C is worse in each attack, so in each resample.
     """
-    der = pd.DataFrame(
-        {"a": [0.9] * 6, "b": [0.5] + [0.9] * 5, "c": [0.4] * 6}, index=list("uvwxyz")
-    )
-    assert rank(der) == {"a": Rank(1, 1, 2), "b": Rank(2, 1, 2), "c": Rank(3, 3, 3)}
+    der = of_models("uvwxyz", a=[0.9] * 6, b=[0.5] + [0.9] * 5, c=[0.4] * 6)
+    c, both = frozenset("c"), frozenset("ab")
+    assert rank(der) == {"a": Rank(1, 1, 2, c), "b": Rank(2, 1, 2, c), "c": Rank(3, 3, 3, both)}
 
 
-def test_seeds_that_differ_widen_the_interval() -> None:
-    """Of each attack, A wins with one seed by 0.3 and loses with the other by 0.2: A is the first,
-    and in many resamples not. With the mean of both as a single seed it always is.
+def test_a_seed_is_drawn_for_all_attacks_at_once() -> None:
+    """With seed 0, A wins each of forty attacks by 0.4, and with seed 1 it loses each by 0.2. Both
+    draws are seed 1 in 1 of 4 resamples, whatever the attacks are, and then B is the first.
+
+    With a draw for each attack, the difference would be 0.1 ± 0.3 / sqrt(80): never under 0. Nor is
+    it so if both are the means over seeds, of one seed.
     """
-    index = [name for name in "wxyz" for _ in range(2)]
-    der = pd.DataFrame({"a": [0.9, 0.5] * 4, "b": [0.6, 0.7] * 4}, index=index)
+    attacks = [f"{number:02}" for number in range(40)]
+    twice = [name for name in attacks for _ in range(2)]
+    der = of_models(twice, [0, 1] * 40, a=[0.9, 0.5] * 40, b=[0.5, 0.7] * 40)
     assert rank(der) == {"a": Rank(1, 1, 2), "b": Rank(2, 1, 2)}
-    means = der.groupby(level=0).mean()
-    assert rank(means) == {"a": Rank(1, 1, 1), "b": Rank(2, 2, 2)}
+    means = of_models(attacks, a=[0.7] * 40, b=[0.6] * 40)
+    assert rank(means) == {"a": Rank(1, 1, 1, frozenset("b")), "b": Rank(2, 2, 2, frozenset("a"))}
+
+
+def test_an_attack_that_has_none_of_the_drawn_seeds_keeps_its_own() -> None:
+    """Ten attacks, each with another seed: as many are drawn as there are, so it is as with one
+    seed. A wins nine by 0.1 and loses one by 0.2. B is the first if that one is drawn four times or
+    more: of a binomial distribution (10, 1/10), in 1.3 % of the resamples.
+
+    If attacks without a drawn seed were left out, it would be 6.4 %: 6.5 draws would be left.
+    """
+    der = of_models("qrstuvwxyz", range(10), a=[0.8] * 10, b=[0.7] * 9 + [1.0])
+    assert rank(der) == {"a": Rank(1, 1, 1, frozenset("b")), "b": Rank(2, 2, 2, frozenset("a"))}
+
+
+def test_defenses_whose_intervals_overlap_may_differ() -> None:
+    """A is above B by 0.1 in each attack, so in each resample. C is 1 in two of four attacks and 0
+    in the others: in 1 of 16 resamples each, its mean is 1, and it is the first, or 0, the last.
+    """
+    der = of_models("wxyz", a=[0.55] * 4, b=[0.45] * 4, c=[1.0, 1.0, 0.0, 0.0])
+    assert rank(der) == {
+        "a": Rank(1, 1, 2, frozenset("b")),
+        "b": Rank(3, 2, 3, frozenset("a")),
+        "c": Rank(2, 1, 3),
+    }
+
+
+def test_what_differs_from_none_above_it_may_be_the_first(tmp_path: Path) -> None:
+    """DER of four attacks. A: 1 and 0.5, twice each; B: the other way round; C: always 0.74; D:
+    always 0.73. The means of A and B are 0.75, and their sum is 1.5 in each resample, so one of
+    them is above C. But each is below C in 5 of 16 resamples. So C does not differ from either,
+    and may be the first, although its interval begins with 2. D differs from C.
+    """
+    for index, name in enumerate(("badnet", "blended", "lf", "sig")):
+        record = attack(tmp_path, f"{name}-0", 0.9, 1.0)
+        ders = {"a": (1.0, 0.5)[index % 2], "b": (0.5, 1.0)[index % 2], "c": 0.74, "d": 0.73}
+        for label, der in ders.items():
+            defense(record, label, 0.9, 2 - 2 * der, 0.5)
+    board = the_board(tmp_path)
+    assert [(str(e.rank), e.defense, e.differs_from, e.is_first) for e in board.entries] == [
+        ("1 (1 to 4)", "a", "none", True),
+        ("1 (1 to 4)", "b", "none", True),
+        ("3 (2 to 3)", "c", "4", True),
+        ("4 (3 to 4)", "d", "3", False),
+    ]
+    text = leaderboard.markdown([the_table(tmp_path)])
+    assert "| **c**<sup>s</sup> | 3 (2 to 3) | 4 | 74.00 |" in text
+    assert "it is not corrected for many pairs" in text
+    assert [leaderboard.cells(e, board)[1].sort for e in board.entries] == ["0", "0", "1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("differs", "text"),
+    [
+        ("", "none"),
+        ("bdefg", "1, 4 to 7"),
+        ("bdef", "1, 4, 6"),
+        ("bdfg", "1, 4 (d), 6, 7"),
+        ("cg", "2 (c), 7"),
+    ],
+)
+def test_ranks_of_those_that_differ(differs: str, text: str) -> None:
+    """Of X, whose rank is 2: B is 1, C has 2 as well, D and E share 4, F is 6 and G is 7."""
+    places = {"b": 1, "c": 2, "d": 4, "e": 4, "f": 6, "g": 7}
+    ranks = {name: Rank(place, 1, 7) for name, place in places.items()}
+    ranks["x"] = Rank(2, 1, 7, frozenset(differs))
+    assert leaderboard.differing("x", ranks) == text
+
+
+def test_a_model_without_a_seed_shares_its_draws_with_no_other(
+    two_attacks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[pd.DataFrame] = []
+    monkeypatch.setattr(leaderboard, "rank", lambda der: made.append(der) or rank(der, 10))
+    for name in ("lf-0", "bpp-0"):
+        record = attack(two_attacks, name, 0.9, 1.0, seed=None)
+        for label in ("ft", "sau"):
+            defense(record, label, 0.9, 0.0, 0.8)
+    leaderboards(the_table(two_attacks))
+    seeds = made[0].index.get_level_values(1)
+    assert seeds.tolist() == [0, 1, "bpp-0", "lf-0", 0, 1]
 
 
 def test_an_attack_counts_as_much_as_another_whatever_its_seeds() -> None:
     """B wins X with four seeds by 0.1; A wins Y with its one seed by 0.2: A is first."""
-    der = pd.DataFrame({"a": [0.8] * 5, "b": [0.9] * 4 + [0.6]}, index=list("xxxxy"))
+    der = of_models("xxxxy", [0, 1, 2, 3, 0], a=[0.8] * 5, b=[0.9] * 4 + [0.6])
     places = rank(der)
     assert (places["a"].place, places["b"].place) == (1, 2)
 
 
-def test_resamples_are_those_of_attacks_and_of_seeds_within() -> None:
-    """The interval of the first place is what drawing one by one gives.
+def test_resamples_are_those_of_attacks_crossed_with_seeds() -> None:
+    """Interval and differences are what drawing one by one gives.
 
-    Sixty defenses with DERs that depend on the attack and the seed: the middle one's interval by
-    2,000 slow draws differs by at most 2 places from the fast one.
+    Sixty defenses with DERs that depend on the attack and the seed; of 4 seeds, no attack has all.
+    By 2,000 slow draws, the middle one's interval differs by at most 2 places from the fast one.
+    It differs from the same defenses, but for those whose slow share is within 1.5 points of
+    97.5 %: four standard errors of it.
     """
     generator = np.random.default_rng(3)
-    sizes = [1, 2, 3, 3, 2]
-    index = [attack for attack, size in enumerate(sizes) for _ in range(size)]
-    values = generator.uniform(size=(len(index), 60))
-    der = pd.DataFrame(values, index=index, columns=[str(i) for i in range(60)])
-    places = []
+    seeds_of = [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]
+    models = [(attack, seed) for attack, seeds in enumerate(seeds_of) for seed in seeds]
+    of_attack, of_seed = generator.uniform(size=(5, 60)), generator.uniform(size=(4, 60))
+    noise = generator.uniform(size=(len(models), 60)) / 5
+    level = np.linspace(0, 0.8, 60)
+    values = (
+        np.array([of_attack[a] + 4 * of_seed[s] for a, s in models]) / 8 + noise + level / 2
+    ) / 2
+    der = pd.DataFrame(values, pd.MultiIndex.from_tuples(models), [str(i) for i in range(60)])
+    all_means = []
     for _ in range(2000):
-        drawn = generator.integers(len(sizes), size=len(sizes))
-        groups = [values[np.array(index) == attack] for attack in drawn]
-        means = np.mean([g[generator.integers(len(g), size=len(g))].mean(0) for g in groups], 0)
-        places.append((means > means[30]).sum() + 1)
+        drawn = generator.integers(4, size=4)
+        of_drawn = []
+        for a in generator.integers(5, size=5):
+            own = [values[models.index((a, s))] for s in drawn if s in seeds_of[a]]
+            own = own or [values[models.index((a, s))] for s in seeds_of[a]]
+            of_drawn.append(np.mean(own, axis=0))
+        all_means.append(np.mean(of_drawn, axis=0))
+    means = np.array(all_means)
+    places = (means > means[:, 30:31]).sum(axis=1) + 1
     low, high = np.quantile(places, [0.025, 0.975])
     fast = rank(der)["30"]
     assert fast.low is not None
@@ -368,6 +472,12 @@ def test_resamples_are_those_of_attacks_and_of_seeds_within() -> None:
     assert abs(fast.low - low) <= 2
     assert abs(fast.high - high) <= 2
     assert high - low > 10
+    middle = means[:, 30:31]
+    share = np.maximum((means > middle).mean(axis=0), (means < middle).mean(axis=0))
+    sure = {str(i) for i in range(60) if share[i] > 0.99}
+    unsure = {str(i) for i in range(60) if 0.96 <= share[i] <= 0.99}
+    assert len(sure) > 10
+    assert sure <= fast.differs <= sure | unsure
 
 
 def test_what_was_not_run_on_the_same_attacks_is_not_compared(two_attacks: Path) -> None:
@@ -406,7 +516,7 @@ def test_places_are_those_of_the_numbers_that_are_printed() -> None:
     """0.99985 and 0.9998 print as 99.98 or 99.99, as Python rounds them; NumPy rounds otherwise."""
     for low in range(9000, 10000):
         pair = [low / 20000 + 0.5, (low + 1) / 20000 + 0.5]
-        ranks = rank(pd.DataFrame([pair], columns=["a", "b"], index=["x"]))
+        ranks = rank(of_models("x", a=pair[:1], b=pair[1:]))
         is_equal = f"{percent(pair[0]):.2f}" == f"{percent(pair[1]):.2f}"
         assert (ranks["a"].place, ranks["b"].place) == ((1, 1) if is_equal else (2, 1))
 

@@ -840,7 +840,7 @@ def test_the_page_needs_nothing_and_its_tables_sort(two_attacks: Path, tmp_path:
     assert not [tag for tag, found in tags.found if "src" in found and tag != "img"]
     assert all(str(link["href"]).startswith("#") for link in tags.all("a"))
     assert "default-src 'none'" in str(tags.all("meta"))
-    columns, board = 2 + 3 + 4 + 4, 10
+    columns, board = 2 + 3 + 4 + 4, 11
     assert len(tags.all("button")) == columns + board
     cells = [found for found in tags.all("td") if "data-sort" in found]
     assert len(cells) == 4 * (columns - 1) + 2 * (board - 1)
