@@ -4,6 +4,7 @@
     python benchmark/report.py --under digits --to results/digits --keep
     python benchmark/report.py --under results/digits mine --to results/digits --keep
     python benchmark/report.py --under results/digits --to report   # all forms of a kept grid
+    python benchmark/report.py --under results/digits --to report --attacks wanet "sig (9.85 %)"
     python benchmark/report.py --rebuild RESULTS.md README.md
 
 Numbers come only from the runs' summaries: one row per attack, columns for each defense, means and
@@ -19,6 +20,10 @@ sample standard deviations over seeds. `--formats` says what is written:
 
 `--under` takes several folders, of both forms. If two of them have a record of the same name, their
 results are put together. If both have the same result, that of the later folder is used.
+
+`--attacks` takes the names of rows, as the tables show them, in quotes where they have a space.
+Tables, figures and leaderboards then have these attacks alone, and clean models. The titles say
+that it is a part. It is not for `--keep`, which keeps all runs.
 
 `--keep` also writes the runs themselves, in two files from which the same command makes the same
 tables again: `runs.jsonl`, a line for each run with its summary and its configuration, and
@@ -97,6 +102,13 @@ def main() -> None:
         action="extend",
         help="folders of records, some below record/, or of kept grids; all of record/",
     )
+    parser.add_argument(
+        "--attacks",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="only these attacks, called as the rows of the tables; all",
+    )
     parser.add_argument("--record_path", type=Path, help="folder of all records")
     parser.add_argument("--to", type=Path, help="folder to write into")
     parser.add_argument("--keep", action="store_true", help="write the runs there, too")
@@ -111,14 +123,18 @@ def main() -> None:
     from benchmark.reporting import files  # here, because it takes seconds
 
     if flags.rebuild is not None:
-        if flags.to or flags.under or flags.record_path or flags.keep or flags.formats:
+        others = ("to", "under", "attacks", "record_path", "keep", "formats")
+        if any(getattr(flags, name) for name in others):
             raise UserError("--rebuild: takes no other flag; drop the others")
         files.rebuild(flags.rebuild)
     elif flags.to is None:
         raise UserError("--to: a value is needed; give the folder to write into")
+    elif flags.keep and flags.attacks:
+        raise UserError("--attacks: is not for --keep, which keeps all runs; drop one of the two")
     else:
         formats = formats_of(flags.formats, flags.keep)
-        files.write(folders_of(flags.under, flags.record_path), flags.to, flags.keep, formats)
+        folders = folders_of(flags.under, flags.record_path)
+        files.write(folders, flags.to, flags.keep, formats, flags.attacks)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import pandas as pd
 
 from benchmark.reporting import kept, leaderboard, page, tables
 from benchmark.reporting.figures import draw
-from benchmark.reporting.means import Table, summarize
+from benchmark.reporting.means import Table, attacks_of, narrowed, summarize
 from benchmark.reporting.summaries import read_runs
-from utils.errors import UserError, counted, reason_of, shown
+from utils.errors import UserError, counted, listed, reason_of, shown
 from utils.files import TEXT, read_bytes
 from utils.process.script import logger
 from utils.records.folders import RunFolder
@@ -23,18 +23,31 @@ _MARK = re.compile(r"<!-- (?P<kind>begin|end) (?P<name>[^\s<>]+) -->\s*")
 _LIKE_A_MARK = re.compile(r"[\s>*+-]*<\s*!\s*[-–—]+\s*(begin|end)\b([^>]*\.md|\W*$)", re.IGNORECASE)
 
 
-def write(unders: Sequence[Path], to: Path, is_kept: bool, formats: Collection[str]) -> None:
+def write(
+    unders: Sequence[Path],
+    to: Path,
+    is_kept: bool,
+    formats: Collection[str],
+    attacks: Sequence[str] | None = None,
+) -> None:
     """Writes a report of the runs under some folders into another one, or one of them.
 
     Args:
-        is_kept: whether the runs are written, too.
+        is_kept: whether the runs are written, too; not with `attacks`.
         formats: some of `report.FORMATS`.
+        attacks: the rows that are in the report; None for all.
 
     Raises:
-        UserError: if there is no finished run, one that is kept would be lost, or the folder cannot
-            be written.
+        UserError: if there is no finished run, one that is kept would be lost, an attack is in no
+            table, or the folder cannot be written.
     """
+    if attacks is not None and (to / kept.RUNS).exists():
+        raise UserError(
+            f"--attacks: {to} keeps all attacks, and its tables show them; give another --to"
+        )
     all_tables, runs, problems = read(unders, to)
+    if attacks is not None:
+        all_tables, runs = of_attacks(all_tables, runs, attacks)
     if is_kept:
         kept.check_kept(to, list(runs["run"]))
     folder = made_folder(to)
@@ -71,6 +84,30 @@ def read(unders: Sequence[Path], to: Path) -> tuple[list[Table], pd.DataFrame, l
         names = ", ".join(map(str, unders))
         raise UserError(f"{names}: has no finished record; run an attack, or name another --under")
     return summarize(runs), runs, problems
+
+
+def of_attacks(
+    all_tables: Sequence[Table], runs: pd.DataFrame, attacks: Sequence[str]
+) -> tuple[list[Table], pd.DataFrame]:
+    """Tables and runs of some attacks alone; a table that has none of them is left out.
+
+    Args:
+        attacks: as the rows are called.
+
+    Raises:
+        UserError: if one is in no table, or is given twice.
+    """
+    names = sorted({name for table in all_tables for name in attacks_of(table)})
+    if unknown := [name for name in attacks if name not in names]:
+        raise UserError(
+            f"--attacks: {listed(unknown)} is in no table; give some of "
+            f"{', '.join(map(shown, names)) or 'the attacks, of which there are none'}"
+        )
+    if twice := [name for index, name in enumerate(attacks) if name in attacks[:index]]:
+        raise UserError(f"--attacks: {twice[0]} is given twice; give it once")
+    chosen = [part for table in all_tables if (part := narrowed(table, attacks)) is not None]
+    is_in = runs.index.isin([index for table in chosen for index in table.runs.index])
+    return chosen, runs[is_in]
 
 
 def write_tables(

@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
 from benchmark.reporting.stored import UNDEFENDED
 from benchmark.reporting.summaries import METRICS, is_clean
+from utils.errors import counted
 from utils.metrics import FAILED_ASR, has_collapsed
 
 HIGHER_IS_BETTER = {"acc": True, "asr": False, "ra": True, "der": True}
@@ -145,7 +146,36 @@ def _table(runs: pd.DataFrame, names: list[str]) -> Table:
     name = re.sub(r"[^a-z0-9.]+", "-", title.lower().replace(" %", "")).strip("-.")[:60] or "table"
     if name in names:
         name += f"-{sum(n == name or n.startswith(name + '-') for n in names) + 1}"
+    return _filled(name, title, runs)
 
+
+def attacks_of(table: Table) -> list[str]:
+    """The rows of a table that are no clean models, sorted."""
+    return sorted(name for name in set(table.runs["row"]) if not is_clean(name))
+
+
+def narrowed(table: Table, attacks: Collection[str]) -> Table | None:
+    """A table of some of its attacks alone, which its title says; None if it has none of them.
+
+    The names of rows and the pratio in the title are those of the table of all attacks. Clean
+    models stay.
+
+    Args:
+        attacks: names of rows.
+    """
+    all_of_it = attacks_of(table)
+    chosen = [name for name in all_of_it if name in attacks]
+    if not chosen:
+        return None
+    title = table.title
+    if chosen != all_of_it:
+        title += f", {len(chosen)} of {counted(len(all_of_it), 'attack')}"
+    is_kept = table.runs["row"].isin(chosen) | table.runs["row"].map(is_clean)
+    return _filled(table.name, title, table.runs[is_kept])
+
+
+def _filled(name: str, title: str, runs: pd.DataFrame) -> Table:
+    """A table of runs that have their `row`."""
     cells = _cells(runs)
     variant = [is_variant(*pair) for pair in zip(runs["label"], runs["method"], strict=True)]
     plain = [UNDEFENDED, *sorted(set(runs.loc[[not v for v in variant], "label"]) - {UNDEFENDED})]

@@ -736,6 +736,96 @@ def test_a_record_without_scores_of_its_own_has_those_before_a_defense(tmp_path:
     assert set(before["model"]) == {"preactresnet18"}
 
 
+@pytest.fixture
+def three_attacks(two_attacks: Path) -> Path:
+    """`two_attacks`, and LF with another pratio, which is in the name of its row."""
+    for seed in (0, 1):
+        lf = attack(two_attacks, f"lf-{seed}", 0.9, 1.0, pratio=0.05)
+        for label in ("ft", "sau"):
+            defense(lf, label, 0.9, 0.2, 0.7)
+    return two_attacks
+
+
+def test_a_report_of_some_attacks_has_no_other_in_any_of_its_files(
+    three_attacks: Path, tmp_path: Path
+) -> None:
+    """Without blended, SAU has a DER of (89 + 90) / 2. The clean model stays; of LF alone, the row
+    and the title's pratio are those of all attacks. A part is a part in each of its titles.
+    """
+    to = tmp_path / "to"
+    flags = ("--under", three_attacks, "--to", to, "--attacks")
+    assert report(*flags, "sig", "--attacks", "lf (5 %)", "--formats", "md,tex,csv,html") == 0
+    texts = {path.name: path.read_text() for path in to.iterdir() if path.is_file()}
+    assert len(texts) == 7
+    assert not [name for name, text in texts.items() if "blended" in text]
+    title = "digits, preactresnet18, pratio 10 %, 2 of 3 attacks"
+    for name in ("table.md", "leaderboard.md", "report.html"):
+        assert title in texts[name]
+    assert title.replace("%", r"\%") in texts["table.tex"]
+    assert "| **sau** | 1 (1 to 2) | none | 89.50 " in texts["leaderboard.md"]
+    assert "Attacks: lf (5 %), sig. Backdoored models: 4." in texts["leaderboard.md"]
+    assert all(f"\n| {row} |" in texts["table.md"] for row in ("mean of 2 attacks", CLEAN))
+    runs = pd.read_csv(to / "runs.csv")
+    assert sorted(set(runs["record"])) == ["lf-0", "lf-1", "prototype-0", "sig-0", "sig-1"]
+    assert report(*flags, "lf (5 %)", "--formats", "md") == 0
+    text = (to / "table.md").read_text()
+    assert "pratio 10 %, 1 of 3 attacks" in text
+    assert "| lf (5 %) | 2 |" in text
+
+
+def test_a_report_of_all_attacks_by_name_is_that_of_all(
+    three_attacks: Path, tmp_path: Path
+) -> None:
+    flags = ("--under", three_attacks, "--formats", "md,csv", "--to")
+    assert report(*flags, tmp_path / "all") == 0
+    names = ("sig", "blended", "lf (5 %)")
+    assert report(*flags, tmp_path / "named", "--attacks", *names) == 0
+    files = sorted(files_of(tmp_path / "all"))
+    assert files == sorted(files_of(tmp_path / "named"))
+    for name in files:
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
+
+
+def test_a_table_that_has_none_of_the_attacks_is_left_out(
+    two_attacks: Path, tmp_path: Path
+) -> None:
+    attack(two_attacks, "lf-0", 0.9, 0.9, model="vgg19_bn")
+    flags = ("--under", two_attacks, "--to", tmp_path / "to", "--formats", "md,csv")
+    assert report(*flags, "--attacks", "lf") == 0
+    text = (tmp_path / "to/table.md").read_text()
+    assert text.startswith("**digits, vgg19_bn, pratio 10 %**")
+    assert "preactresnet18" not in text
+    assert pd.read_csv(tmp_path / "to/runs.csv")["record"].tolist() == ["lf-0"]
+
+
+def test_some_attacks_cannot_be_kept_nor_take_the_place_of_all(
+    kept: Path, three_attacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No row of a kept grid, and no table of one, is lost; names are those of the rows."""
+    before = {name: (kept / name).read_bytes() for name in files_of(kept)}
+    to = tmp_path / "to"
+    for flags, problem in (
+        (["--to", kept, "--keep", "--attacks", "sig"], "--attacks: is not for --keep, which keeps"),
+        (["--to", to, "--keep", "--attacks", "sig"], "--attacks: is not for --keep, which keeps"),
+        (["--to", kept, "--attacks", "sig"], f"--attacks: {kept} keeps all attacks, and its"),
+        (
+            ["--to", to, "--attacks", "sig", "lf", "no"],
+            "--attacks: lf, no is in no table; give some of blended, lf (5 %), sig\n",
+        ),
+        (["--to", to, "--attacks", CLEAN], f"--attacks: {CLEAN} is in no table; give some of"),
+        (["--to", to, "--attacks", "sig", "sig"], "--attacks: sig is given twice; give it once"),
+        (["--to", to, "--attacks"], "argument --attacks: expected at least one argument"),
+    ):
+        assert report("--under", three_attacks, *flags) == 2
+        error = capsys.readouterr().err
+        assert problem in error
+        assert error.count("error:") == error.count("\n") == 1
+    assert not to.exists()
+    assert {name: (kept / name).read_bytes() for name in files_of(kept)} == before
+    assert report("--rebuild", tmp_path / "none.md", "--attacks", "sig") == 2
+    assert "--rebuild: takes no other flag" in capsys.readouterr().err
+
+
 def test_an_empty_folder_or_a_wrong_flag_is_one_line_and_exit_code_2(
     tmp_path: Path, two_attacks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
