@@ -4,8 +4,8 @@ SAU ends near the backdoored model: it covers the backdoor, and a few poisoned i
 (`analysis/retune.py`). This method has SAU's inner problem and losses, see `sau.py`, and three
 changes in how the weights learn:
 
-- Adam's learning rate is ten times as high, and falls to zero by a cosine. What the backdoor needs
-  is overwritten in the first half, and what the clean images need comes back in the second.
+- Adam's learning rate is ten times as high, and falls to zero by a cosine: the weights first move
+  far, and then settle on the clean images.
 - BatchNorm is in train mode in the outer step. Clean and perturbed images pass it apart, and only
   the clean ones change the running statistics. SAU keeps the statistics of the poisoned images.
 - Clean images are cropped (and mirrored) at random before they are perturbed, because so high a
