@@ -120,8 +120,8 @@ def _train(
         config = with_target(config, data)
         _check_fit(config, data)
         resized = network_size(config)
-        check_model(config.model, len(data.classes), config.image_size, resized)
         setting = Setting(data, device, precision, config.checkpoint_every)
+        check_model(config.model, len(data.classes), config.image_size, resized, setting.warn)
         if isinstance(config, AttackConfig):
             tell_target(config, data, setting.warn)
         plan = make_plan(config, setting)

@@ -235,7 +235,7 @@ def import_model(config: Config) -> folders.RunFolder:
         if config.attack_target is not None:
             check_target(config.attack_target, data)
             tell_target(config, data, findings.warn)
-        check_model(config.model, len(data.classes), size)
+        check_model(config.model, len(data.classes), size, warn=findings.warn)
         model = build_model(config.model, len(data.classes), data.mean, data.std, image_size=size)
         fill(model, read_state_dict(checkpoint), config.model)
         triggered = None

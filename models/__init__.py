@@ -120,7 +120,11 @@ def _torchvision_network(name: str, num_classes: int, image_size: int | None) ->
 
 
 def check_model(
-    name: str, num_classes: int, image_size: int, network_size: int | None = None
+    name: str,
+    num_classes: int,
+    image_size: int,
+    network_size: int | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> None:
     """Raises UserError if a network of that name cannot train on images of that size.
 
@@ -130,12 +134,13 @@ def check_model(
 
     Args:
         network_size: as for `build_model`.
+        warn: gets a line about a user's network whose state a run cannot keep.
     """
     if name in CONSTRUCTORS:
         return
     if is_user_file(name):
         try_user_model(
-            name, image_size, lambda: build_model(name, num_classes, image_size=image_size)
+            name, image_size, lambda: build_model(name, num_classes, image_size=image_size), warn
         )
         return
     check_name(name)

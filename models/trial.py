@@ -8,7 +8,8 @@ import torch
 from models import userfile
 from models.classifier import Classifier
 from models.copies import apart_from, copied
-from utils.errors import UserError, told
+from models.outside import Outside, state_outside
+from utils.errors import UserError, listed, told
 
 T = TypeVar("T")
 
@@ -42,13 +43,19 @@ def try_size(name: str, image_size: int, build: Callable[[int], Classifier]) -> 
         )
 
 
-def try_user_model(name: str, image_size: int, build: Callable[[], Classifier]) -> None:
+def try_user_model(
+    name: str,
+    image_size: int,
+    build: Callable[[], Classifier],
+    warn: Callable[[str], None] | None = None,
+) -> None:
     """Tries everything that attacks and defenses will do with the user's network.
 
     Args:
         name: the `--model` value.
         image_size: side of the images in pixels.
         build: makes the network, another one in each call.
+        warn: gets a line about state of Python that logits depend on, and that no file keeps.
 
     Raises:
         UserError: if it cannot do some of it.
@@ -98,3 +105,31 @@ def try_user_model(name: str, image_size: int, build: Callable[[], Classifier]) 
     with torch.no_grad(), apart_from(model, copy_of_it):
         for is_training in (False, True):
             logits(2, second.train(is_training))
+    _try_state(
+        name, tried(lambda: state_outside(model, again, image_size), "be called a few times"), warn
+    )
+
+
+def _try_state(name: str, outside: Outside, warn: Callable[[str], None] | None) -> None:
+    """Tells of state outside the state dict.
+
+    Raises:
+        UserError: if a record would lack buffers on which the logits in eval mode depend.
+    """
+    if outside.buffers:
+        raise UserError(
+            f"--model: {name} gives other logits in eval mode without "
+            f"{_in_words(outside.buffers)}, which its state dict lacks, and a record keeps the "
+            "state dict alone; register it without persistent=False"
+        )
+    if outside.attributes and warn is not None:
+        warn(
+            f"--model: {name} computes with {_in_words(outside.attributes)}, which its state dict "
+            "lacks, so a run that is resumed, or a model that is loaded, may differ; keep it in a "
+            "buffer (register_buffer)"
+        )
+
+
+def _in_words(names: list[str]) -> str:
+    """Names of buffers and attributes, as the user's file has them."""
+    return listed([name.removeprefix("network.") for name in names], limit=100)

@@ -241,7 +241,71 @@ def test_the_trial_refuses_a_state_that_no_record_keeps(tmp_path: Path, more: st
 
 
 def test_a_good_network_passes(tmp_path: Path) -> None:
-    check_model(net(tmp_path), 3, 8)
+    told: list[str] = []
+    check_model(net(tmp_path), 3, 8, warn=told.append)
+    assert told == []
+
+
+FOLLOWING = """
+import torch
+from torch import nn
+
+class Following(nn.Module):
+    def __init__(self, num_classes, image_size):
+        super().__init__()
+        self.linear = nn.Linear(3 * image_size**2, num_classes)
+        {start}
+
+    def forward(self, images):
+        {move}
+        return self.linear(images.flatten(1)) + self.state
+"""
+
+
+def following(folder: Path, start: str, move: str) -> str:
+    """A `--model` with state, which moves in train mode, and is added to its logits."""
+    path = folder / "net.py"
+    path.write_text(FOLLOWING.replace("{start}", start).replace("{move}", move))
+    return f"{path}:Following"
+
+
+def test_the_trial_tells_of_state_that_nothing_keeps(tmp_path: Path) -> None:
+    name = following(tmp_path, "self.state = 0", "self.state += self.training")
+    told: list[str] = []
+    check_model(name, 3, 8, warn=told.append)
+    assert told == [
+        f"--model: {name} computes with state, which its state dict lacks, so a run that is "
+        "resumed, or a model that is loaded, may differ; keep it in a buffer (register_buffer)"
+    ]
+    check_model(name, 3, 8)  # nobody is told
+
+
+BUFFER = "self.register_buffer('state', torch.zeros(3){})"
+MOVE = "if self.training: self.state.add_(1)"
+
+
+def test_the_trial_refuses_a_buffer_that_a_record_would_lack(tmp_path: Path) -> None:
+    name = following(tmp_path, BUFFER.format(", persistent=False"), MOVE)
+    with pytest.raises(UserError, match=r"in eval mode without state, which its state dict lacks"):
+        check_model(name, 3, 8)
+    told: list[str] = []
+    check_model(following(tmp_path, BUFFER.format(""), MOVE), 3, 8, warn=told.append)
+    assert told == []
+
+
+def test_an_attack_keeps_what_the_trial_told(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = following(tmp_path, "self.state = 0", "self.state += self.training")
+    assert attack(workplace, "counts", model) == 0
+    told = "net.py:Following computes with state, which its state dict lacks"
+    assert capsys.readouterr().err.count(told) == 1
+    (warning,) = (
+        text
+        for text in json.loads((workplace / "record/counts/summary.json").read_text())["warnings"]
+        if "state dict" in text
+    )
+    assert told in warning
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
@@ -303,11 +367,11 @@ def test_a_child_of_the_user_s_code_ends_as_it_wants(tmp_path: Path) -> None:
 
 
 def attack(workplace: Path, name: str, model: str, *more: object) -> int:
-    flags = attack_flags(workplace, name, model=model)
+    flags = attack_flags(workplace, name, model=model, batch_size=4)
     return run_script(ROOT / "attack/badnet.py", *flags, *more)
 
 
-LATER = {"forward": 6, "backward": 3}  # calls, more than those of the trial
+LATER = {"forward": 12, "backward": 3}  # calls, more than those of the trial
 
 
 @pytest.mark.parametrize("what", [*WAYS, "raise KeyboardInterrupt"])
@@ -346,7 +410,7 @@ CHANGES = {
 }
 
 
-def changing(folder: Path, what: str, after: int = 6) -> str:
+def changing(folder: Path, what: str, after: int = LATER["forward"]) -> str:
     """A `--model` that does something in its calls after some; it has two buffers."""
     more = f"def logits(self, x):\n    if calls > {after}:\n        {what}\n    return x\n"
     more += "def build(num_classes, image_size):\n    net = Net(num_classes, image_size)\n"
@@ -485,7 +549,7 @@ def test_a_repaired_file_is_another_one_for_resume(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What the run had done with the broken one was done with another network."""
-    model = net(tmp_path, "forward", "raise Silent", 8)
+    model = net(tmp_path, "forward", "raise Silent", LATER["forward"] + 2)
     assert attack(workplace, "repaired", model, "--checkpoint_every", 0) == 2
     net(tmp_path)
     assert attack(workplace, "repaired", model, "--resume") == 2

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from models.outside import buffers_outside, put_buffers
 from utils.errors import UserError
 from utils.process.seeds import generator
 
@@ -143,19 +144,28 @@ class Best:
             self.state["since"].fill_(number)
         if value <= smallest.sum():
             self.state["round"].fill_(number)
-            for name, tensor in _tensors(model).items():
+            for name, tensor in self._kept(model).items():
                 self.state[f"weights.{name}"].copy_(tensor)
         return number >= self._least and number - int(self.state["since"]) >= self._patience
 
     def put_into(self, model: nn.Module) -> None:
         """Makes a model the one that is kept."""
-        kept = {name: self.state[f"weights.{name}"] for name in _tensors(model)}
+        kept = {name: self.state[f"weights.{name}"] for name in self._kept(model)}
         model.load_state_dict(kept, strict=False)
+        put_buffers(model, {name: kept[name] for name in buffers_outside(model) if name in kept})
+
+    def _kept(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The model's tensors that the state has in the same shape.
+
+        States of earlier versions have no non-persistent buffers, and a cache may grow.
+        """
+        shapes = {name: value.shape for name, value in self.state.items()}
+        return {k: v for k, v in _tensors(model).items() if shapes.get(f"weights.{k}") == v.shape}
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict without what a user's module adds to it (`get_extra_state`)."""
-    state = model.state_dict()
+    """Weights and buffers, without what a user's module adds to them (`get_extra_state`)."""
+    state = {**buffers_outside(model), **model.state_dict()}
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 

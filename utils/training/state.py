@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from models.outside import buffers_outside, put_buffers
 from utils.errors import shown
 from utils.tensors import not_finite
 
@@ -27,6 +28,7 @@ _MOVING = frozenset(
     )
 )
 _MOST_STEPS = 2.0**53  # of an optimizer
+_OUTSIDE = "outside the state dict"  # under which a network's non-persistent buffers are
 
 
 def state_of(name: str, value: Any) -> Any:
@@ -43,6 +45,8 @@ def state_of(name: str, value: Any) -> Any:
         return value.get_state()
     if isinstance(value, torch.Tensor):
         return value.detach()
+    if isinstance(value, nn.Module):
+        return {**value.state_dict(), _OUTSIDE: buffers_outside(value)}
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return value.state_dict()
     if isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()):
@@ -77,11 +81,7 @@ def _restore(name: str, value: Any, state: Any) -> None:
         if hasattr(value, "load_state_dict"):  # not every process starts with all of it
             value.load_state_dict(state)
     elif isinstance(value, nn.Module):
-        expected = value.state_dict()
-        _require_names(name, expected, state)
-        for key, tensor in expected.items():
-            _require_like(f"{name}: {key}", tensor, state[key])
-        value.load_state_dict(state)
+        _restore_module(name, value, state)
     elif isinstance(value, torch.optim.Optimizer):
         _check_optimizer(name, value, state)
         value.load_state_dict(state)
@@ -90,6 +90,28 @@ def _restore(name: str, value: Any, state: Any) -> None:
         value.load_state_dict(state)
     else:
         value.load_state_dict(state)
+
+
+def _restore_module(name: str, module: nn.Module, state: Any) -> None:
+    """Restores weights and buffers; earlier checkpoints lack the non-persistent buffers.
+
+    Code of the user's own may have made such a buffer in a call, or in another shape. It is a cache
+    as often as it is state, so its values may be anything.
+    """
+    outside: Mapping[str, Any] = {}
+    if isinstance(state, dict) and _OUTSIDE in state:
+        state = dict(state)
+        outside = state.pop(_OUTSIDE)
+    expected = module.state_dict()
+    _require_names(name, expected, state)
+    for key, tensor in expected.items():
+        _require_like(f"{name}: {key}", tensor, state[key])
+    present = buffers_outside(module)
+    for key, tensor in outside.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != present.get(key, tensor).dtype:
+            raise ValueError(f"{name}: {shown(key, 100)} is no such buffer")
+    module.load_state_dict(state)
+    put_buffers(module, outside)
 
 
 def _restore_tensors(name: str, value: dict[str, torch.Tensor], state: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from attack import bpp, inputaware, wanet
 from attack.setting import Setting
@@ -39,6 +40,27 @@ def supervised(loop: Loop, schedule: Schedule) -> torch.nn.Module:
     return model
 
 
+class Centred(nn.Sequential):
+    """Takes away the mean of earlier logits, which it has in a buffer outside its state dict."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images)
+        self.mean.lerp_(logits.detach().mean(0), 0.5)
+        return logits - self.mean
+
+
+def with_a_buffer(loop: Loop) -> nn.Module:
+    data = processes.random_data()
+    model = processes.network(data)
+    model.network = Centred(model.network)
+    processes.train(model, data, Supervised(2, True, generator(0, "augmentation")), loop, 12, 3)
+    return model
+
+
 def controlled(module: Any, control: Any) -> Callable[[Loop], torch.nn.Module]:
     def run(loop: Loop) -> torch.nn.Module:
         data = processes.random_data()
@@ -57,6 +79,7 @@ def controlled(module: Any, control: Any) -> Callable[[Loop], torch.nn.Module]:
 RUNS: dict[str, Callable[[Loop], torch.nn.Module]] = {
     "supervised": lambda loop: supervised(loop, "one_cycle"),
     "plateau": lambda loop: supervised(loop, "reduce_on_plateau"),
+    "a buffer outside the state dict": with_a_buffer,
     "wanet": controlled(wanet, wanet.WaNet),
     "bpp": controlled(bpp, bpp.Bpp),
     "inputaware": controlled(inputaware, inputaware.InputAware),
@@ -102,7 +125,7 @@ def test_a_snapshot_of_another_run_is_refused() -> None:
     loop = Loop()
     supervised(loop, "cosine")
     snapshot = loop.snapshot()
-    snapshot["objects"]["model"].popitem()
+    del snapshot["objects"]["model"]["network.0.weight"]
     with pytest.raises(UserError, match="--resume: the checkpoint is not of this run"):
         supervised(Loop(resume=snapshot), "cosine")
 

@@ -266,3 +266,35 @@ def test_the_best_of_a_network_with_more_than_tensors_is_kept() -> None:
     best.keep(model, 1.0, 0.0, 1)
     best.put_into(other := WithNote(1, 1))
     assert other.weight.item() == 3
+
+
+class WithBuffers(nn.Linear):
+    """Has a buffer outside its state dict, and a cache that grows."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.register_buffer("mean", torch.zeros(2), persistent=False)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+
+def test_the_best_of_a_network_has_its_buffers() -> None:
+    model = WithBuffers()
+    best = Best(model, patience=3)
+    model.mean.fill_(7)
+    model.table = torch.ones(5)
+    best.keep(model, 1.0, 0.0, 1)
+    model.mean.fill_(9)
+    best.put_into(model)
+    assert model.mean.tolist() == [7, 7]
+    assert model.table.tolist() == [1] * 5
+
+
+def test_a_best_model_of_an_earlier_version_has_its_state_dict_alone() -> None:
+    model = WithBuffers()
+    best = Best(model, patience=3)
+    del best.state["weights.mean"]
+    with torch.no_grad():
+        model.weight.fill_(3)
+    best.keep(model, 1.0, 0.0, 1)
+    best.put_into(other := WithBuffers())
+    assert other.weight.item() == 3

@@ -192,6 +192,66 @@ def test_a_scheduler_s_constants_stay(tmp_path: Path) -> None:
         plateau.load_state_dict(plateau.state_dict() | {"patience": 0})
 
 
+class Following(nn.Linear):
+    """Follows its inputs in a buffer that is in no state dict, and has a cache of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.register_buffer("mean", torch.zeros(3), persistent=False)
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.5 * self.mean + x.mean(0)
+        self.table = torch.full((len(x),), math.nan)
+        return super().forward(x - self.mean)
+
+
+def test_a_module_s_buffers_outside_its_state_dict_come_back() -> None:
+    """In place where there is one; the cache of NaN is as it was."""
+    before, after = (nn.Sequential(Following()) for _ in range(2))
+    before(torch.rand(2, 3))
+    kept, mean = state_of("model", before), after[0].mean
+    restore("model", after, copy.deepcopy(kept))
+    assert after[0].mean is mean
+    assert torch.equal(mean, before[0].mean)
+    assert mean.sum() > 0
+    assert torch.equal(after[0].weight, before[0].weight)
+    assert after[0].table.isnan().tolist() == [True, True]
+    x = torch.rand(4, 3)
+    assert torch.equal(after(x), before(x))
+
+
+def test_a_checkpoint_of_earlier_versions_has_only_the_state_dict() -> None:
+    before, after = (nn.Sequential(Following()) for _ in range(2))
+    before(torch.rand(2, 3))
+    restore("model", after, before.state_dict())
+    assert torch.equal(after[0].weight, before[0].weight)
+    assert after[0].mean.tolist() == [0, 0, 0]
+
+
+OUTSIDE = "outside the state dict"
+HOSTILE_BUFFERS: dict[str, Any] = {
+    "none": None,
+    "a list": [("0.mean", torch.zeros(3))],
+    "a text": {"0.mean": "x"},
+    "another type": {"0.mean": torch.zeros(3, dtype=torch.int64)},
+    "a weight": {"0.weight": torch.zeros(3, 3)},
+    "a method": {"0.forward": torch.zeros(3)},
+    "another module": {"1.mean": torch.zeros(3)},
+    "a number": {3: torch.zeros(3)},
+    "no name": {"0.": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("buffers", HOSTILE_BUFFERS)
+def test_a_module_takes_buffers_of_its_own_alone(buffers: str) -> None:
+    model = nn.Sequential(Following())
+    state = {**model.state_dict(), OUTSIDE: HOSTILE_BUFFERS[buffers]}
+    with pytest.raises(ValueError, match=r"^model"):
+        restore("model", model, state)
+    assert model[0].mean.tolist() == [0, 0, 0]
+
+
 HOSTILE_MODULES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a missing weight": lambda state: state.pop("0.weight"),
     "one more weight": lambda state: state.update(other=torch.zeros(1)),
