@@ -23,6 +23,7 @@ from attack.recipe import (
     network_size,
     new_model,
     train_by_recipe,
+    try_sharing,
 )
 from attack.setting import Setting
 from models import (
@@ -122,6 +123,7 @@ def _train(
         resized = network_size(config)
         setting = Setting(data, device, precision, config.checkpoint_every)
         check_model(config.model, len(data.classes), config.image_size, resized, setting.warn)
+        try_sharing(config, data, device)
         if isinstance(config, AttackConfig):
             tell_target(config, data, setting.warn)
         plan = make_plan(config, setting)

@@ -23,6 +23,7 @@ from utils.data import poison
 from utils.data.datasets import DatasetName
 from utils.data.labelled import Dataset, Labelled, Triggered
 from utils.metrics import Scores
+from utils.process import distributed
 from utils.process.device import Precision
 from utils.process.script import logger
 from utils.process.seeds import generator, seed_everything
@@ -233,6 +234,16 @@ def new_model(config: TrainingConfig, data: Dataset) -> Classifier:
     if config.pretrained:
         logger.info("starting from %s", load_pretrained(model.network, config.model))
     return model
+
+
+def try_sharing(config: TrainingConfig, data: Dataset, device: torch.device) -> None:
+    """Raises UserError if there are several processes, which cannot train such a network as one."""
+    if distributed.processes() == 1:
+        return
+    with torch.random.fork_rng(devices=[]):  # new weights are drawn, which nobody sees
+        model = bare_model(config, data)
+        with run_soundly(model):
+            distributed.try_sharing(model, torch.zeros(2, *data.image_shape), device)
 
 
 def train_by_recipe(config: TrainingConfig, model: Classifier, plan: Plan, loop: Loop) -> None:

@@ -265,6 +265,10 @@ def forgetful_norm(model: nn.Module) -> None:
     model[1] = nn.BatchNorm2d(8, track_running_stats=False).double()
 
 
+def dropout(share: float) -> Callable[[nn.Module], object]:
+    return lambda model: model.insert(6, nn.Dropout(share))
+
+
 def small_batch(data: Dataset) -> dict[str, Any]:
     """A batch of one image cannot be shared."""
     loop = Loop()
@@ -334,6 +338,8 @@ SCENES: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "spare weight": refused(spare_weight),
     "own norm": refused(own_norm),
     "forgetful norm": refused(forgetful_norm),
+    "dropout": refused(dropout(0.5)),
+    "dropout of none": refused(dropout(0)),
 }
 
 

@@ -8,7 +8,7 @@ whole. Only the first process writes files and prints messages.
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.fast.batchnorm import BatchNorm2d
 from utils.errors import UserError, one_line
+from utils.process.seeds import random_states, same_states
 
 # While the first process prepares something alone, e.g. decodes images, the others wait so long.
 _PATIENCE = timedelta(hours=12)
@@ -194,6 +195,42 @@ def require_equal(model: nn.Module) -> None:
         )
 
 
+def try_sharing(model: nn.Module, images: torch.Tensor, device: torch.device) -> None:
+    """Tries what `parallel` and training need of a network, before the work.
+
+    Args:
+        model: another one of its kind, on the CPU, which is called in train mode.
+        images: two or more, as it takes them.
+        device: on which processes will train.
+
+    Raises:
+        UserError: if several processes could not train it as one would.
+    """
+    if processes() > 1:
+        _norms(model, device.type)  # refuses
+        with torch.no_grad(), _without_draws():
+            model.train()(images)
+
+
+@contextmanager
+def _without_draws() -> Iterator[None]:
+    """Inside, a network must not draw random numbers.
+
+    Each process would draw its own for its own images, and none would draw those of one process.
+
+    Raises:
+        UserError: if a global generator has moved.
+    """
+    before = random_states()
+    yield
+    if not same_states(before, random_states()):
+        raise UserError(
+            "this network draws random numbers in train mode, e.g. for dropout, which several "
+            "processes cannot draw as one would; start it without torchrun, or give a network "
+            "without them"
+        )
+
+
 class Gathered(nn.Module):
     """A module that takes the whole batch, computes this process's part, and gives all outputs.
 
@@ -269,7 +306,8 @@ class _Parallel(DistributedDataParallel):
 
     def forward(self, *inputs: Any) -> Any:
         try:
-            return super().forward(*inputs)
+            with _without_draws() if self.module.training else nullcontext():
+                return super().forward(*inputs)
         except RuntimeError as error:
             if "finished reduction" not in str(error):
                 raise
@@ -329,11 +367,11 @@ _SYNCHRONISED: dict[type[nn.Module], type[_BatchNorm]] = {
 }
 
 
-def _synchronise(model: nn.Module, device: str = "cpu") -> None:
-    """Makes BatchNorm use the statistics of all processes.
+def _norms(model: nn.Module, device: str) -> list[nn.Module]:
+    """The BatchNorm layers that do not yet use the statistics of all processes.
 
     Raises:
-        UserError: for one that is of another kind, or keeps no running statistics.
+        UserError: for one that cannot: of another kind, or without running statistics.
     """
     layers = [
         (name, layer)
@@ -351,8 +389,18 @@ def _synchronise(model: nn.Module, device: str = "cpu") -> None:
             f"the BatchNorm layer {name} {fault}, so each of several processes would normalize its "
             "own images; start it without torchrun"
         )
+    return [layer for _, layer in layers]
+
+
+def _synchronise(model: nn.Module, device: str = "cpu") -> None:
+    """Makes BatchNorm use the statistics of all processes.
+
+    Raises:
+        UserError: as `_norms` does.
+    """
+    layers = _norms(model, device)
     if device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
-        for _, layer in layers:
+        for layer in layers:
             layer.__class__ = _SYNCHRONISED[type(layer)]  # same weights, statistics and keys

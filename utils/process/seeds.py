@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from utils.errors import UserError
 
@@ -111,3 +112,12 @@ def random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
     }
+
+
+def same_states(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether nothing was drawn between two calls of `random_states`."""
+    leaves, others = (tree_leaves(dict(states)) for states in (one, other))
+    return len(leaves) == len(others) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(leaves, others, strict=True)
+    )

@@ -3,15 +3,22 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import defense
+from models import build_model
+from utils.errors import UserError
 from utils.files import ROOT
 from utils.process import distributed
 
@@ -128,6 +135,7 @@ def test_what_is_cached_is_computed_once(found: dict[str, Any]) -> None:
         ("spare weight", "a weight that its output does not depend on"),
         ("own norm", "the BatchNorm layer network.1 is a OwnNorm, so each"),
         ("forgetful norm", "the BatchNorm layer network.1 keeps no running statistics, so each"),
+        ("dropout", "this network draws random numbers in train mode, e.g. for dropout, which"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(found: dict[str, Any], scene: str, message: str) -> None:
@@ -136,9 +144,81 @@ def test_what_cannot_be_shared_is_refused(found: dict[str, Any], scene: str, mes
 
 
 @pytest.mark.slow
+def test_dropout_of_none_draws_nothing_and_is_shared(found: dict[str, Any]) -> None:
+    assert found["two"]["dropout of none"]["refused"] is None
+
+
+@pytest.mark.slow
 def test_what_the_first_process_refuses_ends_all_with_its_words(found: dict[str, Any]) -> None:
     said = "nothing comes of it in process 0"
     assert found["two"]["preparation that fails"] == {"refused": said, "others": [said]}
+
+
+class Drawing(nn.Module):
+    """Draws one number of Python's, NumPy's or torch's generator in each call in train mode."""
+
+    def __init__(self, draw: Callable[[], object]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.draw()
+        return images
+
+
+DRAWS = {
+    "torch": lambda: torch.rand(1),
+    "python": random.random,
+    "numpy": np.random.rand,
+    "a normal number of numpy": np.random.randn,
+}
+IMAGES = torch.zeros(2, 3, 8, 8)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_network_that_draws_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, draw: str
+) -> None:
+    model = Drawing(DRAWS[draw])
+    distributed.try_sharing(model, IMAGES, CPU)  # one process draws what it likes
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    with pytest.raises(UserError, match=r"draws random numbers in train mode, .* without torchrun"):
+        distributed.try_sharing(model, IMAGES, CPU)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9, 0.5])
+def test_dropout_is_refused_where_it_draws(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    with pytest.raises(UserError, match="draws random") if share else nullcontext():
+        distributed.try_sharing(nn.Dropout(share), IMAGES, CPU)
+
+
+def test_a_batchnorm_that_cannot_be_shared_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))
+    distributed.try_sharing(model, IMAGES, CPU)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    with pytest.raises(UserError, match="BatchNorm layer 0 keeps no running statistics"):
+        distributed.try_sharing(model, IMAGES, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "draws"),
+    [
+        *((name, False) for name in ("preactresnet18", "tiny", "resnet18", "vit_b_16")),
+        *((name, True) for name in ("squeezenet1_1", "efficientnet_b0")),
+    ],
+)
+def test_which_networks_several_processes_can_train(
+    monkeypatch: pytest.MonkeyPatch, name: str, draws: bool
+) -> None:
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    model = build_model(name, 4, image_size=32)
+    with pytest.raises(UserError, match="draws random") if draws else nullcontext():
+        distributed.try_sharing(model, torch.zeros(2, 3, 32, 32), CPU)
 
 
 def test_parts_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,3 +269,13 @@ def test_scripts_under_torchrun(tmp_path: Path) -> None:
     again = torchrun("defense/sau.py", *flags)
     assert again.returncode != 0
     assert again.stderr.count("exists; give --overwrite") == 1
+
+
+@pytest.mark.slow
+def test_an_attack_refuses_dropout_before_it_makes_a_record(tmp_path: Path) -> None:
+    network = ("--model", "squeezenet1_1", "--image_size", "32", "--dataset", "random")
+    flags = ("--save_folder_name", "drawn", "--record_path", str(tmp_path), *network)
+    attack = torchrun("attack/badnet.py", *flags, "--epochs", "1")
+    assert attack.returncode != 0
+    assert attack.stderr.count("error: this network draws random numbers in train mode") == 1
+    assert not any(tmp_path.glob("drawn/*"))
