@@ -132,14 +132,11 @@ class Setting:
             score: for `finish`.
         """
 
+        now = environment(self.device, self.precision)
+        where = {name: now[name] for name in ("device_name", "precision", "threads", "versions")}
+        partial = Partial(_cache() / f"{self._name(kind, {**key, 'where': where}, version)}.part")
+
         def compute() -> dict[str, torch.Tensor]:
-            now = environment(self.device, self.precision)
-            where = {
-                name: now[name] for name in ("device_name", "precision", "threads", "versions")
-            }
-            partial = Partial(
-                _cache() / f"{self._name(kind, {**key, 'where': where}, version)}.part"
-            )
             watch = Watch(
                 partial,
                 "epoch",
@@ -150,15 +147,16 @@ class Setting:
                 advice="the same command",
             )
             try:
-                content = train(watch)
+                return train(watch)
             except NotOfThisRun as error:
                 raise UserError(
                     f"{partial.path}: is no checkpoint of this training ({error.reason}); remove it"
                 ) from None
-            partial.remove()
-            return content
 
-        return self.cached(kind, key, compute, version)
+        content = self.cached(kind, key, compute, version)
+        if distributed.is_main():
+            partial.remove()  # only now, because the result is on the disk
+        return content
 
     def _name(self, kind: str, key: Mapping[str, Any], version: int) -> str:
         """A name that is another one where something is another that a tensor depends on."""

@@ -18,6 +18,7 @@ from tests.scripts import run_script
 from utils.data.labelled import Dataset
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.records.folders import RunFolder
 from utils.records.partial import Partial
 
 CPU = torch.device("cpu")
@@ -158,6 +159,37 @@ def test_the_growing_weight_of_the_pixels_goes_on(
     interrupt(encoder, setting, 12)
     encoder(setting)
     assert equal(cached(), whole)
+
+
+def test_the_checkpoint_stays_until_the_result_is_on_the_disk(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all of the training is lost where the disk is full, or the process ends there."""
+    write = RunFolder.write
+
+    def full(self: RunFolder, name: str, writer: Callable[[Path], None]) -> Path:
+        if name.endswith(".pt"):
+            raise UserError(f"{name}: could not be written")
+        return write(self, name, writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", full)
+        with pytest.raises(UserError, match="could not be written"):
+            mask(setting)
+    (partial,) = (utils.data.images.ROOT / "data/cache").glob("*.part")
+    assert steps_of(mask, setting) == 0
+    assert not partial.exists()
+
+
+def test_a_checkpoint_that_a_killed_process_has_left_goes_with_the_next_read(
+    setting: Setting,
+) -> None:
+    partial = interrupt(mask, setting, 3)
+    content = partial.read_bytes()
+    mask(setting)
+    partial.write_bytes(content)
+    mask(setting)
+    assert not partial.exists()
 
 
 def test_elsewhere_it_starts_again(setting: Setting) -> None:

@@ -1,5 +1,6 @@
 """Where a training stands whose result goes to the cache."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from utils.tensors import load_tensors
 
 
 class Partial:
-    """One file with the latest checkpoint; it is removed when the training is done.
+    """One file with the latest checkpoint; it is removed when the result is on the disk.
 
     Two runs that make the same write the same, and a file is replaced as a whole, so that they do
     not disturb each other.
@@ -44,4 +45,6 @@ class Partial:
         """Nothing: the rows of what is prepared are in the log alone."""
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Removes the file; if the system refuses that, it stays, and nothing reads it."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
