@@ -345,6 +345,8 @@ class RunFolder:
                     self.path.mkdir(parents=True, exist_ok=True)
                 self._begin([CONFIG_FILE, self.log.name])
                 self.write_text(CONFIG_FILE, config)
+        if resume:
+            logger.info("--resume: %s has no checkpoint; the run starts anew", self.path)
         return None
 
     def _begin(self, names: Sequence[str]) -> None:

@@ -43,7 +43,8 @@ class Watch:
         score: from a model to its scores; None if no model is to be scored.
         eval_every: rounds between two evaluations, >= 1; None for none. The last round is not
             scored, because `finish` scores the model that comes out.
-        checkpoint_every: seconds between two checkpoints, >= 0; they are made after a batch.
+        checkpoint_every: seconds between two checkpoints, >= 0; they are made after a batch. A run
+            that has one gets another after its last batch, because scores and files may take long.
         checkpoint: where to continue, from `RunFolder.start`; None for a fresh run.
         advice: how a run goes on that was stopped.
 
@@ -76,6 +77,7 @@ class Watch:
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
         self._saved = self._resumed_at = time.monotonic()
+        self._has_checkpoint = checkpoint is not None
         self._loop = Loop()
         self.scores: Scores | None = None
         self.earlier = 0.0
@@ -158,7 +160,9 @@ class Watch:
         self._progress.advance()
         if self._folder is None:
             return
+        is_end = self._loop.phase == "" and self._loop.is_last and batch == batches
         is_due = time.monotonic() - self._saved >= self._checkpoint_every
+        is_due = is_due or (is_end and self._has_checkpoint)
         stop, is_due = distributed.agreed(stop_signal() or 0, is_due)
         if stop or is_due:
             with self._paused():
@@ -176,7 +180,7 @@ class Watch:
                 "training_seconds": self.training_seconds,
             }
         )
-        self._saved = time.monotonic()
+        self._saved, self._has_checkpoint = time.monotonic(), True
         if stop:
             self._close()
             number, batch = self._loop.position

@@ -141,6 +141,19 @@ def test_a_run_starts_in_an_empty_folder(run: RunFolder) -> None:
     assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
 
 
+def test_a_run_without_a_checkpoint_is_said_to_start_anew(
+    run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert run.start("lr: 0.1\n", resume=True) is None
+    assert caplog.messages == [f"--resume: {run.path} has no checkpoint; the run starts anew"]
+    caplog.clear()
+    run.write_checkpoint({"loop": {}, "rows": [], "seconds": 1.0})
+    assert run.start("lr: 0.1\n", resume=True) is not None
+    assert run.start("lr: 0.1\n") is None
+    assert not caplog.messages
+
+
 def test_a_folder_that_no_run_made_is_not_emptied(tmp_path: Path) -> None:
     """`--record_path ~ --save_folder_name Documents` must not cost anyone their documents."""
     (tmp_path / "Documents").mkdir()

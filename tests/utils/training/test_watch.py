@@ -243,19 +243,42 @@ def test_a_watch_without_a_folder_writes_nothing_and_keeps_signals(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_is_made_after_the_first_batch_that_is_late_enough(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("batches", "expected"), [(1, []), (2, [10]), (5, [10, 20, 25])])
+def test_checkpoints_are_made_after_batches_that_are_late_enough_and_after_the_last_one(
+    batches: int, expected: list[int], folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches of 5 seconds and a checkpoint every 10: after the second one, then the fourth."""
+    """Batches of 5 seconds and a checkpoint every 10. A run too short for one gets none."""
     clock, saved = [0.0], []
     monkeypatch.setattr("utils.training.watch.time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(folder, "write_checkpoint", lambda content: saved.append(clock[0]))
     watch = Watch(folder, "round", score, eval_every=1, checkpoint_every=10)
     loop, order = watch.start(), torch.Generator()
     for _ in loop.rounds(1, order=order):
-        for _ in loop.batches(5, 1, order):
+        for _ in loop.batches(batches, 1, order):
             clock[0] += 5
-    assert saved == [10, 20]
+    assert saved == expected
+
+
+def test_a_resumed_run_has_a_checkpoint_after_its_last_batch(folder: RunFolder) -> None:
+    """Earlier phases and rounds end without one."""
+    watch = Watch(folder, "round", score, eval_every=1, checkpoint_every=0)
+    loop, order = watch.start(), torch.Generator()
+    for _ in loop.rounds(1, "search", order=order):
+        next(batches := loop.batches(2, 1, order))
+        next(batches)
+        break
+    kept = load_tensors(folder.path / "checkpoint.pt")
+    saved: list[tuple[str, int, int]] = []
+    again = Watch(folder, "round", score, eval_every=1, checkpoint=kept)
+    loop = again.start()
+    folder.write_checkpoint = lambda content: saved.append(  # type: ignore[method-assign]
+        (content["loop"]["phase"], content["loop"]["round"], content["loop"]["batch"])
+    )
+    for phase in ("search", ""):
+        for _ in loop.rounds(2 if phase == "" else 1, phase, order=order):
+            for _ in loop.batches(2, 1, order):
+                pass
+    assert saved == [("", 2, 2)]
 
 
 def test_a_signal_makes_a_checkpoint_and_says_where_it_stopped(folder: RunFolder) -> None:
