@@ -6,7 +6,7 @@ Each analysis runs with its own values of `config/analysis/`; to change one, run
 a record cannot have is skipped with a line: a clean model has no trigger, for example. With
 `--resume`, analyses that are finished stay as they are. With `--overwrite` each is made anew, and
 replaces the earlier one when it is finished; after an interruption, `--resume` keeps those earlier
-ones that were not reached.
+ones that were not reached, and says which they are.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import analysis
 from analysis.base import AnalysisConfig, Kind, analyse, check_current, kinds, what_lacks
 from analysis.subject import Controlled, open_subject
-from utils.errors import NothingToDo, UserError, listed
+from utils.errors import NothingToDo, PutBack, UserError, listed
 from utils.process.script import logger, run_script
 from utils.records import places
 from utils.records.named import dataset_of_record
@@ -90,9 +90,11 @@ def look_at_all(config: Config) -> None:
         except NothingToDo as done:
             try:
                 check_current(folder, kind.name, subject, of_kind)
-                logger.info("%s", done)
+                logger.info("%s: kept, since %s", kind.name, done)
             except UserError as error:
                 problems += _in_own_flags(error, kind.name)
+        except PutBack as error:
+            problems += error.problems
         except UserError as error:
             raise UserError(*_in_own_flags(error, kind.name)) from None
     for number, (kind, of_kind) in enumerate(waiting, start=1):

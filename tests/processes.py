@@ -27,7 +27,7 @@ from models import Classifier, prepare
 from tests.every_defense import module, shortened
 from utils.data import poison
 from utils.data.labelled import Dataset, Labelled, Triggered
-from utils.errors import UserError
+from utils.errors import Diverged, UserError
 from utils.process import distributed
 from utils.process.seeds import generator
 from utils.training.evaluate import evaluate
@@ -281,10 +281,10 @@ def small_batch(data: Dataset) -> dict[str, Any]:
 
 
 def preparation_that_fails(data: Dataset) -> dict[str, Any]:
-    """What the first process refuses while the others wait for it."""
+    """What the first process refuses while the others wait for it; the error keeps its kind."""
 
     def compute() -> dict[str, torch.Tensor]:
-        raise UserError(f"nothing comes of it in process {distributed.rank()}")
+        raise Diverged(f"nothing comes of it in process {distributed.rank()}")
 
     with mock.patch.object(utils.data.images, "ROOT", Path(sys.argv[1]).parent):
         setting = Setting(data, torch.device("cpu"), "fp32")
@@ -292,7 +292,7 @@ def preparation_that_fails(data: Dataset) -> dict[str, Any]:
             setting.cached("nothing", {}, compute)
             refused = None
         except UserError as error:
-            refused = str(error)
+            refused = f"{type(error).__name__}: {error}"
     everybody: list[str | None] = [None] * distributed.processes()
     if distributed.processes() > 1:
         torch.distributed.all_gather_object(everybody, refused)

@@ -31,6 +31,10 @@ class Diverged(UserError):
     """Numbers became NaN or infinite. From a checkpoint the run would do the same again."""
 
 
+class PutBack(UserError):
+    """A run that was to replace a finished one has ended early, and the earlier one is back."""
+
+
 class NothingToDo(Exception):
     """The work was already done before. Scripts say so and exit with 0."""
 

@@ -438,6 +438,25 @@ def test_what_an_overwriting_run_has_not_replaced_is_kept(
         assert not (fresh / f"bd/analysis/.{kind}.replaced").exists(), kind
 
 
+def test_all_goes_on_beside_an_earlier_one_that_is_there_again(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process that was to replace the first of three was killed before its checkpoint."""
+    assert run(fresh, "confusion") == run(fresh, "similarity") == 0
+    home = fresh / "bd/analysis"
+    (home / "confusion").rename(home / ".confusion.replaced")
+    capsys.readouterr()
+    assert run(fresh, "all", "--kinds", "confusion,similarity,weights", "--resume") == 2
+    said = capsys.readouterr().err
+    assert f"similarity: kept, since {home}/similarity is finished" in said
+    assert said.endswith(
+        f"error: --resume: {home}/confusion: the run that was to replace it ended before its first "
+        "checkpoint, and the earlier one is there again; give --overwrite to replace it\n"
+    )
+    assert result(fresh, "weights")
+    assert result(fresh, "confusion")
+
+
 def test_an_analysis_of_all_goes_on_by_its_own_script(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

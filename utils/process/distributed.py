@@ -114,11 +114,11 @@ def main_alone() -> Iterator[bool]:
         error = raised
     finally:
         _alone = outer
-    of_main = from_main(None if error is None else error.problems)
+    of_main = from_main(error)
     if error is not None:
         raise error
     if of_main is not None:
-        raise UserError(*of_main)
+        raise of_main
 
 
 def from_main(value: Any) -> Any:

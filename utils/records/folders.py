@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from utils import locks
-from utils.errors import Diverged, NothingToDo, UserError, listed, shown
+from utils.errors import Diverged, NothingToDo, PutBack, UserError, listed, shown
 from utils.files import (
     CONFIG_FILE,
     MARK,
@@ -86,6 +86,8 @@ class RunFolder:
             UserError: if the content of the folder may not be replaced, or another process has the
                 folder. A finished or interrupted run needs `overwrite`; a folder with any file that
                 no run wrote is never touched.
+            PutBack: if the run that is to be resumed was to replace another one, and has no
+                checkpoint.
             NothingToDo: if the run that is to be resumed is finished, as when a process was killed
                 after its last file.
         """
@@ -124,7 +126,7 @@ class RunFolder:
         if self.is_done:
             self._drop_replaced()
         elif not (overwrite or self.checkpoint.exists()) and self._put_back() and resume:
-            raise UserError(
+            raise PutBack(
                 f"--resume: {self.path}: the run that was to replace it ended before its first "
                 "checkpoint, and the earlier one is there again; give --overwrite to replace it"
             )

@@ -150,7 +150,7 @@ def test_dropout_of_none_draws_nothing_and_is_shared(found: dict[str, Any]) -> N
 
 @pytest.mark.slow
 def test_what_the_first_process_refuses_ends_all_with_its_words(found: dict[str, Any]) -> None:
-    said = "nothing comes of it in process 0"
+    said = "Diverged: nothing comes of it in process 0"
     assert found["two"]["preparation that fails"] == {"refused": said, "others": [said]}
 
 
