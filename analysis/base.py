@@ -276,17 +276,17 @@ def write(
         tensors={f"the images and labels of {data.name}": data.tensors()},
         conditions=run_conditions(subject.device, subject.precision),
     )
-    checkpoint = folder.start(config.dump(), config.resume, subject.model_sha256, origin)
-    earlier = 0.0 if checkpoint is None else float(checkpoint["seconds"])
-
-    def keep(done: dict[str, str]) -> None:
-        seconds = time.monotonic() - started + earlier
-        folder.write_checkpoint({"loop": {"done": done}, "rows": [], "seconds": seconds})
-
-    results = Results(keep=keep, done=_done_before(checkpoint), models=models)
     title = _title(subject)
     with file_log() as open_log, deterministic(config.deterministic):
+        checkpoint = folder.start(config.dump(), config.resume, subject.model_sha256, origin)
         open_log(folder.log, append=checkpoint is not None)
+        earlier = 0.0 if checkpoint is None else float(checkpoint["seconds"])
+
+        def keep(done: dict[str, str]) -> None:
+            seconds = time.monotonic() - started + earlier
+            folder.write_checkpoint({"loop": {"done": done}, "rows": [], "seconds": seconds})
+
+        results = Results(keep=keep, done=_done_before(checkpoint), models=models)
         others = listed([p.name for p in subject.purified]) or "none"
         logger.info("%s of %s; defenses: %s", name, title, others)
         logger.info("%s, %s, %s", subject.model_name, subject.device, subject.precision)

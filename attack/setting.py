@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.files import prepare_folder
 from utils.metrics import Scores
 from utils.process import distributed
-from utils.process.device import environment
+from utils.process.device import run_conditions
 from utils.process.script import logger
 from utils.records import folders
 from utils.records.checkpoint import digest
@@ -132,8 +132,9 @@ class Setting:
             score: for `finish`.
         """
 
-        now = environment(self.device, self.precision)
-        where = {name: now[name] for name in ("device_name", "precision", "threads", "versions")}
+        where = run_conditions(self.device, self.precision)
+        for name in ("processes", "commit"):  # one process trains, and `version` is for the code
+            where.pop(name, None)
         partial = Partial(_cache() / f"{self._name(kind, {**key, 'where': where}, version)}.part")
 
         def compute() -> dict[str, torch.Tensor]:

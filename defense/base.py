@@ -492,12 +492,12 @@ def _defend(
     inputs = ending.inputs_of(recipe, data, attack.model_sha256)
     distributed.barrier()  # all have come so far before one empties the folder
     origin = _origin(name, attack, data, given, inputs, run_conditions(device, precision))
-    checkpoint = folder.start(config.dump(), config.resume, attack.model_sha256, origin)
     listed = {"clean": "clean_index.txt", "poisoned": "poisoned_index.txt"}.get(config.sees)
-    if listed:
-        folder.write_text(listed, "".join(f"{number}\n" for number in given.index.tolist()))
     of_target = ending.target_title(vars(attack), data)
     with file_log() as open_log, deterministic(config.deterministic):
+        checkpoint = folder.start(config.dump(), config.resume, attack.model_sha256, origin)
+        if listed:
+            folder.write_text(listed, "".join(f"{number}\n" for number in given.index.tolist()))
         open_log(folder.log, append=checkpoint is not None)
         logger.info(
             "%s against %s on %s%s: %s, %s, %s",

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.scripts import run_script
 from utils.data.labelled import Dataset
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.process import device
 from utils.records.folders import RunFolder
 from utils.records.partial import Partial
 
@@ -196,6 +198,22 @@ def test_elsewhere_it_starts_again(setting: Setting) -> None:
     """Another precision makes other digits."""
     interrupt(mask, setting, 3)
     assert steps_of(mask, replace(setting, precision="bf16")) == 6
+
+
+@pytest.mark.parametrize(("version", "commit", "steps"), [("9.9", "abc", 6), (None, "def", 3)])
+def test_with_other_versions_it_starts_again_but_not_with_another_commit(
+    setting: Setting,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    commit: str,
+    steps: int,
+) -> None:
+    monkeypatch.setattr(device, "_git_commit", lambda: "abc")
+    interrupt(mask, setting, 3)
+    monkeypatch.setattr(device, "_git_commit", lambda: commit)
+    if version is not None:
+        monkeypatch.setattr(metadata, "version", lambda _: version)
+    assert steps_of(mask, setting) == steps
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint"])

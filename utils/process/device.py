@@ -1,6 +1,7 @@
 """The device that a run computes on, and how much of it the run uses."""
 
 import contextlib
+import functools
 import os
 import platform
 import subprocess
@@ -101,8 +102,14 @@ def pick_precision(name: Precision, device: torch.device) -> str:
 
 
 def run_conditions(device: torch.device, precision: str) -> dict[str, str | int]:
-    """What may change the last digits of a run's numbers, except the number of threads."""
-    return {"device": device.type, "precision": precision, "processes": distributed.processes()}
+    """What may change a run's numbers, beside its flags and data; the commit is not everywhere."""
+    now = environment(device, precision)
+    names = ("device_name", "precision", "threads", "processes", "commit")
+    return {
+        "device": device.type,
+        **{name: now[name] for name in names if now[name] is not None},
+        **now["versions"],
+    }
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
@@ -155,8 +162,12 @@ def peak_memory_mib(device: torch.device) -> dict[str, float]:
     return peak
 
 
+@functools.cache
 def _git_commit() -> str | None:
-    """The commit of this checkout, with '+' if tracked files differ; None outside git."""
+    """The commit of this checkout, with '+' if tracked files differ; None outside git.
+
+    It is that of the first call, because the code that runs was loaded before.
+    """
     try:
         call = [
             "git",

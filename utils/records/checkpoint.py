@@ -30,8 +30,8 @@ class Origin:
         method: its name.
         files: what was read -> sha256 of its content.
         tensors: what they are -> tensors, whose content counts.
-        conditions: what may change the last digits, such as the number of threads. A run that
-            continues under other conditions says so.
+        conditions: what may change the last digits, such as the number of threads, or versions. A
+            run that continues under other conditions says so.
     """
 
     method: str = ""
@@ -128,6 +128,7 @@ class Checkpoint(TypedDict):
     flags: NotRequired[Annotated[dict[str, Any], PlainValidator(_flags)]]
     sources: NotRequired[dict[_What, _What]]
     conditions: NotRequired[dict[_What, _What | int]]
+    warnings: NotRequired[list[_What]]
     model_sha256: NotRequired[str | None]
 
 

@@ -58,6 +58,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.warnings: list[str] = []  # for the summary: under which other conditions it went on
         self._added: dict[str, Any] = {}  # to each checkpoint
         self._origin = Origin()
         self._names: list[str] | None = None  # what run.json lists, once this process has begun
@@ -333,8 +334,9 @@ class RunFolder:
         self._origin = origin or Origin()
         self._added = {
             "flags": parse_yaml(config, "the configuration"),
-            "conditions": {"threads": torch.get_num_threads(), **self._origin.conditions},
+            "conditions": self._origin.conditions,
             "model_sha256": model_sha256,
+            "warnings": self.warnings,
         }
         if resume and distributed.from_main(self.checkpoint.exists()):
             checkpoint = self._resumed(config)
@@ -388,14 +390,16 @@ class RunFolder:
             )
         conditions = self._added["conditions"]
         changed = [
-            f"{shown(name, 60)} {shown(value, 60)}, now {conditions.get(name)}"
+            f"{shown(name, 60)} {shown(value, 60)}, now {conditions.get(name, 'unknown')}"
             for name, value in (added["conditions"] or {}).items()
             if conditions.get(name) != value
         ]
+        self.warnings += added["warnings"] or []
         if changed:
-            logger.warning(
-                "warning: --resume: begun with %s; the last digits may differ", "; ".join(changed)
+            self.warnings.append(
+                f"--resume: begun with {'; '.join(changed)}; the last digits may differ"
             )
+            logger.warning("warning: %s", self.warnings[-1])
         with contextlib.suppress(UserError):
             expected = {name: now.get(name) for name in recipe_of(before)}
             if recipe_of(read_yaml(self.path / CONFIG_FILE)) == expected:

@@ -61,7 +61,7 @@ def finish_run(
         {
             **facts,
             **of_findings,
-            "warnings": [*dict.fromkeys([*said, *findings.warnings, *warnings])],
+            "warnings": [*dict.fromkeys([*folder.warnings, *said, *findings.warnings, *warnings])],
             **run,
             "files": file_hashes(folder, *files),
         }

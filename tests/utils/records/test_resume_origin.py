@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from tests.scripts import attack_flags, defense_flags, one_error, run_script, tr
 from utils.data.labelled import Dataset
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.process import device
 from utils.records.checkpoint import CHECKPOINT, Origin, digest, files_of
 from utils.records.folders import RunFolder
 from utils.tensors import load_tensors
+from utils.training.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("small", "cache")
 
@@ -163,7 +166,41 @@ def test_another_number_of_threads_is_said(place: Path, capsys: pytest.CaptureFi
     ]
 
 
-def test_the_same_number_of_threads_is_not(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_versions_and_another_commit_are_said_in_the_log_and_the_summary(
+    attacked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the run is stopped once more, and goes on as it did last."""
+    flags = [*defense_flags(attacked, "x", batch_size=5), "--checkpoint_every", 0]
+    after_batch = Watch._after_batch
+
+    def stopped_after_a_batch(*more: object) -> None:
+        def stop(self: Watch, batches: int) -> None:
+            after_batch(self, batches)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, "_after_batch", stop)
+            assert run_script(ROOT / "defense/ft.py", *flags, *more) == 130
+
+    monkeypatch.setattr(device, "_git_commit", lambda: "abc")
+    stopped_after_a_batch()
+    version = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda package: "9.9.9" if package == "torch" else version(package)
+    )
+    monkeypatch.setattr(device, "_git_commit", lambda: None)
+    stopped_after_a_batch("--resume")
+    assert run_script(ROOT / "defense/ft.py", *flags, "--resume") == 0
+    said = (
+        f"--resume: begun with commit abc, now unknown; torch {version('torch')}, now 9.9.9; the "
+        "last digits may differ"
+    )
+    result = attacked / "record/x/defense/ft"
+    assert json.loads((result / "summary.json").read_text())["warnings"].count(said) == 1
+    assert (result / "log.txt").read_text().count(f"warning: {said}\n") == 1
+
+
+def test_the_same_conditions_are_not_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stopped("attack/badnet.py", *flags_of(place, "x"))
     capsys.readouterr()
     assert run_script(ROOT / "attack/badnet.py", *flags_of(place, "x"), "--resume") == 0
