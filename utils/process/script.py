@@ -27,6 +27,8 @@ SAME_REQUEST = 1.0  # seconds
 
 
 logger = logging.getLogger("sau")
+# Of what a signal interrupts: for the terminal alone, because writing a file may fail there.
+_of_signals = logger.getChild("signals")
 
 
 class Line(logging.Formatter):
@@ -187,7 +189,7 @@ def _signals() -> Iterator[None]:
         if not _Stop.is_deferred or _Stop.signal is not None:
             raise Stopped(number, "interrupted" if number == signal.SIGINT else "terminated")
         _Stop.signal = number
-        logger.warning("stopping after this step; once more to stop at once")
+        _of_signals.warning("stopping after this step; once more to stop at once")
 
     _Stop.is_deferred, _Stop.signal, _Stop.since = False, None, -math.inf
     if threading.current_thread() is not threading.main_thread():
@@ -232,10 +234,13 @@ def _end_quietly(number: int, _: Any) -> None:
 def file_log() -> Iterator[Callable[..., None]]:
     """Keeps the log's lines; the function that it gives opens the file that gets all of them.
 
+    What is said while a signal is handled is not among them.
+
     So the log also has the lines from before its folder was made. Each line has its own time. With
     `append`, a resumed run's lines come after those of the run before.
     """
     kept = MemoryHandler(capacity=1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    kept.addFilter(lambda record: record.name != _of_signals.name)
     files: list[logging.FileHandler] = []
 
     def open_file(path: Path, append: bool = False) -> None:

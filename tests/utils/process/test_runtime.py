@@ -379,6 +379,27 @@ def test_a_first_signal_waits_for_the_step_and_a_second_one_does_not(
     assert seen == [number, number]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_signal_waits_for_the_step_also_if_the_log_cannot_be_written(
+    bare_logger: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step then ends with a checkpoint, which may be on another disk."""
+    seen = []
+
+    def main() -> None:
+        with file_log() as open_file:
+            open_file(tmp_path / "log.txt")
+            logger.handlers[-1].target.stream.close()  # type: ignore[attr-defined]
+            logger.handlers[-1].target.stream = open("/dev/full", "w")  # noqa: SIM115
+            defer_signals(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(stop_signal())
+
+    run_script(main)
+    assert seen == [signal.SIGTERM]
+    assert capsys.readouterr().err == "stopping after this step; once more to stop at once\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 @pytest.mark.parametrize(
     ("apart", "is_asked", "code"),
