@@ -43,7 +43,7 @@ def finish_run(
     run: Mapping[str, Any],
     said: Sequence[str] = (),
 ) -> None:
-    """Writes the findings and then the summary, which says that the run is done; logs the result.
+    """Writes the findings, logs the result, and then writes the summary: the run is done.
 
     Args:
         facts: the first entries of `summary.json`.
@@ -57,19 +57,19 @@ def finish_run(
     for name, rows in ((name, rows) for name, rows in findings.tables.items() if rows):
         folder.write_metrics(rows, f"{name}.csv")
     of_findings = {"findings": findings.facts} if findings.facts else {}
-    folder.write_summary(
-        {
-            **facts,
-            **of_findings,
-            "warnings": [*dict.fromkeys([*folder.warnings, *said, *findings.warnings, *warnings])],
-            **run,
-            "files": file_hashes(folder, *files),
-        }
-    )
+    summary = {
+        **facts,
+        **of_findings,
+        "warnings": [*dict.fromkeys([*folder.warnings, *said, *findings.warnings, *warnings])],
+        **run,
+        "files": file_hashes(folder, *files),
+    }
+    # A run that is killed between the summary and the log would never log its result.
     for warning in warnings:
         logger.warning("warning: %s", warning)
     for line in result.split("\n") if result else ():
         logger.info("%s", line)
+    folder.write_summary(summary)
     logger.info("record: %s", folder.path)
     for path in pictures:
         logger.info("picture: %s", path)

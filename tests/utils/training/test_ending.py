@@ -36,6 +36,34 @@ def test_facts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("memory" in name or "mib" in name for name in facts)
 
 
+def test_the_result_is_logged_before_the_summary_says_that_the_run_is_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody runs a finished run again, so a kill in between would leave a log without it."""
+    caplog.set_level("INFO")
+    run = RunFolder(tmp_path / "x")
+    run.start("lr: 0.1\n")
+    logged: list[str] = []
+
+    def killed(summary: object) -> None:
+        logged.extend(caplog.messages)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "write_summary", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ending.finish_run(
+            run,
+            Findings(),
+            facts={},
+            warnings=["the attack failed"],
+            result="ACC 9\nASR 1",
+            pictures=[],
+            files=[],
+            run={},
+        )
+    assert logged == ["warning: the attack failed", "ACC 9", "ASR 1"]
+
+
 def test_a_line_a_rate() -> None:
     scores = Scores(Rate(9, 10), Rate(1, 3), cross_acc=Rate(0, 0))
     assert ending.table(scores).splitlines() == [
