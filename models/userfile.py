@@ -24,7 +24,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from models.neighbours import Neighbours, files_beside, is_of_user
-from utils.errors import UserError, is_lack_of_memory, one_line, reason_of, shown
+from utils.errors import (
+    UserError,
+    is_lack_of_memory,
+    is_lost_process,
+    one_line,
+    reason_of,
+    shown,
+)
 from utils.files import TEXT, read_bytes
 from utils.tensors import kind_of_numbers
 
@@ -243,7 +250,8 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
     """Around a run: an error from the code of a user's file is reported as such, with its line.
 
     So it does not look like a defect of the program. And `sys.exit(0)` in the file does not look
-    like a successful end. A lack of memory is no fault of the file, and stays what it is.
+    like a successful end. A lack of memory, and the end of another process, are no faults of the
+    file, and stay what they are.
 
     Args:
         but_for: what our own handlers of signals raise, which can be in any code.
@@ -258,7 +266,7 @@ def blamed(but_for: type[BaseException]) -> Iterator[None]:
         raise
     except BaseException as error:
         steps = [step for step in traceback.walk_tb(error.__traceback__) if is_of_user(step[0])]
-        if not steps or is_lack_of_memory(error):
+        if not steps or is_lack_of_memory(error) or is_lost_process(error):
             raise
         frame, line = steps[-1]
         raise UserError(

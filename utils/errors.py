@@ -53,6 +53,13 @@ def is_lack_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search(told, one_line(error)) is not None
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether another process of this run has ended, so that the processes cannot go on."""
+    # Of gloo, torch's store, and NCCL.
+    told = r"gloo/transport|Connection was likely closed|ncclRemoteError|remote process exit"
+    return isinstance(error, RuntimeError) and re.search(told, one_line(error)) is not None
+
+
 def told(
     who: str,
     work: Callable[[], T],

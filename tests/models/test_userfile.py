@@ -149,6 +149,24 @@ def test_a_lack_of_memory_is_not_blamed_on_the_network(
     assert capsys.readouterr().err.startswith("error: there is not enough memory (")
 
 
+LOST = {
+    "gloo": "[/x/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:45722.",
+    "NCCL": "NCCL error: remote process exited or there was a network error",
+    "the store": "Failed to recv, got 0 bytes. Connection was likely closed. Did the server crash?",
+}
+
+
+@pytest.mark.parametrize("of", LOST)
+def test_the_end_of_another_process_is_not_blamed_on_the_network(tmp_path: Path, of: str) -> None:
+    """It is met wherever processes meet, as in BatchNorm's layers in the user's own forward."""
+    model = build_user_model(net(tmp_path, "forward", f"raise RuntimeError({LOST[of]!r})"), 3, 8)
+    with (
+        pytest.raises(RuntimeError, match=re.escape(LOST[of])),
+        userfile.blamed(but_for=KeyboardInterrupt),
+    ):
+        model(torch.rand(2, 3, 8, 8))
+
+
 @pytest.mark.parametrize("where", ["state_dict", "load_state_dict", "train", "__deepcopy__"])
 def test_the_trial_asks_for_all_that_runs_ask_for(tmp_path: Path, where: str) -> None:
     with pytest.raises(UserError, match=r"net.py:build cannot .* \(Silent: Silent\); repair it"):

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from models.fast.batchnorm import BatchNorm2d
-from utils.errors import UserError, one_line
+from utils.errors import UserError, is_lost_process, one_line
 from utils.process.seeds import random_states, same_states
 
 # While the first process prepares something alone, e.g. decodes images, the others wait so long.
@@ -38,7 +38,8 @@ def joined() -> Iterator[None]:
     """Inside, this process is one of those that torchrun started; without torchrun nothing happens.
 
     Raises:
-        UserError: if a machine has fewer GPUs than processes, or the processes cannot meet.
+        UserError: if a machine has fewer GPUs than processes, the processes cannot meet, or one of
+            the others has ended, as when it was killed.
     """
     if not is_launched():
         yield
@@ -61,6 +62,13 @@ def joined() -> Iterator[None]:
     try:
         yield
         barrier()  # none closes its connections while the first one still writes
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise UserError(
+            "another process of this run has ended, which torchrun names; start the run again, "
+            "with --resume (and without --overwrite) to go on"
+        ) from None
     finally:
         dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -248,6 +249,47 @@ def test_processes_agree_on_what_is_due(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     assert distributed.agreed(15, True) == (15, True)
     assert sent == [[0, 0], [15, 1]]
+
+
+ONE_IS_KILLED = """
+import os, signal
+import torch
+from utils.process import distributed
+from utils.process.script import run_script
+
+def main():
+    print(distributed.total(torch.ones(1)).item())
+    if not distributed.is_main():
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.total(torch.ones(1))
+
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_has_lost_another_one_says_so_in_a_line() -> None:
+    """Without torchrun, which ends it as well, so that it often says nothing."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_IS_KILLED],
+            cwd=ROOT,
+            env=os.environ | common | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    second.communicate(timeout=120)
+    printed, said = first.communicate(timeout=120)
+    assert (first.returncode, printed) == (2, "2.0\n")
+    assert said.startswith("error: another process of this run has ended")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.slow
