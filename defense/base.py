@@ -351,11 +351,12 @@ def checked(purify: Purify[C]) -> Purify[C]:
 
     Model, images and labels are checked first (`check_given`, and `check_network` of the method),
     and at the end whether the weights are finite. In every call, the global generators start with
-    `random_seed`, so dropout draws the same; they are restored at the end. Gradients are computed
-    wherever it is called from, but never those of the caller's images; a network that gives none is
-    refused. A network with code of the user's own is copied first, since this code may change it in
-    each call. A compiled network runs as it was written. If a network cannot learn from one image
-    at a time, one line says so.
+    `random_seed`, so dropout draws the same; they are restored at the end. One thread purifies at a
+    time, and the caller's modes, such as autocast, are off. Gradients are computed wherever it is
+    called from, but never those of the caller's images; a network that gives none is refused. A
+    network with code of the user's own is copied first, since this code may change it in each call.
+    A compiled network runs as it was written. If a network cannot learn from one image at a time,
+    one line says so.
 
     Args:
         purify: the method.

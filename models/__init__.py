@@ -7,6 +7,7 @@ from torch import nn
 
 from models import userfile
 from models.classifier import Classifier, Normalize, Resize, prepare
+from models.modes import in_turn
 from models.preactresnet import preactresnet18, preactresnet18_half
 from models.pretrained import load_pretrained, pretrained_size
 from models.tiny import TinyNet
@@ -60,6 +61,7 @@ def _torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
+@in_turn()
 def build_model(
     name: str,
     num_classes: int,
@@ -70,6 +72,8 @@ def build_model(
     network_size: int | None = None,
 ) -> Classifier:
     """A freshly initialised classifier, with weights from torch's global generator.
+
+    It is made as torch's own layers are: on the caller's default device, in the default type.
 
     Args:
         name: one of `model_names()`, or `file.py:function`, which is run.

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,6 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from models.classifier import Classifier
+
+_TURN = threading.RLock()
+_CAST = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has autocast
 
 
 @contextlib.contextmanager
@@ -27,14 +31,63 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Inside is one thread of the process; the others wait at the door.
+
+    Random generators and the default type belong to the process. A thread that seeds them, or puts
+    them back, would change what the others compute.
+    """
+    with _TURN:
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, the modes that a caller may have switched on change nothing, and nobody else is.
+
+    Every function that a user calls from Python (`sau.__all__`) does its work in it.
+    """
+    with in_turn(), learning(), made_on_the_cpu(), without_autocast(), uncompiled():
+        yield
+
+
+@contextlib.contextmanager
+def learning() -> Iterator[None]:
+    """Inside, gradients can be computed, also if it is called under `no_grad`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def made_on_the_cpu() -> Iterator[None]:
+    """Inside, tensors whose device is not named are made on the CPU, whatever the caller's is."""
+    if torch.empty(0).device.type == "cpu":
+        yield
+    else:
+        with torch.device("cpu"):
+            yield
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, each operation computes in the type of its tensors, whatever the caller's mode is."""
+    with contextlib.ExitStack() as stack:
+        for device in _CAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def in_float32() -> Iterator[None]:
     """Inside, new weights are drawn in float32, whatever the caller's default type is."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with in_turn():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,7 @@
 
 import copy
 import types
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -148,17 +147,6 @@ def test_the_caller_s_images_get_no_gradient(name: str, is_leaf: bool) -> None:
 
 
 @every_defense
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_where_gradients_are_off_it_works_too(name: str, without: Callable[[], Any]) -> None:
-    model = made(Own)
-    expected = purified(name, model)
-    with without():
-        found = purified(name, model, images()[0])
-    pairs = zip(expected.state_dict().values(), found.state_dict().values(), strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
-
-
-@every_defense
 def test_the_result_carries_no_gradient(name: str) -> None:
     """Whoever trains it further begins without that of our last step; the given one keeps its."""
     model = made(Own)
@@ -166,39 +154,6 @@ def test_the_result_carries_no_gradient(name: str) -> None:
     result = purified(name, model)
     assert all(weight.grad is None for weight in result.parameters())
     assert torch.equal(model.head.bias.grad, torch.ones(4))
-
-
-@contextmanager
-def default_type(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@every_defense
-@pytest.mark.parametrize(
-    "defaults",
-    [
-        lambda: default_type(torch.float64),
-        lambda: default_type(torch.bfloat16),
-        lambda: torch.device("meta"),  # stands for a GPU
-    ],
-)
-def test_the_caller_s_defaults_change_nothing(
-    name: str, defaults: Callable[[], AbstractContextManager[None]]
-) -> None:
-    model, (pixels, _) = made(Own), images()
-    expected = purified(name, model)
-    given, labels = images()
-    config = shortened(name, model, n_rounds=1, batch_size=8)
-    with defaults():
-        found = module(name).purify(model, given, labels, config)
-    pairs = zip(expected.state_dict().values(), found.state_dict().values(), strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
-    assert torch.equal(expected(pixels), found(pixels))
 
 
 class Scaled(Own):

@@ -12,6 +12,7 @@ from torch import nn
 
 from models import Classifier
 from models.changes import changes_of, weights_without
+from models.modes import in_float32, undisturbed
 from utils.errors import UserError
 from utils.files import read_object
 from utils.records import schema
@@ -87,10 +88,13 @@ def checked_result(folder: Path, attack: AttackRecord) -> dict[str, Any]:
     return summary
 
 
+@undisturbed()
+@in_float32()
 def load_defense(folder: str | Path, model: str | None = None) -> Classifier:
-    """The purified model that a defense has written, in eval mode, on the CPU.
+    """The purified model that a defense has written, in eval mode, on the CPU, in float32.
 
-    It takes float images in [0, 1], (N, C, H, W), and gives logits.
+    It takes float images in [0, 1], (N, C, H, W), and gives logits. The caller's modes, and the
+    caller's default device and type, change nothing.
 
     Args:
         folder: of the result, e.g. `record/badnet_demo/defense/sau`.

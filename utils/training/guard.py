@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from models import Classifier
 from models.bf16 import sound_gradients
 from models.copies import apart_from, copied
-from models.modes import uncompiled
+from models.modes import in_turn, undisturbed
 from models.parts import refuse_scripts
 from models.userfile import not_as_logits
 from models.views import any_order, has_own_code
@@ -38,36 +38,21 @@ def seeded(seed: int) -> Iterator[None]:
     """Inside, the global generators begin with the seed; they are restored at the end.
 
     So dropout, and all other draws of a network, repeat, and the caller's own draws do not change.
+    Other threads that need the generators wait.
     """
-    before = random_states()
-    seed_everything(seed)
-    try:
-        yield
-    finally:
-        restore_random(before)
-
-
-@contextmanager
-def learning() -> Iterator[None]:
-    """Inside, gradients can be computed, also if it is called under `no_grad`."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def made_on_the_cpu() -> Iterator[None]:
-    """Inside, tensors whose device is not named are made on the CPU, whatever the caller's is."""
-    if torch.empty(0).device.type == "cpu":
-        yield
-    else:
-        with torch.device("cpu"):
+    with in_turn():
+        before = random_states()
+        seed_everything(seed)
+        try:
             yield
+        finally:
+            restore_random(before)
 
 
 @contextmanager
 def sheltered(seed: int) -> Iterator[None]:
     """Inside, a method runs alike wherever it is called from, and with the same draws each time."""
-    with seeded(seed), single_images_told(), learning(), made_on_the_cpu(), uncompiled():
+    with seeded(seed), single_images_told(), undisturbed():
         yield
 
 
