@@ -120,7 +120,8 @@ def tuned(model: nn.Module, data: Mixture, config: Config) -> nn.Module:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def look(subject: Subject, config: Config, results: Results) -> None:

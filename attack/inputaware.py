@@ -212,7 +212,8 @@ class InputAware:
 
         state = self._setting.trained("mask", key, train)
         self.mask.load_state_dict(state)
-        self.mask.eval().requires_grad_(False)
+        self.mask.eval()
+        self.mask.requires_grad_(False)
 
     def poisoned_per_batch(self, batch_size: int) -> tuple[int, int]:
         poisoned = count_in_batch(self._config.pratio, batch_size, self._rngs["coin"])

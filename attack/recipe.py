@@ -186,7 +186,10 @@ def clean_model(
     state = setting.trained("clean-model", key, compute, score)
     model = bare_model(config, data)
     model.network.load_state_dict(state)
-    return prepare_model(model, setting.device, setting.precision).eval().requires_grad_(False)
+    model = prepare_model(model, setting.device, setting.precision)
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 def learned_little(scores: Scores, num_classes: int) -> bool:

@@ -147,7 +147,8 @@ def learned_masks(
         UserError: if the network has no BatchNorm.
     """
     loop = loop or Loop()
-    model = copied(model).train().requires_grad_(False)
+    model = copied(model, training=True)
+    model.requires_grad_(False)
     device = next(model.parameters()).device
     masks = full_masks(model)
     optimizer = torch.optim.SGD(list(masks.values()), lr=config.lr, momentum=config.sgd_momentum)

@@ -107,7 +107,7 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    model = copied(model).eval()
+    model = copied(model, training=False)
     if config.n_rounds == 0:
         return model
     weights = learning_weights(model)

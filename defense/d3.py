@@ -169,7 +169,7 @@ def purify(
         >>> purified = purify(model, images, labels, config)
     """
     loop = loop or Loop()
-    model = copied(model).eval()
+    model = copied(model, training=False)
     weights = pushed_weights(model, config.select_layer_name, images.shape[1:])
     if config.n_rounds == 0:
         return model

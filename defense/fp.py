@@ -101,7 +101,7 @@ def purify(
     loop = loop or Loop()
     name, linear = head(model, images.shape[1:])
     count = linear.in_features
-    purified = copied(model).eval()
+    purified = copied(model, training=False)
     if config.n_rounds == 0:
         return purified
 

@@ -93,7 +93,8 @@ def purify(
             scheduler.after_step()
             loop.log(len(index), loss=loss)
         scheduler.after_epoch(loop.losses()["loss"])
-    return model.eval()
+    model.eval()
+    return model
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def purify(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    model = copied(model).eval()
+    model = copied(model, training=False)
     weights = learning_weights(model)
     optimizer = torch.optim.Adam(
         weights,

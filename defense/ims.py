@@ -219,11 +219,12 @@ def purify(
     loop = loop or Loop()
     layers = convolutions(model)
     widths = {name: part.out_channels for name, part in layers.items()}
-    result = copied(model).eval()
+    result = copied(model, training=False)
     if config.n_rounds == 0:
         return result
     weight = usual_weight(model)
-    model = copied(result).requires_grad_(False)
+    model = copied(result)
+    model.requires_grad_(False)
     a, s = (  # steps of 0.01 from 1 would be lost in half precision
         wide(weight.new_ones(sum(widths.values()))).requires_grad_() for _ in range(2)
     )

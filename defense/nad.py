@@ -207,7 +207,8 @@ def purify(
                 loop.backward(loss)
                 optimizer.step()
                 loop.log(len(index), loss=loss, cross_entropy=cross_entropy, attention=attention)
-    return student.eval()
+    student.eval()
+    return student
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def purify(
     norms = torch.stack([mask.sum().cpu() for mask, _ in triggers])
     flagged = flagged_classes(norms, config.mad_threshold)
     _report(loop, images, triggers, norms, flagged)
-    model = copied(model).eval()
+    model = copied(model, training=False)
     if not flagged:
         loop.findings.say("no class is flagged, so the model is given back as it was")
     if not flagged or config.n_rounds == 0:

@@ -222,7 +222,7 @@ def purify(
     """
     loop = loop or Loop()
     channels = input_channels(model, config.target_layer_name, images)
-    model = copied(model).eval()
+    model = copied(model, training=False)
     if config.n_rounds == 0:
         return model
     device = next(model.parameters()).device

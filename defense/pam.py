@@ -103,7 +103,7 @@ def purify(
     """
     loop = loop or Loop()
     reference = [weight.detach() for weight in model.parameters() if weight.requires_grad]
-    model = copied(model).eval()
+    model = copied(model, training=False)
     if config.n_rounds == 0:
         return model
     weights = learning_weights(model)

@@ -88,7 +88,7 @@ def unlearned(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    model = copied(model).train()
+    model = copied(model, training=True)
     for weight in model.parameters():
         weight.requires_grad_(weight.is_floating_point() or weight.is_complex())
     learner = loop.alone(model)
@@ -153,7 +153,8 @@ def recovered_masks(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    model = copied(model).train().requires_grad_(False)
+    model = copied(model, training=True)
+    model.requires_grad_(False)
     masks = full_masks(model)
     optimizer = torch.optim.SGD(
         masks.values(), lr=config.recovering_lr, momentum=config.sgd_momentum

@@ -361,8 +361,9 @@ def purify(
         else:
             loop.findings.warn("no image can be held out, so all rounds are run; give more images")
     device = next(model.parameters()).device
-    reference = copied(model).eval().requires_grad_(False)
-    model = copied(model).eval()
+    reference = copied(model, training=False)
+    reference.requires_grad_(False)
+    model = copied(model, training=False)
     learner = loop.parallel(model)
     attacked = loop.alone(model), loop.alone(reference)
     optimizer = config.adam(model)

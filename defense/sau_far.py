@@ -76,8 +76,9 @@ def purify(
     """
     loop = loop or Loop()
     device = next(model.parameters()).device
-    reference = copied(model).eval().requires_grad_(False)
-    model = copied(model).eval()
+    reference = copied(model, training=False)
+    reference.requires_grad_(False)
+    model = copied(model, training=False)
     learner = loop.parallel(model)
     attacked = loop.alone(model), loop.alone(reference)
     optimizer = config.adam(model)

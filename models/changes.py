@@ -67,7 +67,8 @@ def insert(network: nn.Module, kind: str, layer: str, channels: int) -> nn.Modul
     # Its weights are set, not drawn: the global generator stays where it is.
     with torch.random.fork_rng(devices=[]):
         part = KINDS[kind](channels).to(like.device, like.dtype)
-    preceded = Preceded(part, old).train(old.training)
+    preceded = Preceded(part, old)
+    preceded.train(old.training)
     for parent in list(network.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:  # a network may have a layer under several names

@@ -248,7 +248,7 @@ def silenced(model: nn.Module, channels: Mapping[str, torch.Tensor], with_bias: 
     Returns:
         The copy, in eval mode.
     """
-    model = copied(model).eval()
+    model = copied(model, training=False)
     layers = norms(model)
     with torch.no_grad():
         for name, is_pruned in channels.items():

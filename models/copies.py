@@ -31,15 +31,22 @@ class _WithoutGraphs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def copied(model: M) -> M:
+def copied(model: M, training: bool | None = None) -> M:
     """A deep copy, also after a pass with gradients.
 
     Such a pass leaves tensors with a graph, which torch refuses to copy: weights that are computed
     in each pass, as `torch.nn.utils.spectral_norm` does, and features that a network keeps, also in
     lists and dictionaries. In the copy they have none.
+
+    Args:
+        training: the mode of the copy; None for the model's own. What `train()` returns is never
+            used, here and elsewhere: many a network that keeps BatchNorm frozen returns None.
     """
     with _WithoutGraphs():
-        return copy.deepcopy(model)
+        copy_of_it = copy.deepcopy(model)
+    if training is not None:
+        copy_of_it.train(training)
+    return copy_of_it
 
 
 def holds_graphs(model: nn.Module) -> bool:

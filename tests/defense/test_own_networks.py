@@ -1,6 +1,7 @@
 """Networks of the user's own, whatever their code does: every defense works, or says why not."""
 
 import copy
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,26 @@ class Counting(Own):
     def forward(self, images: torch.Tensor) -> Any:
         self.calls += 1
         return super().forward(images)
+
+
+class Frozen(Own):
+    """Keeps BatchNorm in eval mode."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.norm.eval()
+        self.other.eval()
+        return self
+
+
+class Silent(Frozen):
+    """As many such networks are written: without `return self`, also at the end of `eval()`."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        super().requires_grad_(requires_grad)
 
 
 class InPlace(Own):
@@ -136,6 +157,19 @@ def test_buffers_that_calls_change_stay_as_they_were(name: str) -> None:
     assert model.calls == 0  # type: ignore[comparison-overlap]
     pairs = zip(first.state_dict().values(), again.state_dict().values(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+@every_defense
+def test_what_a_network_s_train_returns_does_not_matter(name: str) -> None:
+    expected, found = (purified(name, made(kind)).state_dict() for kind in (Frozen, Silent))
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_a_network_that_cannot_be_copied_is_told_why() -> None:
+    model = made(Own)
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"be copied by copy\.deepcopy .*; give one without locks"):
+        purified("ft", model)
 
 
 @every_defense

@@ -1,5 +1,6 @@
 """Copies of networks, and those that are none."""
 
+import ast
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from models.copies import apart_from, copied, holds_graphs
 from tests.networks import ConvNet, conv_net, differing, problem
 from utils.errors import UserError
+from utils.files import ROOT
 
 # copied
 
@@ -101,3 +103,48 @@ def test_a_copy_with_a_method_of_its_own_passes() -> None:
     with apart_from(network, "not so"):
         logits = copy(images)
     assert torch.equal(logits, network(images))
+
+
+class Silent(nn.Linear):
+    """Returns None where torch returns the network."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+
+
+@pytest.mark.parametrize("training", [True, False, None])
+def test_a_copy_has_the_mode_that_is_asked_for(training: bool | None) -> None:
+    model = Silent(2, 2)
+    model.train(training is None)
+    copy_of_it = copied(model, training=training)
+    assert copy_of_it is not model
+    assert copy_of_it.training == (training is not False)
+    assert model.training == (training is None)
+
+
+CLASSIFIERS = "models/trial.py"  # it has only ours, around the user's network
+
+
+def is_method_of_a_network(node: ast.AST) -> bool:
+    """Whether it is a call of `x.train(...)`, `x.eval()` or `x.requires_grad_(False)`."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    given = [ast.unparse(value) for value in node.args]
+    return node.func.attr in ("train", "eval") or (
+        node.func.attr == "requires_grad_" and given == ["False"]
+    )
+
+
+def test_nothing_uses_what_a_network_s_methods_return() -> None:
+    """A user's `train()` may return None, and then `eval()` does, too."""
+    used, called = [], 0
+    for room in ("analysis", "attack", "defense", "interop", "models", "utils"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+            calls = [node for node in nodes if is_method_of_a_network(node)]
+            place = path.relative_to(ROOT).as_posix()
+            called += len(calls)
+            used += [place for call in calls if id(call) not in alone and place != CLASSIFIERS]
+    assert used == []
+    assert called > 20

@@ -121,4 +121,5 @@ def make_model(
             raise
         what = name.rpartition("/")[2]
         raise UserError(f"{where}: its weights do not fit {what} ({one_line(error)})") from None
-    return model.eval()
+    model.eval()
+    return model

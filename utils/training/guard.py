@@ -27,6 +27,7 @@ SWITCH_OFF = (
     "if it has gradient checkpointing, switch this off (model.gradient_checkpointing_disable() or "
     "the like)"
 )
+MAKE_COPYABLE = "give one without locks, open files and the like among its attributes"
 GIVE_IMAGES = "give (N, C, H, W), floats in [0, 1] or uint8 in 0 to 255"
 
 
@@ -177,7 +178,8 @@ def check_given(
     if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
         _check_labels(labels, len(images))
     some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
-    copy = _tried(lambda: copied(model), "be copied by copy.deepcopy").eval()
+    copy = _tried(lambda: copied(model), "be copied by copy.deepcopy", MAKE_COPYABLE)
+    _tried(copy.eval, "be put in eval mode", "repair it")
     before = as_float(some, _device(model)).clone()
     for count in range(len(some), 0, -1):  # what is right for two may be wrong for one
         given = before[:count].clone()
@@ -206,7 +208,7 @@ def check_given(
         )
     if batch_size is not None:
         count = min(len(some), batch_size)
-        copy.train()
+        _tried(copy.train, "be put in train mode", "repair it")
         with (
             single_images_told(),
             torch.no_grad(),

@@ -217,7 +217,8 @@ class Inversion:
         drawn = torch.randn(shape, generator=rng, dtype=self._dtype)
         theta = drawn.to(self._device).requires_grad_()
         optimizer = torch.optim.Adam([theta], lr=self._config.mask_lr)
-        model = copied(model).train().requires_grad_(False)
+        model = copied(model, training=True)
+        model.requires_grad_(False)
         for _ in self._loop.rounds(
             self._config.mask_epochs,
             f"mask {number}",
