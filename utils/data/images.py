@@ -72,12 +72,12 @@ def no_cache(path: Path, error: Exception) -> UserError:
 def read_image(file: Path, image_size: int) -> np.ndarray:
     """One picture file as uint8 (3, S, S), squashed if it is not square.
 
-    Grey, palette and CMYK become RGB, transparency is dropped, and 16-bit grey is scaled. A photo
-    is turned upright by its EXIF data.
+    Grey, palette and CMYK become RGB, transparency is dropped, and grey of 12 or 16 bits is scaled.
+    A photo is turned upright by its EXIF data.
 
     Raises:
-        UserError: if the file is missing, no picture, cut short, of floats or 32-bit integers, or
-            huge.
+        UserError: if the file is missing, no picture, cut short, of floats, of signed or of 32-bit
+            integers, or huge.
     """
     try:
         with opened(file, _LARGEST) as source, Image.open(source, formats=_FORMATS) as image:
@@ -124,10 +124,8 @@ _ROOM = _Room(MOST_PIXELS)
 def _resized(image: Image.Image, side: int) -> np.ndarray:
     """uint8 (3, S, S) of an opened picture; few copies of a large one are held at once."""
     image.load()
-    bits = image.tag_v2.get(258, ()) if isinstance(image, TiffImageFile) else ()
-    if image.mode == "I" and 32 in bits:
-        raise ValueError("integers of 32 bits have no known range")
-    image = _eight_bits(_upright(image))
+    most, is_negative = _meaning(image)
+    image = _eight_bits(_upright(image), most, is_negative)
     if image.mode == "P":  # a palette goes by way of RGBA, or Pillow warns of its transparency
         image = image.convert("RGBA")
     if image.mode != "RGB":
@@ -146,8 +144,27 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, which Pillow's own conversion would clip; others as they are.
+def _meaning(image: Image.Image) -> tuple[int, bool]:
+    """The largest value that grey of more than 8 bits can have, and whether it means black.
+
+    Pillow gives what is in a TIFF file. Of all other formats it makes 0 to 65535, and of 8 bits and
+    fewer, also in TIFF files, 0 (black) to 255.
+
+    Raises:
+        ValueError: if the file says no range.
+    """
+    if not (isinstance(image, TiffImageFile) and image.mode.startswith("I")):
+        return 65535, False
+    if image.mode == "I":
+        raise ValueError("integers that are signed, or of 32 bits, have no known range")
+    return (1 << max(image.tag_v2[258])) - 1, image.tag_v2[262] == 0
+
+
+def _eight_bits(image: Image.Image, most: int, is_negative: bool) -> Image.Image:
+    """Grey of more bits scaled to 8, which Pillow's own conversion would clip; others as they are.
+
+    Args:
+        most, is_negative: see `_meaning`.
 
     Raises:
         ValueError: if the range of the values is not known.
@@ -155,9 +172,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith(("I", "F")):
         return image
     levels = np.asarray(image)
-    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+    if image.mode == "F" or levels.min() < 0 or levels.max() > most:
         raise ValueError("values beyond 16 bits, or floats, have no known range")
-    return Image.fromarray((levels // 257).astype(np.uint8))
+    if is_negative:
+        levels = most - levels
+    levels = levels // 257 if most == 65535 else levels.astype(np.uint32) * 255 // most
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
@@ -177,7 +197,7 @@ def decoded(root: Path, files: list[Path], image_size: int) -> torch.Tensor:
 
 def _cache_of(root: Path, files: list[Path], image_size: int, shape: tuple[int, ...]) -> Path:
     """The file that holds the pixels, written if it is not there."""
-    digest = hashlib.sha256(f"pixels 2, {image_size}".encode())
+    digest = hashlib.sha256(f"pixels 3, {image_size}".encode())
     with ThreadPoolExecutor() as pool:
         with Progress(len(files), "looking for changes", "file") as progress:
             for file, content in zip(files, _ahead(pool, _file_digest, files), strict=True):

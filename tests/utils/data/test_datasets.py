@@ -213,8 +213,8 @@ def test_folder_reads_the_rarer_kinds_too(tmp_path: Path) -> None:
     ("content", "problem"),
     [
         (Image.new("F", (8, 8), 0.5), "floats, have no known range"),
-        (Image.new("I", (8, 8), 70000), "integers of 32 bits have no known range"),
-        (Image.new("I", (8, 8), 200), "integers of 32 bits have no known range"),
+        (Image.new("I", (8, 8), 70000), "of 32 bits, have no known range"),
+        (Image.new("I", (8, 8), 200), "of 32 bits, have no known range"),
         (Image.new("L", (9500, 9500)), "9500 x 9500 pixels are too many"),
         (Image.new("1", (15000, 15000)), "decompression bomb"),
     ],

@@ -1,6 +1,7 @@
 """Picture files: the nine formats that are promised, whatever a file is called, and no others."""
 
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -98,6 +99,60 @@ def test_16_bits_become_8(tmp_path: Path) -> None:
     levels = np.array([[0, 256, 257, 513, 514, 65534, 65535, 32768]], np.uint16)
     Image.fromarray(np.repeat(levels, 8, 0)).save(tmp_path / "x.png")
     assert read_image(tmp_path / "x.png", 8)[0, 0].tolist() == [0, 0, 1, 1, 2, 254, 255, 127]
+
+
+def tiff(path: Path, rows: bytes, width: int, bits: int, is_negative: bool, kind: int = 1) -> None:
+    """A grey TIFF file of two equal rows, in the order of little-endian bytes.
+
+    Args:
+        rows: of the packed values, each row in whole bytes.
+        kind: SampleFormat: 1 without and 2 with a sign.
+    """
+    tags = {256: width, 257: 2, 258: bits, 259: 1, 262: 1 - is_negative}
+    tags |= {273: 8, 277: 1, 278: 2, 279: len(rows), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = struct.pack("<2sHI", b"II", 42, 8 + len(rows)) + rows
+    path.write_bytes(content + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+@pytest.mark.parametrize("is_negative", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
+def test_grey_of_a_tiff_file_is_what_its_bits_mean(
+    tmp_path: Path, bits: int, is_negative: bool
+) -> None:
+    """From black to white in the steps that 1 bit has, or 2, and the largest value is white."""
+    most = (1 << bits) - 1
+    greys = [0.0, 1.0] if bits == 1 else [0.0, 1 / 3, 2 / 3, 1.0]
+    values = [round(grey * most) for grey in greys] * (8 // len(greys))
+    stored = [most - value for value in values] if is_negative else values
+    if bits == 16:
+        row = struct.pack("<8H", *stored)
+    else:
+        digits = "".join(f"{value:0{bits}b}" for value in stored)
+        row = int(digits, 2).to_bytes(bits, "big")
+    tiff(tmp_path / "x.tif", 2 * row, 8, bits, is_negative)
+    try:
+        with Image.open(tmp_path / "x.tif") as opened:
+            opened.load()
+    except OSError as error:  # 12 bits of which white is 0, for one
+        with pytest.raises(UserError, match="not a readable image"):
+            read_image(tmp_path / "x.tif", 8)
+        pytest.skip(f"this Pillow does not read it: {error}")
+    found = read_image(tmp_path / "x.tif", 8)[0, 0].tolist()
+    assert found == [round(255 * grey) for grey in greys] * (8 // len(greys))
+
+
+def test_signed_values_have_no_known_range(tmp_path: Path) -> None:
+    tiff(tmp_path / "x.tif", struct.pack("<16h", *range(0, 32000, 2000)), 8, 16, False, kind=2)
+    with pytest.raises(UserError, match="signed, or of 32 bits, have no known range"):
+        read_image(tmp_path / "x.tif", 8)
+
+
+@pytest.mark.parametrize("name", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_16_bits_of_every_format_that_has_them_mean_the_same(tmp_path: Path, name: str) -> None:
+    levels = np.repeat(np.arange(8, dtype=np.uint16)[None] * 257 * 36, 8, 0)
+    Image.fromarray(levels).save(tmp_path / "x.png", name)
+    assert read_image(tmp_path / "x.png", 8)[0, 0].tolist() == [36 * n for n in range(8)]
 
 
 def test_hungry_formats_may_have_half_as_many_pixels(
