@@ -380,7 +380,7 @@ def checked(purify: Purify[C]) -> Purify[C]:
                 f"of this defense; give {expected.__module__}.{expected.__name__}.load(...)"
             )
         with sheltered(config.random_seed):
-            check_given(
+            images = check_given(
                 model,
                 images,
                 labels,

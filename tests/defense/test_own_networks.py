@@ -583,6 +583,30 @@ def test_half_precision_works_or_is_refused(
 
 
 @every_defense
+def test_images_become_what_the_network_s_weights_are(name: str) -> None:
+    """A network in float64 takes no others, and 51 levels are 0.2 of the range for it, too."""
+    levels = (images()[0] * 255).to(torch.uint8)
+    model = made(Own).double()
+    expected = purified(name, model, levels.double() / 255).state_dict()
+    found = purified(name, model, levels).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert purified(name, model, levels / 255)(levels.double()).dtype == torch.float64
+    rounded = purified(name, made(Own), (levels / 255).double())
+    assert next(rounded.parameters()).dtype == torch.float32
+
+
+def test_a_network_that_changes_the_type_itself_gets_the_images_as_they_are() -> None:
+    class Casting(Own):
+        def forward(self, images: torch.Tensor) -> Any:
+            given.add(images.dtype)
+            return super().forward(images.double())
+
+    given: set[torch.dtype] = set()
+    purified("ft", made(Casting).double(), images()[0])
+    assert given == {torch.float32}
+
+
+@every_defense
 def test_the_configuration_of_another_defense_is_refused(name: str) -> None:
     other = "bnp" if name != "bnp" else "clp"
     config = module(other).Config.load("digits")

@@ -12,7 +12,7 @@ from models import Classifier
 from models.bf16 import sound_gradients
 from models.copies import apart_from, copied
 from models.modes import in_turn, undisturbed
-from models.parts import refuse_scripts
+from models.parts import refuse_scripts, usual_weight
 from models.userfile import not_as_logits
 from models.views import any_order, has_own_code
 from utils.data.batches import as_float
@@ -148,7 +148,7 @@ def check_given(
     takes_float16: bool = True,
     computes_once: bool = False,
     batch_size: int | None = None,
-) -> None:
+) -> torch.Tensor:
     """Checks the arguments of a `purify`; a copy of the network is called with two images, and one.
 
     Args:
@@ -159,6 +159,9 @@ def check_given(
         takes_float16: whether weights may be in float16.
         computes_once: whether no part of the network may be called again for the gradients.
         batch_size: of methods that train the whole network in train mode; None for others.
+
+    Returns:
+        The images as they are; in the type of the network's weights if it takes no others.
 
     Raises:
         UserError: if the network has no weights, or not finite or too coarse ones, or its lazy
@@ -177,9 +180,10 @@ def check_given(
     _check_images(images, needs_images)
     if needs_labels or not isinstance(labels, torch.Tensor) or len(labels):
         _check_labels(labels, len(images))
-    some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
     copy = _tried(lambda: copied(model), "be copied by copy.deepcopy", MAKE_COPYABLE)
     _tried(copy.eval, "be put in eval mode", "repair it")
+    images = _in_its_type(copy, images)
+    some = images[:2] if len(images) else images.new_zeros(1, *images.shape[1:])
     before = as_float(some, _device(model)).clone()
     for count in range(len(some), 0, -1):  # what is right for two may be wrong for one
         given = before[:count].clone()
@@ -196,7 +200,7 @@ def check_given(
         if len(images):
             classes = _classes(logits, count)
     if len(images) == 0:
-        return
+        return images
     if classes < 2:
         raise UserError("model: it tells one class; give a network with two or more")
     if learns:
@@ -220,6 +224,28 @@ def check_given(
             else:
                 logits = _tried(lambda: copy(before[:count]), "be called in train mode")
         _classes(logits, count, " in train mode")
+    return images
+
+
+def _in_its_type(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The images in the type of the network's weights if it takes no others; else as they are.
+
+    uint8 images become float32, batch by batch, which most networks take. What they are here stays
+    in memory.
+    """
+    own = usual_weight(model).dtype
+    is_of_levels = images.dtype == torch.uint8
+    if own == (torch.float32 if is_of_levels else images.dtype) or own not in FLOATS:
+        return images
+    black = as_float(torch.zeros_like(images[:1], device=_device(model)))
+    if len(black) == 0:
+        black = black.new_zeros(1, *images.shape[1:])
+    try:
+        with torch.no_grad(), run_soundly(model):
+            model(black)
+    except Exception:  # the user's code may raise anything
+        return images.to(own) / 255 if is_of_levels else images.to(own)
+    return images
 
 
 def _check_gradients(
