@@ -167,6 +167,22 @@ class Config:
     yaml_folder: ClassVar[str]
     flags_title: ClassVar[str] = "This method"
 
+    def __post_init__(self) -> None:
+        """Checks the values, also those of `dataclasses.replace`; `load` says more of its own.
+
+        Raises:
+            UserError: naming every value that is not allowed.
+        """
+        layer = _Layer("config", vars(self))
+        errors = []
+        for name, annotation in _hints(type(self)).items():
+            try:
+                check(annotation, layer.values[name], is_flag=False)
+            except ValueError:
+                errors.append(_refusal(layer, name, annotation))
+        if errors:
+            raise UserError(*errors)
+
     @classmethod
     def load(cls, dataset: str | None = None, **overrides: Any) -> Self:
         """The YAML files' values plus overrides.
@@ -363,11 +379,7 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
                 values[key] = placed(key, check(hints[key], value, layer.is_flags))
             except ValueError:
                 refused.add(key)
-                allowed = advice(hints[key], value)
-                texts = choices(hints[key]) if isinstance(value, str) else ()
-                close = suggestion(str(value), texts) if texts else ""
-                given = f"{layer.where(key)}: {layer.shown(value)}"
-                errors.append(f"{given} is not allowed{close}; give {allowed}")
+                errors.append(_refusal(layer, key, hints[key]))
     missing = [key for key in hints if key not in values and key not in refused]
     if "dataset" in refused:  # whose own file has the others
         missing = []
@@ -375,6 +387,15 @@ def _build(cls: type[C], layers: Sequence[_Layer], problems: Sequence[str] = ())
     if errors:
         raise UserError(*errors)
     return cls(**values)
+
+
+def _refusal(layer: _Layer, key: str, annotation: Any) -> str:
+    """The message about a value that is not allowed."""
+    value = layer.values[key]
+    texts = choices(annotation) if isinstance(value, str) else ()
+    close = suggestion(str(value), texts) if texts else ""
+    given = f"{layer.where(key)}: {layer.shown(value)}"
+    return f"{given} is not allowed{close}; give {advice(annotation, value)}"
 
 
 def _unknown_flags(unknown: Sequence[str], names: Iterable[str]) -> list[str]:

@@ -389,6 +389,19 @@ def test_a_network_of_inference_mode_is_refused() -> None:
 
 
 @every_defense
+def test_a_network_of_shapes_alone_is_refused(name: str) -> None:
+    """Also where one of its buffers is there."""
+    config = shortened(name, made(Own))
+    with torch.device("meta"):
+        model = made(Own)
+    model.norm.running_mean = torch.zeros(6)  # type: ignore[union-attr, operator]
+    with pytest.raises(
+        UserError, match=r"made under torch\.device\('meta'\), where weights have no"
+    ):
+        module(name).purify(model, *images(), config)
+
+
+@every_defense
 def test_a_network_that_changes_its_images_is_refused(name: str) -> None:
     given = images()[0]
     with pytest.raises(UserError, match="the network changes the images that it is given"):

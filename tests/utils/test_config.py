@@ -1249,3 +1249,15 @@ def test_a_dataset_without_a_file_is_refused_by_name(name: str) -> None:
     with pytest.raises(UserError, match=r"^dataset: .* is unknown.*; give one of cifar10, "):
         sau.Config.load(name)
     assert sau.Config.load("cifar10").n_rounds == 100
+
+
+def test_values_are_checked_wherever_they_come_from() -> None:
+    """Also those of `dataclasses.replace`, which `load` does not see; all problems at once."""
+    config = sau.Config.load("digits")
+    assert dataclasses.replace(config, lr=0.5).lr == 0.5
+    with pytest.raises(UserError) as refused:
+        dataclasses.replace(config, lr=-1.0, n_rounds=-1, trigger_norm=math.nan, norm_type="L3")
+    assert {line.partition(" is not allowed")[0] for line in refused.value.problems} == {
+        *("config: lr: -1.0", "config: n_rounds: -1", "config: trigger_norm: .nan"),
+        "config: norm_type: L3",
+    }

@@ -108,11 +108,7 @@ def _not_finite(model: nn.Module) -> str | None:
         if isinstance(value, nn.Parameter) or name.endswith(("running_mean", "running_var"))
     }
     return next(
-        (
-            name
-            for name, value in values.items()
-            if not (value.is_meta or value.detach().isfinite().all())
-        ),
+        (name for name, value in values.items() if not value.detach().isfinite().all()),
         None,
     )
 
@@ -192,7 +188,7 @@ def check_given(
                 lambda given=given: copy(given),  # type: ignore[misc]
                 f"take images of shape {tuple(given.shape)} and type {some.dtype}",
             )
-        if not (given.is_meta or torch.equal(given, before[:count])):
+        if not torch.equal(given, before[:count]):
             raise UserError(
                 "model: the network changes the images that it is given; give one that does not "
                 "normalize in place"
@@ -313,6 +309,11 @@ def _check_network(model: nn.Module) -> None:
         raise UserError(
             f"model: {shown(lazy[0], 100)} has no values yet, because its lazy layer was never "
             "called; call the network once, and load the weights that were trained"
+        )
+    if any(value.is_meta for value in tensors.values()):
+        raise UserError(
+            "model: it was made under torch.device('meta'), where weights have no values; make it "
+            "outside, and load the weights that were trained"
         )
     if any(value.is_inference() for value in tensors.values()):
         raise UserError(
