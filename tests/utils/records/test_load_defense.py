@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.records.contents import DEFENSE_RESULT
 from utils.records.defense import load_defense, save_defense
 from utils.records.folders import RunFolder
-from utils.records.hashes import file_hashes
+from utils.records.hashes import checked_hashes, file_hashes
 from utils.records.network import model_state
 
 
@@ -262,10 +262,47 @@ def test_a_summary_of_something_else_is_refused(folder: Path, summary: Any) -> N
     assert "is not the file that summary.json describes" in refusal(folder)
 
 
+KINDS = {  # what a summary says, and what the refusal says
+    "record": ({"attack": "badnet"}, "is the record of an attack (badnet)"),
+    "record/defense/x": (
+        {"defense": "sau", "attack": "badnet"},
+        "is the result of a defense (sau)",
+    ),
+    "record/analysis/x": (
+        {"analysis": "path", "attack": "badnet"},
+        "is the result of an analysis (path)",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", KINDS)
+@pytest.mark.parametrize("wanted", ["attack_result.pt", DEFENSE_RESULT])
+def test_a_run_of_another_kind_is_said_to_be_one(tmp_path: Path, place: str, wanted: str) -> None:
+    """With the folder that could be meant; a file that only the summary lacks is another matter."""
+    summary, said = KINDS[place]
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    RunFolder(folder).write_summary({**summary, "files": {"log.txt": "0" * 64}})
+    record = tmp_path / "record"
+    give = record if wanted == "attack_result.pt" else record / "defense/<name>"
+    expected = f"{folder}: {said}, which has no {wanted}; give {give}"
+    if wanted == f"{next(iter(summary))}_result.pt":  # of that kind, but damaged
+        expected = f"{folder / wanted}: is not the file that summary.json describes; run it again"
+    with pytest.raises(UserError) as refused:
+        checked_hashes(folder, [wanted])
+    assert str(refused.value) == expected
+    (folder / wanted).write_bytes(b"")
+    with pytest.raises(UserError, match="is not the file that"):
+        checked_hashes(folder, [wanted])
+
+
 def test_the_folder_of_an_attack_is_refused(folder: Path) -> None:
     (folder / DEFENSE_RESULT).rename(folder / "attack_result.pt")
     run_folder = RunFolder(folder)
-    run_folder.write_summary({"files": file_hashes(run_folder, "attack_result.pt")})
+    hashes = file_hashes(run_folder, "attack_result.pt")
+    run_folder.write_summary({"attack": "badnet", "files": hashes})
+    assert f"is the record of an attack (badnet), which has no {DEFENSE_RESULT}" in refusal(folder)
+    (folder / "summary.json").write_text("[]", encoding="utf-8")
     assert "is not the file that summary.json describes" in refusal(folder)
 
 
