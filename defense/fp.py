@@ -40,8 +40,7 @@ from models.heads import head
 from models.parts import bare, changeable, learning_weights
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
-from utils.training.pruning import chosen_level, say_pruned
-from utils.training.selection import fit_and_held_out
+from utils.training.pruning import chosen_level, say_pruned, split_to_choose
 from utils.training.sgd import fine_tune
 
 
@@ -109,10 +108,11 @@ def purify(
         order = pruning_order(head_features(model, images))
         level: int | None = round(config.prune_ratio * count)
     else:
-        fit, held = fit_and_held_out(
-            labels, config.val_ratio, config.random_seed, "order the features by"
-        )
-        order = pruning_order(head_features(model, images[fit]))
+        purpose = "order the features by"
+        split = split_to_choose(model, images, labels, config, loop, purpose=purpose)
+        if split is None:
+            return purified
+        order = pruning_order(head_features(model, images[split.fit]))
         step = max(1, math.ceil(config.once_prune_ratio * count - 1e-9))  # 0.07 * 100 is over 7
 
         def of_level(level: int) -> nn.Module:
@@ -121,9 +121,7 @@ def purify(
             return pruned
 
         levels = range(0, count, step)
-        level = chosen_level(
-            levels, of_level, model, images[held], labels[held], loop, acc_ratio=config.acc_ratio
-        )
+        level = chosen_level(levels, of_level, split, loop, acc_ratio=config.acc_ratio)
     if level is None:
         return purified
     features = order[:level]

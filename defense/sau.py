@@ -353,13 +353,18 @@ def purify(
     loop = loop or Loop()
     best, held_out = None, (images[:0], labels[:0])
     if config.stop == "auto":
-        fit, held = fit_and_held_out(labels, config.val_ratio, config.random_seed, "learn from")
+        fit, held = fit_and_held_out(
+            labels,
+            config.val_ratio,
+            config.random_seed,
+            loop.findings,
+            purpose="learn from",
+            otherwise="all rounds are run",
+        )
         if len(held):
             best = Best(model, config.patience, math.ceil(LEAST * config.n_rounds))
             held_out = images[held], labels[held]
             images, labels = images[fit], labels[fit]
-        else:
-            loop.findings.warn("no image can be held out, so all rounds are run; give more images")
     device = next(model.parameters()).device
     reference = copied(model, training=False)
     reference.requires_grad_(False)

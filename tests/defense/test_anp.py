@@ -571,17 +571,47 @@ def test_where_no_level_is_good_the_model_is_given_back(caplog: pytest.LogCaptur
 
 
 def test_without_held_out_images_no_level_is_good() -> None:
-    """One image per class: none can be held out, so nothing tells that a level does no harm."""
-    network = Colours().double().eval()
+    """One image per class: none can be held out, and no mask is learned in vain."""
+    network, loop = Colours().double().eval(), Loop()
     config = Config.load(val_ratio=0.2)
-    pruned = pruned_by_masks(
-        network,
-        *coloured(3),
-        config,
-        Loop(),
-        lambda *_: {"bn": torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64)},
-    )
+    pruned = pruned_by_masks(network, *coloured(3), config, loop, never_learned)
     assert pruned.bn.weight.tolist() == [1, 1, 1]
+    assert loop.findings.warnings == [
+        "no image can be held out, so no level can be chosen, and the model is given back as it "
+        "was; give more images (--ratio)"
+    ]
+
+
+def never_learned(*_: Any) -> dict[str, torch.Tensor]:
+    raise AssertionError("masks are learned, although no level can be chosen")
+
+
+@pytest.mark.parametrize(("right", "said"), [(0, "0.00 %"), (1, "33.33 %")])
+def test_a_model_no_better_than_a_single_class_cannot_choose(right: int, said: str) -> None:
+    """Of six held-out images, two of each class, it labels none or those of one class right.
+
+    Every level could pass there: one at which all images get the same class has two right, too.
+    """
+    network, loop = Colours().double().eval(), Loop()
+    images, labels = coloured(30)
+    wrong = torch.tensor([0, 2, 1] if right else [1, 2, 0])[labels]
+    config = Config.load(val_ratio=0.2)
+    pruned = pruned_by_masks(network, images, wrong, config, loop, never_learned)
+    assert pruned.bn.weight.tolist() == [1, 1, 1]
+    (warning,) = loop.findings.warnings
+    assert warning.startswith(f"held-out accuracy is {said} (6 images)")
+    assert "\n" not in warning
+    assert "level" not in loop.findings.facts
+
+
+def test_where_every_loss_is_accepted_such_a_model_is_pruned() -> None:
+    network, loop = Colours().double().eval(), Loop()
+    images, labels = coloured(30)
+    config = Config.load(val_ratio=0.2, acc_ratio=1.0)
+    masks = {"bn": torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64)}
+    pruned = pruned_by_masks(network, images, (labels + 1) % 3, config, loop, lambda *_: masks)
+    assert pruned.bn.weight.tolist() == [0, 0, 0]
+    assert loop.findings.warnings == []
 
 
 @pytest.mark.parametrize(("prune_bias", "shift"), [(False, 0.5), (True, 0.0)])
@@ -603,7 +633,7 @@ def test_all_but_the_pruned_scales_is_the_model_s_bit_for_bit(selection: str) ->
     before = copied(network.state_dict())
     config = Config.load(
         **{"nb_iter": 6, "n_rounds": 2, "batch_size": 6, "lr": 5.0, "crop_padding": 1},
-        **{"selection": selection, "pruning_number": 0.5, "acc_ratio": 0.5},
+        **{"selection": selection, "pruning_number": 0.5, "acc_ratio": 1.0},
     )
     loop = Loop()
     pruned = purify(network, *problem(count=20), config, loop)

@@ -170,6 +170,15 @@ def test_where_no_image_is_held_out_the_model_is_given_back() -> None:
     assert "the model is given back" in loop.findings.warnings[0]
 
 
+def test_where_no_held_out_label_is_right_the_model_is_given_back() -> None:
+    """Every level would keep an accuracy of 0."""
+    network, loop = Colours(), Loop()
+    images, labels = coloured()
+    found = purify(network, images, (labels + 1) % 3, config(selection="val"), loop)
+    assert differing(found.state_dict(), network.state_dict()) == []
+    assert "held-out accuracy is 0.00 % (3 images)" in loop.findings.warnings[0]
+
+
 def test_where_all_images_are_held_out_it_is_told() -> None:
     images, labels = problem()[0], torch.arange(12) % 4
     with pytest.raises(UserError, match=r"--val_ratio: 0\.99 of 12 images"):

@@ -313,7 +313,8 @@ def test_a_part_is_held_out_of_both_phases() -> None:
                 yield index
 
     images, _ = problem(count=40)
-    purify(conv_net(), images, torch.arange(40) % 4, config(selection="val"), Watched())
+    flags = config(selection="val", acc_ratio=1.0)
+    purify(conv_net(), images, torch.arange(40) % 4, flags, Watched())
     assert list(seen) == ["unlearning", ""]
     for sizes in seen.values():
         assert sizes == [5, 5, 5, 5, 5, 5, 2] * 2
@@ -338,6 +339,6 @@ def test_without_rounds_nothing_is_learned_and_the_model_is_given_back() -> None
 
 def test_an_ascent_that_leaves_the_numbers_names_its_rate() -> None:
     images, labels = problem()
-    flags = config(unlearning_lr=1e30, unlearning_epochs=9)
+    flags = config(unlearning_lr=1e30, unlearning_epochs=9, acc_ratio=1.0)
     with pytest.raises(UserError, match=r"not finite[^\n]*give a smaller --unlearning_lr, or"):
         purify(conv_net().float(), images.float(), labels, flags)

@@ -565,7 +565,7 @@ def test_without_an_image_to_hold_out_all_rounds_are_run() -> None:
     auto = Config.load(stop="auto", n_rounds=2)
     result = purify(small_network(0, True), images, labels, auto, loop).state_dict()
     assert loop.findings.warnings == [
-        "no image can be held out, so all rounds are run; give more images"
+        "no image can be held out, so all rounds are run; give more images (--ratio)"
     ]
     plain = purify(small_network(0, True), images, labels, Config.load(n_rounds=2)).state_dict()
     assert all(torch.equal(result[name], value) for name, value in plain.items())

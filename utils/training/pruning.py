@@ -4,6 +4,7 @@ The level of a mask is fixed, or chosen on a held-out part of the clean images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -19,17 +20,22 @@ from utils.training.selection import acceptable, fit_and_held_out, tried
 MOST_LEVELS = 10_000
 
 
-class Levels(Protocol):
-    """The flags that pruning by masks reads."""
+class Chosen(Protocol):
+    """The flags that the choice of a level reads."""
 
-    @property
-    def selection(self) -> Literal["fixed", "val"]: ...
     @property
     def val_ratio(self) -> float: ...
     @property
     def acc_ratio(self) -> float: ...
     @property
     def random_seed(self) -> int: ...
+
+
+class Levels(Chosen, Protocol):
+    """The flags that pruning by masks reads."""
+
+    @property
+    def selection(self) -> Literal["fixed", "val"]: ...
     @property
     def pruning_max(self) -> float: ...
     @property
@@ -94,7 +100,7 @@ def pruned_by_masks(
     before the accuracy on the held-out images falls (`acceptable`).
 
     Returns:
-        The copy, in eval mode; as it was, if no level is good.
+        The copy, in eval mode; as it was, if no level is good or none can be chosen.
 
     Raises:
         UserError: if there are more levels than masks to four decimals can tell apart.
@@ -108,27 +114,98 @@ def pruned_by_masks(
     if config.selection == "fixed":
         masks = learn(model, images, labels, config, loop)
         return _pruned(model, masks, config, loop, config.pruning_number)
-    fit, held = fit_and_held_out(labels, config.val_ratio, config.random_seed, "learn from")
-    masks = learn(model, images[fit], labels[fit], config, loop)
+    split = split_to_choose(model, images, labels, config, loop, purpose="learn from")
+    if split is None:
+        return silenced(model, {}, config.prune_bias)
+    masks = learn(model, images[split.fit], labels[split.fit], config, loop)
     levels = [round(number * config.pruning_step, 10) for number in range(int(steps + 1e-9) + 1)]
 
     def of_level(level: float) -> nn.Module:
         return silenced(model, channels_up_to(masks, level), config.prune_bias)
 
-    level = chosen_level(
-        levels, of_level, model, images[held], labels[held], loop, acc_ratio=config.acc_ratio
-    )
+    level = chosen_level(levels, of_level, split, loop, acc_ratio=config.acc_ratio)
     if level is None:
         return silenced(model, {}, config.prune_bias)
     return _pruned(model, masks, config, loop, level)
 
 
-def chosen_level(
-    levels: Sequence[L],
-    of_level: Callable[[L], nn.Module],
+@dataclass(frozen=True)
+class Split:
+    """A clean subset of which a part is held out to choose a level with.
+
+    Attributes:
+        fit: int64 positions of the images to fit on.
+        images, labels: the held-out ones, (N, C, H, W) float in [0, 1] or uint8, and (N,) int64.
+        before: their accuracy by the model as it was given, in [0, 1].
+    """
+
+    fit: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor
+    before: float
+
+
+def split_to_choose(
     model: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
+    config: Chosen,
+    loop: Loop,
+    *,
+    purpose: str,
+) -> Split | None:
+    """Holds a part of the images out, and asks whether a level can be chosen with it.
+
+    A model that gives every image the same class is as good as one without any channel. If the
+    model's accuracy on the held-out images is not above that of the best such model, every level
+    could pass. The exception is an `acc_ratio` of 1, with which every level is meant to pass.
+
+    Args:
+        model: as it was given.
+        images: (N, C, H, W), float in [0, 1] or uint8.
+        labels: (N,) int64.
+        loop: takes the warning.
+        purpose: as of `fit_and_held_out`.
+
+    Returns:
+        None if no level can be chosen, which is warned of.
+
+    Raises:
+        UserError: if all images are held out.
+    """
+    fit, held = fit_and_held_out(
+        labels,
+        config.val_ratio,
+        config.random_seed,
+        loop.findings,
+        purpose=purpose,
+        otherwise="no level can be chosen, and the model is given back as it was",
+    )
+    if len(held) == 0:
+        return None
+    split = Split(fit, images[held], labels[held], accuracy(model, images[held], labels[held]))
+    constant = float(labels[held].bincount().max()) / len(held)
+    if config.acc_ratio < 1 and split.before <= constant:
+        loop.findings.warn(
+            f"held-out accuracy is {_percent(split.before)} ({len(held)} images), and a network "
+            f"that always gives the same class reaches {_percent(constant)}, so no level can be "
+            "chosen, and the model is given back as it was; give more images (--ratio) or "
+            "--selection fixed"
+        )
+        return None
+    return split
+
+
+def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """In [0, 1], of a model in the mode that it has, on the device of its weights."""
+    hits = predict(model, images, next(model.parameters()).device) == labels.cpu()
+    return float(hits.double().mean())
+
+
+def chosen_level(
+    levels: Sequence[L],
+    of_level: Callable[[L], nn.Module],
+    split: Split,
     loop: Loop,
     *,
     acc_ratio: float,
@@ -140,40 +217,30 @@ def chosen_level(
     Args:
         levels: in the order in which they go further and further.
         of_level: the model pruned up to a level.
-        model: as it was given.
-        images: (N, C, H, W) held-out images, float in [0, 1] or uint8.
-        labels: (N,) int64.
+        split: has the held-out images.
         loop: takes what is found.
         acc_ratio: relative loss of accuracy that is accepted, in [0, 1].
 
     Returns:
         The level; None if no level is good.
     """
-    if len(images) == 0:
-        loop.findings.warn(
-            "no image can be held out to choose a level with, so the model is given back as it "
-            "was; give more images (--ratio)"
-        )
-        return None
-    device = next(model.parameters()).device
-
-    def accuracy(network: nn.Module) -> float:
-        hits = predict(network, images, device) == labels.cpu()
-        return float(hits.double().mean())
-
-    before = accuracy(model)
-    accuracies = tried(levels, lambda level: accuracy(of_level(level)), before, acc_ratio)
-    count = acceptable(accuracies, before, acc_ratio)
+    accuracies = tried(
+        levels,
+        lambda level: accuracy(of_level(level), split.images, split.labels),
+        split.before,
+        acc_ratio,
+    )
+    count = acceptable(accuracies, split.before, acc_ratio)
     rows = [
-        {"level": level, "held_out_acc": accuracy}
-        for level, accuracy in zip(levels, accuracies, strict=False)
+        {"level": level, "held_out_acc": reached}
+        for level, reached in zip(levels, accuracies, strict=False)
     ]
     by_level = (f"{row['level']:g}: {_percent(row['held_out_acc'])}" for row in rows)
     loop.findings.tables["levels"] = rows
     loop.findings.say(
-        f"held-out accuracy {_percent(before)}; by level: {', '.join(by_level)}",
-        held_out_images=len(images),
-        held_out_acc_before=before,
+        f"held-out accuracy {_percent(split.before)}; by level: {', '.join(by_level)}",
+        held_out_images=len(split.images),
+        held_out_acc_before=split.before,
         levels=list(levels[: len(accuracies)]),
         held_out_accs=accuracies,
     )

@@ -13,6 +13,7 @@ from torch import nn
 from models.outside import buffers_outside, put_buffers
 from utils.errors import UserError
 from utils.process.seeds import generator
+from utils.training.findings import Findings
 
 L = TypeVar("L", int, float)  # a level
 
@@ -38,12 +39,20 @@ def hold_out(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tenso
 
 
 def fit_and_held_out(
-    labels: torch.Tensor, val_ratio: float, seed: int, purpose: str
+    labels: torch.Tensor,
+    val_ratio: float,
+    seed: int,
+    findings: Findings,
+    *,
+    purpose: str,
+    otherwise: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `hold_out`, where an image to fit on is needed.
+    """As `hold_out`, where an image to fit on is needed, and a warning if none is held out.
 
     Args:
+        findings: take the warning.
         purpose: what the images to fit on are for, for the message: "learn from".
+        otherwise: what is done if no image is held out, for the warning.
 
     Raises:
         UserError: if all images are held out.
@@ -54,6 +63,8 @@ def fit_and_held_out(
             f"--val_ratio: {val_ratio:g} of {len(labels)} images leaves none to {purpose}; give a "
             "smaller one, or more images (--ratio)"
         )
+    if len(held) == 0:
+        findings.warn(f"no image can be held out, so {otherwise}; give more images (--ratio)")
     return fit, held
 
 
