@@ -12,11 +12,13 @@ from models.unet import UNet
 from tests.networks import ConvNet
 from utils.process.seeds import generator
 
-# Flags with which everything is done twice, on `problem` in batches of 5, 5 and 2 images.
+# Flags with which everything is done twice, on `problem` in batches of 5, 5 and 2 images. Bounds
+# that no step exceeds, so that each searches a trigger.
 TWICE = {
     **dict.fromkeys(("inversion_rounds", "n_rounds"), 2),
     **dict.fromkeys(("identity_epochs", "mask_epochs", "generator_epochs"), 2),
-    **{"batch_size": 5, "random_seed": 3, "image_bound": 0.3, "generator_width": 4},
+    **{"batch_size": 5, "random_seed": 3, "image_bound": 100.0, "generator_width": 4},
+    "feature_bound": 1e3,
 }
 
 # A step of the model: the model, x, x' and y. It is made anew for each round.

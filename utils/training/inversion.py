@@ -14,7 +14,7 @@ images or the benign features of a batch too much, G learns the identity on this
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ from utils.training.loop import Loop
 BENIGN = 0.01  # weight of the benign features' change
 NOISE = 0.03  # deviation of what is added to the images whose label is detected, pixels in [0, 1]
 SHOWN = 8  # images of the picture
+MOST_IDENTITY = 0.5  # share of steps for the identity alone, above which no trigger is searched
 
 
 class Flags(Protocol):
@@ -87,6 +88,20 @@ def mask_loss(
         return benign - F.cross_entropy(model(images), labels)
 
 
+class GeneratorLoss(NamedTuple):
+    """Of one batch.
+
+    Attributes:
+        loss: a scalar.
+        change: MSE(x, G(x)), a scalar.
+        is_identity_only: whether the loss is the change alone; a scalar of bool.
+    """
+
+    loss: torch.Tensor
+    change: torch.Tensor
+    is_identity_only: torch.Tensor
+
+
 def generator_loss(
     images: torch.Tensor,
     generated: torch.Tensor,
@@ -95,7 +110,7 @@ def generator_loss(
     mask: torch.Tensor,
     config: Flags,
     target_loss: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> GeneratorLoss:
     """The loss of the generator on one batch.
 
     0.01 MSE(m f(x), m f(G(x))) - MSE((1 - m) f(x), (1 - m) f(G(x))) and `target_loss`. If
@@ -107,9 +122,6 @@ def generator_loss(
         features, generated_features: f of both, (B, D, h, w).
         mask: (D, h, w) in [0, 1].
         target_loss: a scalar; None for none.
-
-    Returns:
-        A scalar.
     """
     change = F.mse_loss(generated, images)
     benign = F.mse_loss(mask * generated_features, mask * features)
@@ -118,7 +130,7 @@ def generator_loss(
     if target_loss is not None:
         wanted = wanted + target_loss
     is_far = (change > config.image_bound) | (benign > config.feature_bound)
-    return torch.where(is_far, change, wanted)
+    return GeneratorLoss(torch.where(is_far, change, wanted), change, is_far)
 
 
 class Inversion:
@@ -166,12 +178,13 @@ class Inversion:
 
         Args:
             model: stays as it is.
-            number: which time this is, from 1. The first one detects the label.
+            number: which time this is, from 1. The first one detects the label, which is no finding
+                if hardly any step searched a trigger.
         """
         mask = self._learn_mask(model, number)
-        self._learn_trigger(model, number, mask)
+        is_searched = self._learn_trigger(model, number, mask)
         if number == 1:
-            self._detect(model)
+            self._detect(model, is_searched)
         if number == self._config.inversion_rounds:
             self._draw()
 
@@ -235,8 +248,10 @@ class Inversion:
                 self._loop.log(len(x), loss=loss)
         return to_unit(theta.detach())
 
-    def _learn_trigger(self, model: nn.Module, number: int, mask: torch.Tensor) -> None:
+    def _learn_trigger(self, model: nn.Module, number: int, mask: torch.Tensor) -> bool:
+        """Whether a trigger was searched at all, see `_say_searched`."""
         optimizer = self._optimizer()
+        steps = torch.zeros(2, dtype=torch.int64, device=self._device)  # all, identity only
         with evaluating(model), frozen(model), recording(model, [self.layer]) as features:
             for _ in self._loop.rounds(
                 self._config.generator_epochs,
@@ -245,6 +260,7 @@ class Inversion:
                 generator=self._generator,
                 optimizer=optimizer,
                 order=self._order,
+                steps=steps,
             ):
                 for x, _ in self.batches(self._order):
                     with torch.no_grad():
@@ -257,17 +273,44 @@ class Inversion:
                         wanted = torch.full((len(x),), self._target, device=self._device)
                         target_loss = F.cross_entropy(logits, wanted)
                     after = features[self.layer]
-                    loss = generator_loss(
+                    losses = generator_loss(
                         x, generated, before, after, mask, self._config, target_loss
                     )
                     optimizer.zero_grad()
-                    loss.backward()
+                    losses.loss.backward()
                     optimizer.step()
-                    self._loop.log(len(x), loss=loss, change=F.mse_loss(generated, x))
+                    steps[0] += 1
+                    steps[1] += losses.is_identity_only
+                    self._loop.log(len(x), loss=losses.loss, change=losses.change)
+        return self._say_searched(number, *steps.tolist())
+
+    def _say_searched(self, number: int, steps: int, identity_only: int) -> bool:
+        """Keeps the share of steps that were only for the identity; warns if they are most of all.
+
+        Returns:
+            Whether a trigger was searched in half of the steps or more.
+        """
+        findings = self._loop.findings
+        share = identity_only / steps if steps else 1.0
+        findings.facts["identity_only"] = [*findings.facts.get("identity_only", []), share]
+        if steps == 0:
+            findings.warn("--generator_epochs is 0, so no trigger is searched; give at least 1")
+        elif share > MOST_IDENTITY:
+            findings.warn(
+                f"inversion {number} hardly searched a trigger: {identity_only} of {steps} steps "
+                "only taught the generator the identity, because it changed images by more than "
+                "--image_bound, or benign features by more than --feature_bound; give more "
+                "--identity_epochs, a smaller --batch_size or a smaller --generator_lr"
+            )
+        return share <= MOST_IDENTITY
 
     @torch.no_grad()
-    def _detect(self, model: nn.Module) -> None:
-        """Keeps and logs the label that most of the generated images get, after noise was added."""
+    def _detect(self, model: nn.Module, is_searched: bool) -> None:
+        """Keeps the label that most of the generated images get, after noise was added.
+
+        Args:
+            is_searched: whether it is a finding; else it is that of blurred images.
+        """
         rng = generator(self._config.random_seed, "noise of the detection")
         predictions = []
         with evaluating(model):
@@ -277,6 +320,8 @@ class Inversion:
                 predictions.append(model(self._generator(x + NOISE * noise)).argmax(1))
         counts = torch.cat(predictions).bincount()
         self._target = int(counts.argmax())
+        if not is_searched:
+            return
         share = int(counts[self._target]) / len(self._images)
         self._loop.findings.say(
             f"{100 * share:.2f} % of the generated images are taken for class {self._target}",

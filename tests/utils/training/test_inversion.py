@@ -13,7 +13,7 @@ from models.unet import UNet
 from tests.networks import conv_net, copied, differing, problem
 from utils.errors import UserError
 from utils.process.seeds import generator
-from utils.training.inversion import Inversion, generator_loss, mask_loss
+from utils.training.inversion import GeneratorLoss, Inversion, generator_loss, mask_loss
 from utils.training.loop import Loop
 
 
@@ -100,7 +100,7 @@ def test_the_loss_of_a_mask_by_hand() -> None:
     assert mask.grad[1].abs().max() == 0
 
 
-def loss_of(generated: float, **flags: Any) -> torch.Tensor:
+def losses_of(generated: float, **flags: Any) -> GeneratorLoss:
     """x = 0 and G(x) = `generated`; features (1, 1) and (4, 5), mask (1, 0.5)."""
     images = torch.zeros(2, 3, 2, 2)
     features, other = (torch.tensor(f).view(1, 2, 1, 1) for f in ([1.0, 1.0], [4.0, 5.0]))
@@ -118,9 +118,15 @@ def loss_of(generated: float, **flags: Any) -> torch.Tensor:
     )
 
 
+def loss_of(generated: float, **flags: Any) -> torch.Tensor:
+    return losses_of(generated, **flags).loss
+
+
 def test_the_loss_of_the_generator_by_hand() -> None:
     """m f changes by (3, 2): 13 / 2 = 6.5. (1 - m) f by (0, 2): 4 / 2 = 2. 0.065 - 2 = -1.935."""
     assert float(loss_of(0.1)) == pytest.approx(-1.935, abs=1e-6)
+    assert float(losses_of(0.1).change) == pytest.approx(0.01)
+    assert not losses_of(0.1).is_identity_only
     assert float(loss_of(0.1, target_loss=torch.tensor(0.7))) == pytest.approx(-1.235, abs=1e-6)
 
 
@@ -129,6 +135,7 @@ def test_beyond_a_limit_the_loss_is_the_change_of_the_image(flags: dict[str, flo
     """0.2 in each pixel: 0.04. The label's loss is not there either."""
     assert float(loss_of(0.2, **flags)) == pytest.approx(0.04, abs=1e-6)
     assert float(loss_of(0.2, target_loss=torch.tensor(9.0), **flags)) == pytest.approx(0.04)
+    assert losses_of(0.2, **flags).is_identity_only
 
 
 def test_the_limits_themselves_are_kept() -> None:
@@ -206,11 +213,39 @@ def test_the_detected_label_is_said_once() -> None:
     network.linear.bias.data[2] = 1e3
     loop = Loop()
     Inversion(network, *problem(), Flags(), loop).invert(network, 1)
-    assert loop.findings.facts == {"targets": [2], "target_share": 1.0}
+    assert loop.findings.facts == {"identity_only": [0.0], "targets": [2], "target_share": 1.0}
+    assert loop.findings.warnings == []
     network.linear.bias.data[1] = 1e6
     other = Inversion(network, *problem(), Flags(), Loop())
     other.invert(network, 2)
-    assert other._loop.findings.facts == {}
+    assert other._loop.findings.facts == {"identity_only": [0.0]}
+
+
+def test_where_most_steps_learn_the_identity_no_label_is_stated() -> None:
+    """With a bound of 0 all six do, in each of two inversions. The label is still learned later."""
+    inversion, loop, _ = inverted(image_bound=0.0)
+    assert loop.findings.facts == {"identity_only": [1.0, 1.0]}
+    assert inversion._target is not None
+    first, second = loop.findings.warnings
+    assert first.startswith("inversion 1 hardly searched a trigger: 6 of 6 steps")
+    assert second.startswith("inversion 2 ")
+    assert "\n" not in first
+
+
+def test_half_of_the_steps_are_not_most_of_them() -> None:
+    inversion, loop, _ = inverted(0)
+    assert inversion._say_searched(1, 6, 3)
+    assert loop.findings.warnings == []
+    assert not inversion._say_searched(2, 6, 4)
+    assert loop.findings.facts["identity_only"] == [0.5, 4 / 6]
+
+
+def test_without_a_pass_for_the_trigger_no_label_is_stated() -> None:
+    _, loop, _ = inverted(1, generator_epochs=0)
+    assert loop.findings.facts == {"identity_only": [1.0]}
+    assert loop.findings.warnings == [
+        "--generator_epochs is 0, so no trigger is searched; give at least 1"
+    ]
 
 
 def test_a_little_noise_is_added_to_the_images_whose_label_is_detected() -> None:
@@ -218,7 +253,7 @@ def test_a_little_noise_is_added_to_the_images_whose_label_is_detected() -> None
     inversion, images = inverted(0)[0], problem()[0]
     seen: list[torch.Tensor] = []
     inversion._generator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    inversion._detect(conv_net())
+    inversion._detect(conv_net(), is_searched=True)
     rng = generator(3, "noise of the detection")
     for batch, x in zip(images.split(5), seen, strict=True):
         noise = torch.randn(batch.shape, generator=rng, dtype=batch.dtype)
