@@ -188,9 +188,17 @@ def search_pattern(
 
 
 def prepare(config: Config, setting: Setting) -> torch.Tensor | None:
-    """The searched pattern, float (C, H, W) in [0, 1]; None without `--search true`."""
+    """The searched pattern, float (C, H, W) in [0, 1]; None without `--search true`.
+
+    Raises:
+        UserError: if the strength is 0, or the search finds nothing.
+    """
     if not config.search:
         return None
+    if not any(config.strength):
+        raise UserError(
+            "--strength: 0 leaves nothing of the pattern to search; give a number of grey levels"
+        )
     data, epochs = setting.data, config.clean_epochs or config.epochs
     drawing = generator(config.random_seed, "LF images")
     drawn = torch.randperm(len(data.train), generator=drawing)[: config.search_images]

@@ -84,7 +84,10 @@ class Config(CleanData, Scored):
 
 
 def target_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The most likely label except the true one, whose logit is replaced by -10.
+    """The most likely label after the true one's logit is replaced by -10, as published.
+
+    It is the most likely one except the true one, unless all others have logits under -10; then it
+    is the true one.
 
     Shape:
         (N, K) float, (N,) int64 -> (N,) int64.
@@ -225,6 +228,9 @@ def purify(
     model = copied(model, training=False)
     if config.n_rounds == 0:
         return model
+    loop.findings.warn_without_loss(
+        lmd1=config.lmd1, lmd2=config.lmd2, lmd3=config.lmd3, lmd4=config.lmd4
+    )
     device = next(model.parameters()).device
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     model.requires_grad_(False)

@@ -363,3 +363,12 @@ def test_a_search_that_finds_nothing_is_refused_and_not_kept(
     setting = Remembering(tiny_data, torch.device("cpu"), "fp32")
     with pytest.raises(UserError, match=r"^--search: .* --search_steps"):
         prepare(Config.load("cifar10", search=True), setting)
+
+
+def test_a_search_of_strength_0_is_refused_before_its_model_is_trained(
+    tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lf, "clean_model", lambda *_: pytest.fail("trained"))
+    setting = Remembering(tiny_data, torch.device("cpu"), "fp32")
+    with pytest.raises(UserError, match=r"^--strength: 0 leaves nothing of the pattern to search"):
+        prepare(Config.load("cifar10", search=True, strength=(0.0,)), setting)
