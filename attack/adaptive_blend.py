@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack.poisoning import dirty_label, run
 from attack.recipe import AttackConfig
-from utils.data.batches import whole_share
+from utils.data.batches import least_share, none_of, whole_share
 from utils.data.emblem import picture
 from utils.data.poison import KINDS, Choice, Triggers
 from utils.errors import UserError
@@ -66,7 +66,8 @@ def choose(config: Config, labels: torch.Tensor, num_classes: int, rng: torch.Ge
     """Poisoned images of any class with the mapped label, and cover images with their own label.
 
     Raises:
-        UserError: if no image is poisoned, or there are too few for both.
+        UserError: if no image is poisoned, a ratio of cover images is none, or there are too few
+            for both.
     """
     poison = dirty_label(config, labels, num_classes, rng)
     is_free = torch.ones(len(labels), dtype=torch.bool)
@@ -74,6 +75,11 @@ def choose(config: Config, labels: torch.Tensor, num_classes: int, rng: torch.Ge
     free = torch.nonzero(is_free).flatten()
     ratio = config.pratio if config.cover_ratio is None else config.cover_ratio
     wanted = round(ratio * len(labels))
+    if ratio and not wanted:
+        raise UserError(
+            f"{none_of('--cover_ratio', ratio, len(labels), 'training images')}; give at least "
+            f"{least_share(len(labels))}, or 0 for no cover images"
+        )
     if wanted > len(free):
         raise UserError(
             f"--cover_ratio: {ratio:g} of {len(labels)} training images are {wanted}, but "
@@ -111,7 +117,8 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Triggers:
         image_shape: (C, H, W).
 
     Raises:
-        UserError: if tiles do not fit the images, or the picture cannot be read or does not fit.
+        UserError: if tiles do not fit the images, a share of them is none, or the picture cannot
+            be read or does not fit.
 
     Example:
         >>> triggers = make_trigger(Config.load(), (3, 32, 32))
@@ -122,6 +129,11 @@ def make_trigger(config: Config, image_shape: tuple[int, int, int]) -> Triggers:
         raise UserError(
             f"--image_size: {size} is no multiple of {TILES}; give {size - size % TILES} or "
             f"{size - size % TILES + TILES}"
+        )
+    if config.mask_rate and not whole_share(config.mask_rate, TILES**2):
+        raise UserError(
+            f"{none_of('--mask_rate', config.mask_rate, TILES**2, 'tiles')}; give at least "
+            f"{least_share(TILES**2)}, or 0 for a trigger on all tiles"
         )
     pattern = picture(config.trigger_image, image_shape)
     tile = torch.ones(size // TILES, size // TILES)

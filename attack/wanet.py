@@ -41,7 +41,7 @@ from attack.controlled import (
     warn_of_room,
 )
 from attack.setting import Setting
-from utils.data.batches import as_float, whole_share
+from utils.data.batches import as_float, least_share, none_of, whole_share
 from utils.data.poison import count_in_batch
 from utils.process.seeds import Draws, generator
 
@@ -147,6 +147,12 @@ class WaNet(Draws):
             config.pratio * config.cross_ratio,
             "--cross_ratio: cross samples",
         )
+        poisoned = max(1, whole_share(config.pratio, config.batch_size))
+        if config.cross_ratio and not whole_share(config.cross_ratio, poisoned):
+            setting.warn(
+                f"{none_of('--cross_ratio', config.cross_ratio, poisoned, 'poisoned images')} of "
+                f"a batch, so there is no cross sample; give at least {least_share(poisoned)}"
+            )
 
     def before_training(self) -> None:
         pass

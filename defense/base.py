@@ -528,6 +528,9 @@ def _defend(
         if config.sees == "clean":
             has_index = getattr(config, "index", None) is not None
             _warn_of_classes(given, data, loop.findings, has_index)
+        if isinstance(config, (CleanData, PoisonedData)) and config.index is None:
+            count = len(data.train)
+            selection.warn_of_number(given.index, count, config.ratio, loop.findings)
         images = keep_on(device, given.images)
         model = purify(copied(backdoored), images, given.labels, config, loop)
         require_module(model)

@@ -38,6 +38,7 @@ from models.channels import named_channels
 from models.copies import copied
 from models.heads import head
 from models.parts import bare, changeable, learning_weights
+from utils.data.batches import least_share, none_of
 from utils.training.evaluate import head_features
 from utils.training.loop import Loop
 from utils.training.pruning import chosen_level, say_pruned, split_to_choose
@@ -107,6 +108,11 @@ def purify(
     if config.selection == "fixed":
         order = pruning_order(head_features(model, images))
         level: int | None = round(config.prune_ratio * count)
+        if config.prune_ratio and not level:
+            loop.findings.warn(
+                f"{none_of('--prune_ratio', config.prune_ratio, count, 'features')}, so the "
+                f"network is only fine-tuned; give at least {least_share(count)}"
+            )
     else:
         purpose = "order the features by"
         split = split_to_choose(model, images, labels, config, loop, purpose=purpose)

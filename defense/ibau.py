@@ -42,7 +42,7 @@ from models import Classifier
 from models.copies import copied
 from models.modes import evaluating, frozen, twice_differentiable
 from models.parts import learning_weights
-from utils.data.batches import as_float, augment, spread, whole_share
+from utils.data.batches import as_float, augment, least_share, none_of, spread, whole_share
 from utils.process.seeds import generator
 from utils.training.findings import Picture
 from utils.training.loop import Loop, batch_sizes
@@ -284,8 +284,8 @@ def _warn_of_portion(loop: Loop, batch_size: int, config: Config) -> None:
     """Warns if a share of a batch is rounded down to no image, so that nothing is unlearned."""
     if config.portion > 0 and whole_share(config.portion, batch_size) == 0:
         loop.findings.warn(
-            f"--portion: {config.portion:g} of a batch of {batch_size} is no image, so no "
-            f"perturbation is unlearned; give at least {1 / batch_size:.3g}"
+            f"{none_of('--portion', config.portion, batch_size, 'images of a batch')}, so no "
+            f"perturbation is unlearned; give at least {least_share(batch_size)}"
         )
 
 

@@ -34,7 +34,7 @@ from defense.base import FineTuned, checked, run
 from models.copies import copied
 from models.modes import evaluating, frozen
 from models.parts import learning_weights
-from utils.data.batches import as_float, augment
+from utils.data.batches import as_float, augment, least_share, none_of
 from utils.errors import listed
 from utils.perturb import to_unit
 from utils.process.seeds import generator
@@ -280,8 +280,8 @@ def purify(
     share, rest = drawn.tensor_split([round(config.unlearning_ratio * len(images))])
     if config.unlearning_ratio and not len(share):
         loop.findings.warn(
-            f"--unlearning_ratio {config.unlearning_ratio:g} of {len(images)} images is none, so "
-            "no trigger is unlearned; raise it, or give more images"
+            f"{none_of('--unlearning_ratio', config.unlearning_ratio, len(images), 'images')}, so "
+            f"no trigger is unlearned; give at least {least_share(len(images))}, or more images"
         )
     chosen = as_float(images[share])
     stamped = [

@@ -232,7 +232,7 @@ def test_attacks(
         ),
         ({"model": "vgg19_bn"}, r"--model: vgg19_bn, but the record says preactresnet18; drop the"),
         ({"dataset_path": "no/where"}, r"--dataset_path: no/where/train is not a folder"),
-        ({"ratio": 0.01}, r"--ratio: 0.01 of 36 training images is none; give at least 0.028"),
+        ({"ratio": 0.01}, r"--ratio: 0.01 of 36 training images is none; give at least 0.0278"),
         ({"index": "no.txt"}, r"--index: no.txt cannot be read \(No such file"),
         ({"device": "cuda:99"}, r"--device: cuda:99 is not usable here"),
         ({"resume": "true", "overwrite": "true"}, r"--resume: goes on with a run, which --overwr"),

@@ -88,6 +88,18 @@ def test_more_images_than_there_are_is_refused() -> None:
         chosen(torch.arange(100) % 10)
 
 
+def test_shares_that_are_none_are_refused() -> None:
+    """Of 100 images 0.4 %; of 16 tiles 6 %. Zero is the user's wish."""
+    message = r"^--cover_ratio: 0.004 of 100 training images is none; give at least 0.01, or 0 "
+    with pytest.raises(UserError, match=message):
+        chosen(torch.arange(100) % 10, pratio=0.1, cover_ratio=0.004)
+    message = r"^--mask_rate: 0.06 of 16 tiles is none; give at least 0.0625, or 0 for"
+    with pytest.raises(UserError, match=message):
+        make_trigger(Config.load("digits", mask_rate=0.06), (1, 16, 16))
+    for rate in (0.0, 0.0625):
+        make_trigger(Config.load("digits", mask_rate=rate), (1, 16, 16))
+
+
 def test_the_script_runs_with_this_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict] = []
     monkeypatch.setattr("attack.poisoning.run", lambda *_, **options: calls.append(options))

@@ -166,6 +166,21 @@ def test_a_part_of_a_cross_image_is_none(
     assert attack.poisoned_per_batch(12) == (3, crossed)
 
 
+def test_cross_images_that_no_batch_has_are_warned_of(tiny_data: Dataset) -> None:
+    """Of 4 poisoned images of a batch 20 % is none, 25 % is one. Zero is the user's wish."""
+    for cross_ratio, count in ((0.2, 1), (0.25, 0), (0.0, 0)):
+        flags = STILL | {"pratio": 0.25, "batch_size": 16, "cross_ratio": cross_ratio}
+        setting = Setting(tiny_data, torch.device("cpu"), "fp32")
+        WaNet(Config.load("cifar10", **flags), setting)
+        assert (
+            setting.warnings
+            == [
+                "--cross_ratio: 0.2 of 4 poisoned images is none of a batch, so there is no cross "
+                "sample; give at least 0.25"
+            ][:count]
+        )
+
+
 def test_the_share_of_cross_images_is_exact(tiny_data: Dataset) -> None:
     """0.29 * 100 is 28.999999999999996 in floating point."""
     flags = {"pratio": 0.5, "cross_ratio": 0.29}

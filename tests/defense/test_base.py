@@ -551,6 +551,15 @@ def test_a_method_runs_as_deterministically_as_its_flag_says(
     assert asked == [flag]
 
 
+def test_another_number_of_images_than_wanted_is_warned_of(record: Record) -> None:
+    """Of 12 images, 4 of each class, a tenth is one; one of each class is drawn."""
+    folder = base.defend(config(record, ratio=0.1), "never", never_ant)
+    assert any(
+        warning.startswith("--ratio: 0.1 of 12 training images would be 1, but 3 are drawn")
+        for warning in summary_of(folder)["warnings"]
+    )
+
+
 def test_lacking_classes_are_warned_of_where_the_images_are_clean(
     record: Record, tmp_path: Path
 ) -> None:

@@ -185,6 +185,18 @@ def test_where_all_images_are_held_out_it_is_told() -> None:
         purify(conv_net(), images, labels, config(selection="val", val_ratio=0.99))
 
 
+def test_a_share_of_no_feature_is_warned_of() -> None:
+    """Of 8 features 5 % is none; 0 is the user's wish."""
+    said = (
+        "--prune_ratio: 0.05 of 8 features is none, so the network is only fine-tuned; "
+        "give at least 0.125"
+    )
+    for ratio, count in ((0.05, 1), (0.125, 0), (0.0, 0)):
+        loop = Loop()
+        purify(conv_net(), *problem(), config(selection="fixed", prune_ratio=ratio), loop)
+        assert loop.findings.warnings == [said][:count]
+
+
 # the tuning
 
 

@@ -391,7 +391,7 @@ def test_a_portion_of_no_image_is_warned_of() -> None:
     loop = Loop()
     purify(conv_net(), *problem(), config(portion=0.19), loop)
     (warning,) = loop.findings.warnings
-    assert "0.19 of a batch of 5 is no image" in warning
+    assert "--portion: 0.19 of 5 images of a batch is none" in warning
     assert "at least 0.2" in warning
     for portion in (0.0, 0.2):
         loop = Loop()

@@ -809,6 +809,6 @@ def test_a_trigger_that_no_image_gets_is_told() -> None:
         assert loop.findings.verdict is not None
         assert loop.findings.verdict.is_backdoored
         assert [w for w in loop.findings.warnings if "unlearning_ratio" in w] == [
-            "--unlearning_ratio 0.03 of 14 images is none, so no trigger is unlearned; raise it, "
-            "or give more images"
+            "--unlearning_ratio: 0.03 of 14 images is none, so no trigger is unlearned; give at "
+            "least 0.0715, or more images"
         ][:count]

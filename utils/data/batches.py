@@ -33,6 +33,27 @@ def whole_share(ratio: float, count: int) -> int:
     return int(ratio * count + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
+def none_of(flag: str, share: float, count: int, things: str) -> str:
+    """The start of a line about a share that is rounded down to none.
+
+    Args:
+        flag: that gives the share.
+        share: over 0.
+        count: of what it is a share.
+        things: what these are.
+
+    Returns:
+        Flag, value and number, without what follows from it.
+    """
+    return f"{flag}: {share:g} of {count} {things} is none"
+
+
+def least_share(count: int) -> str:
+    """A share of `count` that is at least one, in a few digits: 1 / 3 is 0.334, not 0.333."""
+    digits = 10 ** (len(str(count)) + 2)
+    return f"{-(-digits // count) / digits:g}"
+
+
 def mapped(file: Path, shape: tuple[int, ...]) -> torch.Tensor:
     """A file of uint8 values as a tensor, read as it is used; it must not be written to.
 

@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from models.outside import buffers_outside, put_buffers
+from utils.data.batches import least_share, none_of
 from utils.errors import UserError
 from utils.process.seeds import generator
 from utils.training.findings import Findings
+
+NOTABLE = 0.2  # of the wanted number of images; a larger difference is warned of
 
 L = TypeVar("L", int, float)  # a level
 
@@ -104,13 +107,34 @@ def drawn_share(labels: torch.Tensor, ratio: float, seed: int) -> torch.Tensor:
     count = len(labels)
     if round(ratio * count) == 0:
         raise UserError(
-            f"--ratio: {ratio:g} of {count} training images is none; give at least {1 / count:.2g}"
+            f"{none_of('--ratio', ratio, count, 'training images')}; give at least "
+            f"{least_share(count)}"
         )
     rng = generator(seed, "clean subset")
     index = drawn_by_class(labels, ratio, rng)
     if len(index) == 0:  # each class has a single image, of which the share is none
         index = torch.randperm(count, generator=rng)[: round(ratio * count)].sort().values
     return index
+
+
+def warn_of_number(index: torch.Tensor, count: int, ratio: float, findings: Findings) -> None:
+    """Warns if many more or fewer images were drawn than the ratio says.
+
+    The share of each class is rounded, and a class of two or more gives at least one image. So many
+    small classes, or a small ratio, can give another number.
+
+    Args:
+        index: as `drawn_share` gives it.
+        count: images of the training set.
+        ratio: in (0, 1].
+    """
+    wanted = round(ratio * count)
+    if abs(len(index) - wanted) > NOTABLE * wanted:
+        findings.warn(
+            f"--ratio: {ratio:g} of {count} training images would be {wanted}, but {len(index)} "
+            "are drawn, because each class gives a whole number, at least one of two; compare with "
+            "other ratios by the number of images"
+        )
 
 
 class Best:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data.batches import as_float, augment, mapped, release
+from utils.data.batches import as_float, augment, least_share, mapped, release, whole_share
 from utils.data.datasets import load_dataset
 from utils.data.labelled import Dataset, Labelled
 from utils.errors import UserError
@@ -209,3 +209,12 @@ def test_release_leaves_ordinary_tensors_alone(monkeypatch: pytest.MonkeyPatch) 
 def test_a_folder_for_a_dataset_that_reads_none_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{name} is part of the program and reads no folder"):
         load_dataset(name, tmp_path, 16)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 16, 142, 1437, 50_000, 99_999])
+def test_the_least_share_is_one_and_hardly_more(count: int) -> None:
+    """1 / 3 in three digits is 0.333, of which three are none; 0.334 it is."""
+    share = float(least_share(count))
+    assert whole_share(share, count) == 1
+    assert share * count < 1.011
+    assert least_share(3) == "0.334"

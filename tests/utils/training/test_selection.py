@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from utils.process.seeds import generator
-from utils.training.selection import Best, acceptable, drawn_by_class, hold_out, outliers, tried
+from utils.training.findings import Findings
+from utils.training.selection import (
+    Best,
+    acceptable,
+    drawn_by_class,
+    drawn_share,
+    hold_out,
+    outliers,
+    tried,
+    warn_of_number,
+)
 
 # Classes 0, 1, 2, 3 with ten, five, two and one image, mixed.
 LABELS = torch.tensor([0, 1, 0, 2, 0, 1, 0, 0, 3, 1, 0, 0, 1, 2, 0, 1, 0, 0])
@@ -113,6 +123,33 @@ def test_tried_goes_through_all_levels_where_all_are_good() -> None:
         [0.89, 0.88, 0.87]
     )
     assert tried([], lambda level: 1.0, 0.9, 0.05) == []
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "ratio", "drawn"),
+    [(200, 500, 0.001, 200), (10, 3, 0.5, 20), (4, 1, 0.6, 4), (10, 500, 0.05, None)],
+)
+def test_another_number_of_images_than_the_ratio_says_is_warned_of(
+    classes: int, each: int, ratio: float, drawn: int | None
+) -> None:
+    """One of each of 200 classes instead of half a one; two of three; all instead of 60 %."""
+    labels, findings = torch.arange(classes * each) % classes, Findings()
+    index = drawn_share(labels, ratio, seed=0)
+    warn_of_number(index, len(labels), ratio, findings)
+    assert len(findings.warnings) == (drawn is not None)
+    if drawn:
+        wanted = round(ratio * len(labels))
+        assert f"training images would be {wanted}, but {drawn} are drawn" in findings.warnings[0]
+
+
+def test_a_warning_about_number_is_about_a_fifth_or_more() -> None:
+    findings = Findings()
+    for count in (80, 120):
+        warn_of_number(torch.arange(count), 1000, 0.1, findings)
+    assert findings.warnings == []
+    for count in (79, 121):
+        warn_of_number(torch.arange(count), 1000, 0.1, findings)
+    assert len(findings.warnings) == 2
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(10, []), (11, [4])])
