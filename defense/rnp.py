@@ -130,6 +130,11 @@ def unlearned(
                 f"after {number} epochs, above --clean_threshold; raise --unlearning_lr or "
                 "--unlearning_epochs"
             )
+    if config.unlearning_epochs == 0:
+        loop.findings.warn(
+            "--unlearning_epochs is 0, so the network has not forgotten the images, and the masks "
+            "recover nothing; give at least 1"
+        )
     return model
 
 
@@ -152,6 +157,7 @@ def recovered_masks(
         UserError: if the network has no BatchNorm.
     """
     loop = loop or Loop()
+    loop.findings.warn_without_loss(alpha=config.alpha)
     device = next(model.parameters()).device
     model = copied(model, training=True)
     model.requires_grad_(False)

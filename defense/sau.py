@@ -447,12 +447,15 @@ def report(findings: Findings, sent: Tally) -> None:
 
 
 def warn_of_loss(findings: Findings, sent: Tally, shared: float, config: SharedAdversarial) -> None:
-    """Warns where L_sar of the first round has nothing to unlearn, or hardly any gradient.
+    """Warns where no loss has a weight, or L_sar of the first round unlearns nothing.
+
+    L_sar has nothing to unlearn, or hardly any gradient.
 
     Args:
         sent: where the adversarial images of the round went.
         shared: L_sar, the mean over all images, those that do not count as 0.
     """
+    findings.warn_without_loss(lmd_1=config.lmd_1, lmd_2=config.lmd_2, lmd_3=config.lmd_3)
     if not config.lmd_3:
         return
     counts, images = (distributed.total(sent[name]).sum() for name in ("sent", "matrix"))

@@ -274,6 +274,18 @@ def config(**changes: Any) -> Config:
     return Config.load(**{**values, **changes})
 
 
+def test_losses_without_a_weight_are_warned_of() -> None:
+    said = (
+        "--lmd1 and --lmd2 and --lmd3 and --lmd4 are 0, so no loss is left to learn "
+        "from; give one of them more than 0"
+    )
+    for lmd4, count in ((0.0, 1), (0.1, 0)):
+        loop = Loop()
+        flags = config(n_rounds=1, warm_epochs=0, lmd1=0.0, lmd2=0.0, lmd3=0.0, lmd4=lmd4)
+        purify(conv_net(), *problem(), flags, loop)
+        assert loop.findings.warnings == [said][:count]
+
+
 class Literal:
     """`ConvNet` with a polarizer before conv2, written out, and its training."""
 

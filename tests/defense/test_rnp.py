@@ -155,6 +155,20 @@ def test_a_network_that_does_not_forget_is_warned_of() -> None:
     assert epochs(0.25, most=5).findings.warnings == []
 
 
+def test_an_ascent_of_no_epoch_is_warned_of() -> None:
+    loop = Loop()
+    purify(conv_net(), *problem(), config(unlearning_epochs=0, selection="fixed"), loop)
+    assert loop.findings.warnings[0].startswith("--unlearning_epochs is 0, so the network has not")
+
+
+def test_masks_without_a_loss_are_warned_of() -> None:
+    loop = Loop()
+    recovered_masks(conv_net(), *problem(), config(alpha=0.0), loop)
+    assert loop.findings.warnings == [
+        "--alpha is 0, so no loss is left to learn from; give more than 0"
+    ]
+
+
 def test_a_frozen_weight_forgets_too() -> None:
     """The copy is thrown away, so that nothing need stay."""
     network = conv_net()

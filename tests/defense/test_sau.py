@@ -771,6 +771,17 @@ def test_a_model_too_certain_for_the_published_loss_is_named() -> None:
     assert not warned(1000, adv_steps=0, pgd_init="zero")  # no image counts
 
 
+def test_losses_without_a_weight_are_warned_of() -> None:
+    said = (
+        "--lmd_1 and --lmd_2 and --lmd_3 are 0, so no loss is left to learn from; give "
+        "one of them more than 0"
+    )
+    for lmd_2, count in ((0.0, 1), (0.1, 0)):
+        loop = Loop()
+        warn_of_loss(loop.findings, Tally(2), 0.0, Config.load(lmd_1=0, lmd_2=lmd_2, lmd_3=0))
+        assert loop.findings.warnings == [said][:count]
+
+
 def test_the_warning_goes_by_the_images_that_count() -> None:
     """Of ten images four are sent to a label that is neither theirs nor that of the clean image."""
     tally = Tally(2)

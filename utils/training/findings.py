@@ -78,6 +78,18 @@ class Findings:
             logger.warning("warning: %s", text)
             self.warnings.append(text)
 
+    def warn_without_loss(self, **weights: float) -> None:
+        """Warns if all weights of a loss are 0, so that it has no gradient.
+
+        Args:
+            weights: by the name of the flag.
+        """
+        if not any(weights.values()):
+            flags = " and ".join(f"--{name}" for name in weights)
+            verb = "is" if len(weights) == 1 else "are"
+            more = "" if len(weights) == 1 else " one of them"
+            self.warn(f"{flags} {verb} 0, so no loss is left to learn from; give{more} more than 0")
+
     def say(self, text: str, **facts: Any) -> None:
         """Logs a line, and keeps facts for the summary."""
         logger.info("%s", text)
