@@ -17,7 +17,7 @@ f is the network's last map of features: the input of global pooling, PreAct-Res
 network without such a map, like a ViT, is refused. Images are not augmented. After the first
 inversion, the label that most generated images get is the finding `targets`. A clean model has such
 a label, too. `identity_only` is the share of the generator's steps that only learned the identity,
-by inversion; if it is over a half, a warning says so, and there is no `targets`. Published limits
+by inversion; from 0.9 on, a warning says so, and there is no `targets`. Published limits
 are in units of normalized images. Here images are pixels, so `image_bound` is 0.019 for the
 published 0.3 (the standard deviation of pixels is about a quarter), and the noise at the detection
 is 0.03 pixel units. Each inversion and each unlearning begins with a new Adam. Both passes of a

@@ -35,7 +35,10 @@ from utils.training.loop import Loop
 BENIGN = 0.01  # weight of the benign features' change
 NOISE = 0.03  # deviation of what is added to the images whose label is detected, pixels in [0, 1]
 SHOWN = 8  # images of the picture
-MOST_IDENTITY = 0.5  # share of steps for the identity alone, above which no trigger is searched
+
+# Share of steps for the identity alone, from which on no trigger is searched. A search that works
+# goes along a bound, and takes some steps to come back from each one beyond it.
+MOST_IDENTITY = 0.9
 
 
 class Flags(Protocol):
@@ -285,24 +288,24 @@ class Inversion:
         return self._say_searched(number, *steps.tolist())
 
     def _say_searched(self, number: int, steps: int, identity_only: int) -> bool:
-        """Keeps the share of steps that were only for the identity; warns if they are most of all.
+        """Keeps the share of steps that were only for the identity; warns if it is nearly all.
 
         Returns:
-            Whether a trigger was searched in half of the steps or more.
+            Whether a trigger was searched in more than a tenth of the steps.
         """
         findings = self._loop.findings
         share = identity_only / steps if steps else 1.0
         findings.facts["identity_only"] = [*findings.facts.get("identity_only", []), share]
         if steps == 0:
             findings.warn("--generator_epochs is 0, so no trigger is searched; give at least 1")
-        elif share > MOST_IDENTITY:
+        elif share >= MOST_IDENTITY:
             findings.warn(
                 f"inversion {number} hardly searched a trigger: {identity_only} of {steps} steps "
                 "only taught the generator the identity, because it changed images by more than "
                 "--image_bound, or benign features by more than --feature_bound; give more "
                 "--identity_epochs, a smaller --batch_size or a smaller --generator_lr"
             )
-        return share <= MOST_IDENTITY
+        return share < MOST_IDENTITY
 
     @torch.no_grad()
     def _detect(self, model: nn.Module, is_searched: bool) -> None:

@@ -221,8 +221,8 @@ def test_the_detected_label_is_said_once() -> None:
     assert other._loop.findings.facts == {"identity_only": [0.0]}
 
 
-def test_where_most_steps_learn_the_identity_no_label_is_stated() -> None:
-    """With a bound of 0 all six do, in each of two inversions. The label is still learned later."""
+def test_where_all_steps_learn_the_identity_no_label_is_stated() -> None:
+    """With a bound of 0 all six do, in each of two inversions."""
     inversion, loop, _ = inverted(image_bound=0.0)
     assert loop.findings.facts == {"identity_only": [1.0, 1.0]}
     assert inversion._target is not None
@@ -232,12 +232,12 @@ def test_where_most_steps_learn_the_identity_no_label_is_stated() -> None:
     assert "\n" not in first
 
 
-def test_half_of_the_steps_are_not_most_of_them() -> None:
+def test_a_search_of_more_than_a_tenth_of_the_steps_is_one() -> None:
     inversion, loop, _ = inverted(0)
-    assert inversion._say_searched(1, 6, 3)
+    assert inversion._say_searched(1, 100, 89)
     assert loop.findings.warnings == []
-    assert not inversion._say_searched(2, 6, 4)
-    assert loop.findings.facts["identity_only"] == [0.5, 4 / 6]
+    assert not inversion._say_searched(2, 100, 90)
+    assert loop.findings.facts["identity_only"] == [0.89, 0.9]
 
 
 def test_without_a_pass_for_the_trigger_no_label_is_stated() -> None:
