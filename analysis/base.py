@@ -20,7 +20,14 @@ import torch
 from pydantic import Field
 
 import analysis
-from analysis.subject import Controlled, RecordConfig, Subject, load_clean, open_subject
+from analysis.subject import (
+    Controlled,
+    Defended,
+    RecordConfig,
+    Subject,
+    load_clean,
+    open_subject,
+)
 from utils.config import Group
 from utils.errors import NothingToDo, UserError, counted, listed
 from utils.metrics import has_collapsed
@@ -228,6 +235,8 @@ def analyse(
     if lacking:
         raise UserError(f"{source}: {lacking}")
     config.check(subject)
+    if not isinstance(config, Defended):  # the subject may be that of several analyses
+        subject = replace(subject, purified=())
     with folder.replacing():
         return write(config, name, look, subject, folder, started)
 
@@ -364,7 +373,8 @@ def tell_doubts(subject: Subject, results: Results) -> None:
 
 def models_of(subject: Subject, config: RecordConfig) -> dict[str, str]:
     """sha256 of the subject's models that an analysis looks at, by name."""
-    hashes = {purified.name: purified.sha256 for purified in subject.purified}
+    purified = subject.purified if isinstance(config, Defended) else ()
+    hashes = {result.name: result.sha256 for result in purified}
     if subject.sha256 is not None:
         hashes[BEFORE] = subject.sha256
     if subject.clean_sha256 is not None and isinstance(config, Controlled):

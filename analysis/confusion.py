@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import AnalysisConfig, Results, percent, run
-from analysis.subject import Subject
+from analysis.subject import Defended, Subject
 from utils.training.evaluate import confusion, predict
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AnalysisConfig):
+class Config(AnalysisConfig, Defended):
     needs_trigger = True
 
 

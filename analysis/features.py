@@ -22,7 +22,7 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import AnalysisConfig, Results, percent, run
-from analysis.subject import Subject
+from analysis.subject import Defended, Subject
 from utils.data.batches import spread
 from utils.training.evaluate import head_features
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AnalysisConfig):
+class Config(AnalysisConfig, Defended):
     clean_images: Annotated[int, Field(ge=10, description="clean test images, at most")]
     triggered_images: Annotated[int, Field(ge=1, description="triggered test images, at most")]
     perplexity: Annotated[float, Field(gt=1, description="of t-SNE: neighbours that count")]

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import BEFORE, AnalysisConfig, Results, run
-from analysis.subject import Subject
+from analysis.subject import Defended, Subject
 from models.lastmap import last_map
 from models.modes import evaluating
 from models.outputs import recording
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AnalysisConfig):
+class Config(AnalysisConfig, Defended):
     layer: Annotated[
         str | None, Field(description="layer of the network; null for its last map of features")
     ]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from analysis.base import AnalysisConfig
+from analysis.subject import Defended
 from models.heads import head
 from models.modes import evaluating, frozen
 from models.outputs import recording
@@ -56,7 +57,7 @@ FEWEST_PAIRS = 10  # of a class in B
 
 
 @dataclass(frozen=True, kw_only=True)
-class SignalConfig(AnalysisConfig):
+class SignalConfig(AnalysisConfig, Defended):
     """How the signals are computed."""
 
     yaml_folder = "inspect"

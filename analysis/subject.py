@@ -39,6 +39,11 @@ class RecordConfig(OfRecord):
 
     flags_title = "This analysis"
 
+
+@dataclass(frozen=True, kw_only=True)
+class Defended(RecordConfig):
+    """Results of defenses on the record; an analysis without this base does not look at them."""
+
     defenses: Annotated[
         tuple[str, ...],
         Field(description="names of results in the record's defense/; none: all finished ones"),
@@ -48,7 +53,7 @@ class RecordConfig(OfRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controlled(RecordConfig):
+class Controlled(Defended):
     """A clean model. Its numbers show what an analysis finds in a model without a backdoor."""
 
     clean_record: Annotated[
@@ -94,7 +99,8 @@ class Subject:
     Attributes:
         model: the record's, in eval mode, on the device.
         attack: the record; None for a model without one.
-        purified: the results of defenses, by the names of their folders.
+        purified: the results of defenses, by the names of their folders; none if the analysis does
+            not look at them.
         clean: a clean model of the same recipe, as a control; None if none was named.
         sha256: of the file that the model is from.
     """
@@ -241,7 +247,9 @@ def open_subject(config: RecordConfig) -> Subject:
     attack.check_model(config.model)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
-    purified = results_of(attack, config, device, precision)
+    purified: tuple[Purified, ...] = ()
+    if isinstance(config, Defended):
+        purified = results_of(attack, config, device, precision)
     data = attack.load_dataset(config.dataset_path)
     clean_record = getattr(config, "clean_record", None)
     clean = None
@@ -330,7 +338,7 @@ def load_clean(name: str, flag: str, record_path: str | None, data: Dataset) -> 
 
 
 def results_of(
-    attack: AttackRecord, config: RecordConfig, device: torch.device, precision: str
+    attack: AttackRecord, config: Defended, device: torch.device, precision: str
 ) -> tuple[Purified, ...]:
     """The results of defenses that the flags name, or all finished ones, by name.
 

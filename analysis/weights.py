@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.base import AnalysisConfig, Results, run
-from analysis.subject import Subject
+from analysis.subject import Defended, Subject
 from models.parts import bare
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AnalysisConfig):
+class Config(AnalysisConfig, Defended):
     channels: Annotated[int, Field(ge=1, description="channels that the table names")]
 
     needs_defenses = True

@@ -17,7 +17,13 @@ from defense import names as defenses
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import CONFIG_FILE
-from utils.records.contents import SUMMARY, summary_of
+from utils.plain import read_yaml
+from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY, object_in, summary_of
+from utils.records.places import CLEAN
+from utils.records.recipe import is_same
+
+# Flags of an analysis that the grid sets, and that name results which it makes.
+_INPUTS = ("defenses", "clean_record", "clean_records")
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Cell:
         folder: where the run writes.
         attack: for a defense or an analysis, the cell whose record it reads.
         others: for an analysis, more cells whose results it reads.
+        inputs: for an analysis, the flags that name them.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Cell:
     folder: Path
     attack: "Cell | None" = None
     others: tuple["Cell", ...] = ()
+    inputs: tuple[str, ...] = ()
 
     @property
     def needed(self) -> tuple["Cell", ...]:
@@ -54,13 +62,53 @@ class Cell:
         return "attack" if missing is self.attack else missing.name
 
     def arguments(self) -> list[str]:
-        """The script's arguments; the same for a fresh run and for the continuation of one."""
-        values = {**self.flags, "resume": True}
+        """The script's arguments; the same for a fresh run and for the continuation of one.
+
+        What is outdated is made anew, and is replaced when that is finished.
+        """
+        values = {**self.flags, "overwrite" if self.is_outdated else "resume": True}
         return [f"--{name}={_as_text(value)}" for name, value in values.items()]
 
     @property
-    def is_done(self) -> bool:
+    def is_finished(self) -> bool:
+        """Whether its last run has come to its end; an analysis may be outdated since."""
         return (self.folder / SUMMARY).exists()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do: finished, and of all that it has to read, as it is now."""
+        if not self.is_finished or not all(other.is_done for other in self.others):
+            return False
+        return not self.is_outdated
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether an analysis was made or begun without some of the models that it has to read.
+
+        One that looked at more models than that is not outdated.
+        """
+        if not self.is_finished:
+            before = _config_of(self.folder) if self.inputs else {}
+            return any(
+                name in self.flags
+                and name in before
+                and not is_same(self.folder, name, self.flags[name], before[name])
+                for name in self.inputs
+            )
+        models = summary_of(self.folder).get("models") if self.others else None
+        if not isinstance(models, dict):
+            return False
+        is_one = "clean_record" in self.flags
+        return any(
+            models.get(CLEAN if other.is_clean and is_one else other.folder.name) != other.sha256
+            for other in self.others
+        )
+
+    @property
+    def sha256(self) -> str | None:
+        """That of the model of an attack or a defense, as its summary has it."""
+        name = ATTACK_RESULT if self.attack is None else DEFENSE_RESULT
+        return object_in(summary_of(self.folder), "files").get(name)
 
     @property
     def is_clean(self) -> bool:
@@ -84,7 +132,7 @@ class Cell:
 
     @property
     def is_begun(self) -> bool:
-        return (self.folder / CONFIG_FILE).exists() and not self.is_done
+        return (self.folder / CONFIG_FILE).exists() and not self.is_finished
 
 
 def cells_in(grid: Grid, root: Path) -> list[Cell]:
@@ -149,12 +197,15 @@ def _analyses(grid: Grid, cells: Sequence[Cell]) -> Iterator[Cell]:
         flags: dict[str, Any] = dict(given)
         script = str(flags.pop("script", result))
         config = config_class("analysis", script)
-        results = [other for other in cells if other.attack is cell]
+        taken = fields("analysis", script)
+        # One that does not look at defenses waits for none of them.
+        results = [other for other in cells if other.attack is cell and "defenses" in taken]
         if config is not None and (
             (cell.is_clean and getattr(config, "needs_trigger", False))
             or (not results and getattr(config, "needs_defenses", False))
         ):
             continue
+        inputs = tuple(name for name in _INPUTS if name in taken and name not in flags)
         clean = [
             other
             for other in attacked
@@ -163,7 +214,6 @@ def _analyses(grid: Grid, cells: Sequence[Cell]) -> Iterator[Cell]:
             and all(other.flags[axis] == cell.flags[axis] for axis in ("dataset", "model"))
         ]
         same = [other for other in clean if other.flags["random_seed"] == cell.flags["random_seed"]]
-        taken = fields("analysis", script)
         controls: list[Cell] = []
         if "clean_records" in taken and "clean_records" not in flags and clean:
             controls, flags["clean_records"] = clean, [other.name for other in clean]
@@ -171,8 +221,9 @@ def _analyses(grid: Grid, cells: Sequence[Cell]) -> Iterator[Cell]:
             controls, flags["clean_record"] = same[:1], same[0].name
         model = str(cell.flags["model"])
         flags |= {"model": model} if ":" in model else {}
+        if "defenses" in taken:
+            flags["defenses"] = [other.name.rpartition("/")[2] for other in results]
         flags |= {
-            "defenses": [other.name.rpartition("/")[2] for other in results],
             "record_path": cell.flags["record_path"],
             "random_seed": cell.flags["random_seed"],
             "result_file": cell.name,
@@ -181,7 +232,7 @@ def _analyses(grid: Grid, cells: Sequence[Cell]) -> Iterator[Cell]:
         folder = cell.folder / "analysis" / result
         name = f"{cell.name}/analysis/{result}"
         others = (*results, *controls)
-        yield Cell(name, f"analysis/{script}.py", flags, folder, cell, others)
+        yield Cell(name, f"analysis/{script}.py", flags, folder, cell, others, inputs)
 
 
 def scripts(folder: str) -> list[str]:
@@ -212,6 +263,14 @@ def _sees(name: str, flags: Mapping[str, Any]) -> str | None:
         return None if config is None else config.load(**flags).sees  # type: ignore[attr-defined]
     except UserError:
         return None  # said elsewhere
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The configuration of a run; empty without one that can be read."""
+    try:
+        return read_yaml(folder / CONFIG_FILE)
+    except UserError:
+        return {}
 
 
 def _as_text(value: Any) -> str:

@@ -16,8 +16,7 @@ from utils.errors import UserError, listed, quoted, suggestion
 from utils.files import CONFIG_FILE
 from utils.plain import parse_yaml, read_yaml
 from utils.records import places
-from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, SUMMARY, object_in, summary_of
-from utils.records.places import CLEAN
+from utils.records.contents import ATTACK_RESULT, SUMMARY, object_in, summary_of
 from utils.records.recipe import FREE_TO_CHANGE, changed_files, is_same
 from utils.values import items_of
 
@@ -238,7 +237,7 @@ def _other_values(
     return [
         f"{name} {quoted(before[name])}, not {quoted(value)}"
         for name, value in now.items()
-        if name not in free
+        if name not in (*free, *cell.inputs)
         and name in before
         and value != "auto"
         and not is_same(cell.folder, name, value, before[name])
@@ -246,8 +245,11 @@ def _other_values(
 
 
 def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
-    """How a finished record differs from what the grid asks for."""
-    if not cell.is_done:
+    """How a finished record differs from what the grid asks for.
+
+    An analysis of other results than those of the grid is made anew, see `Cell.is_outdated`.
+    """
+    if not cell.is_finished:
         return []
     path = cell.folder / CONFIG_FILE
     try:
@@ -270,21 +272,8 @@ def _differences(cell: Cell, resolved: dict[str, dict[str, Any]]) -> list[str]:
     attack = None if cell.attack is None else _sha256s(cell.attack.folder)
     if attack is not None and _sha256s(cell.folder) != attack:
         return [f"{cell.folder}: is of another attack than the record that is there; delete it"]
-    models = summary.get("models")
-    if not isinstance(models, dict):
-        if not cell.others:
-            return []
+    if cell.others and not isinstance(summary.get("models"), dict):
         return [f"{cell.folder}: does not say what it was made with; delete it"]
-    renewed = [
-        other.folder.name
-        for other in cell.others
-        for name in (other.folder.name, *([CLEAN] if other.is_clean else []))
-        if other.is_done and models.get(name, _model_sha256(other)) != _model_sha256(other)
-    ]
-    if renewed:
-        return [
-            f"{cell.folder}: was made with another {listed(renewed)} than is there now; delete it"
-        ]
     return []
 
 
@@ -292,9 +281,3 @@ def _sha256s(folder: Path) -> str | None:
     """sha256 of the attack's model, which a defense's summary also has."""
     summary = summary_of(folder)
     return summary.get("attack_sha256") or object_in(summary, "files").get(ATTACK_RESULT)
-
-
-def _model_sha256(cell: Cell) -> str | None:
-    """sha256 of the model of an attack or a defense, as its summary has it."""
-    name = ATTACK_RESULT if cell.attack is None else DEFENSE_RESULT
-    return object_in(summary_of(cell.folder), "files").get(name)

@@ -249,9 +249,10 @@ class _Local:
                 elsewhere += 1
             if ready:
                 cell = ready[0]
+                note = "anew, since what it looks at has changed" if cell.is_outdated else ""
                 self.waiting.remove(cell)
                 self.running[slot] = _Running(_start(workers, cell, self._root, slot), cell)
-                self._board.set(cell, "running")
+                self._board.set(cell, "running", note)
         return elsewhere
 
     def _ready(self) -> list[Cell]:

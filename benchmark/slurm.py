@@ -152,9 +152,9 @@ class Queue:
             return False
         if self._waits_until is None:
             self._waits_until = time.monotonic() + _POLL
-        while not cell.is_done and time.monotonic() < self._waits_until:
+        while not cell.is_finished and time.monotonic() < self._waits_until:
             time.sleep(0.5)
-        return not cell.is_done
+        return not cell.is_finished  # one that is outdated was not lost
 
     def log_of(self, cell: Cell) -> str:
         return str(self._logs / f"{self._ids.get(cell.name, '*')}_0_log.out")

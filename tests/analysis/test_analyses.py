@@ -147,6 +147,7 @@ def test_all_of_them_by_one_command(records: Path, capsys: pytest.CaptureFixture
     assert set(retuned) == {"ft", "sau", "npd", "clean model", "exact purification"}
     for name in ("ft", "sau", "npd"):
         assert retuned[name]["asr"] == summary(records, name)["after"]["asr"]
+    assert set(result(records, "stealth")["models"]) == {"before"}  # it looks at no defense
     reactivated = result(records, "reactivate")
     assert "clean model" in reactivated["headline"]
     assert not any("clean_record" in warning for warning in reactivated["warnings"])
@@ -170,7 +171,8 @@ def test_all_of_them_in_bf16(records: Path) -> None:
         "retune": ["--n_rounds", 1, "--poisoned_images", "0,2"],
     }
     for kind in analysis.names():
-        fixed = ["--precision", "bf16", "--save_folder_name", f"{kind}_bf16", "--defenses", "ft"]
+        fixed = ["--precision", "bf16", "--save_folder_name", f"{kind}_bf16"]
+        fixed += [] if kind == "stealth" else ["--defenses", "ft"]  # it looks at none
         assert run(records, kind, *fixed, *shorter.get(kind, [])) == 0, kind
         assert result(records, f"{kind}_bf16")["precision"] == "bf16"
 

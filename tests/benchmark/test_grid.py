@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import defense
 from analysis.inspect import Config as Inspection
 from attack.badnet import Config
 from benchmark import run, workers
-from benchmark.cells import Cell
+from benchmark.cells import Cell, config_class
 from benchmark.checks import cells_of
 from benchmark.grid import read_grid
 from benchmark.narrow import build as narrow_network
@@ -26,6 +27,7 @@ from models.preactresnet import preactresnet18
 from utils.errors import UserError
 from utils.files import ROOT
 from utils.plain import as_yaml, parse_yaml
+from utils.records.places import CLEAN
 
 GRIDS = sorted((ROOT / "benchmark/grids").glob("*.yaml"))
 DEFENSES = "defenses:\n  ft:\n  sau_x: {script: sau, adv_steps: 1}"
@@ -533,10 +535,78 @@ def test_another_order_in_the_grid_is_no_other_analysis(tmp_path: Path) -> None:
     flags = {name: value for name, value in cell.flags.items() if name != "dataset"}
     cell.folder.mkdir(parents=True)
     (cell.folder / "config.yaml").write_text(Inspection.load("random", **flags).dump())
-    (cell.folder / "summary.json").write_text('{"models": {}}')
-    assert any(cell.is_done for cell in grid("fp, ft", "1, 0"))
-    with pytest.raises(UserError, match=r"was made with defenses \['?ft'?, '?fp'?\], not"):
-        grid("fp", "0, 1")
+    assert cell.arguments()[-1] == "--resume=true"
+    other = next(c for c in grid("fp, ft", "1, 0") if c.name == cell.name)
+    assert other.flags["defenses"] == ["fp", "ft"]
+    assert other.arguments()[-1] == "--resume=true"  # goes on with what was begun
+    fewer = next(c for c in grid("fp", "0, 1") if c.name == cell.name)
+    assert fewer.arguments()[-1] == "--overwrite=true"  # which cannot be gone on with
+
+
+def finish(cells: list[Cell], *names: str) -> None:
+    """Writes what finished cells leave, as far as a grid reads it; sha256 are the names."""
+    for cell in (cell for cell in cells if cell.name in names):
+        flags = {name: value for name, value in cell.flags.items() if name != "dataset"}
+        config = config_class(*cell.script.removesuffix(".py").split("/"))
+        assert config is not None
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        (cell.folder / "config.yaml").write_text(config.load("random", **flags).dump())
+        summary: dict[str, Any] = {"attack_sha256": (cell.attack or cell).name}
+        if cell.script.startswith("analysis/"):
+            keys = [(CLEAN if c.is_clean else c.folder.name, c.name) for c in cell.others]
+            summary["models"] = {"before": (cell.attack or cell).name, **dict(keys)}
+        else:
+            file = "attack_result.pt" if cell.attack is None else "defense_result.pt"
+            (cell.folder / file).write_text("weights")
+            summary["files"] = {file: cell.name}
+        (cell.folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_another_set_of_defenses_makes_an_analysis_anew_and_blocks_nothing(tmp_path: Path) -> None:
+    """One that looked at more than the grid asks for has all of it. Stealth looks at none."""
+    text = (
+        "datasets: [random]\nmodels: [tiny]\nattacks: [badnet, prototype]\ndefenses: [DEFENSES]\n"
+        "analyses: {path: {t_steps: 5}, stealth: }\nseeds: [0]\n"
+    )
+
+    def grid(defenses: str, text: str = text) -> dict[str, Cell]:
+        cells = grid_of(text.replace("DEFENSES", defenses), tmp_path)
+        return {cell.name.removeprefix("random-tiny-"): cell for cell in cells}
+
+    first = grid("ft, clp")
+    finish([*first.values()], *(cell.name for cell in first.values()))
+    assert all(cell.is_done for cell in grid("ft, clp").values())
+    assert all(cell.is_done for cell in grid("clp").values())
+    assert all(cell.is_done for cell in grid("ft", text.replace(", prototype", "")).values())
+
+    more = grid("ft, clp, fp")
+    waiting = [name for name, cell in more.items() if not cell.is_done]
+    assert waiting == [
+        *("badnet-s0/fp", "prototype-s0/fp"),
+        *("badnet-s0/analysis/path", "prototype-s0/analysis/path"),
+    ]
+    path = more["badnet-s0/analysis/path"]
+    assert path.lacks == "random-tiny-badnet-s0/fp"
+    finish([*more.values()], "random-tiny-badnet-s0/fp")
+    assert (path.lacks, path.is_done, path.is_begun) == (None, False, False)
+    assert path.arguments()[-1] == "--overwrite=true"
+    finish([*more.values()], path.name)
+    assert (path.is_done, path.arguments()[-1]) == (True, "--resume=true")
+
+    (path.folder.parents[1] / "defense/ft/summary.json").write_text(
+        json.dumps({"attack_sha256": "random-tiny-badnet-s0", "files": {"defense_result.pt": "x"}})
+    )
+    assert not grid("ft, clp, fp")["badnet-s0/analysis/path"].is_done  # of another ft
+    with pytest.raises(UserError, match="analysis/path: was made with t_steps 5, not 6; delete it"):
+        grid("ft, clp, fp", text.replace("t_steps: 5", "t_steps: 6"))
+
+
+def test_an_analysis_that_looks_at_no_defense_waits_for_none(tmp_path: Path) -> None:
+    text = "datasets: [random]\nmodels: [tiny]\nattacks: [badnet]\ndefenses: [ft]\nseeds: [0]\n"
+    cells = grid_of(f"{text}analyses: [stealth, confusion]\n", tmp_path)
+    attack, defense, *looks = cells
+    assert [cell.needed for cell in looks] == [(attack,), (attack, defense)]
+    assert "defenses" not in looks[0].flags
 
 
 STUB = """
