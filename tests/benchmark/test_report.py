@@ -156,6 +156,38 @@ def test_results_on_other_triggered_images_are_not_put_beside_each_other(
     assert set(of_one["label"]) == {UNDEFENDED, "ft"}
 
 
+def test_the_pairs_of_the_page_are_of_the_same_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FT on two datasets, `null` on the easier one, where both have the same DER.
+
+    The attack `lf` has failed, and `wanet` has two models without a seed, of which one has both:
+    there, DER is 0.9 and 0.8. So the gains are 0, 0 and 0.1.
+    """
+    for dataset, asr in (("digits", 0.1), ("cifar10", 0.9)):
+        for name in ("blended-0", "blended-1", "sig-0", "lf-0"):
+            before = 0.4 if name == "lf-0" else 1.0
+            record = attack(tmp_path / "record" / dataset, name, 0.9, before, dataset=dataset)
+            defense(record, "ft", 0.9, asr, 0.5, dataset=dataset)
+            if dataset == "digits":
+                defense(record, "null", 0.9, 0.0 if name == "lf-0" else asr, 0.5)
+    for name in ("wanet-0", "wanet-1"):
+        # Imported, each of another model; the pratio of none is known.
+        more = {"seed": None, "pratio": None, "imported_sha256": name[-1] * 64}
+        record = attack(tmp_path / "record", name, 0.9, 1.0, **more)
+        defense(record, "ft", 0.9, 0.4, 0.5, seed=0)
+    defense(tmp_path / "record/wanet-0", "null", 0.9, 0.2, 0.5, seed=0)
+    assert report("--under", tmp_path / "record", "--to", tmp_path / "report") == 0
+    page = (ROOT / "docs/grids.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    capsys.readouterr()
+    exec(code.replace('"sau"', '"null"'), names)
+    assert sorted(names["gain"].round(6)) == [0.0, 0.0, 0.1]
+    assert capsys.readouterr().out.startswith("3 0.0333")
+
+
 def the_table(root: Path) -> Table:
     runs, problems = read_runs(root)
     assert problems == []
