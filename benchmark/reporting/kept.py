@@ -6,8 +6,9 @@
     {"record": "badnet-s0", "defense": "sau", "summary": {...}, "config": {...}}
 
 `defense` is the name of the result's folder; the attack itself has no such key. A defense whose
-record was analysed also has `analyses`, its headline numbers. `summary` and `config` are the
-content of the run's `summary.json` and `config.yaml`, without the machine's paths.
+record was analysed also has `analyses`, its headline numbers, and `analysed`, which says how they
+were made (not in lines of earlier versions). `summary` and `config` are the content of the run's
+`summary.json` and `config.yaml`, without the machine's paths.
 `curves.csv` has the rows of every `metrics.csv` after the columns `record` and `defense`.
 """
 
@@ -23,8 +24,10 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from benchmark.reporting.stored import (
+    HEADLINES,
     RATES,
     WIDEST,
+    Analysed,
     Key,
     StoredRun,
     below,
@@ -52,6 +55,7 @@ class _Line(BaseModel):
     summary: dict[str, Any]
     config: dict[str, Any] | None = None
     analyses: dict[str, Any] = {}
+    analysed: list[Analysed] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,13 @@ class RunInGrid(StoredRun):
     @cached_property
     def analyses(self) -> dict[str, float]:
         return checked_headline(self.line.analyses)
+
+    @cached_property
+    def analysed(self) -> list[Analysed]:
+        return [
+            analysed.model_copy(update={"numbers": [n for n in analysed.numbers if n in HEADLINES]})
+            for analysed in self.line.analysed
+        ]
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
@@ -272,6 +283,7 @@ def keep(runs: Iterable[StoredRun], folder: RunFolder) -> None:
             continue
         facts = {"record": run.record, "defense": run.defense, "summary": summary}
         facts |= {"analyses": run.analyses} if run.analyses else {}
+        facts |= {"analysed": [of.model_dump() for of in run.analysed]} if run.analysed else {}
         present = {n: v for n, v in {**facts, "config": run.config}.items() if v is not None}
         lines.append(json.dumps(present, ensure_ascii=False) + "\n")
         if run.metrics is not None:

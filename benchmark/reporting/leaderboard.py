@@ -370,6 +370,7 @@ def _flags(table: Table, label: str, runs: pd.DataFrame) -> str:
         if heading == label
     ]
     flags = {flag for number in numbers for flag in number.flags} - {"s"}
+    flags |= {flag for of_run in runs["analysis_flags"] for flag in of_run}
     if not (runs["asr_before"] < FAILED_ASR).any():
         flags.discard("a")  # that of models that are not used
     if not any_collapsed(runs):

@@ -12,8 +12,8 @@ from utils.errors import listed
 from utils.records.recipe import NOT_OF_RECIPE
 
 _NOT_OF_METHOD = (*NOT_OF_RECIPE, "precision", "dataset", "model")
-_SETTING = ["dataset", "image_size", "train_images", "test_images", "model"]
-_CELL = [*_SETTING, "attack", "pratio"]
+SETTING = ["dataset", "image_size", "train_images", "test_images", "model"]  # of a table
+_CELL = [*SETTING, "attack", "pratio"]
 
 
 def told_apart(runs: pd.DataFrame) -> pd.DataFrame:
@@ -27,7 +27,7 @@ def told_apart(runs: pd.DataFrame) -> pd.DataFrame:
     names = _renamed(undefended, "attack", _CELL, _by_recipe).set_index("record")["attack"]
     runs = runs.assign(attack=runs["record"].map(names))
     results = runs[runs["label"] != UNDEFENDED]
-    renamed = _renamed(results, "label", [*_SETTING, "label"], _by_result)
+    renamed = _renamed(results, "label", [*SETTING, "label"], _by_result)
     runs.loc[results.index, "label"] = renamed["label"]
     return runs
 

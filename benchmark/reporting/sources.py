@@ -6,6 +6,7 @@ defenses that they are of.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ import pandas as pd
 from analysis import RETUNED_WITH
 from benchmark.reporting.kept import RUNS, read_lines
 from benchmark.reporting.stored import (
+    UNKNOWN,
+    Analysed,
     StoredRun,
     below,
     checked_headline,
@@ -30,9 +33,12 @@ from utils.plain import read_yaml
 from utils.process.script import logger
 from utils.records.contents import ATTACK_RESULT, DEFENSE_RESULT, METRICS_FILE, SUMMARY, object_in
 from utils.records.places import CLEAN, EXACT, is_usual
+from utils.records.recipe import NOT_OF_RECIPE, SETS
 
 LARGEST = 1 << 20  # bytes of a summary.json
 _LARGEST_METRICS = 4 << 20  # bytes of a metrics.csv
+# Flags of an analysis that say what it looks at, where and in what, but not how.
+_OF_RECORD = (*NOT_OF_RECIPE, *SETS, "clean_record", "precision", "dataset", "model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +62,16 @@ class RunInFolder(StoredRun):
         return json.loads(read_text(path, LARGEST))
 
     @cached_property
+    def _analyses(self) -> list[tuple[dict[str, float], Analysed]]:
+        return [] if self.defense is None else read_analyses(self.path)
+
+    @cached_property
     def analyses(self) -> dict[str, float]:
-        return {} if self.defense is None else read_analyses(self.path)
+        return {name: value for numbers, _ in self._analyses for name, value in numbers.items()}
+
+    @cached_property
+    def analysed(self) -> list[Analysed]:
+        return [made for _, made in self._analyses]
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
@@ -65,18 +79,7 @@ class RunInFolder(StoredRun):
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        path = self.path / CONFIG_FILE
-        if not is_plain(path, 1 << 16):
-            return None
-        try:
-            values = {name: without_places(value) for name, value in read_yaml(path).items()}
-            if "record_path" in values:
-                values["record_path"] = None
-            as_json: dict[str, Any] = json.loads(json.dumps(values, default=str, skipkeys=True))
-            return as_json
-        except (UserError, ValueError, RecursionError) as error:
-            logger.warning("warning: %s", one_line(error))
-            return None
+        return read_config(self.path)
 
 
 def find(under: Path, without: Path | None = None) -> tuple[list[StoredRun], list[str]]:
@@ -154,8 +157,9 @@ def analysis_folders(record: Path) -> list[Path]:
     return sorted(path for path in home.glob("[!.]*") if path.is_dir() and not path.is_symlink())
 
 
-def read_analyses(result: Path) -> dict[str, float]:
-    """The headline numbers of a defense, of the analyses of its record that are finished.
+def read_analyses(result: Path) -> list[tuple[dict[str, float], Analysed]]:
+    """The headline numbers of a defense, of the analyses of its record that are finished; and how
+    each of them was made.
 
     Only those with the usual settings count, see `is_usual`. An analysis of
     another model than the defense's present one is skipped with a warning. A number of a control
@@ -165,7 +169,7 @@ def read_analyses(result: Path) -> dict[str, float]:
         result: the folder of the defense's result, in the record's `defense/`.
     """
     record, hashes = result.parent.parent, object_in(_read_plain(result), "files")
-    numbers: dict[str, Any] = {}
+    analyses: list[tuple[dict[str, float], Analysed]] = []
     for folder in analysis_folders(record):
         summary = _read_plain(folder)
         headline, models = object_in(summary, "headline"), object_in(summary, "models")
@@ -179,6 +183,7 @@ def read_analyses(result: Path) -> dict[str, float]:
                 shown(result.name),
             )
             continue
+        numbers: dict[str, Any] = {}
         for name, ending in ((result.name, ""), (CLEAN, "_clean"), (EXACT, "_exact")):
             of_model = headline.get(name)
             if isinstance(of_model, dict):
@@ -186,7 +191,42 @@ def read_analyses(result: Path) -> dict[str, float]:
                 if of_model.get("poisoned_images", RETUNED_WITH) != RETUNED_WITH:
                     values.pop(f"asr_retuned{ending}", None)
                 numbers |= values
-    return checked_headline(numbers)
+        if checked := checked_headline(numbers):
+            analyses.append((checked, _made(folder, summary, [*checked])))
+    return analyses
+
+
+def _made(folder: Path, summary: Mapping[str, Any], numbers: list[str]) -> Analysed:
+    """How a finished analysis was made, as its folder says."""
+    config = read_config(folder)
+    if config is not None:
+        config = {name: value for name, value in config.items() if name not in _OF_RECORD}
+    versions = " ".join(f"{name} {of}" for name, of in object_in(summary, "versions").items())
+    device = str(summary.get("device", "")).partition(":")[0]
+    made_by = " ".join(filter(None, (versions, str(summary.get("precision", "")), device)))
+    return Analysed(
+        kind=folder.name,
+        numbers=numbers,
+        config=config or None,
+        commit=shown(str(summary.get("commit") or UNKNOWN), 100),
+        made_by=shown(made_by or UNKNOWN, 300),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of a run, without the machine's paths; None without one."""
+    path = folder / CONFIG_FILE
+    if not is_plain(path, 1 << 16):
+        return None
+    try:
+        values = {name: without_places(value) for name, value in read_yaml(path).items()}
+        if "record_path" in values:
+            values["record_path"] = None
+        as_json: dict[str, Any] = json.loads(json.dumps(values, default=str, skipkeys=True))
+        return as_json
+    except (UserError, ValueError, RecursionError) as error:
+        logger.warning("warning: %s", one_line(error))
+        return None
 
 
 def _read_plain(folder: Path) -> dict[str, Any]:

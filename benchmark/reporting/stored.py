@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from utils.errors import shown
 from utils.files import read_text
@@ -41,6 +41,25 @@ WIDEST = 10_000  # characters of the first line of a table
 _ABSOLUTE = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\)")
 
 Key = tuple[str, str | None]  # names of a record and of a result in it
+
+
+class Analysed(BaseModel):
+    """What an analysis measured of a defense's result, and how it was made.
+
+    Attributes:
+        kind: the analysis's name.
+        numbers: names of headline numbers, see `HEADLINES`.
+        config: the flags on which they depend; None if nothing says them.
+        made_by: versions, precision and kind of device.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    kind: str
+    numbers: list[str]
+    config: dict[str, Any] | None = None
+    commit: str = UNKNOWN
+    made_by: str = UNKNOWN
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +110,11 @@ class StoredRun:
     def analyses(self) -> dict[str, float]:
         """Headline numbers of analyses, by name; see `HEADLINES`."""
         return {}
+
+    @cached_property
+    def analysed(self) -> list[Analysed]:
+        """How these numbers were made; empty if nothing says it."""
+        return []
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:

@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic import ValidationError as NotAsDescribed
 
+from benchmark.reporting.analysed import analysed_alike
 from benchmark.reporting.repeats import told_apart, without_repeats
 from benchmark.reporting.sources import find
 from benchmark.reporting.stored import (
@@ -181,6 +182,7 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
     table = pd.DataFrame(all_rows)
     if not table.empty:
         table, problems = without_repeats(told_apart(_numeric(table)), problems)
+        table = analysed_alike(table, problems)
         table = table.drop(columns=[name for name in table if str(name).startswith("_")])
     return table, problems
 

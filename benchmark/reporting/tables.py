@@ -276,9 +276,8 @@ def _flags(table: Table, name: str, label: str, metric: str) -> str:
 
 def runs_csv(runs: pd.DataFrame) -> str:
     """CSV, one row per run: all data that the tables are made from, rates in [0, 1]."""
-    return as_csv(
-        runs.drop(columns=["run", "warnings", "test_images"]).rename(columns={"label": "defense"})
-    )
+    dropped = ["run", "warnings", "test_images", "analysis_flags"]
+    return as_csv(runs.drop(columns=dropped).rename(columns={"label": "defense"}))
 
 
 def as_csv(rows: pd.DataFrame) -> str:

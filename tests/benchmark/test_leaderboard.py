@@ -20,7 +20,7 @@ from benchmark.reporting import leaderboard
 from benchmark.reporting.figures import _figures, _relearned
 from benchmark.reporting.kept import keep
 from benchmark.reporting.leaderboard import Leaderboard, Rank, leaderboards, rank
-from benchmark.reporting.means import percent
+from benchmark.reporting.means import percent, summarize
 from benchmark.reporting.summaries import read_runs
 from tests.benchmark.test_report import (
     HOSTILE,
@@ -190,6 +190,57 @@ def test_what_was_analysed_otherwise_is_no_column(two_attacks: Path, caplog: Any
     path.write_text(json.dumps({**json.loads(path.read_text()), "files": files}))
     assert "re-learned" not in leaderboard.markdown([the_table(two_attacks)])
     assert "skipped; it is of another sau than is there now" in caplog.text
+
+
+def analysed_with(record: Path, config: str, asr: float, **facts: Any) -> None:
+    """A retuning of SAU with a configuration."""
+    analysed(record, "retune", sau={"asr_retuned": asr})
+    folder = record / "analysis/retune"
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, **facts}))
+    (folder / "config.yaml").write_text(f"clean_record: of-{record.name}\ndefenses: []\n{config}")
+
+
+def test_analyses_with_other_settings_than_most_are_no_part_of_a_mean(
+    two_attacks: Path, tmp_path: Path
+) -> None:
+    """Three of four, for one of which a later flag is not said: (0.2 + 0.4) / 2 and 0.9. The names
+    of clean models do not tell settings apart. The same from what is kept."""
+    for name, config, asr in (
+        ("blended-0", "lr: 0.1\nlater: 1\n", 0.2),
+        ("blended-1", "lr: 0.1\nlater: 1\n", 0.4),
+        ("sig-0", "lr: 0.000001\n", 0.0),
+        ("sig-1", "lr: 0.1\n", 0.9),
+    ):
+        analysed_with(two_attacks / name, config, asr)
+    kept = RunFolder(tmp_path / "kept")
+    kept.path.mkdir()
+    keep(read_runs(two_attacks)[0]["run"], kept)
+    for place in (two_attacks, kept.path):
+        runs, (problem,) = read_runs(place)
+        assert problem == (
+            "retune of sig-0/sau: made with other settings than most of this table; skipped"
+        )
+        (table,) = summarize(runs)
+        (board,) = leaderboards(table)
+        sau = next(entry for entry in board.entries if entry.defense == "sau")
+        assert sau.analyses == {"asr_retuned": (pytest.approx(0.6), 3)}
+
+
+def test_analyses_by_another_commit_or_version_than_most_are_marked(two_attacks: Path) -> None:
+    for name, commit, torch in (
+        ("blended-0", "a", "2.1"),
+        ("blended-1", "a", "2.1"),
+        ("sig-0", "b", "2.1"),
+    ):
+        analysed_with(
+            two_attacks / name, "", 0.2, commit=commit, versions={"torch": torch}, device="cpu"
+        )
+    flags = {entry.defense: entry.flags for entry in the_board(two_attacks).entries}
+    assert flags == {"sau": "g", "ft": ""}
+    path = two_attacks / "sig-0/analysis/retune/summary.json"
+    path.write_text(path.read_text().replace("2.1", "2.2").replace('"b"', '"a"'))
+    assert the_board(two_attacks).entries[0].flags == "v"
 
 
 def test_what_was_learned_again_is_a_heat_map_beside_its_control(two_attacks: Path) -> None:
