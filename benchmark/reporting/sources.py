@@ -168,7 +168,8 @@ def read_analyses(result: Path) -> list[tuple[dict[str, float], Analysed]]:
     Args:
         result: the folder of the defense's result, in the record's `defense/`.
     """
-    record, hashes = result.parent.parent, object_in(_read_plain(result), "files")
+    record, facts = result.parent.parent, _read_plain(result)
+    hashes, triggers = object_in(facts, "files"), facts.get("triggers_sha256")
     analyses: list[tuple[dict[str, float], Analysed]] = []
     for folder in analysis_folders(record):
         summary = _read_plain(folder)
@@ -179,6 +180,13 @@ def read_analyses(result: Path) -> list[tuple[dict[str, float], Analysed]]:
         if models.get(result.name) != hashes.get(DEFENSE_RESULT):
             logger.warning(
                 "warning: %s: skipped; it is of another %s than is there now",
+                shown(folder),
+                shown(result.name),
+            )
+            continue
+        if summary.get("triggers_sha256", triggers) != triggers:
+            logger.warning(
+                "warning: %s: skipped; it looked at other triggered images than %s was scored on",
                 shown(folder),
                 shown(result.name),
             )

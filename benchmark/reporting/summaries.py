@@ -32,8 +32,9 @@ from benchmark.reporting.stored import (
     first_fault,
     without_places,
 )
-from utils.errors import UserError, one_line, shown
+from utils.errors import UserError, listed, one_line, shown
 from utils.metrics import has_collapsed, rating
+from utils.records.attack import load_attack
 from utils.records.contents import ATTACK_RESULT
 from utils.records.places import CLEAN, name_in_tables
 
@@ -295,22 +296,40 @@ def _comparable(record: _Record, problems: list[str]) -> list[tuple[StoredRun, _
     """
     model = record.model_sha256
     results = []
-    images, first = None, ""  # sha256 of the triggered images, and the result that says it
     for run, defense in sorted(record.results.values(), key=lambda result: result[0].key[1:]):
         if None not in (model, defense.attack_sha256) and model != defense.attack_sha256:
             problems.append(
                 f"{run.where}: purified another model than this record has now; skipped"
             )
             continue
-        if images is None and defense.triggers_sha256 is not None:
-            images, first = defense.triggers_sha256, run.where
-        if defense.triggers_sha256 not in (None, images):
-            problems.append(
-                f"{run.where}: was scored on other triggered images than {first}; skipped"
-            )
-            continue
         results.append((run, defense))
-    return results
+    digests = {defense.triggers_sha256 for _, defense in results} - {None}
+    if len(digests) < 2:
+        return results
+    present = _present_triggers([record.run, *(run for run, _ in results)])
+    skipped = [run for run, of in results if of.triggers_sha256 not in (None, present)]
+    why = (
+        "were scored on several triggered images, and nothing says which are the record's"
+        if present is None
+        else "were scored on other triggered images than the record has now"
+    )
+    names = listed([str(run.defense) for run in skipped], limit=200)
+    problems.append(f"{record.run.where}: its results {names} {why}; skipped")
+    return [result for result in results if result[0] not in skipped]
+
+
+def _present_triggers(runs: Iterable[StoredRun]) -> str | None:
+    """sha256 of the triggered images that a record has now; None if its folder is not there.
+
+    Args:
+        runs: the record and its results, of which some may be kept without their folders.
+    """
+    for run in runs:
+        if run.folder is not None:
+            with contextlib.suppress(UserError):
+                record = run.folder if run.defense is None else run.folder.parent.parent
+                return load_attack(record).triggers_sha256
+    return None
 
 
 def _rows(

@@ -227,6 +227,19 @@ def test_analyses_with_other_settings_than_most_are_no_part_of_a_mean(
         assert sau.analyses == {"asr_retuned": (pytest.approx(0.6), 3)}
 
 
+def test_an_analysis_of_other_triggered_images_is_no_column(
+    two_attacks: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the same model: fine-tuning does not see them."""
+    path = two_attacks / "sig-0/defense/sau/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"triggers_sha256": "a"}))
+    analysed_with(two_attacks / "sig-0", "", 0.2, triggers_sha256="a")
+    assert the_table(two_attacks).runs["asr_retuned"].notna().sum() == 1
+    path.write_text(path.read_text().replace('"a"', '"b"'))
+    assert the_table(two_attacks).runs["asr_retuned"].notna().sum() == 0
+    assert "retune: skipped; it looked at other triggered images than sau" in caplog.text
+
+
 def test_analyses_by_another_commit_or_version_than_most_are_marked(two_attacks: Path) -> None:
     for name, commit, torch in (
         ("blended-0", "a", "2.1"),

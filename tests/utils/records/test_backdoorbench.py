@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.models import get_model
 
 import models
+from benchmark.reporting.summaries import read_runs
 from models.tiny import TinyNet
 from tests import backdoorbench_writer as writer
 from tests.scripts import run_script
@@ -716,6 +717,26 @@ def test_triggered_images_that_were_changed_are_noticed(
     assert f"{folder}/analysis/confusion: was run with other" in capsys.readouterr().err
     path.write_bytes(before)
     assert run_script(*look, "--overwrite") == 0
+
+
+@pytest.mark.usefixtures("small")
+def test_a_report_has_the_results_on_the_triggered_images_that_are_there(
+    tmp_path: Path, data: Dataset
+) -> None:
+    """Whatever their names: `ft` is stale, and comes first."""
+    folder = writer.write(tmp_path / "theirs", badnet(data))
+    flags = ["--result_file", folder, "--ratio", 0.5, "--n_rounds", 1, "--batch_size", 15]
+    assert run_script(ROOT / "defense/ft.py", *flags) == 0
+    path = min((folder / "bd_test_dataset").rglob("*.png"))
+    before = path.read_bytes()
+    Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    assert run_script(ROOT / "defense/ft.py", *flags, "--save_folder_name", "later") == 0
+    said = "theirs: its results {} were scored on other triggered images than the record has now"
+    for skipped, counted in (("ft", "later"), ("later", "ft")):
+        runs, problems = read_runs(tmp_path)
+        assert problems == [f"{said.format(skipped)}; skipped"]
+        assert set(runs["label"]) == {"no defense", counted}
+        path.write_bytes(before)
 
 
 def test_the_result_of_their_own_defense_is_not_replaced(
