@@ -15,6 +15,7 @@ import pytest
 
 from attack import names as attacks
 from attack.recipe import AttackConfig
+from tests.summary_keys import check_keys
 from tests.test_layers import ROWS, modules_under, row_of
 from utils.files import ROOT
 from utils.metrics import has_collapsed
@@ -227,6 +228,13 @@ def test_promises_are_read_as_they_are_meant() -> None:
         assert read.keys() == expectation.keys()
         for score, within in expectation.items():
             assert read[score] == pytest.approx(within)
+
+
+def test_the_table_of_keys_has_those_of_the_evidence() -> None:
+    """Of every method, also those that no quick test runs; earlier versions wrote fewer."""
+    lines = (ROOT / "results/leaderboard/runs.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        check_keys(line["summary"], "defense" if "defense" in line else "attack")
 
 
 def own_recipe(run: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from models import Classifier, Resize
 from models.tiny import TinyNet
 from tests import backdoorbench_writer as writer
 from tests.scripts import one_error, run_script
+from tests.summary_keys import check_keys
 from tests.utils.records.test_backdoorbench import badnet, data, wanet
 from utils.data.labelled import Dataset
 from utils.errors import UserError
@@ -102,6 +103,16 @@ def test_the_ends_of_the_path_have_the_counts_of_the_summaries(records: Path) ->
     record = json.loads((records / "bd/summary.json").read_text())
     of_record = {"before": record["files"]["attack_result.pt"]}
     assert written["models"] == of_results | of_clean_model | of_record
+
+
+def test_summaries_have_the_keys_that_the_page_says(records: Path) -> None:
+    check_keys(json.loads((records / "bd/summary.json").read_text()), "attack")
+    check_keys(json.loads((records / "clean/summary.json").read_text()), "attack")
+    for name in NAMES:
+        check_keys(summary(records, name), "defense")
+    look = ("--save_folder_name", "keys", "--overwrite")
+    assert run(records, "confusion", *look) == 0
+    check_keys(result(records, "keys"), "analysis")
 
 
 def test_scores_that_a_summary_has_otherwise_are_told(fresh: Path) -> None:

@@ -23,6 +23,7 @@ from models.changes import insert
 from perf import fuzz
 from tests import backdoorbench_writer as writer
 from tests.scripts import run_script
+from tests.summary_keys import check_keys
 from tests.utils.records.test_backdoorbench import (
     MEAN,
     STD,
@@ -242,7 +243,9 @@ def test_import_gives_an_export_back(
                 assert torch.equal(value, second[key])
             else:
                 assert value == second[key]
-    assert json.loads((back.path / "summary.json").read_text())["imported_from"] == "BackdoorBench"
+    summary = json.loads((back.path / "summary.json").read_text())
+    assert summary["imported_from"] == "BackdoorBench"
+    check_keys(summary, "import")
     loaded = load_attack(back.path)
     loaded.load_dataset()
     assert recorded_dataset(back.path) == "cifar10"

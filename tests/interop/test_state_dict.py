@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.scripts import attack_flags, defense_flags, one_error, run_script
+from tests.summary_keys import check_keys
 from utils.data.datasets import load_dataset
 from utils.data.labelled import Triggered
 from utils.files import ROOT
@@ -129,6 +130,7 @@ def test_without_triggered_images_there_is_no_asr_and_defenses_say_so(
     assert (record.mean, record.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     assert record.model_name == "my_net.py:build"
     summary = json.loads((folder / "summary.json").read_text())
+    check_keys(summary, "state_dict")
     data = load_dataset("folder", workplace / "images", 16)
     model = record.build(f"{own}:build")
     expected = (model(data.test.images.float() / 255).argmax(1) == data.test.labels).sum()
