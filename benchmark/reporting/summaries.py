@@ -176,9 +176,13 @@ def read_runs(*under: Path, without: Path | None = None) -> tuple[pd.DataFrame, 
             )
     all_rows: list[dict[str, Any]] = []
     for record in sorted(records.values(), key=lambda record: Path(record.name)):
-        rows = list(_rows(record, _comparable(record, problems)))
+        results = _comparable(record, problems)
+        rows = list(_rows(record, results))
         if not rows:
             problems.append(f"{record.run.where}: has no scores; skipped")
+        elif record.lacks_scores:
+            first = results[0][0].defense
+            problems.append(f"{record.run.where}: has no acc; what {first} had before is used")
         all_rows += rows
     table = pd.DataFrame(all_rows)
     if not table.empty:
@@ -205,6 +209,12 @@ class _Record:
     @property
     def name(self) -> str:
         return self.run.record
+
+    @property
+    def lacks_scores(self) -> bool:
+        """Whether its summary should have scores, and has none; an import scores nothing."""
+        attack = self.attack
+        return attack is not None and attack.acc is None and attack.imported_sha256 is None
 
     @property
     def model_sha256(self) -> str | None:

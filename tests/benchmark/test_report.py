@@ -191,6 +191,18 @@ def test_the_pairs_of_the_page_are_of_the_same_models(
     assert capsys.readouterr().out.startswith("3 0.0333")
 
 
+def test_an_attack_without_its_scores_is_named(two_attacks: Path) -> None:
+    """Those before its first defense stand for them; an import has none by itself."""
+    path = two_attacks / "sig-0/summary.json"
+    summary = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("acc", "asr")}
+    path.write_text(json.dumps(summary))
+    runs, problems = read_runs(two_attacks)
+    assert problems == ["sig-0: has no acc; what ft had before is used"]
+    assert runs.set_index(["record", "label"]).loc[("sig-0", UNDEFENDED), "acc"] == 0.92
+    path.write_text(json.dumps(summary | {"imported_sha256": "d" * 64}))
+    assert read_runs(two_attacks)[1] == []
+
+
 def the_table(root: Path) -> Table:
     runs, problems = read_runs(root)
     assert problems == []
