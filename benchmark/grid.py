@@ -152,6 +152,15 @@ class Grid(_Part):
     defense_flags: Flags = {}
     slurm: Slurm = Slurm()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_keys(cls, content: Any) -> Any:
+        """A key that may be left out may have nothing below it, as when that is commented out."""
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        if not isinstance(content, dict):
+            return content
+        return {key: of for key, of in content.items() if of is not None or key not in optional}
+
     @model_validator(mode="after")
     def _has_axes_that_count(self) -> "Grid":
         """An axis is in the names of records, so that no flag may say something else."""

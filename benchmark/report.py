@@ -25,11 +25,11 @@ results are put together. If both have the same result, that of the later folder
 Tables, figures and leaderboards then have these attacks alone, and clean models. The titles say
 that it is a part. It is not for `--keep`, which keeps all runs.
 
-`--keep` also writes the runs themselves, in two files from which the same command makes the same
-tables again: `runs.jsonl`, a line for each run with its summary and its configuration, and
-`curves.csv` with the rows of every metrics.csv. It refuses to drop a run that is already there: the
-third command above adds the runs of record/mine to the grid. Without `results/digits` under
-`--under`, it would write nothing and say which runs are missing.
+`--keep` also writes the runs themselves, beside their tables (md), in two files from which the same
+command makes the same tables again: `runs.jsonl`, a line for each run with its summary and its
+configuration, and `curves.csv` with the rows of every metrics.csv. It refuses to drop a run that is
+already there: the third command above adds the runs of record/mine to the grid. Without
+`results/digits` under `--under`, it would write nothing and say which runs are missing.
 
 `--rebuild` makes table.md and leaderboard.md again for each folder that texts name in marks like
 the ones below, puts the named table between the marks, and draws the figures of these folders that
@@ -90,7 +90,8 @@ def formats_of(given: str | None, is_kept: bool) -> tuple[str, ...]:
             f"--formats: {listed(unknown) or 'an empty list'} is not allowed; give some of "
             f"{','.join(FORMATS)}"
         )
-    return names
+    # The tables that stand beside the runs are of these runs.
+    return (*names, "md") if is_kept and "md" not in names else names
 
 
 def main() -> None:

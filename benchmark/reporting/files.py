@@ -163,7 +163,13 @@ def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
     before = whole.removeprefix("\ufeff")  # a byte-order mark, which stays
     parts: dict[str, str] = {}
     drawn: set[Path] = set()
-    for name in _marked(text, before):
+    names = _marked(text, before)
+    if not names:
+        raise UserError(
+            f"--rebuild: {text} has no marks; write <!-- begin results/<grid>/table.md --> and "
+            "<!-- end results/<grid>/table.md -->"
+        )
+    for name in names:
         path = text.parent / name
         is_below = path.resolve().is_relative_to(text.parent.resolve())
         if not is_below or path.name not in _MARKED:
@@ -186,7 +192,7 @@ def _rebuild(text: Path, folders: dict[Path, list[Table]]) -> None:
     behind = text.resolve()  # of a link, the file that it leads to
     mark = whole.removesuffix(before)
     RunFolder(behind.parent).write_text(behind.name, mark + filled(text, before, parts))
-    logger.info("tables of %s: %s", text, ", ".join(parts) or "none")
+    logger.info("tables of %s: %s", text, ", ".join(parts))
 
 
 def _shown(text: Path, content: str, figures: Path) -> set[str]:

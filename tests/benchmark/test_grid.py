@@ -543,6 +543,15 @@ def test_another_order_in_the_grid_is_no_other_analysis(tmp_path: Path) -> None:
     assert fewer.arguments()[-1] == "--overwrite=true"  # which cannot be gone on with
 
 
+def test_what_may_be_left_out_may_be_empty(tmp_path: Path) -> None:
+    """As when every entry below it is commented out; what is needed may not."""
+    text = TEXT.replace(DEFENSES, "defenses:\n  # ft:")
+    cells = grid_of(f"{text}\nanalyses:\nslurm:\n", tmp_path)
+    assert {cell.attack for cell in cells} == {None}
+    with pytest.raises(UserError, match="seeds: None is not allowed"):
+        grid_of(text.replace("seeds: [0, 3]", "seeds:"), tmp_path)
+
+
 def finish(cells: list[Cell], *names: str) -> None:
     """Writes what finished cells leave, as far as a grid reads it; sha256 are the names."""
     for cell in (cell for cell in cells if cell.name in names):

@@ -191,6 +191,22 @@ def test_the_pairs_of_the_page_are_of_the_same_models(
     assert capsys.readouterr().out.startswith("3 0.0333")
 
 
+def test_kept_runs_have_their_tables_beside_them(two_attacks: Path, tmp_path: Path) -> None:
+    """Whatever other forms are asked for: earlier tables would be of other runs."""
+    flags = ["--under", two_attacks, "--to", tmp_path / "kept", "--keep", "--formats", "csv"]
+    assert report(*flags) == 0
+    assert {path.name for path in (tmp_path / "kept").iterdir()} > KEPT_FILES
+
+
+def test_a_text_without_marks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.md"
+    text.write_text("<!-- start results/digits/table.md -->\n")
+    assert report("--rebuild", text) == 2
+    assert f"{text} has no marks; write <!-- begin results/" in capsys.readouterr().err
+
+
 def test_an_attack_without_its_scores_is_named(two_attacks: Path) -> None:
     """Those before its first defense stand for them; an import has none by itself."""
     path = two_attacks / "sig-0/summary.json"
