@@ -80,7 +80,8 @@ def state_outside(model: Classifier, fresh: Classifier, image_size: int) -> Outs
     with uncompiled():
         for _ in range(_STEPS):
             with _same_draws():
-                model.train()(images)
+                model.train()
+                model(images)
         expected = _logits(model, images)
         if not _are_same(expected, _logits(model, images)):  # a copy has all that modules have
             return Outside([], [_ELSEWHERE])
@@ -105,7 +106,8 @@ def _logits(model: nn.Module, images: torch.Tensor) -> Logits:
     logits = []
     for is_training in (False, True):
         with torch.no_grad(), _same_draws():
-            logits.append(model.train(is_training)(images))
+            model.train(is_training)
+            logits.append(model(images))
     return logits
 
 

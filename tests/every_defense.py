@@ -29,7 +29,7 @@ VALUES: dict[str, Any] = {
     "generator_epochs": 2,
     "u": 0.5,
     "mad_threshold": 0.0,
-    "acc_ratio": 0.5,
+    "acc_ratio": 1.0,  # networks without training choose nothing
     "pruning_number": 0.9,
     "pgd_init": "random",
     "crop_padding": 2,

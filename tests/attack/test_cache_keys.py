@@ -207,4 +207,4 @@ def test_what_another_version_of_the_code_trained_is_not_read_and_not_gone_on_wi
 
     for version in (1, 2, 2, 1):
         assert int(setting.trained("x", {"a": 1}, train, version=version)["v"]) == version
-    assert len(set(checkpoints)) == len(checkpoints) == 2
+    assert len(set(checkpoints)) == 2

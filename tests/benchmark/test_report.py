@@ -791,7 +791,8 @@ def test_a_record_without_scores_of_its_own_has_those_before_a_defense(tmp_path:
     (sig / "summary.json").unlink()
     lf = attack(tmp_path, "lf-0", 0.91, 0.93, 0.02)
     defense(lf, "sau", 0.90, 0.15, 0.6)
-    write(lf, {"attack": "lf", "dataset": "digits", "model_name": "preactresnet18"})
+    facts = {"attack": "lf", "dataset": "digits", "model_name": "preactresnet18"}
+    write(lf, {**facts, "imported_sha256": "0" * 64})
     runs, problems = read_runs(tmp_path)
     assert problems == []
     before = runs[runs["label"] == UNDEFENDED].set_index("attack")
@@ -1503,7 +1504,8 @@ def test_a_line_that_looks_like_a_mark_is_told(
     """Its table would stay as it was; comments about something else are none of ours."""
     text = tmp_path / "RESULTS.md"
     text.write_text("<!-- begin of the second part -->\n<!-- the end -->\n")
-    assert report("--rebuild", text) == 0
+    assert report("--rebuild", text) == 2
+    assert "RESULTS.md has no marks" in capsys.readouterr().err
     text.write_text(f"one\n{line}\ntwo\n")
     assert report("--rebuild", text) == 2
     assert f"RESULTS.md:2: {line.strip()} is no mark; write it alone" in capsys.readouterr().err

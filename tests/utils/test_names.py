@@ -140,11 +140,12 @@ def test_a_bar_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def test_problems_of_the_first_process_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the others, which are told of them."""
-    told: list[object] = []
+    told: list[UserError] = []
     monkeypatch.setattr(distributed, "from_main", told.append)
     with pytest.raises(UserError), distributed.main_alone():
         raise UserError("a\nb", "c")
-    assert told == [("a\nb", "c")]
+    (error,) = told
+    assert error.problems == ("a\nb", "c")
     monkeypatch.setattr(distributed, "from_main", lambda _: told[0])
     with pytest.raises(UserError) as caught, distributed.main_alone():
         pass

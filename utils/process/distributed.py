@@ -217,7 +217,8 @@ def try_sharing(model: nn.Module, images: torch.Tensor, device: torch.device) ->
     if processes() > 1:
         _norms(model, device.type)  # refuses
         with torch.no_grad(), _without_draws():
-            model.train()(images)
+            model.train()
+            model(images)
 
 
 @contextmanager
