@@ -63,20 +63,27 @@ def squeue(columns: str) -> str:
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.fixture
+def login_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that seems to have SLURM, whose programs nobody calls."""
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+
+@pytest.mark.usefixtures("login_node")
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"a": 1}'])
 def test_a_damaged_list_of_jobs_is_told(tmp_path: Path, content: str) -> None:
-    pytest.importorskip("submitit")
     (tmp_path / ".grid").mkdir()
     (tmp_path / ".grid/jobs.json").write_text(content)
     with pytest.raises(UserError, match=r"jobs\.json: is damaged; remove it"):
         Queue(tmp_path, Slurm()).has_lost(Cell("a", "attack/badnet.py", {}, tmp_path / "a"))
 
 
+@pytest.mark.usefixtures("login_node")
 def test_lost_cells_are_waited_for_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shared file system may be late once, and not for each of 300 cells."""
-    pytest.importorskip("submitit")
     now = [0.0]
     monkeypatch.setattr(slurm.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
@@ -89,10 +96,10 @@ def test_lost_cells_are_waited_for_together(
     assert now[0] <= 2 * slurm._POLL
 
 
+@pytest.mark.usefixtures("login_node")
 def test_a_queue_that_does_not_answer_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("submitit")
     queue = Queue(tmp_path, Slurm())
     said = "squeue: error: resolve_ctls\nsqueue: error: no config\n"
     failed = subprocess.CompletedProcess([], 1, "", said)

@@ -552,7 +552,7 @@ def test_ctrl_c_in_the_trial_is_an_interrupt(workplace: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("what", ["sys.exit(0)", "os._exit(0)"])
 def test_a_process_does_not_end_well(workplace: Path, tmp_path: Path, what: str) -> None:
     model = net(tmp_path, "forward", what, LATER["forward"])
-    flags = [*attack_flags(workplace, "process", model=model), "--overwrite"]
+    flags = [*attack_flags(workplace, "process", model=model, batch_size=4), "--overwrite"]
     run = subprocess.run(
         [sys.executable, ROOT / "attack/badnet.py", *map(str, flags)],
         capture_output=True,
