@@ -16,9 +16,9 @@ away from them. It learns on clean images and on images with an inverted trigger
 The very first step is at w_bd, where the shift is 0. Statistics of BatchNorm are not shifted; the
 pass at w' moves them, so they are those of w', not of w. After a short tuning, which has not gone
 further than rho, they do not fit: on a BadNets model of the digits ACC fell to 26 % within 60 steps
-(and was 97 % with statistics that were measured anew). A step costs as much as one of plain tuning. If re-learning still brings the
-backdoor back, raise `--rho` or `--generated_ratio`; if ACC falls, lower `--rho`. The limits of the
-inversion are BTI-DBF's: see `defense/bti_dbf.py`.
+(and was 97 % with statistics that were measured anew). A step costs as much as one of plain
+tuning. If re-learning still brings the backdoor back, raise `--rho` or `--generated_ratio`; if ACC
+falls, lower `--rho`. The limits of the inversion are BTI-DBF's: see `defense/bti_dbf.py`.
 """
 
 import sys
