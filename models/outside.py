@@ -90,10 +90,10 @@ def state_outside(model: Classifier, fresh: Classifier, image_size: int) -> Outs
         buffers, others = buffers_outside(model), buffers_outside(fresh)
         differing = [name for name, v in buffers.items() if not _is_same(v, others.get(name))]
         put_buffers(fresh, buffers)
-        found = _logits(fresh, images)
-        lost = [] if torch.equal(in_eval_mode, found[0]) else differing
+        with_buffers = _logits(fresh, images)
+        lost = [] if torch.equal(in_eval_mode, with_buffers[0]) else differing
         attributes = _differing(model, fresh)
-        if not _are_same(expected, found):
+        if not _are_same(expected, with_buffers):
             return Outside(lost, attributes or [_ELSEWHERE])
         return Outside(
             lost, [name for name in attributes if _acts_later(model, fresh, name, images, expected)]
